@@ -1,0 +1,28 @@
+//! Relays the rows of a Postgres `outbox` table to NATS JetStream: each committed row once, in commit order.
+//!
+//! # Map of the code
+//!
+//! Layers import strictly downwards; each file holds one idea and says so in its header.
+//!
+//! | layer | what it is |
+//! | --- | --- |
+//! | `main.rs` | parse, start the logger, run, exit code |
+//! | [`cli`] | the flags as they are typed; nothing is validated there |
+//! | [`config`] | the one validated [`config::Config`], from flags, environment and files |
+//! | [`logging`] | one line of `key=value` (or JSON) an event, on stderr |
+//! | [`relay`] | the supervisor, a session, its three threads, and the pure [`relay::core`] they serve |
+//! | [`outbox`] | what a row becomes: subject, id, body, position |
+//! | [`jetstream`] | the only place that names the `nats` crate; streams, acks, the fence and the resume |
+//! | [`postgres`] | connection strings, TLS, authentication, the replication stream, pgoutput |
+//!
+//! To read the main job, start at [`relay::session`], follow [`relay::reader`] to the channel, and
+//! [`relay::publisher`] from there; every decision they carry out is made in [`relay::core`], which
+//! knows no socket, clock or thread.
+
+pub mod cli;
+pub mod config;
+pub mod jetstream;
+pub mod logging;
+pub mod outbox;
+pub mod postgres;
+pub mod relay;

@@ -1,0 +1,3 @@
+//! Parse, start the logger, run, exit code; nothing else.
+
+fn main() {}

@@ -1,0 +1,286 @@
+//! The unit that travels from the reader to the publisher: the changes that were ready at once.
+//!
+//! One buffer holds the bytes of all its events, so that a row costs no allocation of its own; an event
+//! is a set of spans into it. The batch is given back for reuse when its last event is acknowledged.
+
+use super::position::Position;
+use crate::postgres::Lsn;
+
+/// A stretch of [`Batch::bytes`]. 32 bits suffice: a field of Postgres is smaller than 1 GiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    start: u32,
+    len: u32,
+}
+
+/// One step of the replication stream, in the order Postgres sent it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A row to publish.
+    Event(EventSpans),
+    /// The end of a transaction: once everything before it is stored, `end_lsn` may be confirmed.
+    Commit {
+        /// Where the commit record starts; the `commit_lsn` of the transaction's positions.
+        commit_lsn: Lsn,
+        /// Where the commit record ends: the position to confirm. (Confirming `commit_lsn` repeats the transaction.)
+        end_lsn: Lsn,
+        /// Microseconds since 2000-01-01 00:00 UTC, as Postgres counts.
+        commit_time_us: i64,
+    },
+    /// A keepalive: Postgres has sent everything up to here, so it may be confirmed like a commit.
+    Keepalive {
+        /// The server's position in the log.
+        wal_end: Lsn,
+    },
+}
+
+/// Where the parts of an event stand in its batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventSpans {
+    /// Where the event stands in Postgres.
+    pub position: Position,
+    subject: Span,
+    id: Span,
+    body: Span,
+    table: Span,
+}
+
+/// A view of one event.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct OutboxEvent<'a> {
+    /// The NATS subject, already legal on the wire.
+    pub subject: &'a str,
+    /// The row's id as text; becomes `Nats-Msg-Id`.
+    pub id: &'a str,
+    /// The message body.
+    pub body: &'a [u8],
+    /// `schema.table`, for messages to a person.
+    pub table: &'a str,
+    /// Where the event stands in Postgres.
+    pub position: Position,
+}
+
+impl std::fmt::Debug for OutboxEvent<'_> {
+    /// Names the event; the payload never reaches a log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OutboxEvent")
+            .field("subject", &self.subject)
+            .field("id", &self.id)
+            .field("body_len", &self.body.len())
+            .field("position", &self.position)
+            .finish()
+    }
+}
+
+/// Changes in stream order, and the bytes of their events.
+#[derive(Debug, Default)]
+pub struct Batch {
+    bytes: Vec<u8>,
+    changes: Vec<Change>,
+    table: Span,
+}
+
+impl Batch {
+    /// Forgets the content and keeps the memory, unless one large event made the buffer larger than `keep`.
+    pub fn clear(&mut self, keep: usize) {
+        self.bytes.clear();
+        self.bytes.shrink_to(keep);
+        self.changes.clear();
+        self.table = Span::default();
+    }
+
+    /// The changes in stream order.
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+
+    /// No change was added.
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// Bytes held by the events.
+    pub fn len_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Adds a commit or a keepalive.
+    pub fn push(&mut self, change: Change) {
+        self.changes.push(change);
+    }
+
+    /// Adds an event whose subject, id and body `write` appends one after the other; each of its three
+    /// steps gets the buffer. What a failing step has written is taken back.
+    pub fn push_event<E>(
+        &mut self,
+        table: &str,
+        position: Position,
+        subject: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+        id: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+        body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let before = self.bytes.len();
+        let mut write = || {
+            if self.bytes.get(self.table.range()) != Some(table.as_bytes()) {
+                self.table = span(&mut self.bytes, |bytes| {
+                    bytes.extend_from_slice(table.as_bytes());
+                    Ok::<(), E>(())
+                })?;
+            }
+            Ok(EventSpans {
+                position,
+                table: self.table,
+                subject: span(&mut self.bytes, subject)?,
+                id: span(&mut self.bytes, id)?,
+                body: span(&mut self.bytes, body)?,
+            })
+        };
+        match write() {
+            Ok(event) => {
+                self.changes.push(Change::Event(event));
+                Ok(())
+            }
+            Err(error) => {
+                self.bytes.truncate(before);
+                if self.table.range().end > before {
+                    self.table = Span::default();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The event that `spans`, one of this batch's, describes.
+    pub fn event(&self, spans: &EventSpans) -> OutboxEvent<'_> {
+        // the mapper checks that both are UTF-8, so nothing is lost here
+        let text = |span: Span| std::str::from_utf8(self.slice(span)).unwrap_or_default();
+        OutboxEvent {
+            subject: text(spans.subject),
+            id: text(spans.id),
+            body: self.slice(spans.body),
+            table: text(spans.table),
+            position: spans.position,
+        }
+    }
+
+    fn slice(&self, span: Span) -> &[u8] {
+        self.bytes.get(span.range()).unwrap_or_default()
+    }
+}
+
+impl Span {
+    fn range(self) -> std::ops::Range<usize> {
+        self.start as usize..self.start as usize + self.len as usize
+    }
+}
+
+fn span<E>(
+    bytes: &mut Vec<u8>,
+    write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<Span, E> {
+    let start = bytes.len();
+    write(bytes)?;
+    let fits = |n: usize| {
+        u32::try_from(n).expect("a batch stays below 4 GiB: the reader sends it on long before")
+    };
+    Ok(Span {
+        start: fits(start),
+        len: fits(bytes.len() - start),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add(batch: &mut Batch, table: &str, ordinal: u32, parts: [&str; 3]) {
+        let [subject, id, body] = parts.map(|part| {
+            move |bytes: &mut Vec<u8>| {
+                bytes.extend_from_slice(part.as_bytes());
+                Ok::<(), ()>(())
+            }
+        });
+        batch
+            .push_event(
+                table,
+                Position {
+                    commit_lsn: Lsn(7),
+                    ordinal,
+                },
+                subject,
+                id,
+                body,
+            )
+            .unwrap();
+    }
+
+    fn events(batch: &Batch) -> Vec<(String, String, String, String)> {
+        let view = |change: &Change| match change {
+            Change::Event(spans) => Some(batch.event(spans)),
+            _ => None,
+        };
+        let text = |e: OutboxEvent<'_>| {
+            (
+                e.table.into(),
+                e.subject.into(),
+                e.id.into(),
+                String::from_utf8(e.body.to_vec()).unwrap(),
+            )
+        };
+        batch.changes().iter().filter_map(view).map(text).collect()
+    }
+
+    #[test]
+    fn events_come_out_as_they_went_in() {
+        let mut batch = Batch::default();
+        add(&mut batch, "public.outbox", 1, ["events.a.1", "x", "{}"]);
+        add(&mut batch, "public.outbox", 2, ["events.a.2", "y", ""]);
+        add(&mut batch, "public.other", 3, ["events.b.1", "z", "1"]);
+        let row = |t: &str, s: &str, i: &str, b: &str| (t.into(), s.into(), i.into(), b.into());
+        assert_eq!(
+            events(&batch),
+            [
+                row("public.outbox", "events.a.1", "x", "{}"),
+                row("public.outbox", "events.a.2", "y", ""),
+                row("public.other", "events.b.1", "z", "1"),
+            ]
+        );
+        assert_eq!(
+            batch.len_bytes(),
+            "public.outbox".len() + "public.other".len() + 3 * 11 + 2 + 1
+        );
+    }
+
+    #[test]
+    fn an_event_that_fails_leaves_no_bytes() {
+        let mut batch = Batch::default();
+        let position = Position {
+            commit_lsn: Lsn(7),
+            ordinal: 1,
+        };
+        let write = |bytes: &mut Vec<u8>| {
+            bytes.push(b'x');
+            Ok(())
+        };
+        assert_eq!(
+            batch.push_event("t", position, write, write, |_| Err("no")),
+            Err("no")
+        );
+        assert_eq!((batch.len_bytes(), batch.is_empty()), (0, true));
+        add(&mut batch, "t", 1, ["s", "i", "b"]);
+        assert_eq!(
+            events(&batch),
+            [("t".into(), "s".into(), "i".into(), "b".into())]
+        );
+    }
+
+    #[test]
+    fn the_payload_is_not_in_the_debug_form() {
+        let mut batch = Batch::default();
+        add(&mut batch, "t", 1, ["s", "i", "secret"]);
+        let Change::Event(spans) = batch.changes()[0] else {
+            panic!()
+        };
+        assert!(!format!("{:?}", batch.event(&spans)).contains("secret"));
+    }
+}

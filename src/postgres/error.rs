@@ -1,0 +1,3 @@
+//! (to be written)
+/// (to be written)
+pub struct Error;
