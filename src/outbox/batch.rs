@@ -45,6 +45,13 @@ pub struct EventSpans {
     table: Span,
 }
 
+impl EventSpans {
+    /// Bytes of subject, id and body: what the event costs while it waits.
+    pub fn size(&self) -> usize {
+        [self.subject, self.id, self.body].iter().map(|span| span.len as usize).sum()
+    }
+}
+
 /// A view of one event.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct OutboxEvent<'a> {
@@ -107,6 +114,14 @@ impl Batch {
     /// Adds a commit or a keepalive.
     pub fn push(&mut self, change: Change) {
         self.changes.push(change);
+    }
+
+    /// Adds a commit without events, or a keepalive: it stands for the one just before it too.
+    pub fn push_boundary(&mut self, boundary: Change) {
+        if matches!(self.changes.last(), Some(Change::Commit { .. } | Change::Keepalive { .. })) {
+            self.changes.pop();
+        }
+        self.changes.push(boundary);
     }
 
     /// Adds an event whose subject, id and body `write` appends one after the other; each of its three

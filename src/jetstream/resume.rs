@@ -1,0 +1,227 @@
+//! The resume: what a stream already holds, read back from its end. Pure but for the fetch it is given.
+//!
+//! A relay that starts, or has lost its connection, does not know which of its publishes were stored. The
+//! stream does: its last message of ours bears an `Outbox-Position`, and because the fence stores
+//! messages in order or not at all, everything up to that position is there and nothing after it is.
+//!
+//! Two things can hide that last message. Somebody else's messages may follow it: they are passed over.
+//! Or it was consumed away (work-queue retention, purge, max_age): then a [`Checkpoint`] of ours tells
+//! how far the stream was at some sequence, and each later sequence that is gone was one more event.
+
+use super::streams::StoredMessage;
+use crate::outbox::position::{Position, Source, SourcePosition};
+use crate::postgres::Lsn;
+
+/// How many messages are looked at one by one for the last one of ours. Foreign messages at the end of
+/// a stream are few where the fence holds; at about 0.1 ms a look this is a second at most.
+pub const LOOK_BACK: u64 = 10_000;
+
+/// The header that carries a [`SourcePosition`].
+pub const OUTBOX_POSITION: &str = "Outbox-Position";
+
+/// An event known to stand in the stream at a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The sequence in the stream.
+    pub seq: u64,
+    /// The event's position in Postgres.
+    pub position: Position,
+    /// The event's message id, where it was read from the stream itself.
+    pub id: Option<String>,
+}
+
+/// What a stream holds of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tail {
+    /// The last event that is known to be stored; `None`: none of ours was ever found.
+    pub stored: Option<Checkpoint>,
+    /// So many events after it are stored too, but were consumed away.
+    pub consumed: u64,
+    /// Messages of others that were passed over.
+    pub foreign: u64,
+    /// Where this Postgres server's history left that of the tail: positions from here on are new,
+    /// whatever the tail says.
+    pub switch_point: Option<Lsn>,
+}
+
+/// What to do with an event on resume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It stands in the stream.
+    Stored,
+    /// It does not.
+    Publish,
+    /// Something else stands where it should.
+    IdMismatch,
+}
+
+impl Tail {
+    /// Whether the event at `position` with `id` is in the stream. Asked once per event of the stream,
+    /// in order: each event that was consumed away answers for one.
+    pub fn verdict(&mut self, position: Position, id: &str) -> Verdict {
+        let Some(stored) = &self.stored else {
+            return Verdict::Publish;
+        };
+        if self.switch_point.is_some_and(|lsn| position.commit_lsn >= lsn) {
+            return Verdict::Publish;
+        }
+        if position == stored.position && stored.id.as_deref().is_some_and(|tail| tail != id) {
+            return Verdict::IdMismatch;
+        }
+        if position <= stored.position {
+            return Verdict::Stored;
+        }
+        if self.consumed > 0 {
+            self.consumed -= 1;
+            self.stored = Some(Checkpoint { seq: stored.seq + 1, position, id: None });
+            return Verdict::Stored;
+        }
+        Verdict::Publish
+    }
+}
+
+/// The bounds between which [`find_tail`] looks.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// The stream's first sequence still there.
+    pub first_seq: u64,
+    /// Its last sequence, stored ever.
+    pub last_seq: u64,
+    /// Nothing between the two was deleted, so that every sequence is a message.
+    pub whole: bool,
+}
+
+/// Finds the last event of `source`'s slot in a stream.
+///
+/// `last_ours` is the newest message under the prefix (`last_by_subj`), `fetch` reads the message at a
+/// sequence (`None`: deleted), `checkpoint` is the newest one known. The position found is of whatever
+/// timeline or system it says; the caller judges that.
+pub fn find_tail<E>(
+    source: &Source,
+    extent: Extent,
+    newest: Option<&StoredMessage>,
+    checkpoint: Option<&Checkpoint>,
+    mut fetch: impl FnMut(u64) -> Result<Option<StoredMessage>, E>,
+) -> Result<Found, E> {
+    let mut found = Found::default();
+    // a checkpoint beyond the end is the mark of a stream that went backwards: the caller sees to it
+    let checkpoint = checkpoint.filter(|c| c.seq <= extent.last_seq);
+    let newest_seq = newest.map_or(0, |message| message.seq);
+    let floor = checkpoint.map_or(0, |c| c.seq).max(extent.last_seq.saturating_sub(LOOK_BACK));
+    let mut seq = extent.last_seq;
+    while seq > floor {
+        if extent.whole && seq > newest_seq && newest_seq >= floor && newest_seq > 0 {
+            // nothing was deleted, so what lies above the newest one under the prefix is under other subjects
+            found.foreign += seq - newest_seq;
+            seq = newest_seq;
+            continue;
+        }
+        let message = match newest {
+            Some(message) if message.seq == seq => Some(message.clone()),
+            _ if seq < extent.first_seq => None,
+            _ => fetch(seq)?,
+        };
+        match message {
+            None => found.deleted += 1,
+            Some(message) => match ours(source, &message) {
+                Some(position) => {
+                    found.message = Some((message, position));
+                    return Ok(found);
+                }
+                None => found.foreign += 1,
+            },
+        }
+        seq -= 1;
+    }
+    found.reached_checkpoint = checkpoint.is_some_and(|c| c.seq == floor);
+    Ok(found)
+}
+
+/// What [`find_tail`] came upon, from the stream's end downwards.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The last message of ours, and where it says it stands.
+    pub message: Option<(StoredMessage, SourcePosition)>,
+    /// Without one: the search came down to the checkpoint.
+    pub reached_checkpoint: bool,
+    /// Sequences above it that hold no message any more.
+    pub deleted: u64,
+    /// Messages above it that are somebody else's.
+    pub foreign: u64,
+}
+
+/// The position a message bears, if our slot wrote it (on whatever system and timeline).
+fn ours(source: &Source, message: &StoredMessage) -> Option<SourcePosition> {
+    let position: SourcePosition = message.header(OUTBOX_POSITION)?.parse().ok()?;
+    (position.source.slot == source.slot).then_some(position)
+}
+
+/// The log we are reading, and where it branched off its ancestors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lineage {
+    /// The slot, system and timeline of the server we are connected to.
+    pub source: Source,
+    /// Each older timeline of its history, and the LSN at which the next one began (`TIMELINE_HISTORY`).
+    pub switch_points: Vec<(u32, Lsn)>,
+}
+
+/// The tail's position is not one that this server can have written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Conflict {
+    /// Another system id: another initdb, so LSNs of the two have nothing to do with each other.
+    OtherSystem(SourcePosition),
+    /// A timeline that is not in this server's history: it was written after a promotion that this
+    /// server knows nothing of, so this server is behind or abandoned.
+    OtherTimeline(SourcePosition),
+}
+
+impl Lineage {
+    /// What a search says about the stream, seen from this server.
+    ///
+    /// With `accept_new_system` a tail of another system proves nothing and hinders nothing.
+    pub fn judge(
+        &self,
+        found: Found,
+        checkpoint: Option<&Checkpoint>,
+        accept_new_system: bool,
+    ) -> Result<Tail, Conflict> {
+        let mut tail = Tail { foreign: found.foreign, ..Tail::default() };
+        match found.message {
+            Some((message, position)) => {
+                if position.source.system_id != self.source.system_id {
+                    return if accept_new_system { Ok(tail) } else { Err(Conflict::OtherSystem(position)) };
+                }
+                if position.source.timeline != self.source.timeline {
+                    let branch = self.switch_points.iter().find(|(timeline, _)| *timeline == position.source.timeline);
+                    match branch {
+                        Some((_, lsn)) => tail.switch_point = Some(*lsn),
+                        None => return Err(Conflict::OtherTimeline(position)),
+                    }
+                }
+                tail.stored = Some(Checkpoint {
+                    seq: message.seq,
+                    position: position.position,
+                    id: message.header("Nats-Msg-Id").map(str::to_string),
+                });
+                tail.consumed = found.deleted;
+            }
+            None if found.reached_checkpoint => {
+                tail.stored = checkpoint.cloned();
+                tail.consumed = found.deleted;
+            }
+            None => {}
+        }
+        Ok(tail)
+    }
+}
+
+/// Reads a timeline history file: lines of `timeline <tab> switch point <tab> reason`, `#` begins a comment.
+/// Lines of another form are passed over, as Postgres' own reader does with what follows the two fields.
+pub fn parse_timeline_history(text: &str) -> Vec<(u32, Lsn)> {
+    let line = |line: &str| {
+        let line = line.split('#').next().unwrap_or_default();
+        let mut words = line.split_whitespace();
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    };
+    text.lines().filter_map(line).collect()
+}

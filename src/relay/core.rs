@@ -1,0 +1,597 @@
+//! Every decision of the publishing side: what to publish next, what an answer means, what may be
+//! confirmed, when to read the streams back, when to halt. Pure: no socket, clock or thread; time comes in.
+//!
+//! The core holds the *window*: the changes that Postgres sent and that are not settled yet, in order.
+//! Entries before `unsent` were handed to the connection or found stored; the front leaves once it is
+//! settled. A connection that answers anything unexpected is thrown away by the caller, which then reads
+//! the streams' tails and calls [`Core::connected`]: from there the window is walked again, and each event
+//! is published or found stored.
+
+use super::confirm::{Confirm, Confirmable};
+use crate::jetstream::ack::{AckError, PubAck};
+use crate::jetstream::chain::{Broken, Chain};
+use crate::jetstream::resume::{Checkpoint, Tail, Verdict};
+use crate::jetstream::streams::Routes;
+use crate::outbox::batch::{Batch, Change, EventSpans};
+use crate::outbox::position::{Position, SourcePosition};
+use crate::postgres::Lsn;
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What a consumer may rely on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// Each event stands in the stream once, in commit order.
+    ExactlyOnce,
+    /// No fence and no reading back: for streams with other busy writers. JetStream's deduplication
+    /// window catches repeats; order is kept within a subject.
+    AtLeastOnce,
+}
+
+/// The bounds of the window.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Events that wait for their ack.
+    pub inflight: usize,
+    /// Bytes of such events; one event may be larger.
+    pub inflight_bytes: usize,
+    /// So long may nothing be acknowledged while something waits.
+    pub ack_timeout: Duration,
+    /// See [`Confirm`].
+    pub hold_back: Duration,
+}
+
+/// What to do next.
+#[derive(Debug)]
+pub enum Next {
+    /// Publish this.
+    Publish(Publication),
+    /// Look at what stands at `seq` of `stream`, then call [`Core::looked_up`].
+    Lookup {
+        /// The stream's name.
+        stream: String,
+        /// Its sequence.
+        seq: u64,
+        /// To be handed back.
+        token: u64,
+    },
+    /// Nothing now: the window is full or empty.
+    Nothing,
+}
+
+/// An event on its way.
+#[derive(Debug)]
+pub struct Publication {
+    /// Holds the event's bytes.
+    pub batch: Arc<Batch>,
+    /// Which event of it.
+    pub event: EventSpans,
+    /// Names the answer: [`Core::answer`].
+    pub token: u64,
+    /// The fence; `None` with [`Delivery::AtLeastOnce`].
+    pub expected_last_sequence: Option<u64>,
+}
+
+/// The connection, the copy stream or the whole relay cannot go on as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Throw the connection to NATS away, connect, read the tails.
+    Reconnect(Cause),
+    /// A stream has lost what it acknowledged: start the copy stream anew from the slot, which still has it.
+    Backwards(Backwards),
+    /// It cannot be repaired.
+    Halt(Halt),
+}
+
+/// Why a connection's window ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// An ack that was not the predicted one.
+    Broken(Broken),
+    /// Refused by the stream.
+    Refused(AckError),
+    /// Nothing was acknowledged for the ack timeout.
+    AckTimeout,
+    /// No stream captures this subject.
+    NoStream(String),
+}
+
+/// A stream that ends before what it had acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backwards {
+    /// The stream's name.
+    pub stream: String,
+    /// Where it ends now.
+    pub last_seq: u64,
+    /// What it had acknowledged.
+    pub acked_seq: u64,
+}
+
+/// What cannot be repaired without a person's decision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Halt {
+    /// Another event stands at this position: the stream was written from another history.
+    IdMismatch {
+        /// The stream's name.
+        stream: String,
+        /// The position both claim.
+        position: Position,
+        /// The id that Postgres has there.
+        id: String,
+        /// The id that the stream has there.
+        stored_id: String,
+    },
+    /// The stream lost events that the slot has been told to forget.
+    LostBeyondSlot(Backwards),
+}
+
+/// A stream as it was read at connect.
+#[derive(Clone, Debug)]
+pub struct StreamAtConnect {
+    /// Its name.
+    pub name: String,
+    /// The last sequence it stored ever.
+    pub last_seq: u64,
+    /// What it holds of ours.
+    pub tail: Tail,
+    /// The last event of ours that is older than the hold-back, by the stream's own time.
+    pub aged: Option<Position>,
+}
+
+/// What outlives a session: how far each stream was seen to be.
+#[derive(Clone, Debug, Default)]
+pub struct Memory(Vec<Remembered>);
+
+#[derive(Clone, Debug)]
+struct Remembered {
+    name: String,
+    last: Option<Checkpoint>,
+    confirmed_seq: u64,
+}
+
+/// Counters since the core was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Events stored by us, and the bytes of their bodies.
+    pub published: u64,
+    /// Bytes of their bodies.
+    pub published_bytes: u64,
+    /// Events found in the stream on resume.
+    pub skipped: u64,
+    /// Events dropped because an earlier event had used their id.
+    pub dropped: u64,
+}
+
+#[derive(Debug)]
+struct Stream {
+    name: String,
+    chain: Chain,
+    tail: Tail,
+    aged: Option<Position>,
+    /// The last event known to stand in the stream.
+    last: Option<Checkpoint>,
+    /// The sequence of the last settled event: what a confirmation may rest on.
+    settled_seq: u64,
+    /// What the confirmed LSN rests on.
+    confirmed_seq: u64,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Event(Pending),
+    Boundary(Lsn),
+}
+
+#[derive(Debug)]
+struct Pending {
+    batch: Arc<Batch>,
+    spans: EventSpans,
+    state: State,
+    /// The server called it a duplicate of what stands at this sequence.
+    suspect: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Unsent,
+    Sent { stream: usize, expected: u64 },
+    Stored { stream: Option<usize>, seq: u64, at: Option<Instant> },
+}
+
+/// The state machine. See the module.
+#[derive(Debug)]
+pub struct Core {
+    delivery: Delivery,
+    limits: Limits,
+    connected: bool,
+    routes: Routes,
+    /// Which of `streams` each route leads to.
+    routed: Vec<usize>,
+    streams: Vec<Stream>,
+    window: VecDeque<Entry>,
+    first_token: u64,
+    unsent: usize,
+    /// Events and bytes of `window[..unsent]`.
+    held: usize,
+    held_bytes: usize,
+    waiting: usize,
+    waiting_since: Option<Instant>,
+    subjects: HashSet<Box<str>>,
+    offered: Position,
+    youngest: Option<Instant>,
+    confirm: Confirm,
+    tally: Tally,
+}
+
+impl Core {
+    /// A core for one copy stream, with what is remembered of the streams.
+    pub fn new(delivery: Delivery, limits: Limits, memory: Memory) -> Core {
+        let stream = |remembered: Remembered| Stream {
+            name: remembered.name,
+            chain: Chain::new(0),
+            tail: Tail::default(),
+            aged: None,
+            settled_seq: remembered.confirmed_seq,
+            confirmed_seq: remembered.confirmed_seq,
+            last: remembered.last,
+        };
+        Core {
+            delivery,
+            limits,
+            connected: false,
+            routes: Routes::default(),
+            routed: Vec::new(),
+            streams: memory.0.into_iter().map(stream).collect(),
+            window: VecDeque::new(),
+            first_token: 0,
+            unsent: 0,
+            held: 0,
+            held_bytes: 0,
+            waiting: 0,
+            waiting_since: None,
+            subjects: HashSet::new(),
+            offered: Position::default(),
+            youngest: None,
+            confirm: Confirm::new(match delivery {
+                Delivery::ExactlyOnce => limits.hold_back,
+                Delivery::AtLeastOnce => Duration::ZERO,
+            }),
+            tally: Tally::default(),
+        }
+    }
+
+    /// What the next session has to know.
+    pub fn into_memory(self) -> Memory {
+        let remember =
+            |s: Stream| Remembered { name: s.name, last: s.last, confirmed_seq: s.confirmed_seq };
+        Memory(self.streams.into_iter().map(remember).collect())
+    }
+
+    /// The last event known to stand in a stream: from there its tail is searched.
+    pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
+        self.streams.iter().find(|s| s.name == stream)?.last.as_ref()
+    }
+
+    /// A new connection, and what the streams that capture the prefix hold, in the order of `routes`.
+    pub fn connected(&mut self, routes: Routes, streams: Vec<StreamAtConnect>) -> Result<(), Trouble> {
+        self.disconnected();
+        self.routed.clear();
+        for found in streams {
+            let index = self.stream_index(&found.name);
+            self.check_forwards(index, found.last_seq)?;
+            let Some(stream) = self.streams.get_mut(index) else { continue };
+            if let Some(stored) = &found.tail.stored {
+                stream.last = Some(stored.clone());
+            }
+            stream.chain = Chain::new(found.last_seq);
+            stream.tail = found.tail;
+            stream.aged = found.aged;
+            self.routed.push(index);
+        }
+        self.routes = routes;
+        self.connected = true;
+        Ok(())
+    }
+
+    /// The connection is gone. What it had not answered will be asked of the streams.
+    pub fn disconnected(&mut self) {
+        self.connected = false;
+        for entry in self.window.iter_mut().take(self.unsent) {
+            if let Entry::Event(event) = entry {
+                if matches!(event.state, State::Sent { .. }) {
+                    event.state = State::Unsent;
+                }
+            }
+        }
+        (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
+        self.waiting_since = None;
+        self.subjects.clear();
+    }
+
+    /// Another batch is wanted: everything that came so far was handed on.
+    pub fn wants_batch(&self) -> bool {
+        self.connected && self.unsent == self.window.len() && self.has_room(0)
+    }
+
+    /// Takes the next changes of the copy stream.
+    pub fn offer(&mut self, batch: Arc<Batch>) {
+        for change in batch.changes() {
+            self.window.push_back(match *change {
+                Change::Event(spans) => {
+                    assert!(spans.position > self.offered, "Postgres sends transactions in commit order");
+                    self.offered = spans.position;
+                    Entry::Event(Pending { batch: batch.clone(), spans, state: State::Unsent, suspect: None })
+                }
+                Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
+                Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
+            });
+        }
+        if self.unsent == 0 {
+            self.settle();
+        }
+    }
+
+    /// The next thing to do; to be called until it says [`Next::Nothing`].
+    pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
+        while self.connected {
+            let token = self.first_token + self.unsent as u64;
+            let Some(entry) = self.window.get(self.unsent) else { break };
+            let Entry::Event(pending) = entry else {
+                self.unsent += 1;
+                self.settle();
+                continue;
+            };
+            let event = pending.batch.event(&pending.spans);
+            let size = pending.spans.size();
+            if !self.has_room(size) {
+                break;
+            }
+            if matches!(pending.state, State::Stored { .. }) {
+                self.hold(size);
+                continue;
+            }
+            let next = match self.delivery {
+                Delivery::AtLeastOnce => {
+                    if self.subjects.contains(event.subject) {
+                        break;
+                    }
+                    self.subjects.insert(event.subject.into());
+                    State::Sent { stream: 0, expected: 0 }
+                }
+                Delivery::ExactlyOnce => {
+                    let routed = self.routes.route(event.subject).and_then(|route| self.routed.get(route));
+                    let Some((index, stream)) = routed.and_then(|i| Some((*i, self.streams.get_mut(*i)?))) else {
+                        return Err(Trouble::Reconnect(Cause::NoStream(event.subject.to_string())));
+                    };
+                    match stream.tail.verdict(event.position, event.id) {
+                        Verdict::IdMismatch => {
+                            return Err(Trouble::Halt(Halt::IdMismatch {
+                                stream: stream.name.clone(),
+                                position: event.position,
+                                id: event.id.to_string(),
+                                stored_id: stream.tail.stored.as_ref().and_then(|t| t.id.clone()).unwrap_or_default(),
+                            }));
+                        }
+                        Verdict::Stored => {
+                            self.tally.skipped += 1;
+                            let seq = match &stream.tail.stored {
+                                Some(stored) if stored.position == event.position => stored.seq,
+                                _ => 0,
+                            };
+                            let aged = stream.aged.is_some_and(|aged| event.position <= aged);
+                            State::Stored { stream: Some(index), seq, at: (!aged).then_some(now) }
+                        }
+                        Verdict::Publish => match pending.suspect {
+                            Some(seq) => return Ok(Next::Lookup { stream: stream.name.clone(), seq, token }),
+                            None => State::Sent { stream: index, expected: stream.chain.extend() },
+                        },
+                    }
+                }
+            };
+            let publication = match next {
+                State::Sent { expected, .. } => Some(Publication {
+                    batch: pending.batch.clone(),
+                    event: pending.spans,
+                    token,
+                    expected_last_sequence: (self.delivery == Delivery::ExactlyOnce).then_some(expected),
+                }),
+                _ => None,
+            };
+            self.set_state(self.unsent, next);
+            self.hold(size);
+            if let Some(publication) = publication {
+                self.waiting += 1;
+                self.waiting_since.get_or_insert(now);
+                return Ok(Next::Publish(publication));
+            }
+        }
+        Ok(Next::Nothing)
+    }
+
+    /// The answer to a publish of this connection.
+    pub fn answer(&mut self, token: u64, answer: Result<PubAck, AckError>, now: Instant) -> Result<(), Trouble> {
+        let index = token.checked_sub(self.first_token).map(|index| index as usize);
+        let Some((index, Entry::Event(pending))) = index.and_then(|i| Some((i, self.window.get_mut(i)?))) else {
+            return Ok(());
+        };
+        let State::Sent { stream, expected } = pending.state else {
+            return Ok(());
+        };
+        let ack = answer.map_err(|error| Trouble::Reconnect(Cause::Refused(error)))?;
+        let event = pending.batch.event(&pending.spans);
+        let stored = match self.delivery {
+            Delivery::AtLeastOnce => {
+                // a duplicate is stored too, unless it is the false answer that names no sequence
+                if ack.seq == 0 {
+                    return Err(Trouble::Reconnect(Cause::Broken(Broken::Duplicate { seq: 0 })));
+                }
+                self.subjects.remove(event.subject);
+                State::Stored { stream: None, seq: ack.seq, at: Some(now) }
+            }
+            Delivery::ExactlyOnce => {
+                let Some(stream_state) = self.streams.get_mut(stream) else { return Ok(()) };
+                if let Err(broken) = stream_state.chain.accept(expected, &ack) {
+                    if let Broken::Duplicate { seq } = broken {
+                        pending.suspect = (seq > 0).then_some(seq);
+                    }
+                    return Err(Trouble::Reconnect(Cause::Broken(broken)));
+                }
+                stream_state.last = Some(Checkpoint { seq: ack.seq, position: event.position, id: None });
+                State::Stored { stream: Some(stream), seq: ack.seq, at: Some(now) }
+            }
+        };
+        self.tally.published += 1;
+        self.tally.published_bytes += event.body.len() as u64;
+        pending.state = stored;
+        self.waiting -= 1;
+        self.waiting_since = (self.waiting > 0).then_some(now);
+        if index == 0 {
+            self.settle();
+        }
+        Ok(())
+    }
+
+    /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
+    /// Returns the id of the event if it is dropped.
+    pub fn looked_up(&mut self, token: u64, found: Option<(&str, Option<&SourcePosition>)>) -> Option<String> {
+        let index = token.checked_sub(self.first_token)? as usize;
+        let Some(Entry::Event(pending)) = self.window.get_mut(index) else { return None };
+        pending.suspect = None;
+        let event = pending.batch.event(&pending.spans);
+        let (id, position) = found?;
+        // the same position would be this very event, and the tail, read again, says so
+        if id != event.id || position.is_some_and(|p| p.position == event.position) {
+            return None;
+        }
+        let dropped = event.id.to_string();
+        pending.state = State::Stored { stream: None, seq: 0, at: None };
+        self.tally.dropped += 1;
+        Some(dropped)
+    }
+
+    /// What a look at an idle stream says.
+    pub fn looked_at(&mut self, stream: &str, last_seq: u64) -> Result<(), Trouble> {
+        match self.streams.iter().position(|s| s.name == stream) {
+            Some(index) if self.delivery == Delivery::ExactlyOnce => self.check_forwards(index, last_seq),
+            _ => Ok(()),
+        }
+    }
+
+    /// When [`Core::tick`] wants to be called.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.waiting_since.map(|since| since + self.limits.ack_timeout)
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Instant) -> Result<(), Trouble> {
+        match self.deadline() {
+            Some(deadline) if now >= deadline => Err(Trouble::Reconnect(Cause::AckTimeout)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The LSN that may be confirmed at `now`.
+    pub fn confirmable(&mut self, now: Instant) -> Lsn {
+        let Confirmable { lsn, sequences } = self.confirm.confirmable(now);
+        for (stream, seq) in self.streams.iter_mut().zip(sequences) {
+            stream.confirmed_seq = *seq;
+        }
+        *lsn
+    }
+
+    /// Something is stored but too young to be confirmed.
+    pub fn is_holding_back(&self) -> bool {
+        self.confirm.is_waiting()
+    }
+
+    /// Nothing waits: every event that was offered is settled.
+    pub fn is_settled(&self) -> bool {
+        self.window.is_empty()
+    }
+
+    /// Publishes that wait for their ack.
+    pub fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// The counters.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    fn stream_index(&mut self, name: &str) -> usize {
+        self.streams.iter().position(|s| s.name == name).unwrap_or_else(|| {
+            self.streams.push(Stream {
+                name: name.to_string(),
+                chain: Chain::new(0),
+                tail: Tail::default(),
+                aged: None,
+                last: None,
+                settled_seq: 0,
+                confirmed_seq: 0,
+            });
+            self.streams.len() - 1
+        })
+    }
+
+    /// A stream never ends before what it acknowledged, unless it lost it.
+    fn check_forwards(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
+        let Some(stream) = self.streams.get_mut(index) else { return Ok(()) };
+        let acked_seq = stream.last.as_ref().map_or(0, |last| last.seq);
+        if last_seq >= acked_seq {
+            return Ok(());
+        }
+        let backwards = Backwards { stream: stream.name.clone(), last_seq, acked_seq };
+        if last_seq < stream.confirmed_seq {
+            return Err(Trouble::Halt(Halt::LostBeyondSlot(backwards)));
+        }
+        // told once: the next session fills the stream again from what the slot still has
+        stream.last = None;
+        stream.settled_seq = stream.confirmed_seq;
+        Err(Trouble::Backwards(backwards))
+    }
+
+    fn has_room(&self, size: usize) -> bool {
+        self.held == 0
+            || self.held < self.limits.inflight && self.held_bytes + size <= self.limits.inflight_bytes
+    }
+
+    /// The event at `unsent` was handed on or found stored.
+    fn hold(&mut self, size: usize) {
+        self.held += 1;
+        self.held_bytes += size;
+        self.unsent += 1;
+        self.settle();
+    }
+
+    fn set_state(&mut self, index: usize, state: State) {
+        if let Some(Entry::Event(pending)) = self.window.get_mut(index) {
+            pending.state = state;
+        }
+    }
+
+    /// Lets go of what is settled at the front of the window.
+    fn settle(&mut self) {
+        loop {
+            match self.window.front() {
+                Some(Entry::Event(Pending { spans, state: State::Stored { stream, seq, at }, .. })) if self.unsent > 0 => {
+                    if let Some(stream) = stream.and_then(|index| self.streams.get_mut(index)) {
+                        stream.settled_seq = stream.settled_seq.max(*seq);
+                    }
+                    self.youngest = self.youngest.max(*at);
+                    self.held -= 1;
+                    self.held_bytes -= spans.size();
+                }
+                Some(Entry::Boundary(lsn)) => {
+                    let sequences = self.streams.iter().map(|stream| stream.settled_seq);
+                    self.confirm.boundary(*lsn, self.youngest.take(), sequences);
+                }
+                _ => return,
+            }
+            self.window.pop_front();
+            self.first_token += 1;
+            self.unsent = self.unsent.saturating_sub(1);
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! The feedback thread: standby status updates, so that Postgres keeps the session and lets go of its log.
+//!
+//! It only reads the shared positions, so nothing that publishing waits for can hold it up: without a
+//! status update for `wal_sender_timeout` Postgres ends the session. It is also the one that notices a
+//! Postgres that has gone silent, because the reader does nothing but wait for it.
+
+use super::progress::Progress;
+use crate::postgres;
+use crate::postgres::replication::{ReplicationWriter, StandbyStatusUpdate};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// pg_recvlogical's and the replaced program's interval; a sixth of the default `wal_sender_timeout`.
+pub const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+/// Half of `SILENCE_LIMIT`, as a walreceiver does it: from then on each status asks for a reply.
+const SILENCE_PING: Duration = Duration::from_secs(30);
+/// The default of `wal_receiver_timeout`.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// A Postgres that shuts down waits until everything is confirmed, and asks again upon each reply. So
+/// many requests within a second are that, and nothing else: see [`Ended::ServerShutsDown`].
+const REQUESTS_A_SECOND: u32 = 8;
+
+/// What the other threads ask of this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Postgres wants a status update now.
+    Reply,
+    /// Send one that asks Postgres to reply: it wakes a reader that waits for Postgres.
+    Ping,
+}
+
+/// Why the thread ended, when nothing failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The others have finished: the last status update was sent, and CopyDone.
+    Finished,
+    /// Postgres shuts down and waits for us to confirm what is held back, or cannot be stored now. The
+    /// session has to end, or the shutdown never does; what is not confirmed comes again.
+    ServerShutsDown,
+}
+
+/// Runs until every sender of `asks` is gone.
+pub fn run(
+    writer: &ReplicationWriter,
+    progress: &Progress,
+    asks: &Receiver<Ask>,
+) -> Result<Ended, postgres::Error> {
+    let mut requests = Requests::default();
+    let mut next_status = Instant::now() + STATUS_INTERVAL;
+    loop {
+        let wait = next_status.saturating_duration_since(Instant::now());
+        let ask = match asks.recv_timeout(wait) {
+            Ok(ask) => Some(ask),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => {
+                send(writer, progress, false)?;
+                writer.copy_done()?;
+                return Ok(Ended::Finished);
+            }
+        };
+        let silence = progress.silence();
+        if silence > SILENCE_LIMIT {
+            return Err(postgres::Error::Timeout { doing: "wait for Postgres to send anything" });
+        }
+        send(writer, progress, ask == Some(Ask::Ping) || silence > SILENCE_PING)?;
+        next_status = Instant::now() + STATUS_INTERVAL;
+        if ask == Some(Ask::Reply) && requests.too_many(Instant::now(), progress) {
+            return Ok(Ended::ServerShutsDown);
+        }
+    }
+}
+
+fn send(writer: &ReplicationWriter, progress: &Progress, reply_requested: bool) -> Result<(), postgres::Error> {
+    let (write, flush) = progress.status();
+    writer.send_status(&StandbyStatusUpdate { write, flush, apply: flush, reply_requested })
+}
+
+/// Counts requests for a reply that come while everything was sent and not everything is confirmed.
+#[derive(Debug, Default)]
+struct Requests {
+    since: Option<Instant>,
+    count: u32,
+}
+
+impl Requests {
+    fn too_many(&mut self, now: Instant, progress: &Progress) -> bool {
+        let (write, flush) = progress.status();
+        let fresh = self.since.is_some_and(|since| now.saturating_duration_since(since) < Duration::from_secs(1));
+        if !fresh || flush == write {
+            *self = Requests { since: Some(now), count: 0 };
+        }
+        self.count += 1;
+        self.count >= REQUESTS_A_SECOND
+    }
+}

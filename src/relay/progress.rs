@@ -1,0 +1,90 @@
+//! How far each thread has come: the atomic positions the three threads share, and nothing else.
+//!
+//! The meaning of each LSN is that of a standby (`pg_stat_replication`): received = write,
+//! confirmable = flush and apply.
+
+use crate::postgres::Lsn;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// The shared positions of one session. They only ever grow.
+#[derive(Debug)]
+pub struct Progress {
+    start: Instant,
+    received: AtomicU64,
+    confirmable: AtomicU64,
+    /// Milliseconds after `start`, plus one; 0: the reader is not waiting for Postgres.
+    reading_since: AtomicU64,
+}
+
+impl Default for Progress {
+    fn default() -> Progress {
+        Progress {
+            start: Instant::now(),
+            received: AtomicU64::new(0),
+            confirmable: AtomicU64::new(0),
+            reading_since: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Progress {
+    /// Reader: everything up to `lsn` has arrived here.
+    pub fn received(&self, lsn: Lsn) {
+        self.received.fetch_max(lsn.0, Ordering::Release);
+    }
+
+    /// Publisher: everything up to `lsn` is stored, and old enough.
+    pub fn confirmable(&self, lsn: Lsn) {
+        self.confirmable.fetch_max(lsn.0, Ordering::Release);
+    }
+
+    /// Feedback: (write, flush) of a standby status update.
+    ///
+    /// Postgres accepts a flush position beyond its own end and moves the slot there, which would
+    /// lose everything up to it. So one that was never received is a bug of ours, and ends the process.
+    pub fn status(&self) -> (Lsn, Lsn) {
+        let flush = Lsn(self.confirmable.load(Ordering::Acquire));
+        let write = Lsn(self.received.load(Ordering::Acquire));
+        assert!(flush <= write, "confirm {flush}, but only {write} was received");
+        (write, flush)
+    }
+
+    /// Reader: from here it waits for Postgres, or no longer does.
+    pub fn reading(&self, waiting: bool) {
+        let since = if waiting { self.start.elapsed().as_millis() as u64 + 1 } else { 0 };
+        self.reading_since.store(since, Ordering::Relaxed);
+    }
+
+    /// Feedback: so long Postgres has sent nothing although the reader waits for it.
+    pub fn silence(&self) -> Duration {
+        match self.reading_since.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => self.start.elapsed().saturating_sub(Duration::from_millis(since)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_never_move_back() {
+        let progress = Progress::default();
+        progress.received(Lsn(10));
+        progress.received(Lsn(5));
+        progress.confirmable(Lsn(7));
+        progress.confirmable(Lsn(3));
+        assert_eq!(progress.status(), (Lsn(10), Lsn(7)));
+    }
+
+    #[test]
+    #[should_panic(expected = "only 0/5 was received")]
+    fn what_was_not_received_is_never_confirmed() {
+        let progress = Progress::default();
+        progress.received(Lsn(5));
+        progress.confirmable(Lsn(6));
+        progress.status();
+    }
+}

@@ -1,0 +1,159 @@
+//! The reader thread: blocks on the replication stream, decodes it, and pushes batches of changes into
+//! the channel.
+//!
+//! A batch is what one read of the socket held: it goes on when the next message would have to be waited
+//! for, so that nothing waits when the outbox is idle, and a backlog travels in large pieces. When the
+//! channel is full the reader stands still, the socket fills up, and Postgres keeps the rest.
+
+use super::error::Error;
+use super::feedback::Ask;
+use super::progress::Progress;
+use super::stop::Stop;
+use crate::outbox::batch::{Batch, Change};
+use crate::outbox::mapper::{ColumnInfo, Mapper, Value};
+use crate::outbox::position::Position;
+use crate::postgres::Lsn;
+use crate::postgres::pgoutput::{self, Message, TupleValue};
+use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
+use crossbeam_channel::Sender;
+
+/// A batch goes on at this size even if more is there: with the channel's bound and one event of the
+/// largest size this is what the relay holds between its threads.
+const BATCH_BYTES: usize = 64 * 1024;
+/// The same for transactions without events and very small ones.
+const BATCH_CHANGES: usize = 512;
+/// How many batches may wait for the publisher.
+pub const CHANNEL_BATCHES: usize = 4;
+
+/// What the reader works with.
+pub struct Reader<'a> {
+    /// The decoded rows' way to the publisher.
+    pub changes: Sender<Batch>,
+    /// The feedback thread.
+    pub asks: Sender<Ask>,
+    /// The shared positions.
+    pub progress: &'a Progress,
+    /// Asks the reader to end.
+    pub stop: &'a Stop,
+    /// Which columns of which table make an event.
+    pub mapper: Mapper,
+    /// With `--drain`: everything up to here, and no more.
+    pub upto: Option<Lsn>,
+}
+
+/// Why the reader ended, when nothing failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was asked to, or nobody receives its batches any more.
+    Stopped,
+    /// Everything up to the LSN of `--drain` was read.
+    Drained,
+    /// Postgres ended the stream.
+    ByServer,
+}
+
+/// The transaction that is being read.
+struct Transaction {
+    commit_lsn: Lsn,
+    events: u32,
+}
+
+impl Reader<'_> {
+    /// Reads until the end, which drops the channel to the publisher.
+    pub fn run(mut self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
+        let mut batch = Batch::default();
+        let mut transaction: Option<Transaction> = None;
+        let mut reached = Lsn::INVALID;
+        loop {
+            if !stream.has_buffered() || batch.len_bytes() >= BATCH_BYTES || batch.changes().len() >= BATCH_CHANGES {
+                if !batch.is_empty() && self.changes.send(std::mem::take(&mut batch)).is_err() {
+                    return Ok(Ended::Stopped);
+                }
+                if self.upto.is_some_and(|upto| reached >= upto) {
+                    return Ok(Ended::Drained);
+                }
+            }
+            if self.stop.is_stopping() {
+                return Ok(Ended::Stopped);
+            }
+            self.progress.reading(!stream.has_buffered());
+            let message = stream.next();
+            self.progress.reading(false);
+            match message? {
+                None => return Ok(Ended::ByServer),
+                Some(ReplicationMessage::Notice(notice)) => {
+                    if notice.message.contains("skipped loading publication") {
+                        return Err(Error::PublicationSkipped(notice.to_string()));
+                    }
+                    log::info!(notice:% = notice; "postgres says");
+                }
+                Some(ReplicationMessage::PrimaryKeepalive { wal_end, reply_requested, .. }) => {
+                    self.progress.received(wal_end);
+                    batch.push_boundary(Change::Keepalive { wal_end });
+                    reached = reached.max(wal_end);
+                    if reply_requested {
+                        // a full channel means that a status update is about to be sent anyway
+                        let _ = self.asks.try_send(Ask::Reply);
+                    }
+                }
+                Some(ReplicationMessage::XLogData { data, wal_start, .. }) => {
+                    let message = pgoutput::decode(data).map_err(|error| Error::Decode { error, at: wal_start })?;
+                    if let Some(end_lsn) = self.take(message, wal_start, &mut transaction, &mut batch)? {
+                        self.progress.received(end_lsn);
+                        reached = reached.max(end_lsn);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One pgoutput message. Returns the end of a transaction.
+    fn take(
+        &mut self,
+        message: Message<'_>,
+        at: Lsn,
+        transaction: &mut Option<Transaction>,
+        batch: &mut Batch,
+    ) -> Result<Option<Lsn>, Error> {
+        match message {
+            Message::Begin { final_lsn, .. } => {
+                *transaction = Some(Transaction { commit_lsn: final_lsn, events: 0 });
+            }
+            Message::Commit { commit_lsn, end_lsn, commit_time_us } => {
+                let Some(ended) = transaction.take() else {
+                    return Err(Error::OutOfPlace { message: "Commit", at });
+                };
+                if ended.events > 0 {
+                    batch.push(Change::Commit { commit_lsn, end_lsn, commit_time_us });
+                } else {
+                    batch.push_boundary(Change::Commit { commit_lsn, end_lsn, commit_time_us });
+                }
+                return Ok(Some(end_lsn));
+            }
+            Message::Relation(relation) => {
+                let columns = relation.columns().map(|c| ColumnInfo { name: c.name, type_id: c.type_id });
+                self.mapper.relation(relation.id, relation.namespace, relation.name, columns, at)?;
+            }
+            Message::Insert { relation_id, tuple } => {
+                let Some(transaction) = transaction else {
+                    return Err(Error::OutOfPlace { message: "Insert", at });
+                };
+                let position = Position { commit_lsn: transaction.commit_lsn, ordinal: transaction.events + 1 };
+                let values = tuple.iter().map(|value| match value {
+                    TupleValue::Null => Value::Null,
+                    TupleValue::UnchangedToast => Value::UnchangedToast,
+                    TupleValue::Text(text) => Value::Text(text),
+                    TupleValue::Binary(bytes) => Value::Binary(bytes),
+                });
+                if self.mapper.insert(relation_id, values, position, batch)? {
+                    transaction.events += 1;
+                }
+            }
+            Message::Update { relation_id, .. } => log::debug!(relation_id; "ignored an update"),
+            Message::Delete { relation_id, .. } => log::trace!(relation_id; "ignored a delete"),
+            Message::Truncate { .. } => log::debug!("ignored a truncate"),
+            Message::Origin { .. } | Message::Type { .. } | Message::Message { .. } => {}
+        }
+        Ok(None)
+    }
+}
