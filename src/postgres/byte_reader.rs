@@ -13,7 +13,7 @@ pub struct ByteReader<'a> {
 }
 
 /// Why a field cannot be read. `what` names the field.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadError {
     /// The message ends before the field does; both counts are bytes.
     UnexpectedEnd {

@@ -164,7 +164,7 @@ pub struct RelationIds<'a>(&'a [[u8; 4]]);
 pub struct MessageContent<'a>(pub &'a [u8]);
 
 /// Why a message cannot be decoded. The bytes of rows are never part of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
     /// The first byte is not one of protocol version 1.
     UnknownMessage(u8),
@@ -500,5 +500,255 @@ impl std::error::Error for DecodeError {
             DecodeError::UnknownMessage(_) => None,
             DecodeError::Malformed { cause, .. } => Some(cause),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Writes what `decode` reads.
+    #[derive(Default)]
+    struct Encoder(Vec<u8>);
+
+    impl Encoder {
+        fn bytes(mut self, bytes: &[u8]) -> Encoder {
+            self.0.extend_from_slice(bytes);
+            self
+        }
+
+        fn u32(self, value: u32) -> Encoder {
+            self.bytes(&value.to_be_bytes())
+        }
+
+        fn count16(self, count: usize) -> Encoder {
+            self.bytes(&i16::try_from(count).unwrap().to_be_bytes())
+        }
+
+        fn count32(self, count: usize) -> Encoder {
+            self.bytes(&i32::try_from(count).unwrap().to_be_bytes())
+        }
+
+        fn string(self, text: &str) -> Encoder {
+            self.bytes(text.as_bytes()).bytes(b"\0")
+        }
+
+        fn tuple(self, kind: u8, values: &[Value]) -> Encoder {
+            let start = self.bytes(&[kind]).count16(values.len());
+            values.iter().fold(start, |to, value| match value {
+                Value::Null => to.bytes(b"n"),
+                Value::UnchangedToast => to.bytes(b"u"),
+                Value::Text(value) => to.bytes(b"t").count32(value.len()).bytes(value),
+                Value::Binary(value) => to.bytes(b"b").count32(value.len()).bytes(value),
+            })
+        }
+    }
+
+    /// A [`TupleValue`] that owns its bytes.
+    #[derive(Clone, Debug)]
+    enum Value {
+        Null,
+        UnchangedToast,
+        Text(Vec<u8>),
+        Binary(Vec<u8>),
+    }
+
+    impl Value {
+        fn borrowed(&self) -> TupleValue<'_> {
+            match self {
+                Value::Null => TupleValue::Null,
+                Value::UnchangedToast => TupleValue::UnchangedToast,
+                Value::Text(value) => TupleValue::Text(value),
+                Value::Binary(value) => TupleValue::Binary(value),
+            }
+        }
+    }
+
+    fn row() -> impl Strategy<Value = Vec<Value>> {
+        let bytes = || proptest::collection::vec(any::<u8>(), 0..300);
+        let value = prop_oneof![
+            Just(Value::Null),
+            Just(Value::UnchangedToast),
+            bytes().prop_map(Value::Text),
+            bytes().prop_map(Value::Binary),
+        ];
+        proptest::collection::vec(value, 0..20)
+    }
+
+    fn is_row(tuple: Tuple<'_>, row: &[Value]) -> bool {
+        tuple.len() == row.len() && tuple.iter().eq(row.iter().map(Value::borrowed))
+    }
+
+    const NAME: &str = "[^\0]{0,20}";
+
+    proptest! {
+        #[test]
+        fn relations_come_out_as_they_went_in(
+            id: u32,
+            namespace in NAME,
+            name in NAME,
+            replica_identity: u8,
+            columns in proptest::collection::vec((any::<bool>(), NAME, any::<u32>(), any::<i32>()), 0..20),
+        ) {
+            let start = Encoder::default()
+                .bytes(b"R")
+                .u32(id)
+                .string(&namespace)
+                .string(&name)
+                .bytes(&[replica_identity])
+                .count16(columns.len());
+            let message = columns.iter().fold(start, |to, (key, name, type_id, type_modifier)| {
+                to.bytes(&[u8::from(*key)]).string(name).u32(*type_id).bytes(&type_modifier.to_be_bytes())
+            });
+            let Ok(Message::Relation(relation)) = decode(&message.0) else {
+                panic!("{:?}", decode(&message.0))
+            };
+            prop_assert_eq!(
+                (relation.id, relation.namespace, relation.name, relation.replica_identity),
+                (id, &namespace[..], &name[..], replica_identity)
+            );
+            prop_assert_eq!(relation.column_count(), columns.len());
+            let expected = columns.iter().map(|(key, name, type_id, type_modifier)| Column {
+                key: *key,
+                name,
+                type_id: *type_id,
+                type_modifier: *type_modifier,
+            });
+            prop_assert!(relation.columns().eq(expected));
+        }
+
+        #[test]
+        fn rows_come_out_as_they_went_in(id: u32, before in row(), after in row()) {
+            let message = |kind| Encoder::default().bytes(&[kind]).u32(id);
+
+            let insert = message(b'I').tuple(b'N', &after).0;
+            let Ok(Message::Insert { relation_id, tuple }) = decode(&insert) else {
+                panic!("{:?}", decode(&insert))
+            };
+            prop_assert!(relation_id == id && is_row(tuple, &after));
+
+            let update = message(b'U').tuple(b'N', &after).0;
+            let Ok(Message::Update { relation_id, old: None, new }) = decode(&update) else {
+                panic!("{:?}", decode(&update))
+            };
+            prop_assert!(relation_id == id && is_row(new, &after));
+
+            for (kind, is_key) in [(b'K', true), (b'O', false)] {
+                let is_before = |old| match old {
+                    OldTuple::Key(old) => is_key && is_row(old, &before),
+                    OldTuple::Full(old) => !is_key && is_row(old, &before),
+                };
+                let update = message(b'U').tuple(kind, &before).tuple(b'N', &after).0;
+                let Ok(Message::Update { relation_id, old: Some(old), new }) = decode(&update) else {
+                    panic!("{:?}", decode(&update))
+                };
+                prop_assert!(relation_id == id && is_before(old) && is_row(new, &after));
+
+                let delete = message(b'D').tuple(kind, &before).0;
+                let Ok(Message::Delete { relation_id, old }) = decode(&delete) else {
+                    panic!("{:?}", decode(&delete))
+                };
+                prop_assert!(relation_id == id && is_before(old));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_message_is_refused_with_the_reason() {
+        fn check(data: &[u8], expected: &str) {
+            assert_eq!(decode(data).unwrap_err().to_string(), expected, "{data:?}");
+        }
+        check(
+            b"",
+            "decode pgoutput message: type needs 1 bytes, 0 are left",
+        );
+        check(
+            b"I\0\0\0",
+            "decode pgoutput Insert: relation id needs 4 bytes, 3 are left",
+        );
+        check(
+            b"I\0\0\0\x01K\0\0",
+            "decode pgoutput Insert: tuple kind is 0x4B ('K'), which is unknown",
+        );
+        check(
+            b"I\0\0\0\x01N\xff\xff",
+            "decode pgoutput Insert: number of values is -1",
+        );
+        check(
+            b"I\0\0\0\x01N\x7f\xffn",
+            "decode pgoutput Insert: kind of a value needs 1 bytes, 0 are left",
+        );
+        check(
+            b"I\0\0\0\x01N\0\x01x",
+            "decode pgoutput Insert: kind of a value is 0x78 ('x'), which is unknown",
+        );
+        check(
+            b"I\0\0\0\x01N\0\x01t\x7f\xff\xff\xffabc",
+            "decode pgoutput Insert: value needs 2147483647 bytes, 3 are left",
+        );
+        check(
+            b"I\0\0\0\x01N\0\x01t\xff\xff\xff\xff",
+            "decode pgoutput Insert: length of a value is -1",
+        );
+        check(
+            b"I\0\0\0\x01N\0\x01nn",
+            "decode pgoutput Insert: 1 bytes are left after its end",
+        );
+        check(
+            b"U\0\0\0\x01K\0\0K",
+            "decode pgoutput Update: tuple kind is 0x4B ('K'), which is unknown",
+        );
+        check(
+            b"D\0\0\0\x01N\0\0",
+            "decode pgoutput Delete: tuple kind is 0x4E ('N'), which is unknown",
+        );
+        check(
+            b"R\0\0\0\x01public\0\xff\0d\0\0",
+            "decode pgoutput Relation: name is not UTF-8",
+        );
+        check(
+            b"Y\0\0\0\x01public",
+            "decode pgoutput Type: namespace has no terminator in the 6 bytes left",
+        );
+        check(
+            b"T\x7f\xff\xff\xff\0\0\0\0\x01",
+            "decode pgoutput Truncate: relation ids needs 8589934588 bytes, 4 are left",
+        );
+        check(
+            b"C\x01",
+            "decode pgoutput Commit: flags is 0x01 ('\\x01'), which is unknown",
+        );
+        check(b"z", "decode pgoutput message: unknown type 0x7A ('z')");
+    }
+
+    #[test]
+    fn messages_of_later_protocols_are_named() {
+        let text = |byte| decode(&[byte]).unwrap_err().to_string();
+        for byte in *b"SEcA" {
+            assert!(text(byte).contains("streaming (protocol version 2)"));
+        }
+        for byte in *b"bPKrp" {
+            assert!(text(byte).contains("two-phase commit (protocol version 3)"));
+        }
+        assert_eq!(
+            text(b'S'),
+            "decode pgoutput message: unknown type 0x53 ('S'), of streaming (protocol version 2), \
+             which the relay never asks for: see what stands between it and Postgres"
+        );
+    }
+
+    #[test]
+    fn the_content_of_rows_and_messages_is_not_in_the_debug_form() {
+        let insert = b"I\0\0\0\x07N\0\x02nt\0\0\0\x06secret";
+        assert_eq!(
+            format!("{:?}", decode(insert).unwrap()),
+            "Insert { relation_id: 7, tuple: [Null, Text(6 bytes)] }"
+        );
+        let message = b"M\x01\0\0\0\0\0\0\0\x09me\0\0\0\0\x06secret";
+        assert_eq!(
+            format!("{:?}", decode(message).unwrap()),
+            "Message { transactional: true, lsn: 0/9, prefix: \"me\", content: 6 bytes }"
+        );
     }
 }
