@@ -9,6 +9,7 @@
 //! | `main.rs` | parse, start the logger, run, exit code |
 //! | [`cli`] | the flags as they are typed; nothing is validated there |
 //! | [`config`] | the one validated [`config::Config`], from flags, environment and files |
+//! | [`exit`] | the exit codes |
 //! | [`logging`] | one line of `key=value` (or JSON) an event, on stderr |
 //! | [`relay`] | the supervisor, a session, its three threads, and the pure [`relay::core`] they serve |
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
@@ -21,6 +22,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod exit;
 pub mod jetstream;
 pub mod logging;
 pub mod outbox;

@@ -135,7 +135,7 @@ impl Batch {
         body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
     ) -> Result<(), E> {
         let before = self.bytes.len();
-        let mut write = || {
+        let write = || {
             if self.bytes.get(self.table.range()) != Some(table.as_bytes()) {
                 self.table = span(&mut self.bytes, |bytes| {
                     bytes.extend_from_slice(table.as_bytes());

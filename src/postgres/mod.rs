@@ -1,8 +1,10 @@
 //! Our side of the Postgres protocol: everything up to decoded pgoutput messages.
 //!
 //! [`conninfo`] reads what libpq reads, [`connection`] starts a session over a [`stream`] (plain or
-//! [`tls`]), [`replication`] speaks the copy-both stream, [`pgoutput`] decodes what it carries.
+//! [`tls`]), [`replication`] speaks the copy-both stream, [`pgoutput`] decodes what it carries
+//! field by field with a [`byte_reader`].
 
+pub mod byte_reader;
 pub mod connection;
 pub mod conninfo;
 pub mod error;
