@@ -8,6 +8,7 @@
 //! is published or found stored.
 
 use super::confirm::{Confirm, Confirmable};
+use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, PubAck};
 use crate::jetstream::chain::{Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Tail, Verdict};
@@ -18,16 +19,6 @@ use crate::postgres::Lsn;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// What a consumer may rely on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivery {
-    /// Each event stands in the stream once, in commit order.
-    ExactlyOnce,
-    /// No fence and no reading back: for streams with other busy writers. JetStream's deduplication
-    /// window catches repeats; order is kept within a subject.
-    AtLeastOnce,
-}
 
 /// The bounds of the window.
 #[derive(Clone, Copy, Debug)]
@@ -153,7 +144,7 @@ struct Remembered {
 /// Counters since the core was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Events stored by us, and the bytes of their bodies.
+    /// Events stored by us.
     pub published: u64,
     /// Bytes of their bodies.
     pub published_bytes: u64,
@@ -471,11 +462,17 @@ impl Core {
     }
 
     /// What a look at an idle stream says.
-    pub fn looked_at(&mut self, stream: &str, last_seq: u64) -> Result<(), Trouble> {
-        match self.streams.iter().position(|s| s.name == stream) {
-            Some(index) if self.delivery == Delivery::ExactlyOnce => self.check_forwards(index, last_seq),
-            _ => Ok(()),
+    pub fn looked_at(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
+        match self.delivery {
+            Delivery::ExactlyOnce => self.check_forwards(index, last_seq),
+            Delivery::AtLeastOnce => Ok(()),
         }
+    }
+
+    /// The streams that no publish is on its way to, for [`Core::looked_at`].
+    pub fn idle_streams(&self) -> impl Iterator<Item = (usize, &str)> {
+        let idle = |(index, stream): (usize, &Stream)| stream.chain.is_settled().then_some((index, stream));
+        self.streams.iter().enumerate().filter_map(idle).map(|(index, stream)| (index, stream.name.as_str()))
     }
 
     /// When [`Core::tick`] wants to be called.

@@ -1,8 +1,9 @@
 //! What ends a session, whether another may follow, and what a person reads.
 
-use super::core::{Backwards, Cause, Halt};
+use super::core::{Backwards, Cause, Halt, Trouble};
 use crate::exit::Exit;
 use crate::jetstream;
+use crate::jetstream::ack::AckError;
 use crate::jetstream::chain::Broken;
 use crate::jetstream::resume::Conflict;
 use crate::outbox::mapper::MapError;
@@ -56,6 +57,10 @@ pub enum Error {
         /// What is allowed.
         limit: usize,
     },
+    /// A stream will never take the event.
+    Refused(AckError),
+    /// No working session to NATS for `--max-outage`; the last reason.
+    GaveUp(String),
     /// A stream lost what it had acknowledged; the slot still has it.
     Backwards(Backwards),
     /// A stream was written from another history of Postgres.
@@ -106,7 +111,8 @@ impl Error {
             Error::Setup(_) | Error::PublicationSkipped(_) | Error::Conflict { .. } => {
                 Verdict::Exit(Exit::Configuration)
             }
-            Error::Map(_) | Error::TooLarge { .. } | Error::Halt(_) => Verdict::Exit(Exit::Data),
+            Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
+            Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => Verdict::Exit(Exit::Data),
             Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => Verdict::Exit(Exit::Internal),
         }
     }
@@ -145,6 +151,12 @@ impl fmt::Display for Error {
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
                  raise max_payload of the server (and max_msg_size of the stream), then start the relay again"
             ),
+            Error::Refused(error) => write!(
+                f,
+                "publish an event: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
+                 limit, then start the relay again"
+            ),
+            Error::GaveUp(reason) => write!(f, "connect to NATS: no working session for --max-outage: {reason}"),
             Error::Backwards(b) => write!(f, "read the stream back: {b}; what it lost is published again from the slot"),
             Error::Conflict { stream, conflict: Conflict::OtherSystem(tail) } => write!(
                 f,
@@ -224,6 +236,17 @@ impl From<postgres::Error> for Error {
         match error.sqlstate() {
             Some("55006") => Error::SlotInUse { slot: String::new(), pid: None },
             _ => Error::Postgres(error),
+        }
+    }
+}
+
+impl From<Trouble> for Error {
+    /// Trouble at connect: there is no window yet that a reconnect could save.
+    fn from(trouble: Trouble) -> Error {
+        match trouble {
+            Trouble::Backwards(backwards) => Error::Backwards(backwards),
+            Trouble::Halt(halt) => Error::Halt(halt),
+            Trouble::Reconnect(_) => Error::Internal("a new connection was found broken before it was used"),
         }
     }
 }

@@ -1,0 +1,335 @@
+//! The publisher thread: carries what the core decides to JetStream, and the answers back.
+//!
+//! It holds the connection to NATS, and makes a new one when the core or the connection itself says so;
+//! the copy stream from Postgres stands still meanwhile and stays up. It calls nothing that can hang:
+//! publishing and closing are done by threads of the link.
+
+use super::core::{Cause, Core, Memory, Next, Trouble};
+use super::error::{Error, Verdict};
+use super::outage::Outage;
+use super::progress::Progress;
+use super::rejoin::{self, Joined};
+use super::repeated::Repeated;
+use super::report::Report;
+use super::stop::Stop;
+use crate::config::Config;
+use crate::jetstream::ack::AckErrorKind;
+use crate::jetstream::client::{Incoming, Link, Publish};
+use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
+use crate::jetstream::streams;
+use crate::outbox::batch::Batch;
+use crossbeam_channel::{Receiver, never, select};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// So long outstanding acks are waited for when the session ends before everything is settled.
+pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// While something is held back, the confirmable position is looked at this often.
+const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
+/// An idle stream is looked at this often, to see that it did not go backwards.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The thread's state. `run` consumes it.
+pub struct Publisher<'a> {
+    config: &'a Config,
+    lineage: &'a Lineage,
+    changes: Receiver<Batch>,
+    progress: &'a Progress,
+    stop: &'a Stop,
+    core: Core,
+    /// `<slot> <system id> <timeline>`, as the position header begins.
+    source: Arc<str>,
+    outage: Outage,
+    said: Repeated,
+    report: Report,
+    closing: Closing,
+    next_look: Instant,
+}
+
+/// Whether more changes come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    /// They may.
+    No,
+    /// They do not; what is in the window has until then.
+    By(Instant),
+    /// They do not; the window is settled however long it takes (`--drain`).
+    WhenSettled,
+}
+
+/// Why [`Publisher::serve`] left a connection.
+enum Interrupt {
+    /// It is replaced, for this reason.
+    Reconnect(String),
+    /// The session ends.
+    End(Error),
+}
+
+impl<'a> Publisher<'a> {
+    /// `core` is connected already, to the link that [`Publisher::run`] is given.
+    pub fn new(
+        config: &'a Config,
+        lineage: &'a Lineage,
+        changes: Receiver<Batch>,
+        progress: &'a Progress,
+        stop: &'a Stop,
+        core: Core,
+    ) -> Publisher<'a> {
+        let now = Instant::now();
+        Publisher {
+            config,
+            lineage,
+            changes,
+            progress,
+            stop,
+            core,
+            source: lineage.source.to_string().into(),
+            outage: Outage::new(config.max_outage),
+            said: Repeated::default(),
+            report: Report::new(now),
+            closing: Closing::No,
+            next_look: now + LOOK_INTERVAL,
+        }
+    }
+
+    /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
+    pub fn run(mut self, link: Link) -> (Result<(), Error>, Memory) {
+        let result = self.work(link);
+        self.progress.confirmable(self.core.confirmable(Instant::now()));
+        self.report.finish(&self.core, self.progress);
+        (result, self.core.into_memory())
+    }
+
+    fn work(&mut self, link: Link) -> Result<(), Error> {
+        let mut link = link;
+        loop {
+            let reason = match self.serve(&link) {
+                Ok(()) => return Ok(()),
+                Err(Interrupt::End(error)) => return Err(error),
+                Err(Interrupt::Reconnect(reason)) => reason,
+            };
+            self.core.disconnected();
+            drop(link);
+            match self.reconnect(&reason)? {
+                Some(connected) => link = connected,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Works with one connection until it fails, or everything is done.
+    fn serve(&mut self, link: &Link) -> Result<(), Interrupt> {
+        let idle = never();
+        loop {
+            let now = Instant::now();
+            while let Ok(incoming) = link.incoming().try_recv() {
+                self.take(link, incoming, now)?;
+            }
+            self.trouble(self.core.tick(now))?;
+            self.publish(link, now)?;
+            self.look(link, now);
+            self.progress.confirmable(self.core.confirmable(now));
+            self.report.tick(now, &self.core, self.progress);
+            if self.is_finished(now) {
+                return Ok(());
+            }
+            let changes = if self.closing == Closing::No && self.core.wants_batch() { &self.changes } else { &idle };
+            let wake = self.wake(now);
+            if self.closing == Closing::No {
+                select! {
+                    recv(link.incoming()) -> incoming => self.received(link, incoming)?,
+                    recv(changes) -> batch => match batch {
+                        Ok(batch) => self.core.offer(Arc::new(batch)),
+                        Err(_) => self.close(now),
+                    },
+                    recv(self.stop.channel()) -> _ => self.close(now),
+                    default(wake) => {}
+                }
+            } else {
+                select! {
+                    recv(link.incoming()) -> incoming => self.received(link, incoming)?,
+                    default(wake) => {}
+                }
+            }
+        }
+    }
+
+    /// No more changes come: what is in the window is settled.
+    fn close(&mut self, now: Instant) {
+        self.closing = match self.config.drain && !self.stop.is_stopping() {
+            true => Closing::WhenSettled,
+            false => Closing::By(now + SETTLE_LIMIT),
+        };
+    }
+
+    fn is_finished(&self, now: Instant) -> bool {
+        match self.closing {
+            Closing::No => false,
+            Closing::WhenSettled => self.core.is_settled(),
+            Closing::By(deadline) => self.core.is_settled() || now >= deadline,
+        }
+    }
+
+    /// How long nothing needs to be done unless something comes.
+    fn wake(&self, now: Instant) -> Duration {
+        let mut wake = self.next_look;
+        if let Some(deadline) = self.core.deadline() {
+            wake = wake.min(deadline);
+        }
+        if let Closing::By(deadline) = self.closing {
+            wake = wake.min(deadline);
+        }
+        let wait = wake.saturating_duration_since(now);
+        if self.core.is_holding_back() { wait.min(HOLD_BACK_TICK) } else { wait }
+    }
+
+    fn received(
+        &mut self,
+        link: &Link,
+        incoming: Result<Incoming, crossbeam_channel::RecvError>,
+    ) -> Result<(), Interrupt> {
+        match incoming {
+            Ok(incoming) => self.take(link, incoming, Instant::now()),
+            Err(_) => Err(Interrupt::Reconnect("the connection to NATS ended".to_string())),
+        }
+    }
+
+    /// Hands the core what JetStream said.
+    fn take(&mut self, link: &Link, incoming: Incoming, now: Instant) -> Result<(), Interrupt> {
+        match incoming {
+            Incoming::Ack { token, result } => {
+                let stored = result.is_ok();
+                let outcome = self.core.answer(token, result, now);
+                self.trouble(outcome)?;
+                if stored {
+                    self.outage.worked();
+                }
+                Ok(())
+            }
+            // the only requests of this loop are those of `look`
+            Incoming::Reply { token, body } => match streams::last_seq_of_info(&body) {
+                Some(last_seq) => {
+                    let outcome = self.core.looked_at(token as usize, last_seq);
+                    self.trouble(outcome)
+                }
+                None => Ok(()),
+            },
+            Incoming::Lost(error) => Err(Interrupt::Reconnect(error.to_string())),
+        }
+    }
+
+    /// Publishes all that may go now, as one burst.
+    fn publish(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
+        let mut burst = Vec::new();
+        let outcome = loop {
+            match self.core.next(now) {
+                Ok(Next::Publish(publication)) => {
+                    let event = publication.batch.event(&publication.event);
+                    let publish = Publish {
+                        event: publication.event,
+                        token: publication.token,
+                        expected_last_sequence: publication.expected_last_sequence,
+                        position_source: self.source.clone(),
+                        batch: publication.batch.clone(),
+                    };
+                    let size = publish.wire_size();
+                    if size > link.max_payload() {
+                        let event = format!("row {} of {} at {}", event.id, event.table, event.position);
+                        break Err(Interrupt::End(Error::TooLarge { event, size, limit: link.max_payload() }));
+                    }
+                    burst.push(publish);
+                }
+                Ok(Next::Lookup { stream, seq, token }) => {
+                    if let Err(error) = self.look_up(link, &stream, seq, token) {
+                        break Err(Interrupt::Reconnect(error.to_string()));
+                    }
+                }
+                Ok(Next::Nothing) => break Ok(()),
+                Err(trouble) => break self.trouble(Err(trouble)),
+            }
+        };
+        // what was decided before the trouble goes out all the same: its answers are waited for, or read back
+        if !burst.is_empty() {
+            link.publish(burst);
+        }
+        outcome
+    }
+
+    /// An event was taken for a duplicate although it is not stored: by whom its id was used is told.
+    fn look_up(&mut self, link: &Link, stream: &str, seq: u64, token: u64) -> Result<(), Error> {
+        let found = streams::message(link, stream, seq)?;
+        let position = found.as_ref().and_then(|message| message.header(OUTBOX_POSITION)?.parse().ok());
+        let used = found.as_ref().and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
+        if let Some(id) = self.core.looked_up(token, used) {
+            let earlier = position.map(|position| position.to_string()).unwrap_or_default();
+            log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
+        }
+        Ok(())
+    }
+
+    /// Looks at the streams now and then while nothing is being published.
+    fn look(&mut self, link: &Link, now: Instant) {
+        if now < self.next_look {
+            return;
+        }
+        self.next_look = now + LOOK_INTERVAL;
+        for (index, name) in self.core.idle_streams() {
+            link.request(index as u64, &format!("STREAM.INFO.{name}"), Vec::new());
+        }
+    }
+
+    fn trouble(&mut self, outcome: Result<(), Trouble>) -> Result<(), Interrupt> {
+        Err(match outcome {
+            Ok(()) => return Ok(()),
+            Err(Trouble::Reconnect(Cause::Refused(error))) if error.kind() == AckErrorKind::MessageTooLarge => {
+                Interrupt::End(Error::Refused(error))
+            }
+            Err(Trouble::Reconnect(cause)) => Interrupt::Reconnect(cause.to_string()),
+            Err(Trouble::Backwards(backwards)) => Interrupt::End(Error::Backwards(backwards)),
+            Err(Trouble::Halt(halt)) => Interrupt::End(Error::Halt(halt)),
+        })
+    }
+
+    /// Connects and reads the streams back, until that works or no time is left. `None`: the latter.
+    fn reconnect(&mut self, reason: &str) -> Result<Option<Link>, Error> {
+        let mut reason = reason.to_string();
+        loop {
+            let now = Instant::now();
+            let Some(pause) = self.outage.failed(now) else {
+                return Err(Error::GaveUp(reason));
+            };
+            if self.said.is_new(&reason, now) {
+                log::warn!(reason = reason.as_str(); "connecting to NATS again; Postgres keeps what is not stored");
+            }
+            if self.is_finished(now) {
+                return Ok(None);
+            }
+            match self.closing {
+                Closing::No => {
+                    self.stop.wait(pause);
+                    if self.stop.is_stopping() {
+                        self.close(Instant::now());
+                    }
+                }
+                _ => std::thread::sleep(pause),
+            }
+            match self.rejoin() {
+                Ok(link) => {
+                    log::info!(server = link.server(); "connected to NATS again");
+                    return Ok(Some(link));
+                }
+                Err(error) if error.verdict() == Verdict::Retry && !matches!(error, Error::Backwards(_)) => {
+                    reason = error.to_string();
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn rejoin(&mut self) -> Result<Link, Error> {
+        let Joined { link, routes, streams } =
+            rejoin::join(self.config, self.lineage, |stream| self.core.last_known(stream).cloned())?;
+        self.core.connected(routes, streams).map_err(Error::from)?;
+        Ok(link)
+    }
+}
