@@ -6,7 +6,7 @@
 use super::position::Position;
 use crate::postgres::Lsn;
 
-/// A stretch of [`Batch::bytes`]. 32 bits suffice: a field of Postgres is smaller than 1 GiB.
+/// A stretch of the bytes of a [`Batch`]. 32 bits suffice: a field of Postgres is smaller than 1 GiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {
     start: u32,
