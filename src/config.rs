@@ -6,7 +6,7 @@
 
 use crate::cli::{Cli, PROGRAM};
 use crate::exit::Exit;
-use crate::logging::{LogConfig, LogFormat, Logfmt};
+use crate::logging::{self, LogConfig, LogFormat, Logfmt};
 use log::LevelFilter;
 use std::fmt;
 use std::fs::{self, File};
@@ -351,10 +351,30 @@ impl Config {
                 "logging",
                 Some(self.log.level.as_str().to_ascii_lowercase()),
             ),
+            (
+                "log-format",
+                Some(
+                    match self.log.format {
+                        LogFormat::Text => "text",
+                        LogFormat::Json => "json",
+                    }
+                    .to_string(),
+                ),
+            ),
         ]
         .into_iter()
         .filter_map(|(name, value)| Some((name, value?)))
         .collect()
+    }
+
+    /// Logs the start-up line and the warnings.
+    pub fn announce(&self) {
+        let mut pairs = vec![("version", env!("CARGO_PKG_VERSION").to_string())];
+        pairs.extend(self.settings());
+        logging::info_with("starting", &pairs);
+        for warning in &self.warnings {
+            log::warn!("{warning}");
+        }
     }
 
     /// [`Config::settings`] as one line of `key=value`.
@@ -779,6 +799,9 @@ fn conninfo_has_password(conninfo: &str) -> bool {
 
 /// `user@host/dbname`; [`HIDDEN`] where it cannot be told for certain what is a password.
 fn redact_conninfo(conninfo: &str) -> String {
+    if conninfo.is_empty() {
+        return "environment".to_string();
+    }
     let (user, host, dbname) = match conninfo.split_once("://") {
         Some((_, rest)) => {
             let (authority, tail) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
@@ -817,5 +840,404 @@ fn redact_server(server: &str) -> String {
         (_, None) => server.to_string(),
         (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{HIDDEN}@{host}"),
         (None, Some((_, host))) => format!("{HIDDEN}@{host}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{self, Invocation};
+    use argh::ArgsInfo;
+    use std::ffi::OsString;
+
+    /// Loads from arguments and from `NAME=value` variables.
+    fn load(args: &[&str], env: &[&str]) -> Result<Config, ConfigError> {
+        let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
+            panic!("{args:?} do not parse");
+        };
+        let pairs: Vec<(&str, &str)> = env.iter().filter_map(|v| v.split_once('=')).collect();
+        assert_eq!(pairs.len(), env.len());
+        Config::load(*cli, &|name| {
+            let (_, value) = pairs.iter().find(|(key, _)| *key == name)?;
+            Some(value.to_string())
+        })
+    }
+
+    /// Loads with a database and these arguments.
+    fn with(args: &[&str]) -> Result<Config, ConfigError> {
+        load(&[&["-db", "host=h"], args].concat(), &[])
+    }
+
+    fn setting(config: &Config, name: &str) -> Option<String> {
+        let mut settings = config.settings().into_iter();
+        settings.find(|(key, _)| *key == name).map(|(_, v)| v)
+    }
+
+    #[test]
+    fn defaults_are_what_the_help_says() {
+        for (name, default) in DEFAULTS {
+            let flags = Cli::get_args_info().flags.iter();
+            let help: Vec<&str> = flags
+                .filter(|flag| flag.long == format!("--{name}"))
+                .map(|flag| flag.description)
+                .collect();
+            assert_eq!(help.len(), 1, "{name}");
+            assert!(help[0].ends_with(&format!("(default {default})")), "{name}");
+        }
+        assert_eq!(
+            with(&[]).unwrap().summary().to_string(),
+            "db=h/ nats=localhost nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
+             publication=jetstream_outbox inflight=1024 ack-timeout=5s max-outage=never \
+             delivery=exactly-once hold-back=150s logging=info log-format=text"
+        );
+    }
+
+    #[test]
+    fn every_flag_beats_its_variable_which_beats_the_default() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = file.path().to_str().unwrap();
+        for (flag, variable, first, second) in [
+            ("db", "DB", "host=a", "host=b"),
+            ("nats", "NATS", "a", "b:4222"),
+            ("creds", "CREDS", file, "/dev/null"),
+            ("nats-nkey", "NATS_NKEY", file, "/dev/null"),
+            ("nats-tls-ca", "NATS_TLS_CA", file, "/dev/null"),
+            ("nats-api-prefix", "NATS_API_PREFIX", "$JS.a.API", "x"),
+            ("prefix", "PREFIX", "a", "b.c"),
+            ("slot", "SLOT", "a", "b"),
+            ("publication", "PUBLICATION", "a", "b"),
+            ("table", "TABLE", "\"a\"", "\"b\""),
+            ("inflight", "INFLIGHT", "1", "65536"),
+            ("ack-timeout", "ACK_TIMEOUT", "1s", "2s"),
+            ("max-outage", "MAX_OUTAGE", "60s", "never"),
+            ("delivery", "DELIVERY", "at-least-once", "exactly-once"),
+            ("hold-back", "HOLD_BACK", "0ns", "60s"),
+            ("logging", "LOGGING", "debug", "error"),
+            ("log-format", "LOG_FORMAT", "json", "text"),
+        ] {
+            let variable = format!("JETSTREAM_OUTBOX_{variable}={first}");
+            let shown = |value: &str| match flag {
+                "db" => value.replace("host=", "") + "/",
+                _ => value.to_string(),
+            };
+            let check = |args: &[&str], env: &[&str], expect: &str| {
+                let config = load(args, env).unwrap();
+                assert_eq!(setting(&config, flag), Some(shown(expect)), "{args:?}");
+            };
+            let env = [variable.as_str(), "PGHOST=h"];
+            check(&[], &env, first);
+            check(&[&format!("-{flag}={second}")], &env, second);
+        }
+        for flag in Cli::get_args_info().flags {
+            let name = flag.long.trim_start_matches('-');
+            let covered = DEFAULTS.iter().any(|(known, _)| *known == name)
+                || ["db", "creds", "nats-nkey", "publication", "table"].contains(&name)
+                || name.starts_with("nats-tls-")
+                || ["drain", "no-wait", "version", "help"].contains(&name);
+            assert!(covered, "{name} is a new flag: add it to the table above");
+        }
+    }
+
+    #[test]
+    fn a_pair_of_files_can_come_from_both_sides() {
+        let config = load(
+            &["-nats-tls-cert=/dev/null", "-creds="],
+            &[
+                "PGSERVICE=s",
+                "JETSTREAM_OUTBOX_NATS_TLS_KEY=/dev/null",
+                "JETSTREAM_OUTBOX_NATS_NKEY=",
+            ],
+        )
+        .unwrap();
+        assert!(config.nats.tls_cert.is_some() && config.nats.tls_key.is_some());
+        assert!(config.nats.creds.is_none() && config.nats.nkey.is_none());
+    }
+
+    #[test]
+    fn switches_from_the_environment() {
+        for (value, expect) in [
+            ("1", Some(true)),
+            ("true", Some(true)),
+            ("YES", Some(true)),
+            ("on", Some(true)),
+            ("0", Some(false)),
+            ("False", Some(false)),
+            ("no", Some(false)),
+            ("off", Some(false)),
+            ("", Some(false)),
+            ("2", None),
+            ("y", None),
+        ] {
+            let variable = format!("JETSTREAM_OUTBOX_DRAIN={value}");
+            let env = ["PGHOST=h", &variable];
+            assert_eq!(load(&[], &env).ok().map(|c| c.drain), expect, "{value:?}");
+            assert!(load(&["-drain"], &env).unwrap().drain, "{value:?}");
+        }
+        assert!(with(&["-no-wait"]).unwrap().no_wait);
+    }
+
+    #[test]
+    fn a_database_must_be_named_somewhere() {
+        for (args, env, expect) in [
+            (&[][..], &[][..], None),
+            (&[], &["PGHOST="], None),
+            (&[], &["PGPASSWORD=x"], None),
+            (&[], &["JETSTREAM_OUTBOX_DB="], None),
+            (&["-db="], &[], Some("")),
+            (&[], &["PGHOST=h"], Some("")),
+            (&[], &["PGSERVICE=s"], Some("")),
+            (&[], &["JETSTREAM_OUTBOX_DB=host=x"], Some("host=x")),
+        ] {
+            let db = load(args, env).ok().map(|config| config.db);
+            assert_eq!(db.as_deref(), expect, "{args:?} {env:?}");
+        }
+        let error = load(&[], &[]).unwrap_err();
+        assert!(error.remedy().contains("-db") && error.exit() == Exit::Usage);
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_their_flag() {
+        let long = "x".repeat(64);
+        for (flag, value, reason) in [
+            ("slot", "", "lower-case letters"),
+            ("slot", "Outbox", "lower-case letters"),
+            ("slot", "a-b", "lower-case letters"),
+            ("slot", &long, "lower-case letters"),
+            ("publication", "", "63 bytes"),
+            ("publication", &long, "63 bytes"),
+            ("prefix", "", "empty part"),
+            ("prefix", "a..b", "empty part"),
+            ("prefix", "a.", "empty part"),
+            ("prefix", "a b", "white space"),
+            ("prefix", "a.>", "wildcard"),
+            ("prefix", "*", "wildcard"),
+            ("nats-api-prefix", "$JS.API.", "empty part"),
+            ("nats-api-prefix", "$JS.*.API", "wildcard"),
+            ("inflight", "0", "from 1 to 65536"),
+            ("inflight", "65537", "from 1 to 65536"),
+            ("inflight", "-1", "from 1 to 65536"),
+            ("inflight", "1k", "from 1 to 65536"),
+            ("ack-timeout", "99ms", "less than 100ms"),
+            ("ack-timeout", "61m", "more than 3600s"),
+            ("ack-timeout", "5 s", "not a duration"),
+            ("max-outage", "0", "less than 1s"),
+            ("max-outage", "always", "not a duration"),
+            ("hold-back", "25h", "more than 86400s"),
+            ("hold-back", "-1s", "not a duration"),
+            ("delivery", "at-most-once", "exactly-once, at-least-once"),
+            ("logging", "trace", "debug, info, warn, error"),
+            ("log-format", "xml", "text, json"),
+            ("table", "a..b", "empty name"),
+            ("table", "a b", "list of tables"),
+            ("table", "a,", "list of tables"),
+            ("table", "a.b.c", "list of tables"),
+            ("table", "1a", "double quotes"),
+            ("table", "a-b", "list of tables"),
+            ("table", "\"a", "not closed"),
+            ("table", "\"\"", "empty name"),
+            ("table", &long, "63 bytes"),
+        ] {
+            let argument = format!("-{flag}={value}");
+            let Err(error) = with(&[&argument]) else {
+                panic!("{argument} must be refused");
+            };
+            let message = error.to_string();
+            let begin = format!("read -{flag}: {value:?} ");
+            assert!(message.starts_with(&begin), "{message}");
+            assert!(message.contains(reason), "{argument}: {message}");
+            assert_eq!(error.exit(), Exit::Usage);
+
+            let variable = variable(flag);
+            let given = format!("{variable}={value}");
+            if let Err(error) = load(&[], &["PGHOST=h", &given]) {
+                assert!(error.to_string().contains(&variable), "{error}");
+            } else {
+                assert_eq!(value, "", "{given} must be refused");
+            }
+        }
+    }
+
+    #[test]
+    fn files_are_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        for flag in ["creds", "nats-nkey", "nats-tls-ca", "nats-tls-cert"] {
+            for path in ["/nonexistent/file", folder.path().to_str().unwrap()] {
+                let error = with(&[&format!("-{flag}"), path]).unwrap_err();
+                let message = error.to_string();
+                assert!(message.contains(path) && message.contains(flag), "{error}");
+                assert_eq!(error.exit(), Exit::Configuration);
+            }
+        }
+    }
+
+    #[test]
+    fn what_excludes_or_needs_another_is_refused() {
+        for args in [
+            &["-creds=/dev/null", "-nats-nkey=/dev/null"][..],
+            &["-nats-tls-cert=/dev/null"],
+            &["-nats-tls-key=/dev/null"],
+        ] {
+            let error = with(args).unwrap_err();
+            assert!(matches!(error, ConfigError::Together(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        let ms = |ms| Some(Duration::from_millis(ms));
+        for (text, expect) in [
+            ("10s", ms(10_000)),
+            ("2m", ms(120_000)),
+            ("500ms", ms(500)),
+            ("1h30m", ms(5_400_000)),
+            ("1.5h", ms(5_400_000)),
+            ("1h15m30.918s", ms(4_530_918)),
+            (".5s", ms(500)),
+            ("1.s", ms(1000)),
+            ("+5s", ms(5000)),
+            ("0", ms(0)),
+            ("7", ms(7000)),
+            ("2.5", ms(2500)),
+            ("1us", Some(Duration::from_micros(1))),
+            ("1µs", Some(Duration::from_micros(1))),
+            ("1μs", Some(Duration::from_micros(1))),
+            ("1ns", Some(Duration::from_nanos(1))),
+            ("", None),
+            ("s", None),
+            (".", None),
+            (".s", None),
+            ("1.2.3s", None),
+            ("-1s", None),
+            ("+", None),
+            ("1d", None),
+            ("1s ", None),
+            ("1S", None),
+            ("1h30", None),
+            ("99999999999999999999s", None),
+            ("9999999999h", None),
+            (
+                "0.00000000000000000000000000000000000000000000000001s",
+                None,
+            ),
+        ] {
+            assert_eq!(parse_duration(text), expect, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn tables_are_read_as_sql_reads_them() {
+        let name = |schema: Option<&str>, name: &str| TableName {
+            schema: schema.map(str::to_string),
+            name: name.to_string(),
+        };
+        for (list, expect) in [
+            ("", vec![]),
+            ("outbox", vec![name(None, "outbox")]),
+            ("Shop.OutBox", vec![name(Some("shop"), "outbox")]),
+            (" a , b . c ", vec![name(None, "a"), name(Some("b"), "c")]),
+            (
+                "\"My Schema\".\"t,\"\".x\"",
+                vec![name(Some("My Schema"), "t,\".x")],
+            ),
+            ("Ärger$1", vec![name(None, "Ärger$1")]),
+        ] {
+            let found = parse_tables(list).unwrap();
+            assert_eq!(found, expect, "{list:?}");
+            let shown: Vec<String> = found.iter().map(TableName::to_string).collect();
+            assert_eq!(parse_tables(&shown.join(",")).unwrap(), expect, "{list:?}");
+        }
+        let config = with(&["-table", "a,b", "-table", "c.\"D\""]).unwrap();
+        assert_eq!(setting(&config, "table").unwrap(), r#""a","b","c"."D""#);
+    }
+
+    #[test]
+    fn nats_servers() {
+        for (list, expect) in [
+            ("localhost", Some("localhost")),
+            ("h:4222,nats://h2", Some("h:4222,nats://h2")),
+            (" a , tls://b:1/ ", Some("a,tls://b:1/")),
+            ("[::1]", Some("[::1]")),
+            ("nats://[::1]:4222", Some("nats://[::1]:4222")),
+            ("nats://u:sekret@h:1", Some("nats://***@h:1")),
+            ("sekret@h", Some("***@h")),
+            ("nats://u:se@kret@h", Some("nats://***@h")),
+            ("", None),
+            ("a,,b", None),
+            ("http://h", None),
+            ("h:", None),
+            ("h:0", None),
+            ("h:65536", None),
+            ("::1", None),
+            ("[::1", None),
+            ("[::1]4222", None),
+            ("nats://", None),
+            ("nats://sekret@", None),
+            ("nats://u:se,kret@h", None),
+            ("nats://u:se/kret", None),
+            ("h/sekret", None),
+            ("a b", None),
+        ] {
+            let loaded = with(&["-nats", list]);
+            let shown = match &loaded {
+                Ok(config) => config.summary().to_string() + &format!("{:?}", config.nats),
+                Err(error) => format!("{error} {error:?} {}", error.remedy()),
+            };
+            assert!(!shown.contains("kret"), "{list:?}: {shown}");
+            let found = loaded.ok().and_then(|config| setting(&config, "nats"));
+            assert_eq!(found.as_deref(), expect, "{list:?}");
+        }
+    }
+
+    #[test]
+    fn connection_strings_are_shown_without_secrets() {
+        for (conninfo, expect) in [
+            ("", "environment"),
+            ("postgres://u:sekret@h/d?replication=database", "u@h/d"),
+            ("postgresql://u@h:5433/d", "u@h:5433/d"),
+            ("postgres://h1,h2:2/d", "h1,h2:2/d"),
+            ("postgres:///d?password=sekret&host=h", "/d"),
+            ("postgres://u:se@kret@h/d", "u@h/d"),
+            ("postgres://u:se/kret@h/d", HIDDEN),
+            ("postgres://h/d?password=se@kret", HIDDEN),
+            ("postgres://u:p?sekret@h/d", HIDDEN),
+            ("host=h user=u dbname=d password=sekret", "u@h/d"),
+            ("host=h password='se kret user=sekret'", HIDDEN),
+            ("host=h password = sekret", HIDDEN),
+            ("host=h password=a\\ user=sekret", HIDDEN),
+            ("sekret", HIDDEN),
+        ] {
+            let config = load(&["-db", conninfo], &[]).unwrap();
+            assert_eq!(setting(&config, "db").unwrap(), expect, "{conninfo:?}");
+            assert!(!format!("{config:?}").contains("kret"), "{conninfo:?}");
+            assert_eq!(config.db, conninfo);
+        }
+    }
+
+    #[test]
+    fn a_secret_among_the_arguments_is_warned_of_once() {
+        let db = "postgres://u:sekret@h/d";
+        for (args, env, variables) in [
+            (&["-db", db][..], &[][..], &["_DB"][..]),
+            (&["-db", "host=h password=x"], &[], &["_DB"]),
+            (&["-db", "postgres://h/d?sslpassword=x"], &[], &["_DB"]),
+            (&["-db", db, "-nats", "t@h"], &[], &["_DB", "_NATS"]),
+            (&["-db", "postgres://u@h/d", "-nats=h"], &[], &[]),
+            (
+                &[],
+                &[
+                    "JETSTREAM_OUTBOX_DB=postgres://u:sekret@h/d",
+                    "JETSTREAM_OUTBOX_NATS=t@h",
+                ],
+                &[],
+            ),
+        ] {
+            let warnings = load(args, env).unwrap().warnings;
+            assert_eq!(warnings.len(), variables.len(), "{args:?}");
+            for (warning, variable) in warnings.iter().zip(variables) {
+                let variable = format!("JETSTREAM_OUTBOX{variable},");
+                assert!(warning.contains(&variable), "{warning}");
+                assert!(!warning.contains("sekret"), "{warning}");
+            }
+        }
     }
 }

@@ -1,3 +1,49 @@
 //! Parse, start the logger, run, exit code; nothing else.
 
-fn main() {}
+use jetstream_outbox::cli::{self, Invocation, PROGRAM};
+use jetstream_outbox::config::Config;
+use jetstream_outbox::exit::Exit;
+use jetstream_outbox::{logging, relay};
+use std::io::{self, Write};
+use std::panic;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Invocation::Relay(cli)) => run(*cli),
+        Ok(Invocation::Print(text)) => {
+            // a reader that went away (`--help | head -1`) is no failure
+            let _ = io::stdout().write_all(text.as_bytes());
+            Exit::Done
+        }
+        Err(error) => refuse(
+            &error,
+            &format!("{PROGRAM} --help lists every flag"),
+            Exit::Usage,
+        ),
+    }
+    .into()
+}
+
+fn run(cli: cli::Cli) -> Exit {
+    let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
+    let config = match Config::load(cli, &env) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error, &error.remedy(), error.exit()),
+    };
+    if let Err(error) = logging::init(&config.log) {
+        return refuse(&error, "the log could not be started", Exit::Internal);
+    }
+    config.announce();
+    // the panic hook has logged it
+    let exit = panic::catch_unwind(|| relay::run(config)).unwrap_or(Exit::Internal);
+    logging::flush();
+    exit
+}
+
+/// Before there is a log: what is wrong, and on the last line what to do.
+fn refuse(error: &dyn std::error::Error, remedy: &str, exit: Exit) -> Exit {
+    // a closed standard error leaves the exit code
+    let _ = writeln!(io::stderr(), "{PROGRAM}: {error}\n{remedy}");
+    exit
+}

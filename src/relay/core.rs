@@ -141,6 +141,13 @@ struct Remembered {
     confirmed_seq: u64,
 }
 
+impl Memory {
+    /// The last event known to stand in a stream: from there its tail is searched.
+    pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
+        self.0.iter().find(|remembered| remembered.name == stream)?.last.as_ref()
+    }
+}
+
 /// Counters since the core was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {

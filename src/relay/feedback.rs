@@ -32,7 +32,7 @@ pub enum Ask {
 /// Why the thread ended, when nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The others have finished: the last status update was sent, and CopyDone.
+    /// The others have finished.
     Finished,
     /// Postgres shuts down and waits for us to confirm what is held back, or cannot be stored now. The
     /// session has to end, or the shutdown never does; what is not confirmed comes again.
@@ -52,15 +52,11 @@ pub fn run(
         let ask = match asks.recv_timeout(wait) {
             Ok(ask) => Some(ask),
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => {
-                send(writer, progress, false)?;
-                writer.copy_done()?;
-                return Ok(Ended::Finished);
-            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Finished),
         };
         let silence = progress.silence();
         if silence > SILENCE_LIMIT {
-            return Err(postgres::Error::Timeout { doing: "wait for Postgres to send anything" });
+            return Err(postgres::Error::Timeout { doing: "wait for Postgres to send anything", after: SILENCE_LIMIT });
         }
         send(writer, progress, ask == Some(Ask::Ping) || silence > SILENCE_PING)?;
         next_status = Instant::now() + STATUS_INTERVAL;
@@ -68,6 +64,12 @@ pub fn run(
             return Ok(Ended::ServerShutsDown);
         }
     }
+}
+
+/// The last status update of a session, and CopyDone.
+pub fn last(writer: &ReplicationWriter, progress: &Progress) -> Result<(), postgres::Error> {
+    send(writer, progress, false)?;
+    writer.copy_done()
 }
 
 fn send(writer: &ReplicationWriter, progress: &Progress, reply_requested: bool) -> Result<(), postgres::Error> {

@@ -4,7 +4,7 @@
 //! the copy stream from Postgres stands still meanwhile and stays up. It calls nothing that can hang:
 //! publishing and closing are done by threads of the link.
 
-use super::core::{Cause, Core, Memory, Next, Trouble};
+use super::core::{Cause, Core, Memory, Next, Tally, Trouble};
 use super::error::{Error, Verdict};
 use super::outage::Outage;
 use super::progress::Progress;
@@ -93,11 +93,15 @@ impl<'a> Publisher<'a> {
     }
 
     /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
-    pub fn run(mut self, link: Link) -> (Result<(), Error>, Memory) {
+    pub fn run(mut self, link: Link) -> (Result<(), Error>, Memory, Tally) {
         let result = self.work(link);
         self.progress.confirmable(self.core.confirmable(Instant::now()));
         self.report.finish(&self.core, self.progress);
-        (result, self.core.into_memory())
+        if !self.core.is_settled() {
+            log::warn!("not everything was acknowledged in time; it comes again at the next start");
+        }
+        let tally = self.core.tally();
+        (result, self.core.into_memory(), tally)
     }
 
     fn work(&mut self, link: Link) -> Result<(), Error> {

@@ -36,7 +36,7 @@ pub struct Reader<'a> {
     /// Asks the reader to end.
     pub stop: &'a Stop,
     /// Which columns of which table make an event.
-    pub mapper: Mapper,
+    pub mapper: &'a mut Mapper,
     /// With `--drain`: everything up to here, and no more.
     pub upto: Option<Lsn>,
 }

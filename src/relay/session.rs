@@ -1,0 +1,275 @@
+//! One session: connect to both sides, start the three threads, and end them in order.
+//!
+//! The order of the end is what loses nothing and repeats nothing: the reader stops, the publisher settles
+//! what was read, and only then the feedback thread sends the last status update and CopyDone.
+
+use super::core::{Core, Limits, Memory};
+use super::error::Error;
+use super::feedback::{self, Ask};
+use super::progress::Progress;
+use super::publisher::Publisher;
+use super::reader::{self, CHANNEL_BATCHES, Reader};
+use super::rejoin::{self, Joined};
+use super::slot;
+use super::stop::Stop;
+use crate::config::Config;
+use crate::jetstream::client::Link;
+use crate::jetstream::resume::{Lineage, parse_timeline_history};
+use crate::outbox::mapper::Mapper;
+use crate::outbox::position::Source;
+use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
+use crate::postgres::{Connection, Lsn};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
+use std::thread::{self, Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+/// Unacknowledged bytes: enough for a thousand events of 4 KiB, or several of the largest size, on their
+/// way at once; it bounds what the relay holds when JetStream is slow.
+const INFLIGHT_BYTES: usize = 4 * 1024 * 1024;
+/// A reader that waits for Postgres is woken by a keepalive that we ask for; a dead Postgres sends none.
+const WAKE_LIMIT: Duration = Duration::from_secs(3);
+/// How often it is asked for until it comes.
+const WAKE_INTERVAL: Duration = Duration::from_millis(10);
+/// How long Postgres may take to answer CopyDone; in the middle of a large transaction it does not.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+/// While draining, Postgres is asked this often how far it is: when idle it says so only now and then.
+const DRAIN_PING: Duration = Duration::from_millis(100);
+
+/// Why a session ended, when nothing failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// A signal.
+    Stopped,
+    /// Everything `--drain` asks for is published.
+    Drained,
+}
+
+/// What one session leaves to the next.
+pub struct Session<'a> {
+    config: &'a Config,
+    stop: &'a Stop,
+    mapper: Mapper,
+    memory: Memory,
+    /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
+    upto: Option<Lsn>,
+    worked: bool,
+}
+
+impl<'a> Session<'a> {
+    /// Before the first session.
+    pub fn new(config: &'a Config, stop: &'a Stop, mapper: Mapper) -> Session<'a> {
+        Session { config, stop, mapper, memory: Memory::default(), upto: None, worked: false }
+    }
+
+    /// Whether the last session got something done.
+    pub fn take_worked(&mut self) -> bool {
+        std::mem::take(&mut self.worked)
+    }
+
+    /// Runs one session to its end.
+    pub fn run(&mut self) -> Result<Ended, Error> {
+        let config = self.config;
+        let mut connection = Connection::connect(&config.db)?;
+        let found = slot::check(&mut connection, &config.slot, &config.publication)?;
+        if config.drain && self.upto.is_none() {
+            self.upto = Some(slot::current_lsn(&mut connection)?);
+        }
+        let lineage = lineage(&mut connection, &config.slot)?;
+        let memory = &self.memory;
+        let joined = rejoin::join(config, &lineage, |stream| memory.last_known(stream).cloned())?;
+        let start = joined.start_position();
+        let Joined { link, routes, streams } = joined;
+
+        let limits = Limits {
+            inflight: config.inflight,
+            inflight_bytes: INFLIGHT_BYTES,
+            ack_timeout: config.ack_timeout,
+            hold_back: config.hold_back,
+        };
+        let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
+        if let Err(trouble) = core.connected(routes, streams) {
+            self.memory = core.into_memory();
+            return Err(trouble.into());
+        }
+        log::info!(
+            postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
+            system_id = lineage.source.system_id, timeline = lineage.source.timeline, slot = config.slot.as_str(),
+            confirmed_flush_lsn:% = found.confirmed_flush_lsn, start:% = start,
+            nats = link.server_info().version.as_str(), server = link.server();
+            "connected"
+        );
+        let options = slot::pgoutput_options(connection.server_version_num(), &config.publication);
+        let options: Vec<(&str, &str)> = options.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let (stream, writer) = replication::start_replication(connection, &config.slot, start, &options)
+            .map_err(|error| in_use(error, &config.slot))?;
+        let threads = Threads { config, stop: self.stop, lineage: &lineage, upto: self.upto };
+        let outcome = threads.run(stream, &writer, link, core, &mut self.mapper);
+        self.memory = outcome.memory;
+        self.worked = outcome.worked;
+        outcome.result
+    }
+}
+
+fn in_use(error: crate::postgres::Error, slot: &str) -> Error {
+    match error.sqlstate() {
+        Some("55006") => Error::SlotInUse { slot: slot.to_string(), pid: None },
+        _ => Error::Postgres(error),
+    }
+}
+
+/// Which server this is, and where its history branched.
+fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
+    let system = replication::identify_system(connection)?;
+    let switch_points = match system.timeline {
+        // the first timeline has no history
+        0 | 1 => Vec::new(),
+        timeline => {
+            let rows = connection.simple_query(&format!("TIMELINE_HISTORY {timeline}"))?;
+            let text = rows.first().and_then(|row| row.get(1)).and_then(|cell| cell.as_deref());
+            parse_timeline_history(text.unwrap_or_default())
+        }
+    };
+    let source = Source { slot: slot.to_string(), system_id: system.system_id, timeline: system.timeline };
+    Ok(Lineage { source, switch_points })
+}
+
+/// What the three threads of a session share.
+struct Threads<'a> {
+    config: &'a Config,
+    stop: &'a Stop,
+    lineage: &'a Lineage,
+    upto: Option<Lsn>,
+}
+
+/// Why a session's threads ended, and what they leave.
+struct Outcome {
+    result: Result<Ended, Error>,
+    memory: Memory,
+    worked: bool,
+}
+
+impl Threads<'_> {
+    /// Starts them, waits until one ends or the relay is asked to stop, and ends the others in order.
+    fn run(
+        &self,
+        mut stream: ReplicationReader,
+        writer: &ReplicationWriter,
+        link: Link,
+        core: Core,
+        mapper: &mut Mapper,
+    ) -> Outcome {
+        let progress = &Progress::default();
+        // ends this session alone; `self.stop` ends the relay
+        let session_stop = &Stop::default();
+        let (changes_sender, changes) = bounded(CHANNEL_BATCHES);
+        let (asks_sender, asks) = bounded(1);
+        let (ended_sender, ended) = bounded(3);
+        let publisher = Publisher::new(self.config, self.lineage, changes, progress, session_stop, core);
+        let reader = Reader {
+            changes: changes_sender,
+            asks: asks_sender.clone(),
+            progress,
+            stop: session_stop,
+            mapper,
+            upto: self.upto,
+        };
+        let (read, published, fed_back) = thread::scope(|scope| {
+            let source = &mut stream;
+            let reader = spawn(scope, "reader", &ended_sender, move || reader.run(source));
+            let publisher = spawn(scope, "publisher", &ended_sender, move || publisher.run(link));
+            let feedback = spawn(scope, "feedback", &ended_sender, move || feedback::run(writer, progress, &asks));
+
+            self.wait(&ended, &asks_sender);
+            if reader.is_finished() && self.upto.is_some() {
+                // drained, perhaps: what was read is published however long it takes
+                self.wait(&ended, &asks_sender);
+            }
+            session_stop.begin();
+            wake(&reader, progress, writer, &asks_sender);
+            let read = reader.join();
+            let published = publisher.join();
+            drop(asks_sender);
+            (read, published, feedback.join())
+        });
+
+        let Ok((published, memory, tally)) = published else {
+            return Outcome { result: Err(PANICKED), memory: Memory::default(), worked: false };
+        };
+        let result = match (published, read, fed_back) {
+            (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
+            (Err(error), _, _) => Err(error),
+            (_, Ok(Err(error)), _) => Err(error),
+            (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
+            (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
+            (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
+            (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Drained),
+            (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
+        };
+        // whatever ended the session: what is stored by now is told to Postgres if it still listens
+        let told = feedback::last(writer, progress).and_then(|()| stream.finish(GOODBYE_LIMIT));
+        if let Err(error) = told {
+            log::debug!(cause:% = error; "the last status update may not have arrived");
+        }
+        Outcome { result, memory, worked: tally.published + tally.skipped > 0 }
+    }
+
+    /// Waits until a thread ends or the relay is asked to stop.
+    fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>) {
+        let pings = if self.upto.is_some() { tick(DRAIN_PING) } else { never() };
+        loop {
+            select! {
+                recv(ended) -> _ => return,
+                recv(self.stop.channel()) -> _ => return,
+                recv(pings) -> _ => {
+                    // a full channel: a status update is about to be sent anyway
+                    let _ = asks.try_send(Ask::Ping);
+                }
+            }
+        }
+    }
+}
+
+const PANICKED: Error = Error::Internal("a thread panicked, see the log above");
+
+/// Starts a thread that tells when it ends, also by a panic.
+fn spawn<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    ended: &Sender<()>,
+    run: impl FnOnce() -> T + Send + 'scope,
+) -> ScopedJoinHandle<'scope, T> {
+    struct Tell(Sender<()>);
+    impl Drop for Tell {
+        fn drop(&mut self) {
+            let _ = self.0.try_send(());
+        }
+    }
+    let tell = Tell(ended.clone());
+    let body = move || {
+        let _tell = tell;
+        run()
+    };
+    thread::Builder::new()
+        .name(name.to_string())
+        .spawn_scoped(scope, body)
+        .expect("the system grants a thread, or the relay cannot work at all")
+}
+
+/// Waits for the reader, who is asked to stop. One that waits for Postgres is woken by a keepalive, which
+/// Postgres sends when asked; if it does not, the connection is closed. One that waits for the publisher
+/// is free when that ends.
+fn wake<T>(
+    reader: &ScopedJoinHandle<'_, T>,
+    progress: &Progress,
+    writer: &ReplicationWriter,
+    asks: &Sender<Ask>,
+) {
+    let begun = Instant::now();
+    while !reader.is_finished() {
+        if begun.elapsed() > WAKE_LIMIT && progress.silence() > WAKE_LIMIT {
+            writer.shutdown();
+        }
+        let _ = asks.try_send(Ask::Ping);
+        thread::sleep(WAKE_INTERVAL);
+    }
+}
