@@ -1,1 +1,743 @@
-//! (to be written)
+//! One connection to NATS, over the `nats` crate: the only place that names it.
+//!
+//! A [`Link`] is never silently replaced: when the connection is lost, the link is over, says why once, and a
+//! new one is made by whoever retries. It keeps no window, no deadline of a publish and no retry.
+//!
+//! The crate's calls block without deadlines (connect, publish, flush, unsubscribe, close), so none of them is
+//! made on the caller's thread:
+//!
+//! | thread | what it may hang in | how long |
+//! | --- | --- | --- |
+//! | connect | name lookup, handshake | until the server moves or the connection breaks; [`MAX_HANGING`] a server |
+//! | sender | `publish`, when the kernel's buffers are full | the same |
+//! | flusher | `flush`, which waits for a PONG | the same; [`MAX_FLUSHERS`] in the process |
+//! | reaper | `close` | the same; counted with connect |
+//!
+//! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
+//! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours.
+#![allow(
+    deprecated,
+    reason = "every item of the crate is marked deprecated in favour of an async one"
+)]
+
+use super::ack::{AckError, PubAck, parse_ack};
+use super::error::Error;
+use super::options::{Options, ServerUrl, UrlAuth};
+use super::probe::{ServerInfo, probe};
+use crate::outbox::batch::{Batch, EventSpans, OutboxEvent};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
+use std::fmt::Write;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Connects and closes that may hang at once for one server. More than one, because a connection whose
+/// network vanished at the wrong moment hangs for good, and the server must not be lost with it.
+const MAX_HANGING: usize = 8;
+
+/// Flusher threads at once. One that the crate never answers stays for good; beyond this many, a link does
+/// without and leaves flushing to the crate, which does it every 5 ms.
+const MAX_FLUSHERS: usize = 16;
+
+/// How often, and with what pause, the disconnect callback tries to free the threads that wait in the crate.
+const RELEASE_TRIES: u32 = 20;
+const RELEASE_PAUSE: Duration = Duration::from_millis(10);
+
+/// What the crate hands out; [`Link::decode`] reads it.
+pub type Message = nats::Message;
+
+/// An event to publish.
+#[derive(Clone, Debug)]
+pub struct Publish {
+    /// The batch that holds the event's bytes.
+    pub batch: Arc<Batch>,
+    /// The event, one of the batch's.
+    pub event: EventSpans,
+    /// Comes back with the answer; the caller's to choose.
+    pub token: u64,
+    /// The sequence the stream must end at; `None` for no fence.
+    pub expected_last_sequence: Option<u64>,
+    /// `<slot> <system id> <timeline>`: the source of `Outbox-Position`.
+    pub position_source: Arc<str>,
+}
+
+/// What came back.
+#[derive(Debug)]
+pub enum Incoming {
+    /// The answer to a publish.
+    Ack {
+        /// The publish's token.
+        token: u64,
+        /// Stored, or why not.
+        result: Result<PubAck, AckError>,
+    },
+    /// The answer to [`Link::request`].
+    Reply {
+        /// The request's token.
+        token: u64,
+        /// The body (which may hold an API error), or that nobody answers.
+        result: Result<Vec<u8>, AckError>,
+    },
+}
+
+enum Work {
+    Burst(Vec<Publish>),
+    Request {
+        reply: String,
+        subject: String,
+        body: Vec<u8>,
+    },
+}
+
+/// One NATS connection, with one inbox for all answers.
+///
+/// Dropping it returns at once; a thread of its own closes what may hang.
+pub struct Link {
+    life: Arc<Life>,
+    info: ServerInfo,
+    /// `_INBOX.<unique>.`
+    inbox: String,
+    api_prefix: String,
+    calls: AtomicU64,
+    work: Option<Sender<Work>>,
+    messages: Receiver<Message>,
+    lost: Receiver<Error>,
+    /// Kept until the crate's thread is done: it panics when it delivers to a receiver that is gone.
+    subscription: Option<nats::Subscription>,
+}
+
+/// What the link and its threads share.
+struct Life {
+    server: String,
+    /// No publish starts any more.
+    over: AtomicBool,
+    /// Holds one message, the first cause.
+    lost: Sender<Error>,
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    /// None before the connection is made and after it is over.
+    connection: Option<nats::Connection>,
+    /// How many threads are inside a call of the crate.
+    inside: usize,
+    disconnected: bool,
+}
+
+impl Link {
+    /// Tries the servers in turn: probe, connect, sign in, subscribe to an inbox. Spends at most
+    /// `connect_timeout` on each. What goes wrong is worded for an operator.
+    pub fn connect(options: &Options) -> Result<Link, Error> {
+        let mut errors = Vec::new();
+        for server in &options.servers {
+            match connect_one(options, server) {
+                Ok(link) => return Ok(link),
+                Err(error) => errors.push(error),
+            }
+        }
+        match errors.pop() {
+            Some(only) if errors.is_empty() => Err(only),
+            Some(last) => {
+                errors.push(last);
+                Err(Error::NoServer(errors))
+            }
+            None => Err(Error::NoServer(errors)),
+        }
+    }
+
+    /// Hands events to the link's sender thread, which keeps their order. Never blocks: the queue's bound is the
+    /// caller's window, as whatever is in it has not been answered. Sizes are the caller's to check
+    /// against [`max_payload`](Self::max_payload). Without effect once the link is over.
+    pub fn publish(&self, burst: Vec<Publish>) {
+        self.send(Work::Burst(burst));
+    }
+
+    /// Asks the JetStream API, for instance `STREAM.INFO.orders`; the answer comes as [`Incoming::Reply`]. Never
+    /// blocks; deadlines are the caller's.
+    pub fn request(&self, token: u64, api: &str, body: Vec<u8>) {
+        self.ask(format!("{}r{token}", self.inbox), api, body);
+    }
+
+    /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
+    /// link on which nothing has been published yet.
+    pub fn call(&self, api: &str, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, Error> {
+        // an answer that comes after its deadline must not be taken for the next call's
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let reply = format!("{}c{call}", self.inbox);
+        let deadline = Instant::now() + timeout;
+        self.ask(reply.clone(), api, body);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            select! {
+                recv(self.messages) -> message => match message {
+                    Ok(message) if message.subject == reply => {
+                        return answer(message).map_err(|source| Error::Api { api: api.into(), source });
+                    }
+                    Ok(_) => {}
+                    Err(_) => return Err(self.life.lost("the subscription ended")),
+                },
+                recv(self.lost) -> error => {
+                    return Err(error.unwrap_or_else(|_| self.life.lost("the connection ended")));
+                }
+                default(left) => return Err(Error::ApiTimeout { api: api.into(), after: timeout }),
+            }
+        }
+    }
+
+    /// Answers as they come, for a `select!`; [`decode`](Self::decode) reads them.
+    pub fn messages(&self) -> &Receiver<Message> {
+        &self.messages
+    }
+
+    /// What a message of [`messages`](Self::messages) is; `None` if it is neither an ack nor a reply, such as
+    /// the late answer to a [`call`](Self::call).
+    pub fn decode(&self, message: Message) -> Option<Incoming> {
+        let tail = message.subject.strip_prefix(&self.inbox)?;
+        if let Some(token) = tail.strip_prefix('r') {
+            let token = token.parse().ok()?;
+            let result = answer(message);
+            return Some(Incoming::Reply { token, result });
+        }
+        let token = tail.parse().ok()?;
+        let result = parse_ack(&message.data, status(&message));
+        Some(Incoming::Ack { token, result })
+    }
+
+    /// Yields once, why the link is over.
+    pub fn lost(&self) -> &Receiver<Error> {
+        &self.lost
+    }
+
+    /// `host:port` of the server.
+    pub fn server(&self) -> &str {
+        &self.life.server
+    }
+
+    /// What the server said of itself.
+    pub fn server_info(&self) -> &ServerInfo {
+        &self.info
+    }
+
+    /// The largest message in bytes the server takes, headers included.
+    pub fn max_payload(&self) -> usize {
+        self.info.max_payload
+    }
+
+    fn ask(&self, reply: String, api: &str, body: Vec<u8>) {
+        let subject = format!("{}.{api}", self.api_prefix);
+        self.send(Work::Request {
+            reply,
+            subject,
+            body,
+        });
+    }
+
+    fn send(&self, work: Work) {
+        if let Some(queue) = &self.work {
+            // a sender that is gone has said so on `lost`
+            let _ = queue.send(work);
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.life.over.store(true, Ordering::SeqCst);
+        // ends the sender, which ends the flusher
+        drop(self.work.take());
+        let life = self.life.clone();
+        let subscription = self.subscription.take();
+        let presence = Presence::enter(&life.server);
+        let reap = move || {
+            // close() also wakes the crate's threads, which a mere drop does not
+            life.with(nats::Connection::close);
+            life.hold().connection = None;
+            drop(subscription);
+            drop(presence);
+        };
+        // without a thread to spare it is better to leak than to hang here: the closure is dropped by spawn
+        if let Err(error) = thread::Builder::new()
+            .name("nats-reaper".into())
+            .spawn(reap)
+        {
+            log::error!("close the connection to NATS: {error}");
+        }
+    }
+}
+
+impl Life {
+    fn hold(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lost(&self, reason: impl Into<String>) -> Error {
+        Error::Lost {
+            server: self.server.clone(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Ends the link; only the first cause is kept.
+    fn end(&self, error: Error) {
+        self.over.store(true, Ordering::SeqCst);
+        let _ = self.lost.try_send(error);
+    }
+
+    /// Runs a call of the crate, unless the connection is over.
+    fn with<T>(&self, call: impl FnOnce(nats::Connection) -> T) -> Option<T> {
+        let connection = {
+            let mut held = self.hold();
+            let connection = held.connection.clone()?;
+            held.inside += 1;
+            connection
+        };
+        let result = call(connection);
+        self.hold().inside -= 1;
+        Some(result)
+    }
+
+    /// The crate's disconnect callback, on its thread, just before it would connect again.
+    fn disconnected(&self) {
+        self.end(self.lost("the server closed the connection, or it broke"));
+        for _ in 0..RELEASE_TRIES {
+            let connection = {
+                let mut held = self.hold();
+                held.disconnected = true;
+                if held.inside == 0 {
+                    held.connection = None;
+                }
+                held.connection.clone()
+            };
+            let Some(connection) = connection else { return };
+            // A flush waits for its PONG even now. The crate lets it go when writing to the dead socket fails,
+            // and it writes (within 5 ms) when something was published.
+            let _ = connection.publish("_INBOX.over", "");
+            drop(connection);
+            thread::sleep(RELEASE_PAUSE);
+        }
+        self.hold().connection = None;
+    }
+}
+
+/// What the text after `-ERR` means.
+fn server_error(server: &str, text: &str) -> Error {
+    let (server, reason) = (server.to_string(), text.to_string());
+    let has = |words: &str| text.to_ascii_lowercase().contains(words);
+    if has("permissions violation") {
+        Error::Permission { reason }
+    } else if has("authorization") || has("authentication") {
+        Error::Authorization { server, reason }
+    } else {
+        Error::Lost { server, reason }
+    }
+}
+
+fn status(message: &Message) -> Option<&str> {
+    let headers = message.headers.as_ref()?;
+    headers.get("Status").map(String::as_str)
+}
+
+fn answer(message: Message) -> Result<Vec<u8>, AckError> {
+    match status(&message) {
+        None => Ok(message.data),
+        Some("503") => Err(AckError::NoResponders),
+        Some(_) => Err(AckError::Malformed),
+    }
+}
+
+/// Counts the threads that may hang on a server.
+struct Presence(String);
+
+static PRESENT: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+impl Presence {
+    fn enter(server: &str) -> Presence {
+        let mut present = PRESENT.lock().unwrap_or_else(PoisonError::into_inner);
+        present.push(server.to_string());
+        Presence(server.to_string())
+    }
+
+    fn count(server: &str) -> usize {
+        let present = PRESENT.lock().unwrap_or_else(PoisonError::into_inner);
+        present.iter().filter(|name| *name == server).count()
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        let mut present = PRESENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = present.iter().position(|name| *name == self.0) {
+            present.swap_remove(index);
+        }
+    }
+}
+
+fn connect_one(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
+    let name = server.to_string();
+    if Presence::count(&name) >= MAX_HANGING {
+        return Err(Error::Hanging { server: name });
+    }
+    let (done, result) = bounded(1);
+    let task = {
+        let (options, server) = (options.clone(), server.clone());
+        move || {
+            let presence = Presence::enter(&server.to_string());
+            let link = establish(&options, &server);
+            drop(presence);
+            // nobody waits any more: the link closes itself
+            let _ = done.send(link);
+        }
+    };
+    let spawned = thread::Builder::new()
+        .name("nats-connect".into())
+        .spawn(task);
+    if let Err(source) = spawned {
+        return Err(Error::Unreachable {
+            server: name,
+            source,
+        });
+    }
+    match result.recv_timeout(options.connect_timeout) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Timeout) => Err(Error::Timeout {
+            server: name,
+            what: "it did not finish TLS and signing in",
+            after: options.connect_timeout,
+        }),
+        Err(RecvTimeoutError::Disconnected) => Err(Error::Refused {
+            server: name,
+            reason: "the client library failed".into(),
+        }),
+    }
+}
+
+/// Makes the connection; may hang, and is therefore called on a thread of its own.
+fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
+    // most of the time, so that the probe's clearer words come before the caller's deadline
+    let probe_deadline = Instant::now() + options.connect_timeout * 3 / 4;
+    let (address, info) = probe(server, probe_deadline)?;
+    let (lost, why) = bounded(1);
+    let life = Arc::new(Life {
+        server: server.to_string(),
+        over: AtomicBool::new(false),
+        lost,
+        held: Mutex::default(),
+    });
+
+    let tls = server.tls || options.tls_required || info.tls_required;
+    if tls && !info.tls_required && !info.tls_available {
+        return Err(Error::Tls {
+            server: life.server.clone(),
+            reason: "the server does not offer TLS".into(),
+        });
+    }
+    // certificates are issued to names; otherwise take the address that has just answered
+    let url = if tls {
+        format!("tls://{server}")
+    } else {
+        format!("nats://{address}")
+    };
+    let connection = crate_options(options, server, tls, &life)?
+        .connect(url.as_str())
+        .map_err(|error| connect_error(&life.server, &info, tls, error))?;
+    let inbox = format!("{}.", connection.new_inbox());
+    {
+        let mut held = life.hold();
+        if held.disconnected {
+            return Err(why
+                .try_recv()
+                .unwrap_or_else(|_| life.lost("the server closed the connection")));
+        }
+        held.connection = Some(connection.clone());
+    }
+    let subscription = connection
+        .subscribe(&format!("{inbox}*"))
+        .map_err(|error| life.lost(error.to_string()))?;
+    drop(connection);
+
+    let (work, queue) = unbounded();
+    let link = Link {
+        info,
+        inbox: inbox.clone(),
+        api_prefix: options.api_prefix.clone(),
+        calls: AtomicU64::new(0),
+        work: Some(work),
+        messages: subscription.receiver().clone(),
+        lost: why,
+        subscription: Some(subscription),
+        life: life.clone(),
+    };
+    // a refused subscription is answered before the flush is
+    let flushed = life.with(|connection| connection.flush_timeout(options.connect_timeout));
+    if let Ok(error) = link.lost.try_recv() {
+        return Err(error);
+    }
+    match flushed {
+        Some(Ok(())) => {}
+        Some(Err(error)) => return Err(life.lost(error.to_string())),
+        None => return Err(life.lost("the server closed the connection")),
+    }
+
+    let (kick, kicked) = bounded(1);
+    let start = |name: &str, task: Box<dyn FnOnce() + Send>| {
+        let spawned = thread::Builder::new().name(name.into()).spawn(task);
+        spawned.map_err(|error| life.lost(format!("start a thread: {error}")))
+    };
+    let (sender_life, flusher_life) = (life.clone(), life.clone());
+    start(
+        "nats-sender",
+        Box::new(move || send_loop(&sender_life, inbox, &queue, &kick)),
+    )?;
+    if FLUSHERS.fetch_add(1, Ordering::SeqCst) < MAX_FLUSHERS {
+        let timeout = options.request_timeout;
+        start(
+            "nats-flusher",
+            Box::new(move || {
+                flush_loop(&flusher_life, &kicked, timeout);
+                FLUSHERS.fetch_sub(1, Ordering::SeqCst);
+            }),
+        )?;
+    } else {
+        FLUSHERS.fetch_sub(1, Ordering::SeqCst);
+        log::warn!(
+            "flush publishes to NATS: {MAX_FLUSHERS} earlier flushes still hang; going on without, at up to 5 ms more per publish"
+        );
+    }
+    Ok(link)
+}
+
+static FLUSHERS: AtomicUsize = AtomicUsize::new(0);
+
+fn crate_options(
+    options: &Options,
+    server: &ServerUrl,
+    tls: bool,
+    life: &Arc<Life>,
+) -> Result<nats::Options, Error> {
+    let mut made = match (&server.auth, &options.creds, &options.nkey) {
+        (Some(UrlAuth::UserPassword(user, password)), ..) => {
+            nats::Options::with_user_pass(user, password)
+        }
+        (Some(UrlAuth::Token(token)), ..) => nats::Options::with_token(token),
+        (None, Some(path), _) => {
+            let what = "credentials file";
+            let text = read(what, path)?;
+            nats::Options::with_static_credentials(&text).map_err(|_| {
+                malformed(what, path, "expected a user JWT and an nkey seed between lines of dashes, as `nsc generate creds` writes them")
+            })?
+        }
+        (None, None, Some(path)) => {
+            let what = "nkey seed file";
+            let text = read(what, path)?;
+            let pair = nkeys::KeyPair::from_seed(text.trim())
+                .map_err(|_| malformed(what, path, "expected a seed that begins with SU"))?;
+            let public = pair.public_key();
+            // the key comes from a seed, so it can sign; an empty signature would merely be refused
+            nats::Options::with_nkey(&public, move |nonce| pair.sign(nonce).unwrap_or_default())
+        }
+        (None, None, None) => nats::Options::new(),
+    };
+    if tls {
+        if let Some(path) = &options.tls_ca {
+            pem("certificate authority file", path, "CERTIFICATE")?;
+            made = made.add_root_certificate(path);
+        }
+        if let (Some(cert), Some(key)) = (&options.tls_cert, &options.tls_key) {
+            pem("client certificate file", cert, "CERTIFICATE")?;
+            pem("client key file", key, "PRIVATE KEY")?;
+            made = made.client_cert(cert, key);
+        }
+    } else {
+        // the crate loads the system's certificates unless it is given a file, and fails where they are missing
+        made = made.add_root_certificate("/dev/null");
+    }
+    let on_error = life.clone();
+    let on_disconnect = life.clone();
+    Ok(made
+        .with_name(&options.name)
+        .tls_required(tls)
+        .reconnect_buffer_size(0)
+        // one is the least that lets it connect at all
+        .max_reconnects(1)
+        .reconnect_delay_callback(|_| Duration::ZERO)
+        .error_callback(move |error| {
+            on_error.end(server_error(&on_error.server, &error.to_string()));
+        })
+        .disconnect_callback(move || on_disconnect.disconnected()))
+}
+
+fn read(what: &'static str, path: &Path) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(|source| Error::File {
+        what,
+        path: path.into(),
+        source,
+    })
+}
+
+fn malformed(what: &'static str, path: &Path, reason: &str) -> Error {
+    Error::File {
+        what,
+        path: path.into(),
+        source: io::Error::new(io::ErrorKind::InvalidData, reason),
+    }
+}
+
+/// The crate reads the file itself, but names it in no error.
+fn pem(what: &'static str, path: &Path, kind: &str) -> Result<(), Error> {
+    let text = read(what, path)?;
+    let found = text
+        .lines()
+        .any(|line| line.starts_with("-----BEGIN ") && line.ends_with(&format!("{kind}-----")));
+    if found {
+        Ok(())
+    } else {
+        Err(malformed(
+            what,
+            path,
+            &format!("expected PEM with a {kind} section"),
+        ))
+    }
+}
+
+/// What the crate's error on connecting means.
+fn connect_error(server: &str, info: &ServerInfo, tls: bool, error: io::Error) -> Error {
+    let text = error.to_string();
+    let server = server.to_string();
+    // the crate shows an -ERR as: unexpected line while connecting: Err("Authorization Violation")
+    let said = text
+        .split_once("Err(\"")
+        .map(|(_, rest)| rest.trim_end_matches("\")").to_string());
+    match said {
+        Some(said) => match server_error(&server, &said) {
+            Error::Lost { server, reason } => Error::Refused { server, reason },
+            other => other,
+        },
+        None if tls && (text.contains("TLS") || text.contains("certificate")) => Error::Tls {
+            server,
+            reason: text,
+        },
+        None if info.auth_required => Error::Refused {
+            server,
+            reason: format!("{text} (while signing in: check the credentials)"),
+        },
+        None => Error::Unreachable {
+            server,
+            source: error,
+        },
+    }
+}
+
+fn flush_loop(life: &Life, kicked: &Receiver<()>, timeout: Duration) {
+    while kicked.recv().is_ok() {
+        match life.with(|connection| connection.flush_timeout(timeout)) {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return life.end(life.lost(format!("flush: {error}"))),
+            None => return,
+        }
+    }
+}
+
+fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<()>) {
+    let mut reply = Reply::new(inbox);
+    loop {
+        let work = match queue.try_recv() {
+            Ok(work) => work,
+            Err(_) => {
+                // one kick that waits covers everything written before it is taken
+                let _ = kick.try_send(());
+                match queue.recv() {
+                    Ok(work) => work,
+                    Err(_) => return,
+                }
+            }
+        };
+        let sent = life.with(|connection| match work {
+            Work::Burst(burst) => burst
+                .iter()
+                .take_while(|_| !life.over.load(Ordering::Relaxed))
+                .try_for_each(|publish| send(life, &connection, &mut reply, publish)),
+            Work::Request {
+                reply,
+                subject,
+                body,
+            } => connection
+                .publish_request(&subject, &reply, body)
+                .map_err(|error| life.lost(error.to_string())),
+        });
+        match sent {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return life.end(error),
+            None => return,
+        }
+    }
+}
+
+/// `<inbox>.<token>`, in one buffer.
+struct Reply {
+    text: String,
+    inbox_len: usize,
+}
+
+impl Reply {
+    fn new(inbox: String) -> Reply {
+        Reply {
+            inbox_len: inbox.len(),
+            text: inbox,
+        }
+    }
+
+    fn to(&mut self, token: u64) -> &str {
+        self.text.truncate(self.inbox_len);
+        // writing to a String cannot fail
+        let _ = write!(self.text, "{token}");
+        &self.text
+    }
+}
+
+fn send(
+    life: &Life,
+    connection: &nats::Connection,
+    reply: &mut Reply,
+    publish: &Publish,
+) -> Result<(), Error> {
+    let event = publish.batch.event(&publish.event);
+    let headers = headers(&event, publish)?;
+    connection
+        .publish_with_reply_or_headers(
+            event.subject,
+            Some(reply.to(publish.token)),
+            Some(&headers),
+            event.body,
+        )
+        .map_err(|error| life.lost(error.to_string()))
+}
+
+/// The headers, as one entry of the crate's map whose value holds the lines of the others: the map costs three
+/// allocations an entry and gives them back in random order.
+fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap, Error> {
+    // subject and id come from the mapper, which lets no such byte through; here they would forge protocol
+    let legal = |text: &str| !text.bytes().any(|byte| byte.is_ascii_control());
+    if !legal(event.id) || !legal(event.subject) || event.subject.contains(' ') {
+        return Err(Error::Unpublishable {
+            reason: format!(
+                "the event at {} has a control character or a space in its subject or id",
+                event.position
+            ),
+        });
+    }
+    let mut lines = String::with_capacity(event.id.len() + publish.position_source.len() + 110);
+    lines.push_str(event.id);
+    // writing to a String cannot fail
+    if let Some(seq) = publish.expected_last_sequence {
+        let _ = write!(lines, "\r\nNats-Expected-Last-Sequence: {seq}");
+    }
+    let (source, position) = (&publish.position_source, event.position);
+    let _ = write!(lines, "\r\nOutbox-Position: {source} {position}");
+    let mut headers = nats::HeaderMap::new();
+    headers.insert("Nats-Msg-Id", lines);
+    Ok(headers)
+}

@@ -1,0 +1,189 @@
+//! What can go wrong between the relay and NATS, in words that say what to do.
+
+use super::ack::{AckError, ApiError};
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// An error of this layer. Servers are named as `host:port`; no variant holds a secret.
+#[derive(Debug)]
+pub enum Error {
+    /// A file that signing in or TLS needs is missing, unreadable or malformed.
+    File {
+        /// What it should have been.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The name did not resolve, or nobody accepted the connection.
+    Unreachable {
+        /// The server.
+        server: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The server did not do its part within the connect timeout.
+    Timeout {
+        /// The server.
+        server: String,
+        /// What it did not do.
+        what: &'static str,
+        /// How long it was given.
+        after: Duration,
+    },
+    /// Whoever listens there does not speak NATS as this program can.
+    NotNats {
+        /// The server.
+        server: String,
+        /// What it did.
+        reason: String,
+    },
+    /// Earlier attempts to connect hang; another would only add a thread to them.
+    Hanging {
+        /// The server.
+        server: String,
+    },
+    /// User, password, token, credentials or nkey are wrong or have expired.
+    Authorization {
+        /// The server.
+        server: String,
+        /// The server's words.
+        reason: String,
+    },
+    /// TLS failed.
+    Tls {
+        /// The server.
+        server: String,
+        /// Why.
+        reason: String,
+    },
+    /// The user lacks a permission.
+    Permission {
+        /// The server's words: they name the subject.
+        reason: String,
+    },
+    /// The server refused the connection for another reason, or broke it while it was made.
+    Refused {
+        /// The server.
+        server: String,
+        /// The server's words.
+        reason: String,
+    },
+    /// The connection is over.
+    Lost {
+        /// The server.
+        server: String,
+        /// What ended it.
+        reason: String,
+    },
+    /// A message that NATS would close the connection for was handed over.
+    Unpublishable {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No server of several could be used.
+    NoServer(Vec<Error>),
+    /// The JetStream API did not answer in time.
+    ApiTimeout {
+        /// What was asked.
+        api: String,
+        /// How long the answer was waited for.
+        after: Duration,
+    },
+    /// The JetStream API answered with an error, nobody, or something else.
+    Api {
+        /// What was asked.
+        api: String,
+        /// The answer.
+        source: AckError,
+    },
+}
+
+impl Error {
+    /// The error object of the JetStream API, if it is one.
+    pub fn api_error(&self) -> Option<&ApiError> {
+        match self {
+            Error::Api {
+                source: AckError::Api(error),
+                ..
+            } => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::File { what, path, source } => {
+                write!(f, "read {what} {}: {source}", path.display())
+            }
+            Error::Unreachable { server, source } => write!(
+                f,
+                "connect to NATS at {server}: {source}: check the address, and that the server runs"
+            ),
+            Error::Timeout {
+                server,
+                what,
+                after,
+            } => write!(f, "connect to NATS at {server}: {what} within {after:?}"),
+            Error::NotNats { server, reason } => {
+                write!(f, "connect to NATS at {server}: {reason}")
+            }
+            Error::Hanging { server } => write!(
+                f,
+                "connect to NATS at {server}: earlier attempts still hang; if the server is well, restart this program"
+            ),
+            Error::Authorization { server, reason } => write!(
+                f,
+                "sign in to NATS at {server}: {reason}: check user, password, token, credentials or nkey, and whether they have expired"
+            ),
+            Error::Tls { server, reason } => write!(
+                f,
+                "secure the connection to NATS at {server}: {reason}: check the certificate authority, the host name and the client certificate"
+            ),
+            Error::Permission { reason } => write!(
+                f,
+                "use NATS: {reason}: allow the user to publish to the events' subjects and the JetStream API, and to subscribe to _INBOX.>"
+            ),
+            Error::Refused { server, reason } => {
+                write!(f, "connect to NATS at {server}: {reason}")
+            }
+            Error::Lost { server, reason } => {
+                write!(f, "keep the connection to NATS at {server}: {reason}")
+            }
+            Error::Unpublishable { reason } => write!(f, "publish to NATS: {reason}"),
+            Error::NoServer(errors) => {
+                write!(f, "connect to NATS: none of {} servers", errors.len())?;
+                errors.iter().try_for_each(|error| write!(f, "; {error}"))
+            }
+            Error::ApiTimeout { api, after } => write!(
+                f,
+                "ask JetStream for {api}: no answer within {after:?}: check that it has a leader, and the API prefix"
+            ),
+            Error::Api { api, source } => match source {
+                AckError::NoResponders => write!(
+                    f,
+                    "ask JetStream for {api}: nobody answers: enable JetStream on the server and for the account, or correct the API prefix"
+                ),
+                AckError::Malformed => {
+                    write!(f, "ask JetStream for {api}: the answer is not JetStream's")
+                }
+                AckError::Api(error) => write!(f, "ask JetStream for {api}: {error}"),
+            },
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::File { source, .. } | Error::Unreachable { source, .. } => Some(source),
+            Error::Api { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
