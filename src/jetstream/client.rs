@@ -64,6 +64,17 @@ pub struct Publish {
     pub position_source: Arc<str>,
 }
 
+impl Publish {
+    /// The message's size as the server counts it against `max_payload`: headers and body, with numbers at
+    /// their longest, so a little more than it will be.
+    pub fn wire_size(&self) -> usize {
+        /// `NATS/1.0`, the three names, line ends, and the longest sequence, LSN and ordinal.
+        const FIXED: usize = 160;
+        let event = self.batch.event(&self.event);
+        FIXED + event.id.len() + self.position_source.len() + event.body.len()
+    }
+}
+
 /// What came back.
 #[derive(Debug)]
 pub enum Incoming {

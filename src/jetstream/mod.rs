@@ -2,11 +2,25 @@
 //!
 //! [`client`] is the only place that names the `nats` crate; [`probe`] looks at a server before it does;
 //! [`options`] say where NATS is; [`ack`] reads PubAcks and errors; [`streams`] knows which stream captures a
-//! subject; `chain` and `resume` are the fence and the resume.
+//! subject; [`chain`] and [`resume`] are the fence and the resume.
 
 pub mod ack;
+pub mod chain;
 pub mod client;
 pub mod error;
 pub mod options;
 pub mod probe;
+pub mod resume;
 pub mod streams;
+
+pub use error::Error;
+
+/// What a consumer may rely on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// Each event stands in the stream once, in commit order: the fence and the resume.
+    ExactlyOnce,
+    /// No fence and no reading back, for streams with other busy writers. JetStream's deduplication window
+    /// catches repeats; order is kept within a subject.
+    AtLeastOnce,
+}

@@ -123,13 +123,14 @@ impl<'a> Publisher<'a> {
 
     /// Works with one connection until it fails, or everything is done.
     fn serve(&mut self, link: &Link) -> Result<(), Interrupt> {
-        let idle = never();
+        let (idle, never_stops) = (never(), never());
         loop {
             let now = Instant::now();
-            while let Ok(incoming) = link.incoming().try_recv() {
-                self.take(link, incoming, now)?;
+            while let Ok(message) = link.messages().try_recv() {
+                self.take(link.decode(message), now)?;
             }
-            self.trouble(self.core.tick(now))?;
+            let outcome = self.core.tick(now);
+            self.trouble(outcome)?;
             self.publish(link, now)?;
             self.look(link, now);
             self.progress.confirmable(self.core.confirmable(now));
@@ -139,21 +140,22 @@ impl<'a> Publisher<'a> {
             }
             let changes = if self.closing == Closing::No && self.core.wants_batch() { &self.changes } else { &idle };
             let wake = self.wake(now);
-            if self.closing == Closing::No {
-                select! {
-                    recv(link.incoming()) -> incoming => self.received(link, incoming)?,
-                    recv(changes) -> batch => match batch {
-                        Ok(batch) => self.core.offer(Arc::new(batch)),
-                        Err(_) => self.close(now),
-                    },
-                    recv(self.stop.channel()) -> _ => self.close(now),
-                    default(wake) => {}
+            let stop = if self.closing == Closing::No { self.stop.channel() } else { &never_stops };
+            select! {
+                recv(link.messages()) -> message => match message {
+                    Ok(message) => self.take(link.decode(message), Instant::now())?,
+                    Err(_) => return Err(Interrupt::Reconnect("the connection to NATS ended".to_string())),
+                },
+                recv(link.lost()) -> error => {
+                    let reason = error.map_or_else(|_| "the connection to NATS ended".to_string(), |error| error.to_string());
+                    return Err(Interrupt::Reconnect(reason));
                 }
-            } else {
-                select! {
-                    recv(link.incoming()) -> incoming => self.received(link, incoming)?,
-                    default(wake) => {}
-                }
+                recv(changes) -> batch => match batch {
+                    Ok(batch) => self.core.offer(Arc::new(batch)),
+                    Err(_) => self.close(now),
+                },
+                recv(stop) -> _ => self.close(now),
+                default(wake) => {}
             }
         }
     }
@@ -187,21 +189,10 @@ impl<'a> Publisher<'a> {
         if self.core.is_holding_back() { wait.min(HOLD_BACK_TICK) } else { wait }
     }
 
-    fn received(
-        &mut self,
-        link: &Link,
-        incoming: Result<Incoming, crossbeam_channel::RecvError>,
-    ) -> Result<(), Interrupt> {
-        match incoming {
-            Ok(incoming) => self.take(link, incoming, Instant::now()),
-            Err(_) => Err(Interrupt::Reconnect("the connection to NATS ended".to_string())),
-        }
-    }
-
     /// Hands the core what JetStream said.
-    fn take(&mut self, link: &Link, incoming: Incoming, now: Instant) -> Result<(), Interrupt> {
+    fn take(&mut self, incoming: Option<Incoming>, now: Instant) -> Result<(), Interrupt> {
         match incoming {
-            Incoming::Ack { token, result } => {
+            Some(Incoming::Ack { token, result }) => {
                 let stored = result.is_ok();
                 let outcome = self.core.answer(token, result, now);
                 self.trouble(outcome)?;
@@ -211,14 +202,14 @@ impl<'a> Publisher<'a> {
                 Ok(())
             }
             // the only requests of this loop are those of `look`
-            Incoming::Reply { token, body } => match streams::last_seq_of_info(&body) {
+            Some(Incoming::Reply { token, result: Ok(body) }) => match streams::last_seq_of_info(&body) {
                 Some(last_seq) => {
                     let outcome = self.core.looked_at(token as usize, last_seq);
                     self.trouble(outcome)
                 }
                 None => Ok(()),
             },
-            Incoming::Lost(error) => Err(Interrupt::Reconnect(error.to_string())),
+            Some(Incoming::Reply { .. }) | None => Ok(()),
         }
     }
 
