@@ -183,7 +183,7 @@ fn write_lines(lines: &Receiver<ToWriter>, backlog: &Backlog, direct: &dyn Log) 
             ToWriter::Flush(done) => Some(done),
         };
         // not before the queue is empty: the dropped lines came after those in it
-        if flushed.is_some() || lines.is_empty() {
+        if lines.is_empty() {
             report_dropped(backlog.dropped.swap(0, Ordering::Relaxed), direct);
         }
         if let Some(done) = flushed {
