@@ -281,6 +281,12 @@ pub struct ReplicationWriter {
     stream: Arc<Stream>,
 }
 
+impl std::fmt::Debug for ReplicationWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReplicationWriter").finish_non_exhaustive()
+    }
+}
+
 impl ReplicationWriter {
     /// Sends a status update with the present time.
     pub fn send_status(&self, status: &StandbyStatusUpdate) -> Result<(), Error> {
