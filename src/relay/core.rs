@@ -478,8 +478,8 @@ impl Core {
 
     /// The streams that no publish is on its way to, for [`Core::looked_at`].
     pub fn idle_streams(&self) -> impl Iterator<Item = (usize, &str)> {
-        let idle = |(index, stream): (usize, &Stream)| stream.chain.is_settled().then_some((index, stream));
-        self.streams.iter().enumerate().filter_map(idle).map(|(index, stream)| (index, stream.name.as_str()))
+        let all = self.streams.iter().enumerate();
+        all.filter(|(_, stream)| stream.chain.is_settled()).map(|(index, stream)| (index, stream.name.as_str()))
     }
 
     /// When [`Core::tick`] wants to be called.

@@ -202,12 +202,12 @@ impl<'a> Publisher<'a> {
                 Ok(())
             }
             // the only requests of this loop are those of `look`
-            Some(Incoming::Reply { token, result: Ok(body) }) => match streams::last_seq_of_info(&body) {
-                Some(last_seq) => {
-                    let outcome = self.core.looked_at(token as usize, last_seq);
+            Some(Incoming::Reply { token, result: Ok(body) }) => match streams::parse_info(&body) {
+                Ok(Some(info)) => {
+                    let outcome = self.core.looked_at(token as usize, info.state.last_seq);
                     self.trouble(outcome)
                 }
-                None => Ok(()),
+                _ => Ok(()),
             },
             Some(Incoming::Reply { .. }) | None => Ok(()),
         }
@@ -252,7 +252,8 @@ impl<'a> Publisher<'a> {
 
     /// An event was taken for a duplicate although it is not stored: by whom its id was used is told.
     fn look_up(&mut self, link: &Link, stream: &str, seq: u64, token: u64) -> Result<(), Error> {
-        let found = streams::message(link, stream, seq)?;
+        let timeout = self.config.nats.request_timeout;
+        let found = streams::message(link, streams::message_request(stream, seq), timeout)?;
         let position = found.as_ref().and_then(|message| message.header(OUTBOX_POSITION)?.parse().ok());
         let used = found.as_ref().and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
         if let Some(id) = self.core.looked_up(token, used) {
@@ -269,7 +270,8 @@ impl<'a> Publisher<'a> {
         }
         self.next_look = now + LOOK_INTERVAL;
         for (index, name) in self.core.idle_streams() {
-            link.request(index as u64, &format!("STREAM.INFO.{name}"), Vec::new());
+            let (api, body) = streams::info_request(name);
+            link.request(index as u64, &api, body);
         }
     }
 
