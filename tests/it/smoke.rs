@@ -1,9 +1,15 @@
 //! Proves the fixtures themselves: what they start answers, and what they break comes back.
 
 use crate::support::nats::{Nats, NatsCluster};
+use crate::support::natsclient::{NatsClient, StreamMessage};
+use crate::support::oracle::{Event, Expected};
 use crate::support::postgres::Postgres;
+use crate::support::proxy::{Direction, Mode, Proxy};
+use crate::support::relay::Relay;
 use crate::support::wait::{eventually, secs};
 use serde_json::json;
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
 
 #[test]
 fn committed_rows_come_out_of_the_slot_and_rolled_back_ones_do_not() {
@@ -27,8 +33,8 @@ fn committed_rows_come_out_of_the_slot_and_rolled_back_ones_do_not() {
 fn postgres_comes_back_after_each_way_of_ending() {
     let pg = Postgres::builder().setting("work_mem", "5MB").build();
     pg.execute("CREATE TABLE t (n int)");
-    let ways: [(&str, fn(&Postgres)); 3] = [
-        ("fast", Postgres::stop_fast),
+    let ways = [
+        ("fast", Postgres::stop_fast as fn(&Postgres)),
         ("immediate", Postgres::stop_immediate),
         ("killed", Postgres::kill),
     ];
@@ -124,4 +130,112 @@ fn a_large_stream_is_read_whole() {
     let messages = client.read_all("jetstream_outbox");
     assert!(messages.iter().map(|m| m.seq).eq(1..=COUNT));
     assert!(messages.iter().all(|m| m.text() == m.seq.to_string()));
+}
+
+#[test]
+fn the_proxy_does_each_fault() {
+    let nats = Nats::start();
+    let proxy = Proxy::start(nats.port());
+    let connect = || NatsClient::try_connect_within(proxy.port(), &json!({}), secs(2));
+    let ping = |client: &mut NatsClient| client.try_request("$JS.API.INFO", &[], b"");
+
+    let mut client = connect().expect("it passes");
+    ping(&mut client).expect("it passes");
+    assert!(proxy.passed(Direction::ToClient) > 0);
+
+    proxy.set(Mode::Delay(Duration::from_millis(100)));
+    let start = Instant::now();
+    ping(&mut client).expect("it is late");
+    assert!(start.elapsed() >= Duration::from_millis(200), "both ways");
+
+    proxy.set(Mode::Trickle(200));
+    let start = Instant::now();
+    ping(&mut client).expect("it is slow");
+    assert!(
+        start.elapsed() >= Duration::from_millis(500),
+        "over 100 bytes"
+    );
+
+    for silent in [
+        Mode::Freeze,
+        Mode::Swallow(Direction::ToServer),
+        Mode::Swallow(Direction::ToClient),
+    ] {
+        proxy.set(silent);
+        let error = ping(&mut client).expect_err("no answer");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock, "{silent:?}");
+    }
+    proxy.set(Mode::Pass);
+
+    let mut client = connect().expect("a new one passes");
+    proxy.cut();
+    let error = ping(&mut client).expect_err("it is cut");
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe
+        ),
+        "{error:?}"
+    );
+
+    let mut client = connect().expect("a new one passes");
+    proxy.set(Mode::Refuse);
+    let error = client.try_next().expect_err("it is reset");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    connect().err().expect("refused");
+
+    proxy.set(Mode::Pass);
+    connect().expect("a new one passes");
+}
+
+#[test]
+fn the_oracle_finds_what_is_wrong() {
+    let event = |id: &str| Event::new(id, format!("events.{id}"), id.as_bytes());
+    let mut expected = Expected::new();
+    expected.commit(0, [event("a"), event("b")]);
+    expected.uncertain(0, [event("c"), event("d")]);
+    expected.commit(1, [event("e")]);
+    assert_eq!(expected.committed(), 3);
+
+    let check = |ids: &[&str]| {
+        let messages: Vec<_> = ids
+            .iter()
+            .zip(1..)
+            .map(|(id, seq)| StreamMessage {
+                seq,
+                // capitals stand for a wrong subject, a trailing ! for a wrong body
+                subject: format!("events.{}", id.trim_end_matches('!')),
+                headers: vec![(
+                    "Nats-Msg-Id".into(),
+                    id.to_lowercase().trim_end_matches('!').into(),
+                )],
+                body: id.to_lowercase().into(),
+            })
+            .collect();
+        let report = expected.check(&messages);
+        [
+            report.missing.len(),
+            report.unknown.len(),
+            report.duplicates.len(),
+            report.order_violations.len(),
+            report.payload_mismatch.len(),
+            report.subject_mismatch.len(),
+        ]
+    };
+    for clean in [["a", "b", "e"].as_slice(), &["a", "e", "b", "c", "d"]] {
+        assert_eq!(check(clean), [0; 6], "{clean:?}");
+    }
+    assert_eq!(check(&["a", "e"]), [1, 0, 0, 0, 0, 0]);
+    assert_eq!(check(&["a", "b", "c", "e"]), [1, 0, 0, 0, 0, 0], "torn");
+    assert_eq!(check(&["a", "b", "e", "x"]), [0, 1, 0, 0, 0, 0]);
+    assert_eq!(check(&["a", "b", "a", "e"]), [0, 0, 1, 0, 0, 0]);
+    assert_eq!(check(&["b", "a", "e"]), [0, 0, 0, 1, 0, 0]);
+    assert_eq!(check(&["a!", "b", "e"]), [0, 0, 0, 0, 1, 0]);
+    assert_eq!(check(&["A", "b", "e"]), [0, 0, 0, 0, 0, 1]);
+}
+
+#[test]
+fn the_relay_says_its_version() {
+    let mut relay = Relay::run(&["--version"], &[]);
+    assert_eq!(relay.wait_exit(secs(10)), 0);
 }

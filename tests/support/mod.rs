@@ -14,7 +14,10 @@
 pub mod files;
 pub mod nats;
 pub mod natsclient;
+pub mod oracle;
 pub mod ports;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
+pub mod relay;
 pub mod wait;

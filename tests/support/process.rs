@@ -10,7 +10,7 @@ use rustix::process::{Pid, kill_process};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,8 +40,8 @@ for pid in $pids; do kill -KILL "$pid"; done
 printf '%s\n' "$folders" | while read -r folder; do test -n "$folder" && rm -rf "$folder"; done
 "#;
 
-static REAPER_INPUT: LazyLock<Mutex<ChildStdin>> = LazyLock::new(|| {
-    let mut reaper = Command::new("sh")
+static SHELL: LazyLock<Mutex<Child>> = LazyLock::new(|| {
+    let reaper = Command::new("sh")
         .args(["-c", REAPER])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -49,11 +49,12 @@ static REAPER_INPUT: LazyLock<Mutex<ChildStdin>> = LazyLock::new(|| {
         .process_group(0)
         .spawn()
         .expect("start the reaper shell");
-    Mutex::new(reaper.stdin.take().expect("stdin was piped"))
+    Mutex::new(reaper)
 });
 
 fn tell_reaper(line: &str) {
-    let mut input = lock(&REAPER_INPUT);
+    let mut reaper = lock(&SHELL);
+    let input = reaper.stdin.as_mut().expect("stdin was piped");
     writeln!(input, "{line}").expect("the reaper reads until this program ends");
 }
 
