@@ -432,10 +432,12 @@ mod tests {
                     messages: 2,
                     first_seq: 1,
                     last_seq: 2,
+                    num_deleted: 0,
                     first_ts: "2026-11-23T09:26:06.87843845Z".into(),
                     last_ts: "2026-11-23T09:26:06.878692928Z".into(),
                 },
                 created: "2026-11-23T09:26:06.875757873Z".into(),
+                ts: "2026-11-23T09:26:06.879621015Z".into(),
             }
         );
         for end in 0..body.len() {

@@ -27,10 +27,18 @@ impl Joined {
     /// position, whenever there is doubt.
     pub fn start_position(&self) -> Lsn {
         let position = |stream: &StreamAtConnect| match &stream.tail {
-            Tail { stored: Some(stored), switch_point: None, .. } => stored.position.commit_lsn,
+            Tail {
+                stored: Some(stored),
+                switch_point: None,
+                ..
+            } => stored.position.commit_lsn,
             _ => Lsn::INVALID,
         };
-        self.streams.iter().map(position).min().unwrap_or(Lsn::INVALID)
+        self.streams
+            .iter()
+            .map(position)
+            .min()
+            .unwrap_or(Lsn::INVALID)
     }
 }
 
@@ -55,14 +63,28 @@ pub fn join(
         let last_seq = info.state.last_seq;
         let (tail, aged) = match config.delivery {
             Delivery::ExactlyOnce => {
-                let stream = Stream { link: &link, info, filter: &filter, timeout };
+                let stream = Stream {
+                    link: &link,
+                    info,
+                    filter: &filter,
+                    timeout,
+                };
                 stream.read_back(lineage, last_known(&info.config.name), config.hold_back)?
             }
             Delivery::AtLeastOnce => (Tail::default(), None),
         };
-        found.push(StreamAtConnect { name: info.config.name.clone(), last_seq, tail, aged });
+        found.push(StreamAtConnect {
+            name: info.config.name.clone(),
+            last_seq,
+            tail,
+            aged,
+        });
     }
-    Ok(Joined { routes: Routes::new(&infos), streams: found, link })
+    Ok(Joined {
+        routes: Routes::new(&infos),
+        streams: found,
+        link,
+    })
 }
 
 /// A stream that is being read back.
@@ -88,32 +110,60 @@ impl Stream<'_> {
         let name = &self.info.config.name;
         let state = &self.info.state;
         let newest = self.get(streams::last_message_request(name, self.filter))?;
-        let extent = Extent { first_seq: state.first_seq, last_seq: state.last_seq, whole: state.num_deleted == 0 };
-        let found = find_tail(&lineage.source, extent, newest.as_ref(), checkpoint.as_ref(), |seq| {
-            self.get(streams::message_request(name, seq))
-        })?;
+        let extent = Extent {
+            first_seq: state.first_seq,
+            last_seq: state.last_seq,
+            whole: state.num_deleted == 0,
+        };
+        let found = find_tail(
+            &lineage.source,
+            extent,
+            newest.as_ref(),
+            checkpoint.as_ref(),
+            |seq| self.get(streams::message_request(name, seq)),
+        )?;
         let tail = lineage
             .judge(found, checkpoint.as_ref(), false)
-            .map_err(|conflict| Error::Conflict { stream: name.clone(), conflict })?;
+            .map_err(|conflict| Error::Conflict {
+                stream: name.clone(),
+                conflict,
+            })?;
         let aged = self.aged(lineage, &tail, hold_back)?;
         Ok((tail, aged))
     }
 
     /// The last event of ours that the stream has had for `hold_back`, by the server's own clock: a search
     /// for that time among the sequences.
-    fn aged(&self, lineage: &Lineage, tail: &Tail, hold_back: Duration) -> Result<Option<Position>, Error> {
-        let (Some(stored), Some(now)) = (&tail.stored, time(&self.info.ts)) else { return Ok(None) };
+    fn aged(
+        &self,
+        lineage: &Lineage,
+        tail: &Tail,
+        hold_back: Duration,
+    ) -> Result<Option<Position>, Error> {
+        let (Some(stored), Some(now)) = (&tail.stored, time(&self.info.ts)) else {
+            return Ok(None);
+        };
         // what is not older than this is too young
-        let Ok(limit) = now.checked_sub(hold_back) else { return Ok(None) };
+        let Ok(limit) = now.checked_sub(hold_back) else {
+            return Ok(None);
+        };
         let (mut old, mut young) = (self.info.state.first_seq.saturating_sub(1), stored.seq + 1);
         let mut aged = None;
         while old + 1 < young {
             let middle = old + (young - old) / 2;
-            let next = self.get(streams::next_message_request(&self.info.config.name, middle, self.filter))?;
+            let next = self.get(streams::next_message_request(
+                &self.info.config.name,
+                middle,
+                self.filter,
+            ))?;
             match next.filter(|message| time(&message.time).is_some_and(|time| time <= limit)) {
                 Some(message) => {
-                    let position = message.header(OUTBOX_POSITION).and_then(|text| text.parse::<SourcePosition>().ok());
-                    if let Some(position) = position.filter(|position| position.source == lineage.source) {
+                    let position = message
+                        .header(OUTBOX_POSITION)
+                        .and_then(|text| text.parse::<SourcePosition>().ok());
+                    if let Some(position) =
+                        position.filter(|position| position.source == lineage.source)
+                    {
                         aged = Some(position.position);
                     }
                     old = message.seq.max(middle);
