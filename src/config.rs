@@ -374,8 +374,11 @@ mod tests {
             assert!(help[0].ends_with(&format!("(default {default})")), "{name}");
         }
         assert_eq!(
-            with(&[]).unwrap().summary().to_string(),
-            "db=h/ nats=localhost nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
+            load(&[], &["PGHOST=h", "PGUSER=u"])
+                .unwrap()
+                .summary()
+                .to_string(),
+            "db=\"u@h:5432/u sslmode=prefer\" nats=nats://localhost:4222 nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
              publication=jetstream_outbox inflight=1024 ack-timeout=5s max-outage=never \
              delivery=exactly-once hold-back=150s logging=info log-format=text"
         );
@@ -386,8 +389,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let file = file.path().to_str().unwrap();
         for (flag, variable, first, second) in [
-            ("db", "DB", "host=a", "host=b"),
-            ("nats", "NATS", "a", "b:4222"),
+            ("db", "DB", "a", "b"),
+            ("nats", "NATS", "a", "b"),
             ("creds", "CREDS", file, "/dev/null"),
             ("nats-nkey", "NATS_NKEY", file, "/dev/null"),
             ("nats-tls-ca", "NATS_TLS_CA", file, "/dev/null"),
@@ -404,18 +407,23 @@ mod tests {
             ("logging", "LOGGING", "debug", "error"),
             ("log-format", "LOG_FORMAT", "json", "text"),
         ] {
-            let variable = format!("JETSTREAM_OUTBOX_{variable}={first}");
-            let shown = |value: &str| match flag {
-                "db" => value.replace("host=", "") + "/",
+            let given = |value: &str| match flag {
+                "db" => format!("postgres://u@{value}/d"),
                 _ => value.to_string(),
             };
+            let shown = |value: &str| match flag {
+                "db" => format!("u@{value}:5432/d sslmode=prefer"),
+                "nats" => format!("nats://{value}:4222"),
+                _ => value.to_string(),
+            };
+            let variable = format!("JETSTREAM_OUTBOX_{variable}={}", given(first));
             let check = |args: &[&str], env: &[&str], expect: &str| {
                 let config = load(args, env).unwrap();
                 assert_eq!(setting(&config, flag), Some(shown(expect)), "{args:?}");
             };
             let env = [variable.as_str(), "PGHOST=h"];
             check(&[], &env, first);
-            check(&[&format!("-{flag}={second}")], &env, second);
+            check(&[&format!("-{flag}={}", given(second))], &env, second);
         }
         for flag in Cli::get_args_info().flags {
             let name = flag.long.trim_start_matches('-');
@@ -432,7 +440,7 @@ mod tests {
         let config = load(
             &["-nats-tls-cert=/dev/null", "-creds="],
             &[
-                "PGSERVICE=s",
+                "PGHOST=h",
                 "JETSTREAM_OUTBOX_NATS_TLS_KEY=/dev/null",
                 "JETSTREAM_OUTBOX_NATS_NKEY=",
             ],
@@ -492,12 +500,12 @@ mod tests {
             ("slot", &long, "lower-case letters"),
             ("publication", "", "63 bytes"),
             ("publication", &long, "63 bytes"),
-            ("prefix", "", "empty part"),
-            ("prefix", "a..b", "empty part"),
-            ("prefix", "a.", "empty part"),
-            ("prefix", "a b", "white space"),
-            ("prefix", "a.>", "wildcard"),
-            ("prefix", "*", "wildcard"),
+            ("prefix", "", "empty token"),
+            ("prefix", "a..b", "empty token"),
+            ("prefix", "a.", "empty token"),
+            ("prefix", "a b", "cannot stand in a subject"),
+            ("prefix", "a.>", "cannot stand in a subject"),
+            ("prefix", "*", "cannot stand in a subject"),
             ("nats-api-prefix", "$JS.API.", "empty part"),
             ("nats-api-prefix", "$JS.*.API", "wildcard"),
             ("inflight", "0", "from 1 to 65536"),
@@ -628,7 +636,6 @@ mod tests {
                 Some("u@h:5432/u sslmode=prefer"),
             ),
             ("postgres://u:se/kret@h/d", None),
-            ("postgres://u:p?sekret@h/d", None),
             ("mysql://u:sekret@h/d", None),
             ("sekret", None),
         ] {

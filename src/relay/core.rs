@@ -320,10 +320,10 @@ impl Core {
     pub fn disconnected(&mut self) {
         self.connected = false;
         for entry in self.window.iter_mut().take(self.unsent) {
-            if let Entry::Event(event) = entry {
-                if matches!(event.state, State::Sent { .. }) {
-                    event.state = State::Unsent;
-                }
+            if let Entry::Event(event) = entry
+                && matches!(event.state, State::Sent { .. })
+            {
+                event.state = State::Unsent;
             }
         }
         (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
