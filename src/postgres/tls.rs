@@ -73,8 +73,27 @@ pub(super) fn handshake(
         Err(error) => return Err(std::io::Error::other(error)),
     };
     let mut session = ClientConnection::new(config, name).map_err(std::io::Error::other)?;
-    session.complete_io(&mut Deadlined { socket, deadline })?;
+    session
+        .complete_io(&mut Deadlined { socket, deadline })
+        .map_err(explain)?;
     Ok(session)
+}
+
+/// Adds what to do, where the library's words do not say it.
+fn explain(error: std::io::Error) -> std::io::Error {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let hint = match cause {
+        Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
+            "no certificate in sslrootcert has signed the server's"
+        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other)))
+            if other.to_string() == "UnsupportedCertVersion" =>
+        {
+            "the server's certificate is of version 1; issue it anew with a subjectAltName"
+        }
+        _ => return error,
+    };
+    std::io::Error::other(format!("{error}: {hint}"))
 }
 
 /// The hash of the server's certificate that `tls-server-end-point` asks for; `None` if its signature

@@ -79,18 +79,17 @@ impl Cluster {
         let certificates = tempfile::tempdir().unwrap();
         make_certificates(certificates.path());
         let file = |name: &str| certificates.path().join(name);
-        let cluster = Cluster::with_certificate(&file("server.crt"), &file("server.key"));
+        let (certificate, key) = (file("server.crt"), file("server.key"));
+        let cluster = Cluster::with_certificate(&certificate, &key, &file("ca.crt"));
         for entry in certificates.path().read_dir().unwrap() {
             let entry = entry.unwrap();
             std::fs::copy(entry.path(), cluster.folder.path().join(entry.file_name())).unwrap();
         }
-        std::fs::copy(file("ca.crt"), cluster.data.join("root.crt")).unwrap();
-        cluster.sql("SELECT pg_reload_conf()");
         cluster
     }
 
-    /// A server that shows this certificate, and trusts what it finds in `root.crt`.
-    pub fn with_certificate(certificate: &Path, key: &Path) -> Cluster {
+    /// A server that shows this certificate, and trusts clients with certificates of `authority`.
+    pub fn with_certificate(certificate: &Path, key: &Path, authority: &Path) -> Cluster {
         let folder = folder();
         let data = folder.path().join("data");
         run(command("initdb")
@@ -106,7 +105,7 @@ impl Cluster {
         for (from, name) in [
             (certificate, "server.crt"),
             (key, "server.key"),
-            (certificate, "root.crt"),
+            (authority, "root.crt"),
         ] {
             let to = data.join(name);
             std::fs::copy(from, &to).unwrap();
