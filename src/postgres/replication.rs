@@ -133,7 +133,8 @@ pub enum ReplicationMessage<'a> {
     Notice(ServerError),
 }
 
-/// The receiving half of the copy-both stream. It has the session: keep it until [`ReplicationReader::finish`].
+/// The receiving half of the copy-both stream. The connection lasts until this and all writers are dropped,
+/// or until one of them ends it.
 #[derive(Debug)]
 pub struct ReplicationReader {
     connection: Connection,
@@ -170,12 +171,23 @@ impl ReplicationReader {
     /// To be called after [`ReplicationWriter::copy_done`]: reads, and drops, what the server still sends, until
     /// it has ended the copy and is ready, or until `timeout`; then takes leave.
     pub fn finish(mut self, timeout: Duration) -> Result<(), Error> {
-        let deadline = Deadline::after("end replication", timeout);
+        let result = self.drain(&Deadline::after("end replication", timeout));
+        let stream = self.connection.stream.clone();
+        ReplicationWriter { stream }.terminate();
+        result
+    }
+
+    fn drain(&mut self, deadline: &Deadline) -> Result<(), Error> {
         loop {
-            let frame = self.connection.read_frame(&deadline)?;
+            let frame = match self.connection.read_frame(deadline) {
+                // a server that shuts down ends the copy and is gone
+                Err(Error::Closed { .. }) if self.ended => return Ok(()),
+                frame => frame?,
+            };
             match frame.tag {
                 b'Z' => return Ok(()),
-                b'd' | b'c' | b'C' | b'N' | b'S' => {}
+                b'c' | b'C' => self.ended = true,
+                b'd' | b'N' | b'S' => {}
                 b'E' => return Err(server_error(&self.connection.frames, frame)),
                 tag => return Err(out_of_turn(tag)),
             }
