@@ -52,9 +52,8 @@ pub struct StreamConfig {
     pub sealed: bool,
     /// At a limit: `old` drops the oldest message, `new` refuses the publish.
     pub discard: String,
-    /// The largest message in bytes, headers included; −1 for no limit.
-    #[serde(deserialize_with = "null_as_default")]
-    pub max_msg_size: Option<i64>,
+    /// The largest message in bytes, headers included; −1 or 0 for no limit.
+    pub max_msg_size: i64,
     /// At most so many messages; −1 for no limit.
     pub max_msgs: i64,
     /// At most so many bytes; −1 for no limit.
@@ -422,7 +421,7 @@ mod tests {
                     storage: "file".into(),
                     num_replicas: 1,
                     discard: "old".into(),
-                    max_msg_size: Some(100),
+                    max_msg_size: 100,
                     max_msgs: -1,
                     max_bytes: -1,
                     duplicate_window: 120_000_000_000,

@@ -145,7 +145,7 @@ pub struct ReplicationReader {
 impl ReplicationReader {
     /// The next message; waits for it without a deadline of its own. Who owns the writer keeps watch, and
     /// wakes this with [`ReplicationWriter::shutdown`]. `None`: the server has ended the copy.
-    pub fn next(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {
+    pub fn read(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {
         let Some(frame) = self.next_copy_frame()? else {
             return Ok(None);
         };
@@ -162,7 +162,7 @@ impl ReplicationReader {
         }
     }
 
-    /// A whole message was received already, so that `next` will not wait. (Over TLS there may be one
+    /// A whole message was received already, so that `read` will not wait. (Over TLS there may be one
     /// although this says no.)
     pub fn has_buffered(&self) -> bool {
         self.connection.frames.has_frame()

@@ -80,7 +80,7 @@ impl Reader<'_> {
                 return Ok(Ended::Stopped);
             }
             self.progress.reading(!stream.has_buffered());
-            let message = stream.next();
+            let message = stream.read();
             self.progress.reading(false);
             match message? {
                 None => return Ok(Ended::ByServer),
