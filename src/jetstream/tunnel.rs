@@ -260,16 +260,16 @@ fn carry(
             hang_up(&server_in, &client_in);
         }
     };
-    // a thread that cannot be had drops its closure; the crate then sees the end of its connection
-    if thread::Builder::new()
+    let started = thread::Builder::new()
         .name("nats-tls-in".into())
-        .spawn(inward)
-        .is_ok()
-    {
-        // its cause shows on the other way, or is the crate's own doing
-        let _ = carry_out(&session, server, client, connect);
+        .spawn(inward);
+    if started.is_err() {
+        return hang_up(server, client);
     }
-    hang_up(server, client);
+    // its cause is the crate's own doing, or shows on the other way, perhaps with an alert that says more; so it is the
+    // other way that reports, and hangs up on the crate after that
+    let _ = carry_out(&session, server, client, connect);
+    let _ = server.shutdown(Shutdown::Both);
 }
 
 fn hang_up(server: &TcpStream, client: &TcpStream) {
