@@ -9,6 +9,7 @@ use jetstream_outbox::jetstream::streams::{self, Routes};
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -741,4 +742,70 @@ fn large_events_go_through_tls() {
     let link = Link::connect(&options).unwrap();
     create_stream(&link, "");
     pipeline(&link, 64, 64, 64, 900_000);
+}
+
+/// A server that a real one cannot be made to be: it greets each connection, and answers a PING by `pong`, which is
+/// given the connection. Ends with the process.
+fn fake_server(pong: fn(&mut TcpStream)) -> Options {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let info = r#"INFO {"server_id":"N","version":"2.15.1","proto":1,"go":"go1","host":"h","port":1,"headers":true,"max_payload":1048576,"client_id":5}"#;
+            // the probe goes away without a word
+            let _ = write!(stream, "{info}\r\n");
+            std::thread::spawn(move || {
+                for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                    match line {
+                        Ok(line) if line == "PING" => pong(&mut stream),
+                        Ok(_) => {}
+                        Err(_) => break,
+                    }
+                }
+            });
+        }
+    });
+    Options {
+        servers: vec![ServerUrl::parse(&address).unwrap()],
+        connect_timeout: Duration::from_millis(400),
+        ..Options::default()
+    }
+}
+
+#[test]
+fn attempts_that_hang_are_limited() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let options = fake_server(|_| {});
+    let mut timeouts = 0;
+    loop {
+        match refused(&options) {
+            Error::Timeout { .. } => timeouts += 1,
+            Error::Hanging { .. } => break,
+            other => panic!("{other}"),
+        }
+    }
+    assert_eq!(timeouts, 8);
+}
+
+/// The crate's thread panics on it, without a word to anybody.
+#[test]
+fn a_long_info_in_pieces_is_noticed() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let options = fake_server(|stream| {
+        let _ = stream.write_all(b"PONG\r\n");
+        // the fourth PING is the flush of the publish below: connecting takes three
+        let info = format!("INFO {{\"x\":\"{}\"", "x".repeat(4000));
+        static PINGS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        if PINGS.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 3 {
+            for piece in [info.as_str(), &"y".repeat(2000)] {
+                let _ = stream.write_all(piece.as_bytes());
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    });
+    let link = Link::connect(&options).unwrap();
+    link.publish(events(1, 1, 1));
+    let error = link.lost().recv_timeout(LONG).unwrap();
+    assert!(error.to_string().contains("thread ended"), "{error}");
 }

@@ -30,6 +30,7 @@ use super::probe::{ServerInfo, probe};
 use super::tunnel;
 use crate::outbox::batch::{Batch, EventSpans, OutboxEvent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
+use std::cell::RefCell;
 use std::fmt::Write;
 use std::io;
 use std::path::Path;
@@ -286,7 +287,7 @@ impl Drop for Link {
             drop(subscription);
             drop(presence);
         };
-        // without a thread to spare it is better to leak than to hang here: the closure is dropped by spawn
+        // without a thread to spare the closure is dropped here, which may take as long as the server likes
         if let Err(error) = thread::Builder::new()
             .name("nats-reaper".into())
             .spawn(reap)
@@ -357,6 +358,22 @@ impl Life {
             thread::sleep(RELEASE_PAUSE);
         }
         self.hold().connection = None;
+    }
+}
+
+thread_local! {
+    /// On the crate's client thread: the life that ends with it.
+    static CLIENT_THREAD: RefCell<Option<ClientThread>> = const { RefCell::new(None) };
+}
+
+/// Notices that the crate's client thread is gone, also when it panicked, which calls no callback: a later INFO of
+/// more than 4096 bytes does that to it.
+struct ClientThread(Arc<Life>);
+
+impl Drop for ClientThread {
+    fn drop(&mut self) {
+        self.0
+            .broke(self.0.lost("the client library's thread ended"));
     }
 }
 
@@ -614,12 +631,20 @@ fn crate_options(
     };
     let on_error = life.clone();
     let on_disconnect = life.clone();
+    let on_thread = life.clone();
     Ok(made
         // the crate loads the system's certificates unless it is given a file, and fails where they are missing
         .add_root_certificate("/dev/null")
         .reconnect_buffer_size(0)
         .max_reconnects(None)
-        .reconnect_delay_callback(|attempts| RECONNECT_DELAY * u32::from(attempts > 0))
+        // the first callback on the client thread
+        .reconnect_delay_callback(move |attempts| {
+            let of_thread = || ClientThread(on_thread.clone());
+            CLIENT_THREAD.with_borrow_mut(|slot| {
+                slot.get_or_insert_with(of_thread);
+            });
+            RECONNECT_DELAY * u32::from(attempts > 0)
+        })
         .error_callback(move |error| {
             on_error.end(server_error(&on_error.server, &error.to_string()));
         })

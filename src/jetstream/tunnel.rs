@@ -16,6 +16,7 @@ use rustls::client::ClientConnection;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::{self, PemObject};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -31,6 +32,10 @@ const CHUNK_BYTES: usize = 64 * 1024;
 
 /// Between two looks whether the crate has connected.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
+
+/// A connection that is silent for so long is asked for a sign of life, so that no tunnel outlives a network that
+/// vanished.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// An open tunnel; it ends by itself when either side closes.
 pub struct Tunnel {
@@ -156,6 +161,11 @@ fn handshake(
     deadline: Instant,
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE);
+    socket.set_tcp_keepalive(&keepalive)?;
     while session.is_handshaking() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -260,16 +270,16 @@ fn carry(
             hang_up(&server_in, &client_in);
         }
     };
-    // a thread that cannot be had drops its closure; the crate then sees the end of its connection
-    if thread::Builder::new()
+    let started = thread::Builder::new()
         .name("nats-tls-in".into())
-        .spawn(inward)
-        .is_ok()
-    {
-        // its cause shows on the other way, or is the crate's own doing
-        let _ = carry_out(&session, server, client, connect);
+        .spawn(inward);
+    if started.is_err() {
+        return hang_up(server, client);
     }
-    hang_up(server, client);
+    // its cause is the crate's own doing, or shows on the other way, perhaps with an alert that says more; so it is the
+    // other way that reports, and hangs up on the crate after that
+    let _ = carry_out(&session, server, client, connect);
+    let _ = server.shutdown(Shutdown::Both);
 }
 
 fn hang_up(server: &TcpStream, client: &TcpStream) {
@@ -348,5 +358,45 @@ fn carry_out(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_crate_sees_neither_tls_nor_other_servers() {
+        let line = br#"INFO {"version":"2.15.1","tls_required":true,"tls_available":true,"tls_verify":true,"nonce":"x","connect_urls":["a:1"]}
+"#;
+        assert_eq!(
+            String::from_utf8(plain_info(line)).unwrap(),
+            "INFO {\"nonce\":\"x\",\"version\":\"2.15.1\"}\r\n"
+        );
+    }
+
+    #[test]
+    fn a_stranger_is_turned_away() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let say = |text: &str| {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(text.as_bytes()).unwrap();
+            stream
+        };
+        let _strangers = [
+            say("GET / HTTP/1.1\r\n"),
+            say("CONNECT {\"name\":\"guess\"}\r\nPING\r\n"),
+        ];
+        let _crate = say("CONNECT {\"protocol\":1,\"name\":\"secret\"}\r\nPING\r\n");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let (_, said) = accept(&listener, b"INFO {}\r\n", "secret", "re\"lay", deadline).unwrap();
+        assert_eq!(
+            String::from_utf8(said).unwrap(),
+            "CONNECT {\"protocol\":0,\"name\":\"re\\\"lay\"}\r\nPING\r\n"
+        );
+        let nobody = accept(&listener, b"", "secret", "relay", Instant::now()).unwrap_err();
+        assert_eq!(nobody.kind(), io::ErrorKind::TimedOut);
     }
 }
