@@ -437,7 +437,7 @@ fn what_a_stream_holds_is_read_back() {
 
     let last = streams::last_message_request("EVENTS", "events.>");
     let last = streams::message(&link, last, LONG).unwrap().unwrap();
-    assert_eq!((last.seq, last.data_len), (10, 100));
+    assert_eq!((last.seq, last.data.len()), (10, 100));
     assert_eq!(last.subject, "events.order.10");
     let header = |name: &str, value: &str| (name.to_string(), value.to_string());
     assert_eq!(

@@ -107,6 +107,7 @@ enum Work {
     Request {
         reply: String,
         subject: String,
+        headers: Option<nats::HeaderMap>,
         body: Vec<u8>,
     },
 }
@@ -184,6 +185,20 @@ impl Link {
         self.ask(format!("{}r{token}", self.inbox), api, body);
     }
 
+    /// Publishes to a subject that must have been stored to last at sequence `last` (0: never), as a key-value
+    /// bucket's update is done (ADR-8); the PubAck comes as [`Incoming::Reply`].
+    pub fn put(&self, token: u64, subject: String, last: u64, body: Vec<u8>) {
+        let mut headers = nats::HeaderMap::new();
+        headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
+        let reply = format!("{}r{token}", self.inbox);
+        self.send(Work::Request {
+            reply,
+            subject,
+            headers: Some(headers),
+            body,
+        });
+    }
+
     /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
     /// link on which nothing has been published yet.
     pub fn call(&self, api: &str, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, Error> {
@@ -254,6 +269,7 @@ impl Link {
         self.send(Work::Request {
             reply,
             subject,
+            headers: None,
             body,
         });
     }
@@ -723,9 +739,10 @@ fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<(
             Work::Request {
                 reply,
                 subject,
+                headers,
                 body,
             } => connection
-                .publish_request(&subject, &reply, body)
+                .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
                 .map_err(|error| life.lost(error.to_string())),
         });
         match sent {
