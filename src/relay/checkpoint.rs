@@ -65,20 +65,38 @@ enum State {
 impl CheckpointStore {
     /// The key of `slot` in `bucket`; an empty bucket's name turns it off.
     pub fn new(bucket: &str, slot: &str) -> CheckpointStore {
-        let state = if bucket.is_empty() { State::Forbidden } else { State::Off };
-        CheckpointStore { bucket: bucket.to_string(), slot: slot.to_string(), state }
+        let state = if bucket.is_empty() {
+            State::Forbidden
+        } else {
+            State::Off
+        };
+        CheckpointStore {
+            bucket: bucket.to_string(),
+            slot: slot.to_string(),
+            state,
+        }
     }
 
     /// On a new connection: creates the bucket if it is missing and reads the key. What keeps it from being
     /// used is warned of, and no error, unless the connection was lost by it.
-    pub fn open(&mut self, link: &Link, replicas: u32, timeout: Duration) -> Result<Vec<Mark>, jetstream::Error> {
+    pub fn open(
+        &mut self,
+        link: &Link,
+        replicas: u32,
+        timeout: Duration,
+    ) -> Result<Vec<Mark>, jetstream::Error> {
         if matches!(self.state, State::Forbidden) {
             return Ok(Vec::new());
         }
         self.state = State::Off;
         match self.read(link, replicas, timeout) {
             Ok((revision, marks)) => {
-                self.state = State::On { revision, written: marks.clone(), pending: None, next: Instant::now() };
+                self.state = State::On {
+                    revision,
+                    written: marks.clone(),
+                    pending: None,
+                    next: Instant::now(),
+                };
                 Ok(marks)
             }
             Err(error @ (jetstream::Error::Lost { .. } | jetstream::Error::Permission { .. })) => {
@@ -98,7 +116,9 @@ impl CheckpointStore {
 
     /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again.
     pub fn lost(&mut self, error: &jetstream::Error) {
-        let ours = |reason: &str| reason.contains("$KV.") || reason.contains(&format!("KV_{}", self.bucket));
+        let ours = |reason: &str| {
+            reason.contains("$KV.") || reason.contains(&format!("KV_{}", self.bucket))
+        };
         match error {
             jetstream::Error::Permission { reason } if ours(reason) => {
                 log::warn!(
@@ -112,17 +132,31 @@ impl CheckpointStore {
         }
     }
 
-    fn read(&self, link: &Link, replicas: u32, timeout: Duration) -> Result<(u64, Vec<Mark>), jetstream::Error> {
+    fn read(
+        &self,
+        link: &Link,
+        replicas: u32,
+        timeout: Duration,
+    ) -> Result<(u64, Vec<Mark>), jetstream::Error> {
         let stream = format!("KV_{}", self.bucket);
         if streams::info(link, &stream, timeout)?.is_none() {
             let (api, body) = streams::create_bucket_request(&self.bucket, replicas);
             let answer = link.call(&api, body, timeout)?;
             streams::parse_info(&answer).map_err(|source| jetstream::Error::Api { api, source })?;
         }
-        let found = streams::message(link, streams::last_message_request(&stream, &self.subject()), timeout)?;
-        let Some(message) = found else { return Ok((0, Vec::new())) };
+        let found = streams::message(
+            link,
+            streams::last_message_request(&stream, &self.subject()),
+            timeout,
+        )?;
+        let Some(message) = found else {
+            return Ok((0, Vec::new()));
+        };
         let record: Record = serde_json::from_slice(&message.data).unwrap_or_default();
-        Ok((message.seq, record.streams.into_iter().filter_map(Entry::mark).collect()))
+        Ok((
+            message.seq,
+            record.streams.into_iter().filter_map(Entry::mark).collect(),
+        ))
     }
 
     fn subject(&self) -> String {
@@ -130,10 +164,28 @@ impl CheckpointStore {
     }
 
     /// Writes `marks` if they are news and it is time. `token` names the answer.
-    pub fn write(&mut self, link: &Link, marks: impl FnOnce() -> Vec<Mark>, token: u64, now: Instant) {
+    pub fn write(
+        &mut self,
+        link: &Link,
+        marks: impl FnOnce() -> Vec<Mark>,
+        token: u64,
+        now: Instant,
+    ) {
         let subject = self.subject();
-        let State::On { revision, written, pending, next } = &mut self.state else { return };
-        if now < *next || pending.as_ref().is_some_and(|(sent, _)| now < *sent + PATIENCE) {
+        let State::On {
+            revision,
+            written,
+            pending,
+            next,
+        } = &mut self.state
+        else {
+            return;
+        };
+        if now < *next
+            || pending
+                .as_ref()
+                .is_some_and(|(sent, _)| now < *sent + PATIENCE)
+        {
             return;
         }
         *next = now + INTERVAL;
@@ -141,7 +193,9 @@ impl CheckpointStore {
         if marks == *written {
             return;
         }
-        let record = Record { streams: marks.iter().map(Entry::of).collect() };
+        let record = Record {
+            streams: marks.iter().map(Entry::of).collect(),
+        };
         if let Ok(body) = serde_json::to_vec(&record) {
             link.put(token, subject, *revision, body);
             *pending = Some((now, marks));
@@ -158,15 +212,27 @@ impl CheckpointStore {
 
     /// The answer to a write. `Err`: somebody else has written the key.
     pub fn written(&mut self, answer: Result<Vec<u8>, AckError>) -> Result<(), Overtaken> {
-        let State::On { revision, written, pending, .. } = &mut self.state else { return Ok(()) };
-        let Some((_, marks)) = pending.take() else { return Ok(()) };
+        let State::On {
+            revision,
+            written,
+            pending,
+            ..
+        } = &mut self.state
+        else {
+            return Ok(());
+        };
+        let Some((_, marks)) = pending.take() else {
+            return Ok(());
+        };
         match answer.and_then(|body| parse_ack(&body, None)) {
             Ok(ack) => {
                 *revision = ack.seq;
                 *written = marks;
                 Ok(())
             }
-            Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => Err(Overtaken),
+            Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => {
+                Err(Overtaken)
+            }
             Err(error) => {
                 log::debug!(cause:% = error; "the checkpoint was not written; it is tried again");
                 Ok(())
@@ -214,10 +280,22 @@ mod tests {
             position: "s 1 2 0/16B3748 3".parse().unwrap(),
             confirmed_seq: 5,
         };
-        let text = serde_json::to_string(&Record { streams: vec![Entry::of(&mark)] }).unwrap();
+        let text = serde_json::to_string(&Record {
+            streams: vec![Entry::of(&mark)],
+        })
+        .unwrap();
         let read: Record = serde_json::from_str(&text).unwrap();
-        assert_eq!(read.streams.into_iter().filter_map(Entry::mark).collect::<Vec<_>>(), [mark]);
+        assert_eq!(
+            read.streams
+                .into_iter()
+                .filter_map(Entry::mark)
+                .collect::<Vec<_>>(),
+            [mark]
+        );
         let broken: Record = serde_json::from_str(&text.replace("0/16B3748", "x")).unwrap();
-        assert_eq!(broken.streams.into_iter().filter_map(Entry::mark).count(), 0);
+        assert_eq!(
+            broken.streams.into_iter().filter_map(Entry::mark).count(),
+            0
+        );
     }
 }

@@ -3,16 +3,19 @@
 //! The order of the end is what loses nothing and repeats nothing: the reader stops, the publisher settles
 //! what was read, and only then the feedback thread sends the last status update and CopyDone.
 
-use super::core::{Core, Limits, Memory};
+use super::checkpoint::CheckpointStore;
+use super::core::{Core, Limits, Memory, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
 use super::progress::Progress;
-use super::publisher::Publisher;
+use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
 use super::rejoin::{self, Joined};
+use super::repeated::Repeated;
 use super::slot;
 use super::stop::Stop;
 use crate::config::Config;
+use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
@@ -50,6 +53,10 @@ pub struct Session<'a> {
     stop: &'a Stop,
     mapper: Mapper,
     memory: Memory,
+    store: CheckpointStore,
+    said: Repeated,
+    /// The checkpoint was read, at the first session; from then on `memory` knows better.
+    learned: bool,
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     worked: bool,
@@ -63,6 +70,9 @@ impl<'a> Session<'a> {
             stop,
             mapper,
             memory: Memory::default(),
+            store: CheckpointStore::new(&config.checkpoint, &config.slot),
+            said: Repeated::default(),
+            learned: false,
             upto: None,
             worked: false,
         }
@@ -77,15 +87,23 @@ impl<'a> Session<'a> {
     pub fn run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let found = slot::check(&mut connection, &config.slot, &config.publication)?;
+        let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
         if config.drain && self.upto.is_none() {
             self.upto = Some(slot::current_lsn(&mut connection)?);
         }
         let lineage = lineage(&mut connection, &config.slot)?;
-        let memory = &self.memory;
-        let joined = rejoin::join(config, &lineage, |stream| {
-            memory.last_known(stream).cloned()
-        })?;
+        let found = rejoin::find(config, &mut self.said)?;
+        if config.delivery == Delivery::ExactlyOnce {
+            let marks =
+                self.store
+                    .open(&found.link, found.replicas(), config.nats.request_timeout)?;
+            if !self.learned && !config.resume_anyway {
+                self.memory.learn(marks, &lineage);
+            }
+            self.learned = true;
+        }
+        let joined = found.join(config, &lineage, |stream| self.memory.last_known(stream))?;
+        joined.tell_foreign(&mut self.said);
         let start = joined.start_position();
         let Joined {
             link,
@@ -107,7 +125,7 @@ impl<'a> Session<'a> {
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
             system_id = lineage.source.system_id, timeline = lineage.source.timeline, slot = config.slot.as_str(),
-            confirmed_flush_lsn:% = found.confirmed_flush_lsn, start:% = start,
+            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = start,
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
@@ -125,9 +143,11 @@ impl<'a> Session<'a> {
             lineage: &lineage,
             upto: self.upto,
         };
-        let outcome = threads.run(stream, &writer, link, core, &mut self.mapper);
-        self.memory = outcome.memory;
-        self.worked = outcome.worked;
+        let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
+        let outcome = threads.run(stream, &writer, link, core, store, &mut self.mapper);
+        self.worked = outcome.left.tally.published + outcome.left.tally.skipped > 0;
+        self.memory = outcome.left.memory;
+        self.store = outcome.left.store;
         outcome.result
     }
 }
@@ -176,11 +196,10 @@ struct Threads<'a> {
     upto: Option<Lsn>,
 }
 
-/// Why a session's threads ended, and what they leave.
+/// Why a session's threads ended, and what the publisher leaves.
 struct Outcome {
     result: Result<Ended, Error>,
-    memory: Memory,
-    worked: bool,
+    left: Left,
 }
 
 impl Threads<'_> {
@@ -191,6 +210,7 @@ impl Threads<'_> {
         writer: &ReplicationWriter,
         link: Link,
         core: Core,
+        store: CheckpointStore,
         mapper: &mut Mapper,
     ) -> Outcome {
         let progress = &Progress::default();
@@ -206,6 +226,7 @@ impl Threads<'_> {
             progress,
             session_stop,
             core,
+            store,
         );
         let reader = Reader {
             changes: changes_sender,
@@ -238,16 +259,16 @@ impl Threads<'_> {
             (read, published, feedback.join())
         });
 
-        let Ok((published, memory, tally)) = published else {
-            return Outcome {
-                result: Err(PANICKED),
-                memory: Memory::default(),
-                worked: false,
-            };
-        };
-        let result = match (published, read, fed_back) {
-            (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
+        // a panic of the publisher takes the memory of the streams with it: they are read back as at a start
+        let left = published.unwrap_or_else(|_| Left {
+            result: Err(PANICKED),
+            tally: Tally::default(),
+            memory: Memory::default(),
+            store: CheckpointStore::new("", &self.config.slot),
+        });
+        let result = match (left.result, read, fed_back) {
             (Err(error), _, _) => Err(error),
+            (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
             (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
@@ -260,11 +281,11 @@ impl Threads<'_> {
         if let Err(error) = told {
             log::debug!(cause:% = error; "the last status update may not have arrived");
         }
-        Outcome {
-            result,
-            memory,
-            worked: tally.published + tally.skipped > 0,
-        }
+        let left = Left {
+            result: Ok(()),
+            ..left
+        };
+        Outcome { result, left }
     }
 
     /// Waits until a thread ends or the relay is asked to stop.
