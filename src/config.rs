@@ -8,28 +8,30 @@ use crate::cli::{Cli, PROGRAM};
 use crate::exit::Exit;
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
 use log::LevelFilter;
-use redact::{conninfo_has_password, redact_conninfo, redact_server};
+use crate::jetstream::Delivery;
+use crate::jetstream::options::{Options, parse_servers};
+use crate::outbox::mapper::TableName;
+use crate::outbox::subject::validate_prefix;
+use crate::postgres::ConnInfo;
 use source::{Origin, Sources, variable};
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
-pub use value::TableName;
 use value::{
     ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_publication, check_slot, check_subject,
-    parse_duration_within, parse_inflight, parse_servers, parse_tables,
+    parse_duration_within, parse_inflight, parse_tables,
 };
 
-mod redact;
 mod source;
 mod value;
 
 /// What the relay works by.
 pub struct Config {
-    /// Connection string as given; empty: libpq's environment alone.
-    pub db: String,
+    /// How to reach Postgres.
+    pub db: ConnInfo,
     /// How to reach NATS.
-    pub nats: NatsConfig,
+    pub nats: Options,
     /// First part of every subject; one or more legal tokens.
     pub prefix: String,
     /// The replication slot; letters, digits and underscores, so it needs no quotes.
@@ -56,35 +58,6 @@ pub struct Config {
     pub log: LogConfig,
     /// What an operator should be told once at the start.
     pub warnings: Vec<String>,
-}
-
-/// How to reach NATS.
-pub struct NatsConfig {
-    /// `host`, `host:port`, `nats://…` or `tls://…`, each perhaps with credentials; never empty.
-    pub servers: Vec<String>,
-    /// Credentials file (JWT and nkey seed); never together with `nkey`.
-    pub creds: Option<PathBuf>,
-    /// Nkey seed file.
-    pub nkey: Option<PathBuf>,
-    /// Certificates that may sign the server's; `None`: the system's.
-    pub tls_ca: Option<PathBuf>,
-    /// Client certificate; given together with `tls_key`, or neither is.
-    pub tls_cert: Option<PathBuf>,
-    /// Key of the client certificate.
-    pub tls_key: Option<PathBuf>,
-    /// Subject prefix of the JetStream API, without a trailing dot.
-    pub api_prefix: String,
-    /// The connection's name in the server's monitoring.
-    pub name: String,
-}
-
-/// What is promised about repeats.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivery {
-    /// Each event once, in commit order: the fence.
-    ExactlyOnce,
-    /// No fence, for streams with other busy writers: a repeat is caught inside the deduplication window only.
-    AtLeastOnce,
 }
 
 /// A setting is not usable. Display names the flag or variable; [`ConfigError::remedy`] says what to do.
@@ -183,18 +156,23 @@ impl Config {
         if db.origin == Origin::Default && !libpq_names_a_database(env) {
             return Err(ConfigError::NoDatabase);
         }
+        let on_command_line = |origin| origin == Origin::Flag;
+        let mut expose = |flag: &'static str| {
+            warnings.push(format!(
+                "the secret in -{flag} can be read by every user of this machine with ps: pass it as {}, or in a file",
+                variable(flag)
+            ));
+        };
+        let db_exposed = on_command_line(db.origin);
+        let db = db.secret(|text| ConnInfo::parse(text, env).map_err(|error| error.to_string()))?;
+        if db_exposed && db.has_password_inline() {
+            expose("db");
+        }
         let nats = from.text("nats", cli.nats);
-        for (setting, secret) in [
-            (&db, conninfo_has_password(&db.value)),
-            (&nats, nats.value.contains('@')),
-        ] {
-            if secret && setting.origin == Origin::Flag {
-                warnings.push(format!(
-                    "the secret in {} can be read by every user of this machine with ps: pass it as {}, or in a file",
-                    setting.name(),
-                    variable(setting.flag)
-                ));
-            }
+        let nats_exposed = on_command_line(nats.origin);
+        let servers = nats.secret(|text| parse_servers(text).map_err(|error| error.to_string()))?;
+        if nats_exposed && servers.iter().any(|server| server.auth.is_some()) {
+            expose("nats");
         }
 
         let slot = from.text("slot", cli.slot).check(check_slot)?;
@@ -218,8 +196,8 @@ impl Config {
         }
 
         Ok(Config {
-            nats: NatsConfig {
-                servers: nats.secret(parse_servers)?,
+            nats: Options {
+                servers,
                 creds,
                 nkey,
                 tls_ca: from.file("nats-tls-ca", cli.nats_tls_ca)?,
@@ -229,9 +207,12 @@ impl Config {
                     .text("nats-api-prefix", cli.nats_api_prefix)
                     .check(check_subject)?,
                 name: format!("{PROGRAM} {slot}"),
+                ..Options::default()
             },
-            db: db.value,
-            prefix: from.text("prefix", cli.prefix).check(check_subject)?,
+            db,
+            prefix: from.text("prefix", cli.prefix).check(|prefix| {
+                validate_prefix(prefix).map_err(|error| error.to_string())
+            })?,
             tables: from
                 .text("table", Some(cli.table.join(",")).filter(|t| !t.is_empty()))
                 .parse(parse_tables)?,
@@ -276,11 +257,8 @@ impl Config {
         let list = |items: Vec<String>| Some(items.join(",")).filter(|list| !list.is_empty());
         let on = |on: bool| on.then(|| "true".to_string());
         [
-            ("db", Some(redact_conninfo(&self.db))),
-            (
-                "nats",
-                list(self.nats.servers.iter().map(|s| redact_server(s)).collect()),
-            ),
+            ("db", Some(self.db.to_string())),
+            ("nats", list(self.nats.servers.iter().map(|s| format!("{s:?}")).collect())),
             ("creds", path(&self.nats.creds)),
             ("nats-nkey", path(&self.nats.nkey)),
             ("nats-tls-ca", path(&self.nats.tls_ca)),
@@ -338,29 +316,9 @@ impl Config {
     }
 }
 
-impl fmt::Display for Delivery {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Delivery::ExactlyOnce => "exactly-once",
-            Delivery::AtLeastOnce => "at-least-once",
-        })
-    }
-}
-
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Config {{ {} }}", self.summary())
-    }
-}
-
-impl fmt::Debug for NatsConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let servers: Vec<String> = self.servers.iter().map(|s| redact_server(s)).collect();
-        write!(
-            f,
-            "NatsConfig {{ servers: {servers:?}, name: {:?} }}",
-            self.name
-        )
     }
 }
 

@@ -18,25 +18,6 @@ pub(super) const HOLD_BACK: RangeInclusive<Duration> =
 /// Postgres' NAMEDATALEN less its terminator: longer names are cut off silently there.
 const MAX_NAME_BYTES: usize = 63;
 
-/// A table as `pg_class` and `pg_namespace` spell it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TableName {
-    /// `None`: in any schema.
-    pub schema: Option<String>,
-    /// The table.
-    pub name: String,
-}
-
-impl fmt::Display for TableName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let quoted = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
-        if let Some(schema) = &self.schema {
-            write!(f, "{}.", quoted(schema))?;
-        }
-        f.write_str(&quoted(&self.name))
-    }
-}
-
 /// Source: `ReplicationSlotValidateName` in Postgres.
 pub(super) fn check_slot(name: &str) -> Result<(), String> {
     let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
@@ -73,45 +54,6 @@ pub(super) fn parse_inflight(text: &str) -> Result<usize, String> {
         let (least, most) = INFLIGHT.into_inner();
         format!("is not a whole number from {least} to {most}")
     })
-}
-
-/// Splits the comma list and checks each server's form. Errors count servers, since a server may hold a password.
-pub(super) fn parse_servers(list: &str) -> Result<Vec<String>, String> {
-    let check = |(index, server): (usize, &str)| {
-        let server = server.trim();
-        let fail = |reason: &str| Err(format!("server {} {reason}", index + 1));
-        let rest = match server.split_once("://") {
-            Some(("nats" | "tls", rest)) => rest,
-            Some(_) => return fail("has a scheme that is neither nats nor tls"),
-            None => server,
-        };
-        let authority = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
-        let authority = authority.strip_suffix('/').unwrap_or(authority);
-        let (host, port) = match authority
-            .strip_prefix('[')
-            .and_then(|v6| v6.split_once(']'))
-        {
-            Some((host, "")) => (host, None),
-            Some((host, port)) => (host, port.strip_prefix(':').or(Some(""))),
-            None => match authority.split_once(':') {
-                Some((host, port)) => (host, Some(port)),
-                None => (authority, None),
-            },
-        };
-        let strange = |c: char| c.is_whitespace() || c.is_control() || "/?#@[]".contains(c);
-        if host.is_empty() || host.contains(strange) {
-            return fail(
-                "has no legal host name (in a password, write / as %2F, ? as %3F, # as %23)",
-            );
-        }
-        if port.is_some_and(|port| !port.parse().is_ok_and(|port: u16| port > 0)) {
-            return fail(
-                "has a port that is not a number from 1 to 65535 (an IPv6 address is written [::1], a comma in a password %2C)",
-            );
-        }
-        Ok(server.to_string())
-    };
-    list.split(',').enumerate().map(check).collect()
 }
 
 /// Go's duration syntax (`1h30m`, `1.5s`, `500ms`), and a plain number for seconds. Never negative.

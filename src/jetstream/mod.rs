@@ -24,3 +24,12 @@ pub enum Delivery {
     /// catches repeats; order is kept within a subject.
     AtLeastOnce,
 }
+
+impl std::fmt::Display for Delivery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Delivery::ExactlyOnce => "exactly-once",
+            Delivery::AtLeastOnce => "at-least-once",
+        })
+    }
+}
