@@ -6,13 +6,13 @@
 
 use crate::cli::{Cli, PROGRAM};
 use crate::exit::Exit;
-use crate::logging::{self, LogConfig, LogFormat, Logfmt};
-use log::LevelFilter;
 use crate::jetstream::Delivery;
 use crate::jetstream::options::{Options, parse_servers};
+use crate::logging::{self, LogConfig, LogFormat, Logfmt};
 use crate::outbox::mapper::TableName;
 use crate::outbox::subject::validate_prefix;
 use crate::postgres::ConnInfo;
+use log::LevelFilter;
 use source::{Origin, Sources, variable};
 use std::fmt;
 use std::io;
@@ -210,9 +210,9 @@ impl Config {
                 ..Options::default()
             },
             db,
-            prefix: from.text("prefix", cli.prefix).check(|prefix| {
-                validate_prefix(prefix).map_err(|error| error.to_string())
-            })?,
+            prefix: from
+                .text("prefix", cli.prefix)
+                .check(|prefix| validate_prefix(prefix).map_err(|error| error.to_string()))?,
             tables: from
                 .text("table", Some(cli.table.join(",")).filter(|t| !t.is_empty()))
                 .parse(parse_tables)?,
@@ -258,7 +258,10 @@ impl Config {
         let on = |on: bool| on.then(|| "true".to_string());
         [
             ("db", Some(self.db.to_string())),
-            ("nats", list(self.nats.servers.iter().map(|s| format!("{s:?}")).collect())),
+            (
+                "nats",
+                list(self.nats.servers.iter().map(|s| format!("{s:?}")).collect()),
+            ),
             ("creds", path(&self.nats.creds)),
             ("nats-nkey", path(&self.nats.nkey)),
             ("nats-tls-ca", path(&self.nats.tls_ca)),
@@ -323,21 +326,13 @@ impl fmt::Debug for Config {
 }
 
 fn libpq_names_a_database(env: &dyn Fn(&str) -> Option<String>) -> bool {
-    [
-        "PGHOST",
-        "PGHOSTADDR",
-        "PGPORT",
-        "PGDATABASE",
-        "PGUSER",
-        "PGSERVICE",
-    ]
-    .iter()
-    .any(|name| env(name).is_some_and(|value| !value.is_empty()))
+    ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER"]
+        .iter()
+        .any(|name| env(name).is_some_and(|value| !value.is_empty()))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::redact::HIDDEN;
     use super::source::DEFAULTS;
     use super::*;
     use crate::cli::{self, Invocation};
@@ -379,8 +374,11 @@ mod tests {
             assert!(help[0].ends_with(&format!("(default {default})")), "{name}");
         }
         assert_eq!(
-            with(&[]).unwrap().summary().to_string(),
-            "db=h/ nats=localhost nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
+            load(&[], &["PGHOST=h", "PGUSER=u"])
+                .unwrap()
+                .summary()
+                .to_string(),
+            "db=\"u@h:5432/u sslmode=prefer\" nats=nats://localhost:4222 nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
              publication=jetstream_outbox inflight=1024 ack-timeout=5s max-outage=never \
              delivery=exactly-once hold-back=150s logging=info log-format=text"
         );
@@ -391,8 +389,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let file = file.path().to_str().unwrap();
         for (flag, variable, first, second) in [
-            ("db", "DB", "host=a", "host=b"),
-            ("nats", "NATS", "a", "b:4222"),
+            ("db", "DB", "a", "b"),
+            ("nats", "NATS", "a", "b"),
             ("creds", "CREDS", file, "/dev/null"),
             ("nats-nkey", "NATS_NKEY", file, "/dev/null"),
             ("nats-tls-ca", "NATS_TLS_CA", file, "/dev/null"),
@@ -409,18 +407,23 @@ mod tests {
             ("logging", "LOGGING", "debug", "error"),
             ("log-format", "LOG_FORMAT", "json", "text"),
         ] {
-            let variable = format!("JETSTREAM_OUTBOX_{variable}={first}");
-            let shown = |value: &str| match flag {
-                "db" => value.replace("host=", "") + "/",
+            let given = |value: &str| match flag {
+                "db" => format!("postgres://u@{value}/d"),
                 _ => value.to_string(),
             };
+            let shown = |value: &str| match flag {
+                "db" => format!("u@{value}:5432/d sslmode=prefer"),
+                "nats" => format!("nats://{value}:4222"),
+                _ => value.to_string(),
+            };
+            let variable = format!("JETSTREAM_OUTBOX_{variable}={}", given(first));
             let check = |args: &[&str], env: &[&str], expect: &str| {
                 let config = load(args, env).unwrap();
                 assert_eq!(setting(&config, flag), Some(shown(expect)), "{args:?}");
             };
             let env = [variable.as_str(), "PGHOST=h"];
             check(&[], &env, first);
-            check(&[&format!("-{flag}={second}")], &env, second);
+            check(&[&format!("-{flag}={}", given(second))], &env, second);
         }
         for flag in Cli::get_args_info().flags {
             let name = flag.long.trim_start_matches('-');
@@ -437,7 +440,7 @@ mod tests {
         let config = load(
             &["-nats-tls-cert=/dev/null", "-creds="],
             &[
-                "PGSERVICE=s",
+                "PGHOST=h",
                 "JETSTREAM_OUTBOX_NATS_TLS_KEY=/dev/null",
                 "JETSTREAM_OUTBOX_NATS_NKEY=",
             ],
@@ -472,18 +475,16 @@ mod tests {
 
     #[test]
     fn a_database_must_be_named_somewhere() {
-        for (args, env, expect) in [
-            (&[][..], &[][..], None),
-            (&[], &["PGHOST="], None),
-            (&[], &["PGPASSWORD=x"], None),
-            (&[], &["JETSTREAM_OUTBOX_DB="], None),
-            (&["-db="], &[], Some("")),
-            (&[], &["PGHOST=h"], Some("")),
-            (&[], &["PGSERVICE=s"], Some("")),
-            (&[], &["JETSTREAM_OUTBOX_DB=host=x"], Some("host=x")),
+        for (args, env, named) in [
+            (&[][..], &[][..], false),
+            (&[], &["PGHOST="], false),
+            (&[], &["PGPASSWORD=x"], false),
+            (&[], &["JETSTREAM_OUTBOX_DB="], false),
+            (&["-db="], &["USER=u"], true),
+            (&[], &["PGHOST=h", "USER=u"], true),
+            (&[], &["JETSTREAM_OUTBOX_DB=host=x user=u"], true),
         ] {
-            let db = load(args, env).ok().map(|config| config.db);
-            assert_eq!(db.as_deref(), expect, "{args:?} {env:?}");
+            assert_eq!(load(args, env).is_ok(), named, "{args:?} {env:?}");
         }
         let error = load(&[], &[]).unwrap_err();
         assert!(error.remedy().contains("-db") && error.exit() == Exit::Usage);
@@ -499,12 +500,12 @@ mod tests {
             ("slot", &long, "lower-case letters"),
             ("publication", "", "63 bytes"),
             ("publication", &long, "63 bytes"),
-            ("prefix", "", "empty part"),
-            ("prefix", "a..b", "empty part"),
-            ("prefix", "a.", "empty part"),
-            ("prefix", "a b", "white space"),
-            ("prefix", "a.>", "wildcard"),
-            ("prefix", "*", "wildcard"),
+            ("prefix", "", "empty token"),
+            ("prefix", "a..b", "empty token"),
+            ("prefix", "a.", "empty token"),
+            ("prefix", "a b", "cannot stand in a subject"),
+            ("prefix", "a.>", "cannot stand in a subject"),
+            ("prefix", "*", "cannot stand in a subject"),
             ("nats-api-prefix", "$JS.API.", "empty part"),
             ("nats-api-prefix", "$JS.*.API", "wildcard"),
             ("inflight", "0", "from 1 to 65536"),
@@ -579,14 +580,14 @@ mod tests {
     #[test]
     fn nats_servers() {
         for (list, expect) in [
-            ("localhost", Some("localhost")),
-            ("h:4222,nats://h2", Some("h:4222,nats://h2")),
-            (" a , tls://b:1/ ", Some("a,tls://b:1/")),
-            ("[::1]", Some("[::1]")),
+            ("localhost", Some("nats://localhost:4222")),
+            ("h:4222,nats://h2", Some("nats://h:4222,nats://h2:4222")),
+            (" a , tls://b:1/ ", Some("nats://a:4222,tls://b:1")),
+            ("[::1]", Some("nats://[::1]:4222")),
             ("nats://[::1]:4222", Some("nats://[::1]:4222")),
             ("nats://u:sekret@h:1", Some("nats://***@h:1")),
-            ("sekret@h", Some("***@h")),
-            ("nats://u:se@kret@h", Some("nats://***@h")),
+            ("sekret@h", Some("nats://***@h:4222")),
+            ("nats://u:se@kret@h", Some("nats://***@h:4222")),
             ("", None),
             ("a,,b", None),
             ("http://h", None),
@@ -617,28 +618,35 @@ mod tests {
     #[test]
     fn connection_strings_are_shown_without_secrets() {
         for (conninfo, expect) in [
-            ("", "environment"),
-            ("postgres://u:sekret@h/d?replication=database", "u@h/d"),
-            ("postgresql://u@h:5433/d", "u@h:5433/d"),
-            ("postgres://h1,h2:2/d", "h1,h2:2/d"),
-            ("postgres:///d?password=sekret&host=h", "/d"),
-            ("postgres://u:se@kret@h/d", "u@h/d"),
-            ("postgres://u:se/kret@h/d", HIDDEN),
-            ("postgres://h/d?password=se@kret", HIDDEN),
-            ("postgres://u:p?sekret@h/d", HIDDEN),
-            ("host=h user=u dbname=d password=sekret", "u@h/d"),
-            ("host=h password='se kret user=sekret'", HIDDEN),
-            ("host=h password = sekret", HIDDEN),
-            ("host=h password=a\\ user=sekret", HIDDEN),
-            ("host=h user=u password=a://sekret@b", "u@h/"),
-            ("host=h dbname=postgres://u:sekret@h/d", HIDDEN),
-            ("mysql://u:sekret@h/d", HIDDEN),
-            ("sekret", HIDDEN),
+            (
+                "postgres://u:sekret@h/d?replication=database",
+                Some("u@h:5432/d sslmode=prefer"),
+            ),
+            ("postgresql://u@h:5433/d", Some("u@h:5433/d sslmode=prefer")),
+            (
+                "postgres://u@h1,h2:2/d",
+                Some("u@h1:5432,h2:2/d sslmode=prefer"),
+            ),
+            (
+                "host=h user=u dbname=d password=sekret",
+                Some("u@h:5432/d sslmode=prefer"),
+            ),
+            (
+                "host=h user=u password='se kret user=sekret'",
+                Some("u@h:5432/u sslmode=prefer"),
+            ),
+            ("postgres://u:se/kret@h/d", None),
+            ("mysql://u:sekret@h/d", None),
+            ("sekret", None),
         ] {
-            let config = load(&["-db", conninfo], &[]).unwrap();
-            assert_eq!(setting(&config, "db").unwrap(), expect, "{conninfo:?}");
-            assert!(!format!("{config:?}").contains("kret"), "{conninfo:?}");
-            assert_eq!(config.db, conninfo);
+            let loaded = load(&["-db", conninfo], &[]);
+            let shown = match &loaded {
+                Ok(config) => format!("{} {config:?}", config.summary()),
+                Err(error) => format!("{error} {error:?} {}", error.remedy()),
+            };
+            assert!(!shown.contains("kret"), "{conninfo:?}: {shown}");
+            let found = loaded.ok().and_then(|config| setting(&config, "db"));
+            assert_eq!(found.as_deref(), expect, "{conninfo:?}");
         }
     }
 
@@ -647,8 +655,7 @@ mod tests {
         let db = "postgres://u:sekret@h/d";
         for (args, env, variables) in [
             (&["-db", db][..], &[][..], &["_DB"][..]),
-            (&["-db", "host=h password=x"], &[], &["_DB"]),
-            (&["-db", "postgres://h/d?sslpassword=x"], &[], &["_DB"]),
+            (&["-db", "host=h user=u password=x"], &[], &["_DB"]),
             (&["-db", db, "-nats", "t@h"], &[], &["_DB", "_NATS"]),
             (&["-db", "postgres://u@h/d", "-nats=h"], &[], &[]),
             (

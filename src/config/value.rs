@@ -1,7 +1,7 @@
 //! What the values of settings must look like. Each function takes the text as typed; its error completes a
 //! sentence that begins with that text.
 
-use std::fmt;
+use crate::outbox::mapper::TableName;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
