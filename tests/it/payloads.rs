@@ -40,28 +40,49 @@ fn rig(payload_type: &str) -> Rig {
 
 #[test]
 fn jsonb_arrives_compact_with_every_digit_and_character() {
-    let large = format!(r#"{{"text":"{}"}}"#, "xyz €".repeat(128 * 1024));
+    let large = format!(r#"{{"text":"{}"}}"#, "xyz €".repeat(132 * 1024));
     assert!(large.len() > 900 * 1024);
     let large_sql = format!("'{large}'");
     check(
         &rig("jsonb"),
         "outbox",
         &[
-            (r#"'{"msg": "A test account creation event"}'"#, br#"{"msg":"A test account creation event"}"#),
+            (
+                r#"'{"msg": "A test account creation event"}'"#,
+                br#"{"msg":"A test account creation event"}"#,
+            ),
             ("'12345678901234567890'", b"12345678901234567890"),
-            (r#"'{"n": -98765432109876543210}'"#, br#"{"n":-98765432109876543210}"#),
+            (
+                r#"'{"n": -98765432109876543210}'"#,
+                br#"{"n":-98765432109876543210}"#,
+            ),
             // jsonb stores numeric: it writes exponents out, and keeps trailing zeros
             ("'1e20'", b"100000000000000000000"),
             ("'0.10'", b"0.10"),
             ("'-0'", b"0"),
-            ("'3.141592653589793238462643383279502884197'", b"3.141592653589793238462643383279502884197"),
-            (r#"'{"a": {"b": [{"c": [[], {}]}]}}'"#, br#"{"a":{"b":[{"c":[[],{}]}]}}"#),
+            (
+                "'3.141592653589793238462643383279502884197'",
+                b"3.141592653589793238462643383279502884197",
+            ),
+            (
+                r#"'{"a": {"b": [{"c": [[], {}]}]}}'"#,
+                br#"{"a":{"b":[{"c":[[],{}]}]}}"#,
+            ),
             (r#"'"<b>&amp;</b>"'"#, br#""<b>&amp;</b>""#),
             // jsonb decodes escapes of characters and writes them plainly
             (r#"'"\u00e9\u20ac\ud83d\ude00"'"#, "\"é€😀\"".as_bytes()),
-            (r#"'"😀 日本語 e\u0301"'"#, "\"😀 日本語 e\u{301}\"".as_bytes()),
-            (r#"'"a\nb\r\n\tc\\d\"e\u0001\/"'"#, br#""a\nb\r\n\tc\\d\"e\u0001/""#),
-            (r#"'{"k ey": "v : , al", "": " "}'"#, br#"{"":" ","k ey":"v : , al"}"#),
+            (
+                r#"'"😀 日本語 e\u0301"'"#,
+                "\"😀 日本語 e\u{301}\"".as_bytes(),
+            ),
+            (
+                r#"'"a\nb\r\n\tc\\d\"e\u0001\/"'"#,
+                br#""a\nb\r\n\tc\\d\"e\u0001/""#,
+            ),
+            (
+                r#"'{"k ey": "v : , al", "": " "}'"#,
+                br#"{"":" ","k ey":"v : , al"}"#,
+            ),
             (r#"'{"zz": 1, "a": 2, "b": 3}'"#, br#"{"a":2,"b":3,"zz":1}"#),
             ("'null'", b"null"),
             ("NULL", b"null"),
@@ -85,13 +106,22 @@ fn json_loses_white_space_between_tokens_and_nothing_else() {
             ("'-0.0E+05'", b"-0.0E+05"),
             (r#"'{"b": 1, "a": 2, "b": 3}'"#, br#"{"b":1,"a":2,"b":3}"#),
             (r#"'"\u0000"'"#, br#""\u0000""#),
-            (r#"'"\u00e9 \ud83d\ude00 \/ <>&"'"#, br#""\u00e9 \ud83d\ude00 \/ <>&""#),
+            (
+                r#"'"\u00e9 \ud83d\ude00 \/ <>&"'"#,
+                br#""\u00e9 \ud83d\ude00 \/ <>&""#,
+            ),
             (r#"'"\ud83d"'"#, br#""\ud83d""#),
-            (r#"'{"a" : "x  y\" : ,", "q\\" : [ 1 , 2 ]}'"#, br#"{"a":"x  y\" : ,","q\\":[1,2]}"#),
+            (
+                r#"'{"a" : "x  y\" : ,", "q\\" : [ 1 , 2 ]}'"#,
+                br#"{"a":"x  y\" : ,","q\\":[1,2]}"#,
+            ),
             (r#"E' \t\r\n{ "a" :\n1 }\r\n '"#, br#"{"a":1}"#),
             ("'null'", b"null"),
             ("NULL", b"null"),
-            ("'\"\u{a0}\u{2028}\u{feff}\"'", "\"\u{a0}\u{2028}\u{feff}\"".as_bytes()),
+            (
+                "'\"\u{a0}\u{2028}\u{feff}\"'",
+                "\"\u{a0}\u{2028}\u{feff}\"".as_bytes(),
+            ),
         ],
     );
 }
@@ -103,8 +133,14 @@ fn text_arrives_as_it_is() {
         ("''", b""),
         ("NULL", b""),
         ("E'a\\r\\nb\\tc'", b"a\r\nb\tc"),
-        ("E'\\r\\nPUB $JS.API.STREAM.DELETE.jetstream_outbox 0\\r\\n\\r\\n'", b"\r\nPUB $JS.API.STREAM.DELETE.jetstream_outbox 0\r\n\r\n"),
-        (r#"'  { "not" : "compacted" } '"#, br#"  { "not" : "compacted" } "#),
+        (
+            "E'\\r\\nPUB $JS.API.STREAM.DELETE.jetstream_outbox 0\\r\\n\\r\\n'",
+            b"\r\nPUB $JS.API.STREAM.DELETE.jetstream_outbox 0\r\n\r\n",
+        ),
+        (
+            r#"'  { "not" : "compacted" } '"#,
+            br#"  { "not" : "compacted" } "#,
+        ),
         (r"'\x414243'", br"\x414243"),
         ("'😀 é\u{2028}'", "😀 é\u{2028}".as_bytes()),
         ("'null'", b"null"),
@@ -115,15 +151,32 @@ fn text_arrives_as_it_is() {
 
 #[test]
 fn other_types_arrive_as_postgres_prints_them() {
-    check(&rig("numeric"), "outbox", &[("1e40 + 0.10", b"10000000000000000000000000000000000000000.10"), ("'NaN'", b"NaN")]);
-    check(&rig("xml"), "outbox", &[("'<a b=\"c\"> &lt; </a>'", b"<a b=\"c\"> &lt; </a>")]);
+    check(
+        &rig("numeric"),
+        "outbox",
+        &[
+            (
+                "1e40 + 0.10",
+                b"10000000000000000000000000000000000000000.10",
+            ),
+            ("'NaN'", b"NaN"),
+        ],
+    );
+    check(
+        &rig("xml"),
+        "outbox",
+        &[("'<a b=\"c\"> &lt; </a>'", b"<a b=\"c\"> &lt; </a>")],
+    );
 }
 
 #[test]
 fn bytea_arrives_raw_in_both_output_forms() {
     let rig = rig("bytea");
     let every_byte: Vec<u8> = (0..=255).collect();
-    let hex: String = every_byte.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex: String = every_byte
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     let every_byte_sql = format!("'\\x{hex}'");
     let cases: &[Case<'_>] = &[
         (&every_byte_sql, &every_byte),
@@ -135,8 +188,9 @@ fn bytea_arrives_raw_in_both_output_forms() {
     ];
     check(&rig, "outbox", cases);
     for form in ["escape", "hex"] {
-        rig.pg
-            .execute(&format!("ALTER DATABASE postgres SET bytea_output = '{form}'"));
+        rig.pg.execute(&format!(
+            "ALTER DATABASE postgres SET bytea_output = '{form}'"
+        ));
         check(&rig, "outbox", cases);
     }
 }
@@ -160,7 +214,11 @@ fn columns_stand_in_any_order_among_others_and_ids_are_of_any_type() {
         ("uuids", uuid, uuid),
         ("texts", "Order 17 / ä", "Order 17 / ä"),
         ("texts", "CBE5A5B0", "CBE5A5B0"),
-        ("numbers", "12345678901234567890.50", "12345678901234567890.50"),
+        (
+            "numbers",
+            "12345678901234567890.50",
+            "12345678901234567890.50",
+        ),
         ("times", "2024-02-29", "2024-02-29"),
     ];
     for (number, (table, id, _)) in cases.iter().enumerate() {
@@ -177,7 +235,11 @@ fn columns_stand_in_any_order_among_others_and_ids_are_of_any_type() {
     let expected: Vec<_> = (0..)
         .zip(cases)
         .map(|(n, (_, _, id))| {
-            (id.to_string(), format!("events.order%20line.{n}"), format!("{{\"n\":{n}}}"))
+            (
+                id.to_string(),
+                format!("events.order%20line.{n}"),
+                format!("{{\"n\":{n}}}"),
+            )
         })
         .collect();
     assert_eq!(seen, expected);
@@ -195,11 +257,21 @@ fn columns_may_be_added_dropped_and_moved_while_the_relay_runs() {
     };
     change("SELECT 1", 1);
     change("ALTER TABLE outbox ADD COLUMN extra text DEFAULT 'x'", 2);
-    change("ALTER TABLE outbox DROP COLUMN payload; ALTER TABLE outbox ADD COLUMN payload json", 3);
+    change(
+        "ALTER TABLE outbox DROP COLUMN payload; ALTER TABLE outbox ADD COLUMN payload json",
+        3,
+    );
     change("ALTER TABLE outbox DROP COLUMN extra", 4);
-    change("ALTER TABLE outbox RENAME TO renamed; ALTER TABLE renamed RENAME TO outbox", 5);
+    change(
+        "ALTER TABLE outbox RENAME TO renamed; ALTER TABLE renamed RENAME TO outbox",
+        5,
+    );
     rig.wait_for_messages(5);
-    let bodies: Vec<_> = rig.messages().iter().map(|m| m.text().to_string()).collect();
+    let bodies: Vec<_> = rig
+        .messages()
+        .iter()
+        .map(|m| m.text().to_string())
+        .collect();
     let expected: Vec<_> = (1..=5).map(|n| format!("{{\"n\":{n}}}")).collect();
     assert_eq!(bodies, expected);
 }

@@ -40,9 +40,13 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
     let names = |headers: &[(String, String)]| -> BTreeSet<String> {
         headers.iter().map(|(name, _)| name.clone()).collect()
     };
-    let ordinary: BTreeSet<String> = ["Nats-Msg-Id", "Nats-Expected-Last-Sequence", "Outbox-Position"]
-        .map(String::from)
-        .into();
+    let ordinary: BTreeSet<String> = [
+        "Nats-Msg-Id",
+        "Nats-Expected-Last-Sequence",
+        "Outbox-Position",
+    ]
+    .map(String::from)
+    .into();
     for message in &stored {
         assert_eq!(names(&message.headers), ordinary, "{message:?}");
         assert_eq!(message.headers.len(), ordinary.len(), "{message:?}");
@@ -68,16 +72,30 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
             "$JS.API.STREAM.MSG.GET.",
             "$JS.API.CONSUMER.",
         ];
-        if from_server.iter().chain(&looks).all(|own| !message.subject.starts_with(own)) {
+        if from_server
+            .iter()
+            .chain(&looks)
+            .all(|own| !message.subject.starts_with(own))
+        {
             assert_eq!(message.body, b"body", "{message:?}");
             seen.push(message.subject);
         }
     }
     let subjects: Vec<_> = stored.iter().map(|m| m.subject.clone()).collect();
     // a consumer's delivery also comes under the event's own subject, to the inbox alone
-    assert_eq!(seen[..subjects.len().min(seen.len())], subjects, "nothing else on the wire");
-    assert_eq!(rig.nats.client().stream_info(STREAM)["state"]["messages"], rows.len());
-    stored.iter().map(|m| (m.subject.clone(), m.id().to_string())).collect()
+    assert_eq!(
+        seen[..subjects.len().min(seen.len())],
+        subjects,
+        "nothing else on the wire"
+    );
+    assert_eq!(
+        rig.nats.client().stream_info(STREAM)["state"]["messages"],
+        rows.len()
+    );
+    stored
+        .iter()
+        .map(|m| (m.subject.clone(), m.id().to_string()))
+        .collect()
 }
 
 #[test]
@@ -90,13 +108,22 @@ fn values_become_subjects_by_the_documented_rule() {
         // white space
         ("a b", " ", "events.a%20b.%20"),
         ("\t", "\x0b\x0c", "events.%09.%0B%0C"),
-        (nbsp, "\u{1680}\u{2003}\u{2028}\u{2029}\u{205f}\u{3000}\u{feff}\u{85}",
-            "events.%C2%A0.%E1%9A%80%E2%80%83%E2%80%A8%E2%80%A9%E2%81%9F%E3%80%80%EF%BB%BF%C2%85"),
+        (
+            nbsp,
+            "\u{1680}\u{2003}\u{2028}\u{2029}\u{205f}\u{3000}\u{feff}\u{85}",
+            "events.%C2%A0.%E1%9A%80%E2%80%83%E2%80%A8%E2%80%A9%E2%81%9F%E3%80%80%EF%BB%BF%C2%85",
+        ),
         // the protocol
-        ("x\r\nPUB $JS.API.STREAM.DELETE.jetstream_outbox 0\r\n\r\n", "1",
-            "events.x%0D%0APUB%20$JS.API.STREAM.DELETE.jetstream_outbox%200%0D%0A%0D%0A.1"),
-        ("x", "1 reply.subject 4\r\nbody\r\nPUB events.evil 4",
-            "events.x.1%20reply.subject%204%0D%0Abody%0D%0APUB%20events.evil%204"),
+        (
+            "x\r\nPUB $JS.API.STREAM.DELETE.jetstream_outbox 0\r\n\r\n",
+            "1",
+            "events.x%0D%0APUB%20$JS.API.STREAM.DELETE.jetstream_outbox%200%0D%0A%0D%0A.1",
+        ),
+        (
+            "x",
+            "1 reply.subject 4\r\nbody\r\nPUB events.evil 4",
+            "events.x.1%20reply.subject%204%0D%0Abody%0D%0APUB%20events.evil%204",
+        ),
         ("\n", "\r", "events.%0A.%0D"),
         ("x", "1 100 200\r\nHPUB", "events.x.1%20100%20200%0D%0AHPUB"),
         // wildcards
@@ -108,14 +135,18 @@ fn values_become_subjects_by_the_documented_rule() {
         ("", "b", "events.%.b"),
         (".", "..", "events.%2E.%2E%2E"),
         (".a", "a.", "events.%2Ea.a%2E"),
-        ("a..b", "...c...", "events.a.%2Eb.%2E%2E%2Ec.%2E%2E%2E"),
+        ("a..b", "...c...", "events.a.%2Eb.%2E%2E%2Ec.%2E%2E"),
         // control characters
         ("\x01\x02", "\x1b[31m\x7f", "events.%01%02.%1B[31m%7F"),
         // what would be an escape itself
         ("100%", "%2E", "events.100%25.%252E"),
         ("%", "%~", "events.%25.%25~"),
         // others' subjects stay behind the prefix
-        ("$JS", "API.STREAM.PURGE.jetstream_outbox", "events.$JS.API.STREAM.PURGE.jetstream_outbox"),
+        (
+            "$JS",
+            "API.STREAM.PURGE.jetstream_outbox",
+            "events.$JS.API.STREAM.PURGE.jetstream_outbox",
+        ),
         ("_INBOX", "x", "events._INBOX.x"),
         ("$SYS", "REQ", "events.$SYS.REQ"),
     ];
@@ -151,9 +182,15 @@ fn long_values_keep_their_beginning_and_a_hash() {
         .iter()
         .enumerate()
         .flat_map(|(n, (value, _))| {
-            [("t".to_string(), value.clone()), (value.clone(), "t".to_string())].map(
-                |(aggregatetype, aggregateid)| Row { id: format!("{n} {}", aggregateid.len()), aggregatetype, aggregateid },
-            )
+            [
+                ("t".to_string(), value.clone()),
+                (value.clone(), "t".to_string()),
+            ]
+            .map(|(aggregatetype, aggregateid)| Row {
+                id: format!("{n} {}", aggregateid.len()),
+                aggregatetype,
+                aggregateid,
+            })
         })
         .collect();
     let pg = crate::support::postgres::Postgres::start();
@@ -163,17 +200,26 @@ fn long_values_keep_their_beginning_and_a_hash() {
     };
     let arrived = relay(&rows);
     for (pair, (value, token)) in arrived.chunks(2).zip(cases) {
-        let [(last, _), (first, _)] = pair else { panic!("two rows a case") };
+        let [(last, _), (first, _)] = pair else {
+            panic!("two rows a case")
+        };
         let last = last.strip_prefix("events.t.").expect("type, then id");
-        let first = first.strip_prefix("events.").and_then(|s| s.strip_suffix(".t"));
+        let first = first
+            .strip_prefix("events.")
+            .and_then(|s| s.strip_suffix(".t"));
         assert_eq!(first, Some(last), "the same in either place");
         match token {
             Some(token) => assert_eq!(last, token),
             None => {
-                let (kept, hash) = last.rsplit_once("%~").expect("the mark of a shortened value");
+                let (kept, hash) = last
+                    .rsplit_once("%~")
+                    .expect("the mark of a shortened value");
                 assert_eq!(hash, sha256(value));
                 assert!((1_300..=1_400).contains(&last.len()), "{}", last.len());
-                let begin = kept.replace("%20", " ").replace("%3E", ">").replace("%E3%80%80", "\u{3000}");
+                let begin = kept
+                    .replace("%20", " ")
+                    .replace("%3E", ">")
+                    .replace("%E3%80%80", "\u{3000}");
                 assert!(value.starts_with(&begin), "{begin}");
             }
         }
@@ -185,7 +231,10 @@ fn ids_become_one_header_whatever_is_in_them() {
     let cases: &[(&str, &str)] = &[
         ("plain", "plain"),
         ("1\r\nNats-Rollup: all", "1%0D%0ANats-Rollup: all"),
-        ("1\r\n\r\nbody\r\nPUB events.x 0\r\n", "1%0D%0A%0D%0Abody%0D%0APUB events.x 0%0D%0A"),
+        (
+            "1\r\n\r\nbody\r\nPUB events.x 0\r\n",
+            "1%0D%0A%0D%0Abody%0D%0APUB events.x 0%0D%0A",
+        ),
         ("1\nOutbox-Position: x", "1%0AOutbox-Position: x"),
         (" a: b ", "%20a: b%20"),
         ("\t", "%09"),
@@ -195,7 +244,11 @@ fn ids_become_one_header_whatever_is_in_them() {
     ];
     let rows: Vec<Row> = cases
         .iter()
-        .map(|(id, _)| Row { id: id.to_string(), aggregatetype: "t".into(), aggregateid: "a".into() })
+        .map(|(id, _)| Row {
+            id: id.to_string(),
+            aggregatetype: "t".into(),
+            aggregateid: "a".into(),
+        })
         .collect();
     let ids: Vec<_> = relay(&rows).into_iter().map(|(_, id)| id).collect();
     let expected: Vec<_> = cases.iter().map(|(_, id)| id.to_string()).collect();

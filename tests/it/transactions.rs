@@ -24,8 +24,7 @@ fn events(from: u64, to: u64) -> impl Iterator<Item = Event> {
 
 #[test]
 fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
-    let rig =
-        Rig::start_with(Postgres::builder().setting("logical_decoding_work_mem", "64kB"));
+    let rig = Rig::start_with(Postgres::builder().setting("logical_decoding_work_mem", "64kB"));
     let mut relay = rig.relay(&[]);
     rig.pg.execute("BEGIN; INSERT INTO outbox VALUES (gen_random_uuid(), 'account', 'aborted', '{}'); ROLLBACK");
     rig.pg
@@ -39,8 +38,11 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
         insert(500_001, 500_100),
         insert(600_001, 600_001),
     ));
-    rig.pg
-        .execute(&format!("BEGIN; {} SAVEPOINT a; {} ROLLBACK", insert(1, 9), insert(10, 19)));
+    rig.pg.execute(&format!(
+        "BEGIN; {} SAVEPOINT a; {} ROLLBACK",
+        insert(1, 9),
+        insert(10, 19)
+    ));
     // PREPARE is not allowed by max_prepared_transactions = 0, so a last ordinary one ends the test
     rig.pg.execute(&insert(700_001, 700_001));
     let mut expected = Expected::new();
@@ -59,8 +61,11 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
     expected.check(&rig.messages()).assert_clean();
     // or the test shows nothing about large transactions
     eventually("Postgres to report what it spilled", DEADLINE, || {
-        let spilled = "SELECT spill_txns FROM pg_stat_replication_slots WHERE slot_name = 'jetstream_outbox'";
-        rig.pg.scalar::<i64>(spilled).is_some_and(|count| count >= 2)
+        let spilled =
+            "SELECT spill_txns FROM pg_stat_replication_slots WHERE slot_name = 'jetstream_outbox'";
+        rig.pg
+            .scalar::<i64>(spilled)
+            .is_some_and(|count| count >= 2)
     });
 }
 
@@ -68,7 +73,8 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
 fn a_prepared_transaction_arrives_when_it_is_committed_and_only_then() {
     let rig = Rig::start_with(Postgres::builder().setting("max_prepared_transactions", "2"));
     let relay = rig.relay(&[]);
-    let prepare = |from, to, name| format!("BEGIN; {} PREPARE TRANSACTION '{name}'", insert(from, to));
+    let prepare =
+        |from, to, name| format!("BEGIN; {} PREPARE TRANSACTION '{name}'", insert(from, to));
     rig.pg.execute(&prepare(1, 5, "kept"));
     rig.pg.execute(&prepare(11, 15, "dropped"));
     rig.pg.execute("ROLLBACK PREPARED 'dropped'");
@@ -79,7 +85,9 @@ fn a_prepared_transaction_arrives_when_it_is_committed_and_only_then() {
     rig.wait_for_messages(11);
     drop(relay);
     let mut expected = Expected::new();
-    [(21, 25), (1, 5), (31, 31)].map(|(from, to)| expected.commit(0, events(from, to)));
+    for (from, to) in [(21, 25), (1, 5), (31, 31)] {
+        expected.commit(0, events(from, to));
+    }
     expected.check(&rig.messages()).assert_clean();
 }
 
@@ -89,8 +97,10 @@ fn two_hundred_thousand_rows_of_one_transaction_pass_through_bounded_memory() {
     const LIMIT_KB: u64 = 32 * 1024;
     let rig = Rig::start();
     let mut relay = rig.relay(&[]);
-    rig.pg
-        .execute(&format!("BEGIN; {} DELETE FROM outbox; COMMIT", insert(1, ROWS)));
+    rig.pg.execute(&format!(
+        "BEGIN; {} DELETE FROM outbox; COMMIT",
+        insert(1, ROWS)
+    ));
     rig.wait_for_messages(ROWS);
     let peak = relay.rss_peak_kb().expect("the relay runs");
     relay.term();
