@@ -2,6 +2,12 @@
 //!
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
+mod drain;
+mod payloads;
+mod rig;
+mod seed;
 mod smoke;
+mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
+mod transactions;
