@@ -1,0 +1,401 @@
+//! A private nats-server with JetStream, alone or as a cluster of three.
+
+use super::files::{copy_folder, temp_dir};
+use super::natsclient::NatsClient;
+use super::ports::free_port;
+use super::process::{Process, Signal, lock};
+use super::wait::{eventually, secs};
+use serde_json::{Value, json};
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// How long a start, with recovery of its streams, or a stop may take on a busy machine.
+const START_DEADLINE: Duration = secs(60);
+
+static SERVER: LazyLock<PathBuf> = LazyLock::new(|| {
+    find_server().expect("no nats-server of at least 2.10 found (NATS_SERVER_BIN, target/tools, PATH): run scripts/test, it gets one")
+});
+
+fn find_server() -> Option<PathBuf> {
+    if let Some(server) = std::env::var_os("NATS_SERVER_BIN") {
+        return Some(PathBuf::from(server)).filter(|server| server.exists());
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target"),
+        PathBuf::from,
+    );
+    let fetched = fs::read_dir(target.join("tools/nats-server"))
+        .into_iter()
+        .flatten();
+    let newest = fetched
+        .filter_map(|entry| {
+            let folder = entry.ok()?.path();
+            let version = version_numbers(folder.file_name()?.to_str()?)?;
+            Some((version, folder.join("nats-server"))).filter(|(_, server)| server.exists())
+        })
+        .max();
+    if let Some((_, server)) = newest {
+        return Some(server);
+    }
+    // prints "nats-server: v2.10.25"
+    let output = Command::new("nats-server").arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let version = version_numbers(text.trim().rsplit_once('v')?.1)?;
+    (version >= vec![2, 10]).then(|| PathBuf::from("nats-server"))
+}
+
+fn version_numbers(text: &str) -> Option<Vec<u32>> {
+    text.split('.').map(|number| number.parse().ok()).collect()
+}
+
+/// What a server is to be; see [`Nats::builder`].
+#[derive(Clone)]
+pub struct Builder {
+    name: String,
+    config: String,
+    jetstream: Option<String>,
+    cluster: Option<String>,
+    files: Vec<(String, Vec<u8>)>,
+    client_options: Value,
+}
+
+impl Builder {
+    /// Lines for the top level of the server's configuration: authorization, accounts, tls, max_payload.
+    /// `{dir}` in them stands for the folder that [`Builder::file`] writes to.
+    pub fn config(mut self, lines: &str) -> Builder {
+        self.config.push_str(lines);
+        self.config.push('\n');
+        self
+    }
+
+    /// Lines for the `jetstream` block: `sync_interval: always`, `domain: x`.
+    pub fn jetstream(mut self, lines: &str) -> Builder {
+        let block = self.jetstream.get_or_insert_default();
+        block.push_str(lines);
+        block.push('\n');
+        self
+    }
+
+    /// A server that only forwards.
+    pub fn without_jetstream(mut self) -> Builder {
+        self.jetstream = None;
+        self
+    }
+
+    /// A file in the server's folder: certificates, keys, account tokens.
+    pub fn file(mut self, name: &str, content: impl Into<Vec<u8>>) -> Builder {
+        self.files.push((name.to_string(), content.into()));
+        self
+    }
+
+    /// What the fixture's own client puts into CONNECT, when the configuration asks for it: a user and
+    /// password, say.
+    pub fn client_options(mut self, options: Value) -> Builder {
+        self.client_options = options;
+        self
+    }
+
+    /// Makes and starts it, and waits until it serves.
+    pub fn build(self) -> Nats {
+        let dir = temp_dir("nats-");
+        for (name, content) in &self.files {
+            fs::write(dir.path().join(name), content).expect("write a file of the server");
+        }
+        let server = Nats {
+            port: Mutex::new(free_port()),
+            dir,
+            builder: self,
+            server: Mutex::new(None),
+        };
+        while let Err(Exited { log }) = server.try_start() {
+            // another program took the port between our look and the server's
+            assert!(
+                log.contains("address already in use"),
+                "start nats-server:\n{log}"
+            );
+            *lock(&server.port) = free_port();
+        }
+        server
+    }
+}
+
+/// The server ended instead of serving.
+struct Exited {
+    log: String,
+}
+
+/// A server of our own. All methods take `&self`: a test may poll from one thread and break from another.
+pub struct Nats {
+    dir: TempDir,
+    port: Mutex<u16>,
+    builder: Builder,
+    server: Mutex<Option<Process>>,
+}
+
+impl Nats {
+    /// A running server with JetStream and no authentication.
+    pub fn start() -> Nats {
+        Nats::builder().build()
+    }
+
+    /// A server with a configuration of the test's own.
+    pub fn builder() -> Builder {
+        Builder {
+            name: "test".to_string(),
+            config: String::new(),
+            jetstream: Some(String::new()),
+            cluster: None,
+            files: Vec::new(),
+            client_options: json!({}),
+        }
+    }
+
+    /// The port on 127.0.0.1; it stays the same over restarts.
+    pub fn port(&self) -> u16 {
+        *lock(&self.port)
+    }
+
+    /// Where clients connect.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port())
+    }
+
+    /// The folder that [`Builder::file`] wrote to.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A connection for looking at streams.
+    #[track_caller]
+    pub fn client(&self) -> NatsClient {
+        self.try_client()
+            .unwrap_or_else(|error| panic!("connect to nats-server: {error}"))
+    }
+
+    /// The same, for a server that may be down.
+    pub fn try_client(&self) -> std::io::Result<NatsClient> {
+        NatsClient::try_connect(self.port(), &self.builder.client_options)
+    }
+
+    /// For asking a server that may have no leader yet: it answers nothing then.
+    fn impatient_client(&self) -> std::io::Result<NatsClient> {
+        NatsClient::try_connect_within(self.port(), &self.builder.client_options, secs(1))
+    }
+
+    /// What the server has logged, all starts together.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir().join("log")).unwrap_or_default()
+    }
+
+    /// Stop and start.
+    pub fn restart(&self) {
+        self.stop();
+        self.start_again();
+    }
+
+    /// An orderly end; streams are written out.
+    pub fn stop(&self) {
+        if let Some(mut process) = lock(&self.server).take() {
+            process.signal(Signal::TERM);
+            process.wait_exit(START_DEADLINE);
+        }
+    }
+
+    /// SIGKILL. What the operating system has is kept.
+    pub fn kill(&self) {
+        *lock(&self.server) = None;
+    }
+
+    /// SIGSTOP: the connections stay open and nothing moves.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// Lame duck mode: the server tells its clients to go, then ends.
+    pub fn lame_duck(&self) {
+        self.signal(Signal::USR2);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let mut server = lock(&self.server);
+        let process = server.as_mut().expect("the server is running");
+        process.signal(signal);
+    }
+
+    /// Starts it where it was stopped or killed, on the same port.
+    #[track_caller]
+    pub fn start_again(&self) {
+        eventually(
+            "nats-server to start again",
+            START_DEADLINE,
+            || match self.try_start() {
+                Ok(()) => true,
+                Err(Exited { log }) if log.contains("address already in use") => false,
+                Err(Exited { log }) => panic!("start nats-server again:\n{log}"),
+            },
+        );
+    }
+
+    /// Copies the store of a stopped server: a backup, for [`Nats::restore_store`].
+    pub fn snapshot_store(&self) -> TempDir {
+        self.assert_stopped();
+        let snapshot = temp_dir("nats-backup-");
+        copy_folder(&self.store_dir(), &snapshot.path().join("store"));
+        snapshot
+    }
+
+    /// Puts an earlier store in place of the present one, while the server is stopped.
+    pub fn restore_store(&self, snapshot: &TempDir) {
+        self.assert_stopped();
+        copy_folder(&snapshot.path().join("store"), &self.store_dir());
+    }
+
+    fn assert_stopped(&self) {
+        assert!(lock(&self.server).is_none(), "stop the server first");
+    }
+
+    fn store_dir(&self) -> PathBuf {
+        self.dir().join("store")
+    }
+
+    fn write_config(&self) -> PathBuf {
+        let mut config = format!(
+            "server_name: {}\nlisten: 127.0.0.1:{}\n{}",
+            self.builder.name,
+            self.port(),
+            self.builder.config
+        );
+        if let Some(lines) = &self.builder.jetstream {
+            let store = self.store_dir();
+            config += &format!(
+                "jetstream {{\nstore_dir: \"{}\"\nmax_memory_store: 1GB\nmax_file_store: 8GB\n{lines}}}\n",
+                store.display()
+            );
+        }
+        if let Some(block) = &self.builder.cluster {
+            config += block;
+        }
+        let config = config.replace("{dir}", &self.dir().display().to_string());
+        let path = self.dir().join("config");
+        fs::write(&path, config).expect("write the server's configuration");
+        path
+    }
+
+    fn try_start(&self) -> Result<(), Exited> {
+        let mut server = lock(&self.server);
+        assert!(server.is_none(), "nats-server is running already");
+        let config = self.write_config();
+        let log_before = self.log().len();
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir().join("log"))
+            .expect("open the server's log");
+        let mut process = Process::spawn(
+            "nats-server",
+            Command::new(&*SERVER)
+                .arg("-c")
+                .arg(config)
+                .current_dir(self.dir())
+                .stdout(log.try_clone().expect("duplicate a file handle"))
+                .stderr(log),
+        );
+        let ready = eventually("nats-server to be ready", START_DEADLINE, || {
+            if process.try_exit().is_some() {
+                return Some(false);
+            }
+            let new = self.log().split_off(log_before);
+            new.contains("Server is ready").then_some(true)
+        });
+        if !ready {
+            let log = self.log().split_off(log_before);
+            return Err(Exited { log });
+        }
+        *server = Some(process);
+        Ok(())
+    }
+}
+
+impl Drop for Nats {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("---- log of nats-server ----\n{}", self.log());
+        }
+        self.kill();
+    }
+}
+
+/// Three servers, over which a stream can be replicated.
+pub struct NatsCluster {
+    /// The servers; each can be stopped, killed and frozen by itself.
+    pub nodes: [Nats; 3],
+}
+
+impl NatsCluster {
+    /// Starts three servers and waits until a stream with three replicas can be made.
+    pub fn start() -> NatsCluster {
+        NatsCluster::start_with(&Nats::builder())
+    }
+
+    /// The same, each built like `builder`.
+    pub fn start_with(builder: &Builder) -> NatsCluster {
+        let routes = [free_port(), free_port(), free_port()];
+        let list = routes
+            .map(|port| format!("nats-route://127.0.0.1:{port}"))
+            .join(", ");
+        let mut number = 0;
+        let nodes = routes.map(|port| {
+            number += 1;
+            let mut node = builder.clone();
+            node.name = format!("node{number}");
+            node.cluster = Some(format!(
+                "cluster {{\nname: test\nlisten: 127.0.0.1:{port}\nroutes: [{list}]\n}}\n"
+            ));
+            node.build()
+        });
+        let cluster = NatsCluster { nodes };
+        cluster.wait_ready();
+        cluster
+    }
+
+    /// The comma list of all servers.
+    pub fn url(&self) -> String {
+        self.nodes.each_ref().map(Nats::url).join(",")
+    }
+
+    /// Waits until a stream with three replicas can be made: the metadata has a leader that knows all.
+    pub fn wait_ready(&self) {
+        eventually(
+            "the cluster to place three replicas",
+            START_DEADLINE,
+            || {
+                let mut client = self.nodes[0].try_client()?;
+                client.try_api(
+                    "STREAM.CREATE.probe",
+                    &json!({ "name": "probe", "subjects": ["test.probe"], "num_replicas": 3 }),
+                )?;
+                client.try_api("STREAM.DELETE.probe", &Value::Null)
+            },
+        );
+    }
+
+    /// The node that leads a stream, by its index; `None` while there is none.
+    pub fn leader(&self, stream: &str) -> Option<usize> {
+        let info = self.nodes.iter().find_map(|node| {
+            let mut client = node.impatient_client().ok()?;
+            let info = client.try_api(&format!("STREAM.INFO.{stream}"), &Value::Null);
+            info.ok()
+        })?;
+        let name = info["cluster"]["leader"].as_str()?;
+        self.nodes.iter().position(|node| node.builder.name == name)
+    }
+}
