@@ -17,7 +17,11 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 #[derive(FromArgs, ArgsInfo, Default)]
 #[argh(
     help_triggers("--help", "-h"),
-    note = "Flags may also be spelled -flag VALUE and -flag=VALUE, and each can come from the environment: --ack-timeout from JETSTREAM_OUTBOX_ACK_TIMEOUT. A flag beats the environment, the environment beats the default. Durations are written 500ms, 10s, 1h30m; a plain number counts seconds.",
+    usage = "[flags]",
+    note = "Flags may also be spelled -flag VALUE and -flag=VALUE.",
+    note = "Each can come from the environment: --ack-timeout from JETSTREAM_OUTBOX_ACK_TIMEOUT.",
+    note = "A flag beats the environment, the environment beats the default.",
+    note = "Durations are written 500ms, 10s, 1h30m; a plain number counts seconds.",
     example = "{command_name} --db postgres://relay@db.example.com/shop --nats nats://nats.example.com\n{command_name} --drain",
     error_code(0, "stopped on request, or drained"),
     error_code(64, "a flag or its environment variable is wrong"),
@@ -82,10 +86,10 @@ pub struct Cli {
     /// keep WAL this long after its events were acknowledged, up to 24h (default 150s)
     #[argh(option)]
     pub hold_back: Option<String>,
-    /// publish what was committed before the start, then exit
+    /// publish what was committed before the start, then exit (default off)
     #[argh(switch)]
     pub drain: bool,
-    /// exit when another relay uses the slot, instead of waiting for it
+    /// exit when another relay uses the slot, instead of waiting for it (default off)
     #[argh(switch)]
     pub no_wait: bool,
     /// least level that is logged: debug, info, warn or error (default info)

@@ -1,56 +1,37 @@
 //! The one [`Config`]: flags, environment and defaults put together and validated once, at the start.
 //!
 //! A flag beats its environment variable (`-ack-timeout` is `JETSTREAM_OUTBOX_ACK_TIMEOUT`), which beats the
-//! default in [`DEFAULTS`]. An empty variable counts as none. Nothing here talks to a server: what only a
-//! server can refuse is the relay's to report. No message, `Debug` or summary shows a password or a token.
+//! default. Nothing here talks to a server: what only a server can refuse is the relay's to report. No message,
+//! `Debug` or summary shows a password or a token.
 
 use crate::cli::{Cli, PROGRAM};
 use crate::exit::Exit;
+use crate::jetstream::Delivery;
+use crate::jetstream::options::{Options, parse_servers};
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
+use crate::outbox::mapper::TableName;
+use crate::outbox::subject::validate_prefix;
+use crate::postgres::ConnInfo;
 use log::LevelFilter;
+use source::{Origin, Sources, variable};
 use std::fmt;
-use std::fs::{self, File};
 use std::io;
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
+use value::{
+    ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_publication, check_slot, check_subject,
+    parse_duration_within, parse_inflight, parse_tables,
+};
 
-/// What a flag is when neither it nor its variable is given; a flag that is not here is then off or absent.
-const DEFAULTS: [(&str, &str); 11] = [
-    ("nats", "localhost"),
-    ("nats-api-prefix", "$JS.API"),
-    ("prefix", "events"),
-    ("slot", "jetstream_outbox"),
-    ("inflight", "1024"),
-    ("ack-timeout", "5s"),
-    ("max-outage", "never"),
-    ("delivery", "exactly-once"),
-    ("hold-back", "150s"),
-    ("logging", "info"),
-    ("log-format", "text"),
-];
-
-/// Above this the window is larger than any server answers at once, and costs memory alone.
-const INFLIGHT: RangeInclusive<usize> = 1..=65_536;
-/// Shorter than a network round trip under load it would end healthy sessions; longer than an hour it hides outages.
-const ACK_TIMEOUT: RangeInclusive<Duration> =
-    Duration::from_millis(100)..=Duration::from_secs(3600);
-/// Shorter than a second there is no time for a single attempt to connect.
-const MAX_OUTAGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::MAX;
-/// Postgres keeps the WAL of the whole span: a day is as much as a disk should be asked for by a flag.
-const HOLD_BACK: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 * 3600);
-/// Postgres' NAMEDATALEN less its terminator: longer names are cut off silently there.
-const MAX_NAME_BYTES: usize = 63;
-
-/// Stands for what is not shown.
-const HIDDEN: &str = "***";
+mod source;
+mod value;
 
 /// What the relay works by.
 pub struct Config {
-    /// Connection string as given; empty: libpq's environment alone.
-    pub db: String,
+    /// How to reach Postgres.
+    pub db: ConnInfo,
     /// How to reach NATS.
-    pub nats: NatsConfig,
+    pub nats: Options,
     /// First part of every subject; one or more legal tokens.
     pub prefix: String,
     /// The replication slot; letters, digits and underscores, so it needs no quotes.
@@ -77,44 +58,6 @@ pub struct Config {
     pub log: LogConfig,
     /// What an operator should be told once at the start.
     pub warnings: Vec<String>,
-}
-
-/// How to reach NATS.
-pub struct NatsConfig {
-    /// `host`, `host:port`, `nats://…` or `tls://…`, each perhaps with credentials; never empty.
-    pub servers: Vec<String>,
-    /// Credentials file (JWT and nkey seed); never together with `nkey`.
-    pub creds: Option<PathBuf>,
-    /// Nkey seed file.
-    pub nkey: Option<PathBuf>,
-    /// Certificates that may sign the server's; `None`: the system's.
-    pub tls_ca: Option<PathBuf>,
-    /// Client certificate; given together with `tls_key`, or neither is.
-    pub tls_cert: Option<PathBuf>,
-    /// Key of the client certificate.
-    pub tls_key: Option<PathBuf>,
-    /// Subject prefix of the JetStream API, without a trailing dot.
-    pub api_prefix: String,
-    /// The connection's name in the server's monitoring.
-    pub name: String,
-}
-
-/// What is promised about repeats.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivery {
-    /// Each event once, in commit order: the fence.
-    ExactlyOnce,
-    /// No fence, for streams with other busy writers: a repeat is caught inside the deduplication window only.
-    AtLeastOnce,
-}
-
-/// A table as `pg_class` and `pg_namespace` spell it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TableName {
-    /// `None`: in any schema.
-    pub schema: Option<String>,
-    /// The table.
-    pub name: String,
 }
 
 /// A setting is not usable. Display names the flag or variable; [`ConfigError::remedy`] says what to do.
@@ -213,18 +156,23 @@ impl Config {
         if db.origin == Origin::Default && !libpq_names_a_database(env) {
             return Err(ConfigError::NoDatabase);
         }
+        let on_command_line = |origin| origin == Origin::Flag;
+        let mut expose = |flag: &'static str| {
+            warnings.push(format!(
+                "the secret in -{flag} can be read by every user of this machine with ps: pass it as {}, or in a file",
+                variable(flag)
+            ));
+        };
+        let db_exposed = on_command_line(db.origin);
+        let db = db.secret(|text| ConnInfo::parse(text, env).map_err(|error| error.to_string()))?;
+        if db_exposed && db.has_password_inline() {
+            expose("db");
+        }
         let nats = from.text("nats", cli.nats);
-        for (setting, secret) in [
-            (&db, conninfo_has_password(&db.value)),
-            (&nats, nats.value.contains('@')),
-        ] {
-            if secret && setting.origin == Origin::Flag {
-                warnings.push(format!(
-                    "the secret in {} can be read by every user of this machine with ps: pass it as {}, or in a file",
-                    setting.name(),
-                    variable(setting.flag)
-                ));
-            }
+        let nats_exposed = on_command_line(nats.origin);
+        let servers = nats.secret(|text| parse_servers(text).map_err(|error| error.to_string()))?;
+        if nats_exposed && servers.iter().any(|server| server.auth.is_some()) {
+            expose("nats");
         }
 
         let slot = from.text("slot", cli.slot).check(check_slot)?;
@@ -248,8 +196,8 @@ impl Config {
         }
 
         Ok(Config {
-            nats: NatsConfig {
-                servers: nats.secret(parse_servers)?,
+            nats: Options {
+                servers,
                 creds,
                 nkey,
                 tls_ca: from.file("nats-tls-ca", cli.nats_tls_ca)?,
@@ -259,9 +207,12 @@ impl Config {
                     .text("nats-api-prefix", cli.nats_api_prefix)
                     .check(check_subject)?,
                 name: format!("{PROGRAM} {slot}"),
+                ..Options::default()
             },
-            db: db.value,
-            prefix: from.text("prefix", cli.prefix).check(check_subject)?,
+            db,
+            prefix: from
+                .text("prefix", cli.prefix)
+                .check(|prefix| validate_prefix(prefix).map_err(|error| error.to_string()))?,
             tables: from
                 .text("table", Some(cli.table.join(",")).filter(|t| !t.is_empty()))
                 .parse(parse_tables)?,
@@ -277,23 +228,22 @@ impl Config {
                 })?,
             no_wait: from.switch("no-wait", cli.no_wait)?,
             drain: from.switch("drain", cli.drain)?,
-            delivery: from.text("delivery", cli.delivery).one_of(&[
-                ("exactly-once", Delivery::ExactlyOnce),
-                ("at-least-once", Delivery::AtLeastOnce),
-            ])?,
+            delivery: from
+                .text("delivery", cli.delivery)
+                .one_of(&[Delivery::ExactlyOnce, Delivery::AtLeastOnce])?,
             hold_back: from
                 .text("hold-back", cli.hold_back)
                 .parse(|text| parse_duration_within(text, HOLD_BACK))?,
             log: LogConfig {
                 level: from.text("logging", cli.logging).one_of(&[
-                    ("debug", LevelFilter::Debug),
-                    ("info", LevelFilter::Info),
-                    ("warn", LevelFilter::Warn),
-                    ("error", LevelFilter::Error),
+                    LevelFilter::Debug,
+                    LevelFilter::Info,
+                    LevelFilter::Warn,
+                    LevelFilter::Error,
                 ])?,
                 format: from
                     .text("log-format", cli.log_format)
-                    .one_of(&[("text", LogFormat::Text), ("json", LogFormat::Json)])?,
+                    .one_of(&[LogFormat::Text, LogFormat::Json])?,
             },
             slot,
             publication,
@@ -307,10 +257,10 @@ impl Config {
         let list = |items: Vec<String>| Some(items.join(",")).filter(|list| !list.is_empty());
         let on = |on: bool| on.then(|| "true".to_string());
         [
-            ("db", Some(redact_conninfo(&self.db))),
+            ("db", Some(self.db.to_string())),
             (
                 "nats",
-                list(self.nats.servers.iter().map(|s| redact_server(s)).collect()),
+                list(self.nats.servers.iter().map(|s| format!("{s:?}")).collect()),
             ),
             ("creds", path(&self.nats.creds)),
             ("nats-nkey", path(&self.nats.nkey)),
@@ -334,16 +284,7 @@ impl Config {
                     None => "never".to_string(),
                 }),
             ),
-            (
-                "delivery",
-                Some(
-                    match self.delivery {
-                        Delivery::ExactlyOnce => "exactly-once",
-                        Delivery::AtLeastOnce => "at-least-once",
-                    }
-                    .to_string(),
-                ),
-            ),
+            ("delivery", Some(self.delivery.to_string())),
             ("hold-back", Some(format!("{:?}", self.hold_back))),
             ("drain", on(self.drain)),
             ("no-wait", on(self.no_wait)),
@@ -351,16 +292,7 @@ impl Config {
                 "logging",
                 Some(self.log.level.as_str().to_ascii_lowercase()),
             ),
-            (
-                "log-format",
-                Some(
-                    match self.log.format {
-                        LogFormat::Text => "text",
-                        LogFormat::Json => "json",
-                    }
-                    .to_string(),
-                ),
-            ),
+            ("log-format", Some(self.log.format.to_string())),
         ]
         .into_iter()
         .filter_map(|(name, value)| Some((name, value?)))
@@ -393,458 +325,15 @@ impl fmt::Debug for Config {
     }
 }
 
-impl fmt::Debug for NatsConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let servers: Vec<String> = self.servers.iter().map(|s| redact_server(s)).collect();
-        write!(
-            f,
-            "NatsConfig {{ servers: {servers:?}, name: {:?} }}",
-            self.name
-        )
-    }
-}
-
-impl fmt::Display for TableName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let quoted = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
-        if let Some(schema) = &self.schema {
-            write!(f, "{}.", quoted(schema))?;
-        }
-        f.write_str(&quoted(&self.name))
-    }
-}
-
-// ---- where a setting comes from -------------------------------------------------------------------
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
-    Flag,
-    Environment,
-    Default,
-}
-
-/// A value with the name to blame for it.
-struct Setting {
-    flag: &'static str,
-    origin: Origin,
-    value: String,
-}
-
-struct Sources<'a> {
-    env: &'a dyn Fn(&str) -> Option<String>,
-}
-
-/// The environment variable of a flag.
-fn variable(flag: &str) -> String {
-    format!(
-        "JETSTREAM_OUTBOX_{}",
-        flag.to_ascii_uppercase().replace('-', "_")
-    )
-}
-
-impl Sources<'_> {
-    fn from_environment(&self, flag: &'static str) -> Option<Setting> {
-        let value = (self.env)(&variable(flag)).filter(|value| !value.is_empty())?;
-        Some(Setting {
-            flag,
-            origin: Origin::Environment,
-            value,
-        })
-    }
-
-    fn text(&self, flag: &'static str, given: Option<String>) -> Setting {
-        let given = given.map(|value| Setting {
-            flag,
-            origin: Origin::Flag,
-            value,
-        });
-        given
-            .or_else(|| self.from_environment(flag))
-            .unwrap_or_else(|| {
-                let default = DEFAULTS.iter().find(|(name, _)| *name == flag);
-                Setting {
-                    flag,
-                    origin: Origin::Default,
-                    value: default.map_or("", |(_, value)| value).to_string(),
-                }
-            })
-    }
-
-    fn switch(&self, flag: &'static str, given: bool) -> Result<bool, ConfigError> {
-        match self.from_environment(flag) {
-            Some(setting) if !given => {
-                setting.parse(|text| match text.to_ascii_lowercase().as_str() {
-                    "1" | "true" | "yes" | "on" => Ok(true),
-                    "0" | "false" | "no" | "off" => Ok(false),
-                    _ => Err("is neither true nor false".to_string()),
-                })
-            }
-            _ => Ok(given),
-        }
-    }
-
-    fn file(
-        &self,
-        flag: &'static str,
-        given: Option<String>,
-    ) -> Result<Option<PathBuf>, ConfigError> {
-        let setting = self.text(flag, given);
-        if setting.value.is_empty() {
-            return Ok(None);
-        }
-        let path = PathBuf::from(&setting.value);
-        match check_readable(&path) {
-            Ok(()) => Ok(Some(path)),
-            Err(source) => Err(ConfigError::File {
-                setting: setting.name(),
-                path,
-                source,
-            }),
-        }
-    }
-}
-
-impl Setting {
-    /// As the operator spelled it.
-    fn name(&self) -> String {
-        match self.origin {
-            Origin::Environment => variable(self.flag),
-            Origin::Flag | Origin::Default => format!("-{}", self.flag),
-        }
-    }
-
-    /// Turns the text into what it means. The error completes a sentence that begins with the value.
-    fn parse<T>(self, read: impl FnOnce(&str) -> Result<T, String>) -> Result<T, ConfigError> {
-        read(&self.value).map_err(|reason| ConfigError::Value {
-            setting: self.name(),
-            value: Some(self.value),
-            reason,
-        })
-    }
-
-    /// As [`Setting::parse`], for a value that the error must not show.
-    fn secret<T>(self, read: impl FnOnce(&str) -> Result<T, String>) -> Result<T, ConfigError> {
-        read(&self.value).map_err(|reason| ConfigError::Value {
-            setting: self.name(),
-            value: None,
-            reason,
-        })
-    }
-
-    /// Keeps the text as it is when `check` has nothing against it.
-    fn check(self, check: fn(&str) -> Result<(), String>) -> Result<String, ConfigError> {
-        self.parse(|text| check(text).map(|()| text.to_string()))
-    }
-
-    fn one_of<T: Copy>(self, choices: &[(&str, T)]) -> Result<T, ConfigError> {
-        self.parse(
-            |text| match choices.iter().find(|(name, _)| *name == text) {
-                Some((_, choice)) => Ok(*choice),
-                None => {
-                    let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
-                    Err(format!("is not one of {}", names.join(", ")))
-                }
-            },
-        )
-    }
-}
-
-// ---- what a value must look like ------------------------------------------------------------------
-
-fn check_readable(path: &PathBuf) -> io::Result<()> {
-    match fs::metadata(path)? {
-        about if about.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
-        // a pipe is not opened: that may wait for its writer, and takes the bytes away from the one who reads it
-        about if about.is_file() => File::open(path).map(drop),
-        _ => Ok(()),
-    }
-}
-
-/// Source: `ReplicationSlotValidateName` in Postgres.
-fn check_slot(name: &str) -> Result<(), String> {
-    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
-    if (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(legal) {
-        Ok(())
-    } else {
-        Err("is not a slot's name: 1 to 63 lower-case letters, digits and underscores".to_string())
-    }
-}
-
-fn check_publication(name: &str) -> Result<(), String> {
-    if (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains('\0') {
-        Ok(())
-    } else {
-        Err("is not a publication's name: 1 to 63 bytes".to_string())
-    }
-}
-
-/// The subject of `-prefix` and `-nats-api-prefix`: tokens between dots, none of them empty or a wildcard.
-fn check_subject(subject: &str) -> Result<(), String> {
-    let legal = |c: char| !c.is_whitespace() && !c.is_control() && c != '*' && c != '>';
-    if subject.split('.').any(str::is_empty) {
-        Err("has an empty part: it is one or more words with a dot between them".to_string())
-    } else if !subject.chars().all(legal) {
-        Err("holds white space, a control character or a wildcard".to_string())
-    } else {
-        Ok(())
-    }
-}
-
-fn parse_inflight(text: &str) -> Result<usize, String> {
-    let number = text.parse().ok().filter(|n| INFLIGHT.contains(n));
-    number.ok_or_else(|| {
-        let (least, most) = INFLIGHT.into_inner();
-        format!("is not a whole number from {least} to {most}")
-    })
-}
-
-/// Splits the comma list and checks each server's form. Errors count servers, since a server may hold a password.
-fn parse_servers(list: &str) -> Result<Vec<String>, String> {
-    let check = |(index, server): (usize, &str)| {
-        let server = server.trim();
-        let fail = |reason: &str| Err(format!("server {} {reason}", index + 1));
-        let rest = match server.split_once("://") {
-            Some(("nats" | "tls", rest)) => rest,
-            Some(_) => return fail("has a scheme that is neither nats nor tls"),
-            None => server,
-        };
-        let authority = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
-        let authority = authority.strip_suffix('/').unwrap_or(authority);
-        let (host, port) = match authority
-            .strip_prefix('[')
-            .and_then(|v6| v6.split_once(']'))
-        {
-            Some((host, "")) => (host, None),
-            Some((host, port)) => (host, port.strip_prefix(':').or(Some(""))),
-            None => match authority.split_once(':') {
-                Some((host, port)) => (host, Some(port)),
-                None => (authority, None),
-            },
-        };
-        let strange = |c: char| c.is_whitespace() || c.is_control() || "/?#@[]".contains(c);
-        if host.is_empty() || host.contains(strange) {
-            return fail(
-                "has no legal host name (in a password, write / as %2F, ? as %3F, # as %23)",
-            );
-        }
-        if port.is_some_and(|port| !port.parse().is_ok_and(|port: u16| port > 0)) {
-            return fail(
-                "has a port that is not a number from 1 to 65535 (an IPv6 address is written [::1], a comma in a password %2C)",
-            );
-        }
-        Ok(server.to_string())
-    };
-    list.split(',').enumerate().map(check).collect()
-}
-
-/// Go's duration syntax (`1h30m`, `1.5s`, `500ms`), and a plain number for seconds. Never negative.
-fn parse_duration(text: &str) -> Option<Duration> {
-    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        return parse_duration(&format!("{text}s"));
-    }
-    let mut total: u128 = 0;
-    let mut rest = text.strip_prefix('+').unwrap_or(text);
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let number_end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let (number, tail) = rest.split_at_checked(number_end)?;
-        let unit_end = tail
-            .find(|c: char| c.is_ascii_digit() || c == '.')
-            .unwrap_or(tail.len());
-        let (unit, tail) = tail.split_at_checked(unit_end)?;
-        rest = tail;
-        let unit_ns: u128 = match unit {
-            "ns" => 1,
-            "us" | "µs" | "μs" => 1_000,
-            "ms" => 1_000_000,
-            "s" => 1_000_000_000,
-            "m" => 60_000_000_000,
-            "h" => 3_600_000_000_000,
-            _ => return None,
-        };
-        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-        if whole.is_empty() && fraction.is_empty() {
-            return None;
-        }
-        let digits = |text: &str| match text {
-            "" => Some(0),
-            text => text.parse::<u64>().ok().map(u128::from),
-        };
-        total += digits(whole)? * unit_ns;
-        total += digits(fraction)? * unit_ns / 10u128.checked_pow(fraction.len() as u32)?;
-    }
-    u64::try_from(total).ok().map(Duration::from_nanos)
-}
-
-fn parse_duration_within(text: &str, range: RangeInclusive<Duration>) -> Result<Duration, String> {
-    let Some(duration) = parse_duration(text) else {
-        return Err("is not a duration like 500ms, 10s, 1h30m or a number of seconds".to_string());
-    };
-    if range.contains(&duration) {
-        Ok(duration)
-    } else if duration < *range.start() {
-        Err(format!("is less than {:?}", range.start()))
-    } else {
-        Err(format!("is more than {:?}", range.end()))
-    }
-}
-
-/// Table names as SQL spells them, separated by commas: `outbox, shop."Outbox"`.
-fn parse_tables(list: &str) -> Result<Vec<TableName>, String> {
-    let mut tables = Vec::new();
-    let mut rest = list.trim_start();
-    while !rest.is_empty() {
-        let (first, tail) = identifier(rest)?;
-        let (table, tail) = match tail.strip_prefix('.') {
-            None => (
-                TableName {
-                    schema: None,
-                    name: first,
-                },
-                tail,
-            ),
-            Some(tail) => {
-                let (name, tail) = identifier(tail.trim_start())?;
-                (
-                    TableName {
-                        schema: Some(first),
-                        name,
-                    },
-                    tail,
-                )
-            }
-        };
-        tables.push(table);
-        rest = match tail.strip_prefix(',') {
-            Some(tail) if !tail.trim_start().is_empty() => tail.trim_start(),
-            None if tail.is_empty() => tail,
-            _ => {
-                return Err(
-                    "is not a list of tables like outbox, shop.outbox or \"My Schema\".\"Outbox\""
-                        .to_string(),
-                );
-            }
-        };
-    }
-    Ok(tables)
-}
-
-/// Takes one SQL identifier and the blanks behind it off the front. Unquoted ones fold to lower case.
-///
-/// Source: <https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-IDENTIFIERS>.
-fn identifier(text: &str) -> Result<(String, &str), String> {
-    let (name, rest) = match text.strip_prefix('"') {
-        Some(quoted) => {
-            let mut name = String::new();
-            let mut rest = quoted;
-            loop {
-                let (part, tail) = rest
-                    .split_once('"')
-                    .ok_or("has a double quote that is not closed")?;
-                name.push_str(part);
-                match tail.strip_prefix('"') {
-                    Some(tail) => {
-                        name.push('"');
-                        rest = tail;
-                    }
-                    None => break (name, tail),
-                }
-            }
-        }
-        None => {
-            let legal =
-                |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '$' || !c.is_ascii();
-            let end = text.find(|c| !legal(c)).unwrap_or(text.len());
-            let (name, rest) = text.split_at_checked(end).unwrap_or((text, ""));
-            if name.starts_with(|c: char| c.is_ascii_digit() || c == '$') {
-                return Err(format!("has the name {name}, which needs double quotes"));
-            }
-            (name.to_ascii_lowercase(), rest)
-        }
-    };
-    if name.is_empty() {
-        return Err("has an empty name, or a character that needs double quotes".to_string());
-    }
-    if name.len() > MAX_NAME_BYTES {
-        return Err(format!("has a name of over {MAX_NAME_BYTES} bytes"));
-    }
-    Ok((name, rest.trim_start()))
-}
-
-// ---- what may be shown ----------------------------------------------------------------------------
-
 fn libpq_names_a_database(env: &dyn Fn(&str) -> Option<String>) -> bool {
-    [
-        "PGHOST",
-        "PGHOSTADDR",
-        "PGPORT",
-        "PGDATABASE",
-        "PGUSER",
-        "PGSERVICE",
-    ]
-    .iter()
-    .any(|name| env(name).is_some_and(|value| !value.is_empty()))
-}
-
-/// Whether a password, or the key to one, stands in the connection string. In doubt it does.
-fn conninfo_has_password(conninfo: &str) -> bool {
-    let userinfo = conninfo
-        .split_once("://")
-        .and_then(|(_, rest)| rest.rsplit_once('@'))
-        .map_or("", |(userinfo, _)| userinfo);
-    userinfo.contains(':') || conninfo.to_ascii_lowercase().contains("password")
-}
-
-/// `user@host/dbname`; [`HIDDEN`] where it cannot be told for certain what is a password.
-fn redact_conninfo(conninfo: &str) -> String {
-    if conninfo.is_empty() {
-        return "environment".to_string();
-    }
-    let (user, host, dbname) = match conninfo.split_once("://") {
-        Some((_, rest)) => {
-            let (authority, tail) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-            if tail.contains('@') {
-                return HIDDEN.to_string();
-            }
-            let (userinfo, host) = authority.rsplit_once('@').unwrap_or(("", authority));
-            let path = tail.split('?').next().unwrap_or_default();
-            (
-                userinfo.split(':').next().unwrap_or_default(),
-                host,
-                path.trim_start_matches('/'),
-            )
-        }
-        None => {
-            let words = || conninfo.split_ascii_whitespace();
-            if conninfo.contains(['\'', '\\']) || !words().all(|word| word.contains('=')) {
-                return HIDDEN.to_string();
-            }
-            let value = |name: &str| {
-                words()
-                    .filter_map(|word| word.split_once('='))
-                    .find(|(key, _)| *key == name)
-                    .map_or("", |(_, value)| value)
-            };
-            (value("user"), value("host"), value("dbname"))
-        }
-    };
-    let at = if user.is_empty() { "" } else { "@" };
-    format!("{user}{at}{host}/{dbname}")
-}
-
-/// The server without its user, password or token.
-fn redact_server(server: &str) -> String {
-    match (server.split_once("://"), server.rsplit_once('@')) {
-        (_, None) => server.to_string(),
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{HIDDEN}@{host}"),
-        (None, Some((_, host))) => format!("{HIDDEN}@{host}"),
-    }
+    ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER"]
+        .iter()
+        .any(|name| env(name).is_some_and(|value| !value.is_empty()))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::source::DEFAULTS;
     use super::*;
     use crate::cli::{self, Invocation};
     use argh::ArgsInfo;
@@ -978,18 +467,16 @@ mod tests {
 
     #[test]
     fn a_database_must_be_named_somewhere() {
-        for (args, env, expect) in [
-            (&[][..], &[][..], None),
-            (&[], &["PGHOST="], None),
-            (&[], &["PGPASSWORD=x"], None),
-            (&[], &["JETSTREAM_OUTBOX_DB="], None),
-            (&["-db="], &[], Some("")),
-            (&[], &["PGHOST=h"], Some("")),
-            (&[], &["PGSERVICE=s"], Some("")),
-            (&[], &["JETSTREAM_OUTBOX_DB=host=x"], Some("host=x")),
+        for (args, env, named) in [
+            (&[][..], &[][..], false),
+            (&[], &["PGHOST="], false),
+            (&[], &["PGPASSWORD=x"], false),
+            (&[], &["JETSTREAM_OUTBOX_DB="], false),
+            (&["-db="], &["USER=u"], true),
+            (&[], &["PGHOST=h", "USER=u"], true),
+            (&[], &["JETSTREAM_OUTBOX_DB=host=x user=u"], true),
         ] {
-            let db = load(args, env).ok().map(|config| config.db);
-            assert_eq!(db.as_deref(), expect, "{args:?} {env:?}");
+            assert_eq!(load(args, env).is_ok(), named, "{args:?} {env:?}");
         }
         let error = load(&[], &[]).unwrap_err();
         assert!(error.remedy().contains("-db") && error.exit() == Exit::Usage);
@@ -1083,84 +570,16 @@ mod tests {
     }
 
     #[test]
-    fn durations() {
-        let ms = |ms| Some(Duration::from_millis(ms));
-        for (text, expect) in [
-            ("10s", ms(10_000)),
-            ("2m", ms(120_000)),
-            ("500ms", ms(500)),
-            ("1h30m", ms(5_400_000)),
-            ("1.5h", ms(5_400_000)),
-            ("1h15m30.918s", ms(4_530_918)),
-            (".5s", ms(500)),
-            ("1.s", ms(1000)),
-            ("+5s", ms(5000)),
-            ("0", ms(0)),
-            ("7", ms(7000)),
-            ("2.5", ms(2500)),
-            ("1us", Some(Duration::from_micros(1))),
-            ("1µs", Some(Duration::from_micros(1))),
-            ("1μs", Some(Duration::from_micros(1))),
-            ("1ns", Some(Duration::from_nanos(1))),
-            ("", None),
-            ("s", None),
-            (".", None),
-            (".s", None),
-            ("1.2.3s", None),
-            ("-1s", None),
-            ("+", None),
-            ("1d", None),
-            ("1s ", None),
-            ("1S", None),
-            ("1h30", None),
-            ("99999999999999999999s", None),
-            ("9999999999h", None),
-            (
-                "0.00000000000000000000000000000000000000000000000001s",
-                None,
-            ),
-        ] {
-            assert_eq!(parse_duration(text), expect, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn tables_are_read_as_sql_reads_them() {
-        let name = |schema: Option<&str>, name: &str| TableName {
-            schema: schema.map(str::to_string),
-            name: name.to_string(),
-        };
-        for (list, expect) in [
-            ("", vec![]),
-            ("outbox", vec![name(None, "outbox")]),
-            ("Shop.OutBox", vec![name(Some("shop"), "outbox")]),
-            (" a , b . c ", vec![name(None, "a"), name(Some("b"), "c")]),
-            (
-                "\"My Schema\".\"t,\"\".x\"",
-                vec![name(Some("My Schema"), "t,\".x")],
-            ),
-            ("Ärger$1", vec![name(None, "Ärger$1")]),
-        ] {
-            let found = parse_tables(list).unwrap();
-            assert_eq!(found, expect, "{list:?}");
-            let shown: Vec<String> = found.iter().map(TableName::to_string).collect();
-            assert_eq!(parse_tables(&shown.join(",")).unwrap(), expect, "{list:?}");
-        }
-        let config = with(&["-table", "a,b", "-table", "c.\"D\""]).unwrap();
-        assert_eq!(setting(&config, "table").unwrap(), r#""a","b","c"."D""#);
-    }
-
-    #[test]
     fn nats_servers() {
         for (list, expect) in [
-            ("localhost", Some("localhost")),
-            ("h:4222,nats://h2", Some("h:4222,nats://h2")),
-            (" a , tls://b:1/ ", Some("a,tls://b:1/")),
-            ("[::1]", Some("[::1]")),
+            ("localhost", Some("nats://localhost:4222")),
+            ("h:4222,nats://h2", Some("nats://h:4222,nats://h2:4222")),
+            (" a , tls://b:1/ ", Some("nats://a:4222,tls://b:1")),
+            ("[::1]", Some("nats://[::1]:4222")),
             ("nats://[::1]:4222", Some("nats://[::1]:4222")),
             ("nats://u:sekret@h:1", Some("nats://***@h:1")),
-            ("sekret@h", Some("***@h")),
-            ("nats://u:se@kret@h", Some("nats://***@h")),
+            ("sekret@h", Some("nats://***@h:4222")),
+            ("nats://u:se@kret@h", Some("nats://***@h:4222")),
             ("", None),
             ("a,,b", None),
             ("http://h", None),
@@ -1191,25 +610,36 @@ mod tests {
     #[test]
     fn connection_strings_are_shown_without_secrets() {
         for (conninfo, expect) in [
-            ("", "environment"),
-            ("postgres://u:sekret@h/d?replication=database", "u@h/d"),
-            ("postgresql://u@h:5433/d", "u@h:5433/d"),
-            ("postgres://h1,h2:2/d", "h1,h2:2/d"),
-            ("postgres:///d?password=sekret&host=h", "/d"),
-            ("postgres://u:se@kret@h/d", "u@h/d"),
-            ("postgres://u:se/kret@h/d", HIDDEN),
-            ("postgres://h/d?password=se@kret", HIDDEN),
-            ("postgres://u:p?sekret@h/d", HIDDEN),
-            ("host=h user=u dbname=d password=sekret", "u@h/d"),
-            ("host=h password='se kret user=sekret'", HIDDEN),
-            ("host=h password = sekret", HIDDEN),
-            ("host=h password=a\\ user=sekret", HIDDEN),
-            ("sekret", HIDDEN),
+            (
+                "postgres://u:sekret@h/d?replication=database",
+                Some("u@h:5432/d sslmode=prefer"),
+            ),
+            ("postgresql://u@h:5433/d", Some("u@h:5433/d sslmode=prefer")),
+            (
+                "postgres://u@h1,h2:2/d",
+                Some("u@h1:5432,h2:2/d sslmode=prefer"),
+            ),
+            (
+                "host=h user=u dbname=d password=sekret",
+                Some("u@h:5432/d sslmode=prefer"),
+            ),
+            (
+                "host=h user=u password='se kret user=sekret'",
+                Some("u@h:5432/u sslmode=prefer"),
+            ),
+            ("postgres://u:se/kret@h/d", None),
+            ("postgres://u:p?sekret@h/d", None),
+            ("mysql://u:sekret@h/d", None),
+            ("sekret", None),
         ] {
-            let config = load(&["-db", conninfo], &[]).unwrap();
-            assert_eq!(setting(&config, "db").unwrap(), expect, "{conninfo:?}");
-            assert!(!format!("{config:?}").contains("kret"), "{conninfo:?}");
-            assert_eq!(config.db, conninfo);
+            let loaded = load(&["-db", conninfo], &[]);
+            let shown = match &loaded {
+                Ok(config) => format!("{} {config:?}", config.summary()),
+                Err(error) => format!("{error} {error:?} {}", error.remedy()),
+            };
+            assert!(!shown.contains("kret"), "{conninfo:?}: {shown}");
+            let found = loaded.ok().and_then(|config| setting(&config, "db"));
+            assert_eq!(found.as_deref(), expect, "{conninfo:?}");
         }
     }
 
@@ -1218,8 +648,7 @@ mod tests {
         let db = "postgres://u:sekret@h/d";
         for (args, env, variables) in [
             (&["-db", db][..], &[][..], &["_DB"][..]),
-            (&["-db", "host=h password=x"], &[], &["_DB"]),
-            (&["-db", "postgres://h/d?sslpassword=x"], &[], &["_DB"]),
+            (&["-db", "host=h user=u password=x"], &[], &["_DB"]),
             (&["-db", db, "-nats", "t@h"], &[], &["_DB", "_NATS"]),
             (&["-db", "postgres://u@h/d", "-nats=h"], &[], &[]),
             (

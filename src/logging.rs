@@ -9,7 +9,7 @@
 //! writes them, and what finds the queue full is dropped and counted.
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use log::{Level, LevelFilter, Record, kv};
+use log::{Level, LevelFilter, Log, Record, kv};
 use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -44,6 +44,15 @@ pub enum LogFormat {
     Json,
 }
 
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        })
+    }
+}
+
 enum ToWriter {
     Line(Vec<u8>),
     Flush(Sender<()>),
@@ -60,24 +69,31 @@ pub fn init(config: &LogConfig) -> io::Result<()> {
         backlog: Arc::default(),
     };
     let backlog = queue.backlog.clone();
+    let direct = builder(config).build();
     thread::Builder::new()
         .name("log".to_string())
-        .spawn(move || write_lines(&lines, &backlog))?;
-
-    let format = config.format;
-    env_logger::Builder::new()
-        .filter_level(config.level.min(LevelFilter::Warn))
-        .filter_module("jetstream_outbox", config.level)
-        .format(move |out, record| {
-            let time = out.timestamp_micros();
-            write_record(out, format, &time, record)
-        })
+        .spawn(move || write_lines(&lines, &backlog, &direct))?;
+    builder(config)
         .target(env_logger::Target::Pipe(Box::new(queue)))
         .try_init()
         .map_err(io::Error::other)?;
     WRITER.get_or_init(|| sender);
     panic::set_hook(Box::new(log_panic));
     Ok(())
+}
+
+/// A logger in the configured form, straight to standard error.
+fn builder(config: &LogConfig) -> env_logger::Builder {
+    let format = config.format;
+    let mut builder = env_logger::Builder::new();
+    builder
+        .filter_level(config.level.min(LevelFilter::Warn))
+        .filter_module("jetstream_outbox", config.level)
+        .format(move |out, record| {
+            let time = out.timestamp_micros();
+            write_record(out, format, &time, record)
+        });
+    builder
 }
 
 /// Waits, up to a deadline, until what was logged so far is written: for the end of the program.
@@ -154,27 +170,41 @@ impl Write for Queue {
     }
 }
 
-fn write_lines(lines: &Receiver<ToWriter>, backlog: &Backlog) {
+/// The writing thread. `direct` does not pass through the queue that this thread alone empties.
+fn write_lines(lines: &Receiver<ToWriter>, backlog: &Backlog, direct: &dyn Log) {
     for order in lines {
-        match order {
+        let flushed = match order {
             ToWriter::Line(line) => {
                 // nobody reads standard error any more: the relay's work matters, not its log
                 let _ = io::stderr().write_all(&line);
                 backlog.stalled.store(false, Ordering::Relaxed);
+                None
             }
-            ToWriter::Flush(done) => {
-                let _ = done.send(());
-            }
-        }
-        // only when there is room: this thread must not wait for a place that it alone can make
+            ToWriter::Flush(done) => Some(done),
+        };
+        // not before the queue is empty: the dropped lines came after those in it
         if lines.is_empty() {
-            match backlog.dropped.swap(0, Ordering::Relaxed) {
-                0 => {}
-                count => {
-                    log::warn!(lines = count; "standard error was blocked: log lines are missing")
-                }
-            }
+            report_dropped(backlog.dropped.swap(0, Ordering::Relaxed), direct);
         }
+        if let Some(done) = flushed {
+            // whoever asked has stopped waiting
+            let _ = done.send(());
+        }
+    }
+}
+
+fn report_dropped(count: u64, direct: &dyn Log) {
+    if count > 0 {
+        direct.log(
+            &Record::builder()
+                .level(Level::Warn)
+                .target(module_path!())
+                .key_values(&("lines", count))
+                .args(format_args!(
+                    "standard error was blocked: log lines are missing"
+                ))
+                .build(),
+        );
     }
 }
 

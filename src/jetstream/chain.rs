@@ -37,7 +37,10 @@ pub enum Broken {
 impl Chain {
     /// A chain for a stream whose last sequence was read as `last_sequence` (0: it is empty).
     pub fn new(last_sequence: u64) -> Chain {
-        Chain { acked: last_sequence, predicted: last_sequence }
+        Chain {
+            acked: last_sequence,
+            predicted: last_sequence,
+        }
     }
 
     /// The next link: what the publish has to carry as its expected last sequence.
@@ -53,7 +56,10 @@ impl Chain {
             return Err(Broken::Duplicate { seq: ack.seq });
         }
         if ack.seq != expected + 1 {
-            return Err(Broken::OtherSequence { predicted: expected + 1, seq: ack.seq });
+            return Err(Broken::OtherSequence {
+                predicted: expected + 1,
+                seq: ack.seq,
+            });
         }
         self.acked = self.acked.max(ack.seq);
         Ok(())
@@ -98,9 +104,27 @@ mod tests {
             assert_eq!(chain.accept(expected, &answer), Err(broken));
             assert_eq!(chain.acked(), 7, "nothing is acked by it");
         };
-        check(ack(9, false), Broken::OtherSequence { predicted: 8, seq: 9 });
-        check(ack(7, false), Broken::OtherSequence { predicted: 8, seq: 7 });
-        check(ack(0, false), Broken::OtherSequence { predicted: 8, seq: 0 });
+        check(
+            ack(9, false),
+            Broken::OtherSequence {
+                predicted: 8,
+                seq: 9,
+            },
+        );
+        check(
+            ack(7, false),
+            Broken::OtherSequence {
+                predicted: 8,
+                seq: 7,
+            },
+        );
+        check(
+            ack(0, false),
+            Broken::OtherSequence {
+                predicted: 8,
+                seq: 0,
+            },
+        );
         check(ack(8, true), Broken::Duplicate { seq: 8 });
         check(ack(0, true), Broken::Duplicate { seq: 0 });
     }

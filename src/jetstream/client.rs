@@ -14,7 +14,9 @@
 //! | reaper | `close` | the same; counted with connect |
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
-//! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours.
+//! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours. Should a thread
+//! still hang in the crate and hold one, the reconnect is let happen, as it is what frees that thread: nothing
+//! is published on it, and it ends at once.
 #![allow(
     deprecated,
     reason = "every item of the crate is marked deprecated in favour of an async one"
@@ -45,6 +47,9 @@ const MAX_FLUSHERS: usize = 16;
 /// How often, and with what pause, the disconnect callback tries to free the threads that wait in the crate.
 const RELEASE_TRIES: u32 = 20;
 const RELEASE_PAUSE: Duration = Duration::from_millis(10);
+
+/// Between two of the crate's own attempts to connect again; see above for what they are good for.
+const RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
 /// What the crate hands out; [`Link::decode`] reads it.
 pub type Message = nats::Message;
@@ -136,7 +141,8 @@ struct Held {
     connection: Option<nats::Connection>,
     /// How many threads are inside a call of the crate.
     inside: usize,
-    disconnected: bool,
+    /// The crate has no writer any more, so that a flush begun now would wait for ever.
+    broken: bool,
 }
 
 impl Link {
@@ -298,10 +304,19 @@ impl Life {
         let _ = self.lost.try_send(error);
     }
 
-    /// Runs a call of the crate, unless the connection is over.
+    /// Ends the link because the crate's connection is of no use any more.
+    fn broke(&self, error: Error) {
+        self.hold().broken = true;
+        self.end(error);
+    }
+
+    /// Runs a call of the crate, unless the connection is broken.
     fn with<T>(&self, call: impl FnOnce(nats::Connection) -> T) -> Option<T> {
         let connection = {
             let mut held = self.hold();
+            if held.broken {
+                return None;
+            }
             let connection = held.connection.clone()?;
             held.inside += 1;
             connection
@@ -313,21 +328,22 @@ impl Life {
 
     /// The crate's disconnect callback, on its thread, just before it would connect again.
     fn disconnected(&self) {
-        self.end(self.lost("the server closed the connection, or it broke"));
+        self.broke(self.lost("the server closed the connection, or it broke"));
         for _ in 0..RELEASE_TRIES {
-            let connection = {
-                let mut held = self.hold();
-                held.disconnected = true;
-                if held.inside == 0 {
-                    held.connection = None;
-                }
-                held.connection.clone()
+            let Some(connection) = self.hold().connection.clone() else {
+                return;
             };
-            let Some(connection) = connection else { return };
-            // A flush waits for its PONG even now. The crate lets it go when writing to the dead socket fails,
-            // and it writes (within 5 ms) when something was published.
+            // A flush waits for its PONG even now. The crate lets it go when writing to the dead socket fails, and
+            // it writes soon after something was published. This also wakes its own flusher thread, which
+            // would otherwise look at the shutdown flag only two minutes later.
             let _ = connection.publish("_INBOX.over", "");
             drop(connection);
+            let mut held = self.hold();
+            if held.inside == 0 {
+                held.connection = None;
+                return;
+            }
+            drop(held);
             thread::sleep(RELEASE_PAUSE);
         }
         self.hold().connection = None;
@@ -458,7 +474,7 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
     let inbox = format!("{}.", connection.new_inbox());
     {
         let mut held = life.hold();
-        if held.disconnected {
+        if held.broken {
             return Err(why
                 .try_recv()
                 .unwrap_or_else(|_| life.lost("the server closed the connection")));
@@ -572,9 +588,8 @@ fn crate_options(
         .with_name(&options.name)
         .tls_required(tls)
         .reconnect_buffer_size(0)
-        // one is the least that lets it connect at all
-        .max_reconnects(1)
-        .reconnect_delay_callback(|_| Duration::ZERO)
+        .max_reconnects(None)
+        .reconnect_delay_callback(|attempts| RECONNECT_DELAY * u32::from(attempts > 0))
         .error_callback(move |error| {
             on_error.end(server_error(&on_error.server, &error.to_string()));
         })
@@ -646,7 +661,7 @@ fn flush_loop(life: &Life, kicked: &Receiver<()>, timeout: Duration) {
     while kicked.recv().is_ok() {
         match life.with(|connection| connection.flush_timeout(timeout)) {
             Some(Ok(())) => {}
-            Some(Err(error)) => return life.end(life.lost(format!("flush: {error}"))),
+            Some(Err(error)) => return life.broke(life.lost(format!("flush: {error}"))),
             None => return,
         }
     }
@@ -681,7 +696,7 @@ fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<(
         });
         match sent {
             Some(Ok(())) => {}
-            Some(Err(error)) => return life.end(error),
+            Some(Err(error)) => return life.broke(error),
             None => return,
         }
     }

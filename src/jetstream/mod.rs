@@ -2,13 +2,14 @@
 //!
 //! [`client`] is the only place that names the `nats` crate; [`probe`] looks at a server before it does;
 //! [`options`] say where NATS is; [`ack`] reads PubAcks and errors; [`streams`] knows which stream captures a
-//! subject; [`chain`] and [`resume`] are the fence and the resume.
+//! subject, [`preflight`] whether a stream can carry the promises; [`chain`] and [`resume`] are the fence and the resume.
 
 pub mod ack;
 pub mod chain;
 pub mod client;
 pub mod error;
 pub mod options;
+pub mod preflight;
 pub mod probe;
 pub mod resume;
 pub mod streams;
@@ -23,4 +24,13 @@ pub enum Delivery {
     /// No fence and no reading back, for streams with other busy writers. JetStream's deduplication window
     /// catches repeats; order is kept within a subject.
     AtLeastOnce,
+}
+
+impl std::fmt::Display for Delivery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Delivery::ExactlyOnce => "exactly-once",
+            Delivery::AtLeastOnce => "at-least-once",
+        })
+    }
 }

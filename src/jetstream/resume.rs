@@ -62,7 +62,10 @@ impl Tail {
         let Some(stored) = &self.stored else {
             return Verdict::Publish;
         };
-        if self.switch_point.is_some_and(|lsn| position.commit_lsn >= lsn) {
+        if self
+            .switch_point
+            .is_some_and(|lsn| position.commit_lsn >= lsn)
+        {
             return Verdict::Publish;
         }
         if position == stored.position && stored.id.as_deref().is_some_and(|tail| tail != id) {
@@ -73,7 +76,11 @@ impl Tail {
         }
         if self.consumed > 0 {
             self.consumed -= 1;
-            self.stored = Some(Checkpoint { seq: stored.seq + 1, position, id: None });
+            self.stored = Some(Checkpoint {
+                seq: stored.seq + 1,
+                position,
+                id: None,
+            });
             return Verdict::Stored;
         }
         Verdict::Publish
@@ -107,7 +114,9 @@ pub fn find_tail<E>(
     // a checkpoint beyond the end is the mark of a stream that went backwards: the caller sees to it
     let checkpoint = checkpoint.filter(|c| c.seq <= extent.last_seq);
     let newest_seq = newest.map_or(0, |message| message.seq);
-    let floor = checkpoint.map_or(0, |c| c.seq).max(extent.last_seq.saturating_sub(LOOK_BACK));
+    let floor = checkpoint
+        .map_or(0, |c| c.seq)
+        .max(extent.last_seq.saturating_sub(LOOK_BACK));
     let mut seq = extent.last_seq;
     while seq > floor {
         if extent.whole && seq > newest_seq && newest_seq >= floor && newest_seq > 0 {
@@ -185,14 +194,24 @@ impl Lineage {
         checkpoint: Option<&Checkpoint>,
         accept_new_system: bool,
     ) -> Result<Tail, Conflict> {
-        let mut tail = Tail { foreign: found.foreign, ..Tail::default() };
+        let mut tail = Tail {
+            foreign: found.foreign,
+            ..Tail::default()
+        };
         match found.message {
             Some((message, position)) => {
                 if position.source.system_id != self.source.system_id {
-                    return if accept_new_system { Ok(tail) } else { Err(Conflict::OtherSystem(position)) };
+                    return if accept_new_system {
+                        Ok(tail)
+                    } else {
+                        Err(Conflict::OtherSystem(position))
+                    };
                 }
                 if position.source.timeline != self.source.timeline {
-                    let branch = self.switch_points.iter().find(|(timeline, _)| *timeline == position.source.timeline);
+                    let branch = self
+                        .switch_points
+                        .iter()
+                        .find(|(timeline, _)| *timeline == position.source.timeline);
                     match branch {
                         Some((_, lsn)) => tail.switch_point = Some(*lsn),
                         None => return Err(Conflict::OtherTimeline(position)),

@@ -48,7 +48,10 @@ pub struct EventSpans {
 impl EventSpans {
     /// Bytes of subject, id and body: what the event costs while it waits.
     pub fn size(&self) -> usize {
-        [self.subject, self.id, self.body].iter().map(|span| span.len as usize).sum()
+        [self.subject, self.id, self.body]
+            .iter()
+            .map(|span| span.len as usize)
+            .sum()
     }
 }
 
@@ -118,7 +121,10 @@ impl Batch {
 
     /// Adds a commit without events, or a keepalive: it stands for the one just before it too.
     pub fn push_boundary(&mut self, boundary: Change) {
-        if matches!(self.changes.last(), Some(Change::Commit { .. } | Change::Keepalive { .. })) {
+        if matches!(
+            self.changes.last(),
+            Some(Change::Commit { .. } | Change::Keepalive { .. })
+        ) {
             self.changes.pop();
         }
         self.changes.push(boundary);

@@ -1,3 +1,234 @@
-//! (to be written)
-/// (to be written)
-pub struct Error;
+//! What can go wrong between us and Postgres. SQLSTATEs are kept; passwords never get in here.
+//!
+//! Fields of a server's error: <https://www.postgresql.org/docs/current/protocol-error-fields.html>.
+
+use super::conninfo::TargetSessionAttrs;
+use fallible_iterator::FallibleIterator;
+use postgres_protocol::message::backend::ErrorFields;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// A cause of another library, kept for `source()`.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// A failure of the connection, of what the server answered, or of what was read from it.
+#[derive(Debug)]
+pub enum Error {
+    /// The operating system refused.
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The server's own error.
+    Server(Box<ServerError>),
+    /// The server sent what the protocol does not allow here.
+    Protocol(String),
+    /// TLS could not be set up, or broke.
+    Tls {
+        /// What was being done, with the file's name if one is concerned.
+        doing: String,
+        /// Why it failed.
+        source: Cause,
+    },
+    /// The server asks for, or offers, an authentication that cannot be used.
+    Auth(AuthError),
+    /// The deadline passed.
+    Timeout {
+        /// What was being waited for.
+        doing: &'static str,
+        /// How long.
+        after: Duration,
+    },
+    /// The server closed the connection without a message, as it does after `wal_sender_timeout`.
+    Closed {
+        /// What was being done.
+        doing: &'static str,
+    },
+    /// The server is not of the kind that `target_session_attrs` asks for.
+    WrongSession(TargetSessionAttrs),
+    /// No host could be used: each that was tried, as `host:port`, and its cause.
+    Connect(Vec<(String, Error)>),
+}
+
+impl Error {
+    /// The server's error, also when it ended an attempt to connect (the last one, of several).
+    pub fn server(&self) -> Option<&ServerError> {
+        match self {
+            Error::Server(error) => Some(error),
+            Error::Connect(attempts) => attempts.last().and_then(|(_, error)| error.server()),
+            _ => None,
+        }
+    }
+
+    /// The SQLSTATE of [`Error::server`].
+    pub fn sqlstate(&self) -> Option<&str> {
+        self.server().map(|error| error.code.as_str())
+    }
+
+    /// Sorts a failed read or write: a passed deadline, a lost peer, broken TLS, or the system's own error.
+    pub(super) fn from_io(doing: &'static str, after: Duration, source: io::Error) -> Error {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
+        match source.kind() {
+            WouldBlock | TimedOut => Error::Timeout { doing, after },
+            ConnectionReset | BrokenPipe | UnexpectedEof => Error::Closed { doing },
+            _ if source
+                .get_ref()
+                .is_some_and(|cause| cause.is::<rustls::Error>()) =>
+            {
+                Error::Tls {
+                    doing: doing.to_string(),
+                    source: source
+                        .into_inner()
+                        .expect("get_ref has just found the cause"),
+                }
+            }
+            _ => Error::Io { doing, source },
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Io { doing, source } => write!(f, "{doing}: {source}"),
+            Error::Server(error) => write!(f, "{error}"),
+            Error::Protocol(what) => write!(f, "read from the server: {what}"),
+            Error::Tls { doing, source } => write!(f, "{doing}: {source}"),
+            Error::Auth(error) => write!(f, "{error}"),
+            Error::Timeout { doing, after } => {
+                write!(f, "{doing}: no answer within {} s", after.as_secs_f32())
+            }
+            Error::Closed { doing } => write!(f, "{doing}: the server closed the connection"),
+            Error::WrongSession(wanted) => {
+                write!(
+                    f,
+                    "check the session: it is not {wanted}, as target_session_attrs asks"
+                )
+            }
+            Error::Connect(attempts) => {
+                for (i, (host, error)) in attempts.iter().enumerate() {
+                    let separator = if i == 0 { "" } else { "; " };
+                    write!(f, "{separator}connect to {host}: {error}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Io { source, .. } => Some(source),
+            Error::Server(error) => Some(error.as_ref()),
+            Error::Tls { source, .. } => Some(source.as_ref()),
+            Error::Auth(error) => Some(error),
+            Error::Connect(attempts) => attempts.last().map(|(_, error)| error as _),
+            _ => None,
+        }
+    }
+}
+
+/// An ErrorResponse or a NoticeResponse.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServerError {
+    /// ERROR, FATAL, PANIC, WARNING, NOTICE …, never translated.
+    pub severity: String,
+    /// The SQLSTATE.
+    pub code: String,
+    /// The primary message.
+    pub message: String,
+    /// More about it.
+    pub detail: Option<String>,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl ServerError {
+    /// Text that is not UTF-8 (before authentication the server may speak its own encoding) is replaced.
+    pub(super) fn from_fields(mut fields: ErrorFields<'_>) -> Result<ServerError, Error> {
+        let mut error = ServerError::default();
+        let broken = |_| Error::Protocol("malformed error message".into());
+        while let Some(field) = fields.next().map_err(broken)? {
+            let value = String::from_utf8_lossy(field.value_bytes()).into_owned();
+            match field.type_() {
+                // 'S' may be translated; 'V' follows it from Postgres 9.6 on
+                b'S' | b'V' => error.severity = value,
+                b'C' => error.code = value,
+                b'M' => error.message = value,
+                b'D' => error.detail = Some(value),
+                b'H' => error.hint = Some(value),
+                _ => {}
+            }
+        }
+        Ok(error)
+    }
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: {}", self.severity, self.code, self.message)?;
+        if let Some(detail) = &self.detail {
+            write!(f, " ({detail})")?;
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, " (hint: {hint})")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ServerError {}
+
+/// Why no authentication came about, apart from the server's own refusal.
+#[derive(Debug)]
+pub enum AuthError {
+    /// A method that this program does not have.
+    Unsupported(String),
+    /// The server asks for a password and none was given.
+    NoPassword,
+    /// `require_auth` does not allow the method.
+    NotAllowed(&'static str),
+    /// `channel_binding=require` cannot be met, and why.
+    NoChannelBinding(&'static str),
+    /// The server let us in before it had proven that it knows the password.
+    ServerNotProven,
+    /// The SCRAM exchange itself failed; also when the server's proof is wrong.
+    Scram(io::Error),
+}
+
+impl fmt::Display for AuthError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("authenticate: ")?;
+        match self {
+            AuthError::Unsupported(method) => write!(
+                f,
+                "the server asks for {method}, which is not supported; give the user trust, password, md5, \
+                 scram-sha-256 or cert in pg_hba.conf"
+            ),
+            AuthError::NoPassword => f.write_str(
+                "the server asks for a password and none was given; set PGPASSWORD or a line of the password file",
+            ),
+            AuthError::NotAllowed(method) => {
+                write!(f, "the server asks for {method}, which require_auth does not allow")
+            }
+            AuthError::NoChannelBinding(why) => write!(f, "channel_binding=require, but {why}"),
+            AuthError::ServerNotProven => {
+                f.write_str("the server ended SCRAM without proving that it knows the password")
+            }
+            AuthError::Scram(source) => write!(f, "SCRAM exchange: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for AuthError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            AuthError::Scram(source) => Some(source),
+            _ => None,
+        }
+    }
+}

@@ -1,18 +1,22 @@
 //! Our side of the Postgres protocol: everything up to decoded pgoutput messages.
 //!
-//! [`conninfo`] reads what libpq reads, [`connection`] starts a session over a [`stream`] (plain or
-//! [`tls`]), [`replication`] speaks the copy-both stream, [`pgoutput`] decodes what it carries
-//! field by field with a [`byte_reader`].
+//! [`conninfo`] reads what libpq reads, [`connection`] starts a session over a `stream` (plain or
+//! `tls`) with `authentication`, [`replication`] speaks the copy-both stream, whose messages `frames` cuts,
+//! and [`pgoutput`] decodes what it carries, by [`byte_reader`]. All bounds and deadlines are in `limits`.
 
+mod authentication;
 pub mod byte_reader;
 pub mod connection;
 pub mod conninfo;
 pub mod error;
+mod frames;
+mod limits;
 pub mod lsn;
+mod passfile;
 pub mod pgoutput;
 pub mod replication;
-pub mod stream;
-pub mod tls;
+mod stream;
+mod tls;
 
 pub use connection::Connection;
 pub use conninfo::ConnInfo;

@@ -1,1 +1,258 @@
-//! (to be written)
+//! The bytes to and from the server: TCP, a Unix socket, or TLS over TCP, shared by a reading and a writing thread.
+//!
+//! Over TLS both threads need the one session, yet neither may wait for the other: the reader would hold
+//! up status updates for as long as the server is silent, and a blocked writer would stop the reading that
+//! the server waits for. So the session's mutex is held only to encrypt or decrypt in memory, never over
+//! a system call; `sending` alone keeps records in order on their way to the socket.
+
+use super::limits::{CIPHERTEXT_BUFFER_BYTES, WRITE_TIMEOUT};
+use rustls::ClientConnection;
+use socket2::Socket;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// A connected stream. All methods take `&self`; one thread reads, any may write.
+pub(super) struct Stream {
+    socket: Socket,
+    tls: Option<Tls>,
+    /// Held while bytes go to the socket, from encryption on.
+    sending: Mutex<()>,
+}
+
+struct Tls {
+    session: Mutex<ClientConnection>,
+    /// Ciphertext that was read and not yet decrypted. Only the reader locks it.
+    received: Mutex<Received>,
+}
+
+struct Received {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Stream {
+    /// A stream without TLS.
+    pub(super) fn plain(socket: Socket) -> Stream {
+        Stream {
+            socket,
+            tls: None,
+            sending: Mutex::new(()),
+        }
+    }
+
+    /// A stream over a finished TLS handshake.
+    pub(super) fn tls(socket: Socket, session: ClientConnection) -> Stream {
+        Stream {
+            tls: Some(Tls {
+                session: Mutex::new(session),
+                received: Mutex::new(Received {
+                    bytes: vec![0; CIPHERTEXT_BUFFER_BYTES],
+                    start: 0,
+                    end: 0,
+                }),
+            }),
+            ..Stream::plain(socket)
+        }
+    }
+
+    /// Version and cipher of the TLS session.
+    pub(super) fn tls_description(&self) -> Option<String> {
+        let session = lock(&self.tls.as_ref()?.session);
+        let (version, suite) = (
+            session.protocol_version()?,
+            session.negotiated_cipher_suite()?,
+        );
+        Some(format!("{:?} {:?}", version, suite.suite()))
+    }
+
+    /// How long [`Stream::read`] waits before it fails with `WouldBlock`; `None`: for ever.
+    pub(super) fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_read_timeout(timeout)
+    }
+
+    /// Reads what there is, at least one byte; 0 is the end of the stream.
+    pub(super) fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+        match &self.tls {
+            None => read_socket(&self.socket, into),
+            Some(tls) => self.read_tls(tls, into),
+        }
+    }
+
+    fn read_tls(&self, tls: &Tls, into: &mut [u8]) -> io::Result<usize> {
+        let mut received = lock(&tls.received);
+        loop {
+            let (decrypted, answer_due) = {
+                let mut session = lock(&tls.session);
+                let decrypted = decrypt(&mut session, &mut received, into);
+                (decrypted, session.wants_write())
+            };
+            if answer_due {
+                // what the reader found counts; a connection that is lost shows in the next read as well
+                let _ = self.send_answer(tls);
+            }
+            match decrypted? {
+                Decrypted::Bytes(count) => return Ok(count),
+                Decrypted::End => return Ok(0),
+                Decrypted::NeedsMore => {}
+            }
+            let Received { bytes, start, end } = &mut *received;
+            *start = 0;
+            *end = read_socket(&self.socket, bytes)?;
+            if *end == 0 {
+                return Ok(0);
+            }
+        }
+    }
+
+    /// Sends what TLS itself has to say after a read (a key update, an alert). When a writer is at work it is
+    /// left to it: the reader must not wait for a writer that may wait for our reading.
+    fn send_answer(&self, tls: &Tls) -> io::Result<()> {
+        let _sending = match self.sending.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        let records = encrypt(&mut lock(&tls.session), &[])?;
+        send(&self.socket, &records, Instant::now() + WRITE_TIMEOUT)
+    }
+
+    /// Writes all of it before `deadline`, or fails with `WouldBlock`; then part of it may have been sent, and
+    /// the stream is of no more use.
+    pub(super) fn write_all(&self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
+        let _sending = lock(&self.sending);
+        match &self.tls {
+            None => send(&self.socket, bytes, deadline),
+            Some(tls) => {
+                let records = encrypt(&mut lock(&tls.session), bytes)?;
+                send(&self.socket, &records, deadline)
+            }
+        }
+    }
+
+    /// Ends the connection for both sides at once; a blocked reader wakes with the end of the stream.
+    pub(super) fn shutdown(&self) {
+        // it fails only when the connection is gone already
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// A thread that panicked while it held the lock ends the program's session anyway; the others only have to
+/// get out.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+enum Decrypted {
+    /// So many bytes of plaintext, at least one.
+    Bytes(usize),
+    /// All ciphertext is used up and gave no plaintext.
+    NeedsMore,
+    /// The server has said that nothing follows.
+    End,
+}
+
+/// Turns received ciphertext into plaintext until `into` is full or the ciphertext is used up.
+fn decrypt(
+    session: &mut ClientConnection,
+    received: &mut Received,
+    into: &mut [u8],
+) -> io::Result<Decrypted> {
+    let mut filled = 0;
+    loop {
+        // plaintext is taken before more is fed in: the session holds little of it
+        let space = into.get_mut(filled..).unwrap_or_default();
+        if space.is_empty() {
+            return Ok(Decrypted::Bytes(filled));
+        }
+        match session.reader().read(space) {
+            Ok(0) if filled == 0 => return Ok(Decrypted::End),
+            Ok(0) => return Ok(Decrypted::Bytes(filled)),
+            Ok(count) => {
+                filled += count;
+                continue;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        let mut ciphertext = received
+            .bytes
+            .get(received.start..received.end)
+            .unwrap_or_default();
+        if ciphertext.is_empty() {
+            return Ok(match filled {
+                0 => Decrypted::NeedsMore,
+                _ => Decrypted::Bytes(filled),
+            });
+        }
+        received.start += session.read_tls(&mut ciphertext)?;
+        session.process_new_packets().map_err(io::Error::other)?;
+    }
+}
+
+/// The records to send for `plaintext`, after whatever TLS itself has waiting.
+fn encrypt(session: &mut ClientConnection, mut plaintext: &[u8]) -> io::Result<Vec<u8>> {
+    let mut records = Vec::with_capacity(plaintext.len() + 64);
+    loop {
+        while session.wants_write() {
+            session.write_tls(&mut records)?;
+        }
+        if plaintext.is_empty() {
+            return Ok(records);
+        }
+        let count = session.writer().write(plaintext)?;
+        plaintext = plaintext.get(count..).unwrap_or_default();
+    }
+}
+
+fn read_socket(mut socket: &Socket, into: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.read(into) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn send(socket: &Socket, bytes: &[u8], deadline: Instant) -> io::Result<()> {
+    Deadlined { socket, deadline }.write_all(bytes)
+}
+
+/// A socket whose every read and write ends at `deadline` with `WouldBlock`: for the handshake, and for writing.
+pub(super) struct Deadlined<'a> {
+    pub(super) socket: &'a Socket,
+    pub(super) deadline: Instant,
+}
+
+impl Deadlined<'_> {
+    fn remaining(&self) -> io::Result<Option<Duration>> {
+        // the system would take less than a microsecond for "no timeout"
+        match self.deadline.saturating_duration_since(Instant::now()) {
+            remaining if remaining < Duration::from_micros(1) => {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            remaining => Ok(Some(remaining)),
+        }
+    }
+}
+
+impl Read for Deadlined<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.remaining()?)?;
+        read_socket(self.socket, into)
+    }
+}
+
+impl Write for Deadlined<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.remaining()?)?;
+        let mut socket = self.socket;
+        socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

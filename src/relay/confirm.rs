@@ -40,12 +40,21 @@ struct Young {
 impl Confirm {
     /// Confirms `hold_back` after the ack.
     pub fn new(hold_back: Duration) -> Confirm {
-        Confirm { hold_back, confirmable: Confirmable::default(), young: VecDeque::new() }
+        Confirm {
+            hold_back,
+            confirmable: Confirmable::default(),
+            young: VecDeque::new(),
+        }
     }
 
     /// Everything up to `lsn` is stored. `acked`: when its youngest event was, `None` if it had no event
     /// or only such as have been in the stream for `hold_back` already.
-    pub fn boundary(&mut self, lsn: Lsn, acked: Option<Instant>, sequences: impl Iterator<Item = u64>) {
+    pub fn boundary(
+        &mut self,
+        lsn: Lsn,
+        acked: Option<Instant>,
+        sequences: impl Iterator<Item = u64>,
+    ) {
         let upto = match (self.young.back_mut(), acked) {
             (None, None) => &mut self.confirmable,
             (Some(last), None) => &mut last.upto,
@@ -54,7 +63,11 @@ impl Confirm {
                 &mut last.upto
             }
             (_, Some(now)) => {
-                self.young.push_back(Young { opened: now, acked: now, upto: Confirmable::default() });
+                self.young.push_back(Young {
+                    opened: now,
+                    acked: now,
+                    upto: Confirmable::default(),
+                });
                 match self.young.back_mut() {
                     Some(last) => &mut last.upto,
                     None => return,
@@ -100,7 +113,10 @@ mod tests {
         let start = Instant::now();
         let mut confirm = Confirm::new(HOLD_BACK);
         confirm.boundary(Lsn(10), Some(start), [1].into_iter());
-        assert_eq!(lsn(&mut confirm, start + HOLD_BACK - Duration::from_millis(1)), 0);
+        assert_eq!(
+            lsn(&mut confirm, start + HOLD_BACK - Duration::from_millis(1)),
+            0
+        );
         assert_eq!(lsn(&mut confirm, start + HOLD_BACK), 10);
         assert_eq!(confirm.confirmable(start + HOLD_BACK).sequences, [1]);
         assert!(!confirm.is_waiting());
@@ -131,11 +147,18 @@ mod tests {
         let start = Instant::now();
         let mut confirm = Confirm::new(HOLD_BACK);
         for step in 0..1000 {
-            confirm.boundary(Lsn(step + 1), Some(start + Duration::from_millis(step)), [step].into_iter());
+            confirm.boundary(
+                Lsn(step + 1),
+                Some(start + Duration::from_millis(step)),
+                [step].into_iter(),
+            );
         }
         assert_eq!(confirm.young.len(), 1);
         assert_eq!(lsn(&mut confirm, start + HOLD_BACK), 0);
-        assert_eq!(lsn(&mut confirm, start + HOLD_BACK + Duration::from_millis(999)), 1000);
+        assert_eq!(
+            lsn(&mut confirm, start + HOLD_BACK + Duration::from_millis(999)),
+            1000
+        );
     }
 
     #[test]

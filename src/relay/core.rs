@@ -144,7 +144,11 @@ struct Remembered {
 impl Memory {
     /// The last event known to stand in a stream: from there its tail is searched.
     pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
-        self.0.iter().find(|remembered| remembered.name == stream)?.last.as_ref()
+        self.0
+            .iter()
+            .find(|remembered| remembered.name == stream)?
+            .last
+            .as_ref()
     }
 }
 
@@ -193,8 +197,15 @@ struct Pending {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Unsent,
-    Sent { stream: usize, expected: u64 },
-    Stored { stream: Option<usize>, seq: u64, at: Option<Instant> },
+    Sent {
+        stream: usize,
+        expected: u64,
+    },
+    Stored {
+        stream: Option<usize>,
+        seq: u64,
+        at: Option<Instant>,
+    },
 }
 
 /// The state machine. See the module.
@@ -261,24 +272,37 @@ impl Core {
 
     /// What the next session has to know.
     pub fn into_memory(self) -> Memory {
-        let remember =
-            |s: Stream| Remembered { name: s.name, last: s.last, confirmed_seq: s.confirmed_seq };
+        let remember = |s: Stream| Remembered {
+            name: s.name,
+            last: s.last,
+            confirmed_seq: s.confirmed_seq,
+        };
         Memory(self.streams.into_iter().map(remember).collect())
     }
 
     /// The last event known to stand in a stream: from there its tail is searched.
     pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
-        self.streams.iter().find(|s| s.name == stream)?.last.as_ref()
+        self.streams
+            .iter()
+            .find(|s| s.name == stream)?
+            .last
+            .as_ref()
     }
 
     /// A new connection, and what the streams that capture the prefix hold, in the order of `routes`.
-    pub fn connected(&mut self, routes: Routes, streams: Vec<StreamAtConnect>) -> Result<(), Trouble> {
+    pub fn connected(
+        &mut self,
+        routes: Routes,
+        streams: Vec<StreamAtConnect>,
+    ) -> Result<(), Trouble> {
         self.disconnected();
         self.routed.clear();
         for found in streams {
             let index = self.stream_index(&found.name);
             self.check_forwards(index, found.last_seq)?;
-            let Some(stream) = self.streams.get_mut(index) else { continue };
+            let Some(stream) = self.streams.get_mut(index) else {
+                continue;
+            };
             if let Some(stored) = &found.tail.stored {
                 stream.last = Some(stored.clone());
             }
@@ -317,9 +341,17 @@ impl Core {
         for change in batch.changes() {
             self.window.push_back(match *change {
                 Change::Event(spans) => {
-                    assert!(spans.position > self.offered, "Postgres sends transactions in commit order");
+                    assert!(
+                        spans.position > self.offered,
+                        "Postgres sends transactions in commit order"
+                    );
                     self.offered = spans.position;
-                    Entry::Event(Pending { batch: batch.clone(), spans, state: State::Unsent, suspect: None })
+                    Entry::Event(Pending {
+                        batch: batch.clone(),
+                        spans,
+                        state: State::Unsent,
+                        suspect: None,
+                    })
                 }
                 Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
                 Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
@@ -334,7 +366,9 @@ impl Core {
     pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
         while self.connected {
             let token = self.first_token + self.unsent as u64;
-            let Some(entry) = self.window.get(self.unsent) else { break };
+            let Some(entry) = self.window.get(self.unsent) else {
+                break;
+            };
             let Entry::Event(pending) = entry else {
                 self.unsent += 1;
                 self.settle();
@@ -355,12 +389,22 @@ impl Core {
                         break;
                     }
                     self.subjects.insert(event.subject.into());
-                    State::Sent { stream: 0, expected: 0 }
+                    State::Sent {
+                        stream: 0,
+                        expected: 0,
+                    }
                 }
                 Delivery::ExactlyOnce => {
-                    let routed = self.routes.route(event.subject).and_then(|route| self.routed.get(route));
-                    let Some((index, stream)) = routed.and_then(|i| Some((*i, self.streams.get_mut(*i)?))) else {
-                        return Err(Trouble::Reconnect(Cause::NoStream(event.subject.to_string())));
+                    let routed = self
+                        .routes
+                        .route(event.subject)
+                        .and_then(|route| self.routed.get(route));
+                    let Some((index, stream)) =
+                        routed.and_then(|i| Some((*i, self.streams.get_mut(*i)?)))
+                    else {
+                        return Err(Trouble::Reconnect(Cause::NoStream(
+                            event.subject.to_string(),
+                        )));
                     };
                     match stream.tail.verdict(event.position, event.id) {
                         Verdict::IdMismatch => {
@@ -368,7 +412,12 @@ impl Core {
                                 stream: stream.name.clone(),
                                 position: event.position,
                                 id: event.id.to_string(),
-                                stored_id: stream.tail.stored.as_ref().and_then(|t| t.id.clone()).unwrap_or_default(),
+                                stored_id: stream
+                                    .tail
+                                    .stored
+                                    .as_ref()
+                                    .and_then(|t| t.id.clone())
+                                    .unwrap_or_default(),
                             }));
                         }
                         Verdict::Stored => {
@@ -378,11 +427,24 @@ impl Core {
                                 _ => 0,
                             };
                             let aged = stream.aged.is_some_and(|aged| event.position <= aged);
-                            State::Stored { stream: Some(index), seq, at: (!aged).then_some(now) }
+                            State::Stored {
+                                stream: Some(index),
+                                seq,
+                                at: (!aged).then_some(now),
+                            }
                         }
                         Verdict::Publish => match pending.suspect {
-                            Some(seq) => return Ok(Next::Lookup { stream: stream.name.clone(), seq, token }),
-                            None => State::Sent { stream: index, expected: stream.chain.extend() },
+                            Some(seq) => {
+                                return Ok(Next::Lookup {
+                                    stream: stream.name.clone(),
+                                    seq,
+                                    token,
+                                });
+                            }
+                            None => State::Sent {
+                                stream: index,
+                                expected: stream.chain.extend(),
+                            },
                         },
                     }
                 }
@@ -392,7 +454,8 @@ impl Core {
                     batch: pending.batch.clone(),
                     event: pending.spans,
                     token,
-                    expected_last_sequence: (self.delivery == Delivery::ExactlyOnce).then_some(expected),
+                    expected_last_sequence: (self.delivery == Delivery::ExactlyOnce)
+                        .then_some(expected),
                 }),
                 _ => None,
             };
@@ -408,9 +471,18 @@ impl Core {
     }
 
     /// The answer to a publish of this connection.
-    pub fn answer(&mut self, token: u64, answer: Result<PubAck, AckError>, now: Instant) -> Result<(), Trouble> {
-        let index = token.checked_sub(self.first_token).map(|index| index as usize);
-        let Some((index, Entry::Event(pending))) = index.and_then(|i| Some((i, self.window.get_mut(i)?))) else {
+    pub fn answer(
+        &mut self,
+        token: u64,
+        answer: Result<PubAck, AckError>,
+        now: Instant,
+    ) -> Result<(), Trouble> {
+        let index = token
+            .checked_sub(self.first_token)
+            .map(|index| index as usize);
+        let Some((index, Entry::Event(pending))) =
+            index.and_then(|i| Some((i, self.window.get_mut(i)?)))
+        else {
             return Ok(());
         };
         let State::Sent { stream, expected } = pending.state else {
@@ -422,21 +494,37 @@ impl Core {
             Delivery::AtLeastOnce => {
                 // a duplicate is stored too, unless it is the false answer that names no sequence
                 if ack.seq == 0 {
-                    return Err(Trouble::Reconnect(Cause::Broken(Broken::Duplicate { seq: 0 })));
+                    return Err(Trouble::Reconnect(Cause::Broken(Broken::Duplicate {
+                        seq: 0,
+                    })));
                 }
                 self.subjects.remove(event.subject);
-                State::Stored { stream: None, seq: ack.seq, at: Some(now) }
+                State::Stored {
+                    stream: None,
+                    seq: ack.seq,
+                    at: Some(now),
+                }
             }
             Delivery::ExactlyOnce => {
-                let Some(stream_state) = self.streams.get_mut(stream) else { return Ok(()) };
+                let Some(stream_state) = self.streams.get_mut(stream) else {
+                    return Ok(());
+                };
                 if let Err(broken) = stream_state.chain.accept(expected, &ack) {
                     if let Broken::Duplicate { seq } = broken {
                         pending.suspect = (seq > 0).then_some(seq);
                     }
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
-                stream_state.last = Some(Checkpoint { seq: ack.seq, position: event.position, id: None });
-                State::Stored { stream: Some(stream), seq: ack.seq, at: Some(now) }
+                stream_state.last = Some(Checkpoint {
+                    seq: ack.seq,
+                    position: event.position,
+                    id: None,
+                });
+                State::Stored {
+                    stream: Some(stream),
+                    seq: ack.seq,
+                    at: Some(now),
+                }
             }
         };
         self.tally.published += 1;
@@ -452,9 +540,15 @@ impl Core {
 
     /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
     /// Returns the id of the event if it is dropped.
-    pub fn looked_up(&mut self, token: u64, found: Option<(&str, Option<&SourcePosition>)>) -> Option<String> {
+    pub fn looked_up(
+        &mut self,
+        token: u64,
+        found: Option<(&str, Option<&SourcePosition>)>,
+    ) -> Option<String> {
         let index = token.checked_sub(self.first_token)? as usize;
-        let Some(Entry::Event(pending)) = self.window.get_mut(index) else { return None };
+        let Some(Entry::Event(pending)) = self.window.get_mut(index) else {
+            return None;
+        };
         pending.suspect = None;
         let event = pending.batch.event(&pending.spans);
         let (id, position) = found?;
@@ -463,7 +557,11 @@ impl Core {
             return None;
         }
         let dropped = event.id.to_string();
-        pending.state = State::Stored { stream: None, seq: 0, at: None };
+        pending.state = State::Stored {
+            stream: None,
+            seq: 0,
+            at: None,
+        };
         self.tally.dropped += 1;
         Some(dropped)
     }
@@ -478,13 +576,15 @@ impl Core {
 
     /// The streams that no publish is on its way to, for [`Core::looked_at`].
     pub fn idle_streams(&self) -> impl Iterator<Item = (usize, &str)> {
-        let idle = |(index, stream): (usize, &Stream)| stream.chain.is_settled().then_some((index, stream));
-        self.streams.iter().enumerate().filter_map(idle).map(|(index, stream)| (index, stream.name.as_str()))
+        let all = self.streams.iter().enumerate();
+        all.filter(|(_, stream)| stream.chain.is_settled())
+            .map(|(index, stream)| (index, stream.name.as_str()))
     }
 
     /// When [`Core::tick`] wants to be called.
     pub fn deadline(&self) -> Option<Instant> {
-        self.waiting_since.map(|since| since + self.limits.ack_timeout)
+        self.waiting_since
+            .map(|since| since + self.limits.ack_timeout)
     }
 
     /// Time has passed.
@@ -525,28 +625,37 @@ impl Core {
     }
 
     fn stream_index(&mut self, name: &str) -> usize {
-        self.streams.iter().position(|s| s.name == name).unwrap_or_else(|| {
-            self.streams.push(Stream {
-                name: name.to_string(),
-                chain: Chain::new(0),
-                tail: Tail::default(),
-                aged: None,
-                last: None,
-                settled_seq: 0,
-                confirmed_seq: 0,
-            });
-            self.streams.len() - 1
-        })
+        self.streams
+            .iter()
+            .position(|s| s.name == name)
+            .unwrap_or_else(|| {
+                self.streams.push(Stream {
+                    name: name.to_string(),
+                    chain: Chain::new(0),
+                    tail: Tail::default(),
+                    aged: None,
+                    last: None,
+                    settled_seq: 0,
+                    confirmed_seq: 0,
+                });
+                self.streams.len() - 1
+            })
     }
 
     /// A stream never ends before what it acknowledged, unless it lost it.
     fn check_forwards(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
-        let Some(stream) = self.streams.get_mut(index) else { return Ok(()) };
+        let Some(stream) = self.streams.get_mut(index) else {
+            return Ok(());
+        };
         let acked_seq = stream.last.as_ref().map_or(0, |last| last.seq);
         if last_seq >= acked_seq {
             return Ok(());
         }
-        let backwards = Backwards { stream: stream.name.clone(), last_seq, acked_seq };
+        let backwards = Backwards {
+            stream: stream.name.clone(),
+            last_seq,
+            acked_seq,
+        };
         if last_seq < stream.confirmed_seq {
             return Err(Trouble::Halt(Halt::LostBeyondSlot(backwards)));
         }
@@ -558,7 +667,8 @@ impl Core {
 
     fn has_room(&self, size: usize) -> bool {
         self.held == 0
-            || self.held < self.limits.inflight && self.held_bytes + size <= self.limits.inflight_bytes
+            || self.held < self.limits.inflight
+                && self.held_bytes + size <= self.limits.inflight_bytes
     }
 
     /// The event at `unsent` was handed on or found stored.
@@ -579,7 +689,11 @@ impl Core {
     fn settle(&mut self) {
         loop {
             match self.window.front() {
-                Some(Entry::Event(Pending { spans, state: State::Stored { stream, seq, at }, .. })) if self.unsent > 0 => {
+                Some(Entry::Event(Pending {
+                    spans,
+                    state: State::Stored { stream, seq, at },
+                    ..
+                })) if self.unsent > 0 => {
                     if let Some(stream) = stream.and_then(|index| self.streams.get_mut(index)) {
                         stream.settled_seq = stream.settled_seq.max(*seq);
                     }

@@ -99,9 +99,13 @@ impl Error {
             Error::Postgres(error) => match (error.sqlstate(), error) {
                 // invalid authorization or password, no such database, no privilege, no such object,
                 // object not in the state (slot lost, wal_level too low), feature not supported
-                (Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601"), _) => {
-                    Verdict::Exit(Exit::Configuration)
-                }
+                (
+                    Some(
+                        "28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000"
+                        | "42601",
+                    ),
+                    _,
+                ) => Verdict::Exit(Exit::Configuration),
                 (None, postgres::Error::Auth(_)) => Verdict::Exit(Exit::Configuration),
                 (None, postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
                 _ => Verdict::Retry,
@@ -112,8 +116,12 @@ impl Error {
                 Verdict::Exit(Exit::Configuration)
             }
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
-            Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => Verdict::Exit(Exit::Data),
-            Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => Verdict::Exit(Exit::Internal),
+            Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => {
+                Verdict::Exit(Exit::Data)
+            }
+            Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => {
+                Verdict::Exit(Exit::Internal)
+            }
         }
     }
 }
@@ -131,7 +139,10 @@ impl fmt::Display for Error {
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;
                 if let Some(pid) = pid {
-                    write!(f, " by the server process {pid} (pg_stat_activity tells whose)")?;
+                    write!(
+                        f,
+                        " by the server process {pid} (pg_stat_activity tells whose)"
+                    )?;
                 }
                 Ok(())
             }
@@ -141,9 +152,14 @@ impl fmt::Display for Error {
                 "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed: \
                  create the publication, or name the right one with -publication"
             ),
-            Error::Decode { error, at } => write!(f, "decode the pgoutput message at {at}: {error}"),
+            Error::Decode { error, at } => {
+                write!(f, "decode the pgoutput message at {at}: {error}")
+            }
             Error::OutOfPlace { message, at } => {
-                write!(f, "read the replication stream: a {message} message at {at} outside of a transaction")
+                write!(
+                    f,
+                    "read the replication stream: a {message} message at {at} outside of a transaction"
+                )
             }
             Error::Map(error) => write!(f, "{error}"),
             Error::TooLarge { event, size, limit } => write!(
@@ -156,19 +172,36 @@ impl fmt::Display for Error {
                 "publish an event: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
                  limit, then start the relay again"
             ),
-            Error::GaveUp(reason) => write!(f, "connect to NATS: no working session for --max-outage: {reason}"),
-            Error::Backwards(b) => write!(f, "read the stream back: {b}; what it lost is published again from the slot"),
-            Error::Conflict { stream, conflict: Conflict::OtherSystem(tail) } => write!(
+            Error::GaveUp(reason) => write!(
+                f,
+                "connect to NATS: no working session for --max-outage: {reason}"
+            ),
+            Error::Backwards(b) => write!(
+                f,
+                "read the stream back: {b}; what it lost is published again from the slot"
+            ),
+            Error::Conflict {
+                stream,
+                conflict: Conflict::OtherSystem(tail),
+            } => write!(
                 f,
                 "resume stream {stream}: its last event ({tail}) was written from another Postgres system; if this database \
                  replaces that one, pass --accept-new-system once: what this slot sends is then published after it"
             ),
-            Error::Conflict { stream, conflict: Conflict::OtherTimeline(tail) } => write!(
+            Error::Conflict {
+                stream,
+                conflict: Conflict::OtherTimeline(tail),
+            } => write!(
                 f,
                 "resume stream {stream}: its last event ({tail}) was written on a timeline that is not in this server's history; \
                  connect to the server that was promoted, this one is behind or abandoned"
             ),
-            Error::Halt(Halt::IdMismatch { stream, position, id, stored_id }) => write!(
+            Error::Halt(Halt::IdMismatch {
+                stream,
+                position,
+                id,
+                stored_id,
+            }) => write!(
                 f,
                 "resume stream {stream}: at position {position} it has the event {stored_id}, Postgres has {id}; the two do not \
                  belong together: check -db, -slot and the stream"
@@ -210,8 +243,15 @@ fn remedy(error: &postgres::Error) -> &'static str {
 
 impl fmt::Display for Backwards {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Backwards { stream, last_seq, acked_seq } = self;
-        write!(f, "stream {stream} ends at sequence {last_seq}, but had acknowledged {acked_seq}")
+        let Backwards {
+            stream,
+            last_seq,
+            acked_seq,
+        } = self;
+        write!(
+            f,
+            "stream {stream} ends at sequence {last_seq}, but had acknowledged {acked_seq}"
+        )
     }
 }
 
@@ -219,13 +259,21 @@ impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Cause::Broken(Broken::OtherSequence { predicted, seq }) => {
-                write!(f, "JetStream stored an event at sequence {seq} instead of {predicted}")
+                write!(
+                    f,
+                    "JetStream stored an event at sequence {seq} instead of {predicted}"
+                )
             }
             Cause::Broken(Broken::Duplicate { seq }) => {
-                write!(f, "JetStream takes an event for a duplicate of sequence {seq}")
+                write!(
+                    f,
+                    "JetStream takes an event for a duplicate of sequence {seq}"
+                )
             }
             Cause::Refused(error) => write!(f, "JetStream refused an event: {error}"),
-            Cause::AckTimeout => f.write_str("JetStream has acknowledged nothing for the ack timeout"),
+            Cause::AckTimeout => {
+                f.write_str("JetStream has acknowledged nothing for the ack timeout")
+            }
             Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
         }
     }
@@ -234,7 +282,10 @@ impl fmt::Display for Cause {
 impl From<postgres::Error> for Error {
     fn from(error: postgres::Error) -> Error {
         match error.sqlstate() {
-            Some("55006") => Error::SlotInUse { slot: String::new(), pid: None },
+            Some("55006") => Error::SlotInUse {
+                slot: String::new(),
+                pid: None,
+            },
             _ => Error::Postgres(error),
         }
     }
@@ -246,7 +297,9 @@ impl From<Trouble> for Error {
         match trouble {
             Trouble::Backwards(backwards) => Error::Backwards(backwards),
             Trouble::Halt(halt) => Error::Halt(halt),
-            Trouble::Reconnect(_) => Error::Internal("a new connection was found broken before it was used"),
+            Trouble::Reconnect(_) => {
+                Error::Internal("a new connection was found broken before it was used")
+            }
         }
     }
 }

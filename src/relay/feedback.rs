@@ -56,9 +56,16 @@ pub fn run(
         };
         let silence = progress.silence();
         if silence > SILENCE_LIMIT {
-            return Err(postgres::Error::Timeout { doing: "wait for Postgres to send anything", after: SILENCE_LIMIT });
+            return Err(postgres::Error::Timeout {
+                doing: "wait for Postgres to send anything",
+                after: SILENCE_LIMIT,
+            });
         }
-        send(writer, progress, ask == Some(Ask::Ping) || silence > SILENCE_PING)?;
+        send(
+            writer,
+            progress,
+            ask == Some(Ask::Ping) || silence > SILENCE_PING,
+        )?;
         next_status = Instant::now() + STATUS_INTERVAL;
         if ask == Some(Ask::Reply) && requests.too_many(Instant::now(), progress) {
             return Ok(Ended::ServerShutsDown);
@@ -72,9 +79,18 @@ pub fn last(writer: &ReplicationWriter, progress: &Progress) -> Result<(), postg
     writer.copy_done()
 }
 
-fn send(writer: &ReplicationWriter, progress: &Progress, reply_requested: bool) -> Result<(), postgres::Error> {
+fn send(
+    writer: &ReplicationWriter,
+    progress: &Progress,
+    reply_requested: bool,
+) -> Result<(), postgres::Error> {
     let (write, flush) = progress.status();
-    writer.send_status(&StandbyStatusUpdate { write, flush, apply: flush, reply_requested })
+    writer.send_status(&StandbyStatusUpdate {
+        write,
+        flush,
+        apply: flush,
+        reply_requested,
+    })
 }
 
 /// Counts requests for a reply that come while everything was sent and not everything is confirmed.
@@ -87,9 +103,14 @@ struct Requests {
 impl Requests {
     fn too_many(&mut self, now: Instant, progress: &Progress) -> bool {
         let (write, flush) = progress.status();
-        let fresh = self.since.is_some_and(|since| now.saturating_duration_since(since) < Duration::from_secs(1));
+        let fresh = self
+            .since
+            .is_some_and(|since| now.saturating_duration_since(since) < Duration::from_secs(1));
         if !fresh || flush == write {
-            *self = Requests { since: Some(now), count: 0 };
+            *self = Requests {
+                since: Some(now),
+                count: 0,
+            };
         }
         self.count += 1;
         self.count >= REQUESTS_A_SECOND

@@ -88,7 +88,9 @@ fn supervise(config: &Config, stop: &Stop) -> Result<Ended, (Error, Exit)> {
                 stop.wait(SLOT_INTERVAL);
             }
             Verdict::Retry => {
-                let Some(pause) = outage.failed(now) else { return Err((error, Exit::Unavailable)) };
+                let Some(pause) = outage.failed(now) else {
+                    return Err((error, Exit::Unavailable));
+                };
                 if said.is_new(&error.to_string(), now) {
                     log::warn!("{error}; trying again");
                 }
@@ -120,6 +122,8 @@ fn watch_signals(stop: Arc<Stop>) -> std::io::Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("signals".to_string()).spawn(watch)?;
+    std::thread::Builder::new()
+        .name("signals".to_string())
+        .spawn(watch)?;
     Ok(())
 }

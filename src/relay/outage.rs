@@ -21,13 +21,20 @@ pub struct Outage {
 impl Outage {
     /// Gives up after `max_outage`; `None`: never.
     pub fn new(max_outage: Option<Duration>) -> Outage {
-        Outage { longest: max_outage, since: None, pause: SHORTEST }
+        Outage {
+            longest: max_outage,
+            since: None,
+            pause: SHORTEST,
+        }
     }
 
     /// An attempt failed. How long to wait before the next; `None`: give up.
     pub fn failed(&mut self, now: Instant) -> Option<Duration> {
         let since = *self.since.get_or_insert(now);
-        if self.longest.is_some_and(|longest| now.saturating_duration_since(since) >= longest) {
+        if self
+            .longest
+            .is_some_and(|longest| now.saturating_duration_since(since) >= longest)
+        {
             return None;
         }
         let pause = self.pause;
@@ -50,7 +57,9 @@ mod tests {
     fn pauses_grow_to_a_bound_and_start_over_when_work_was_done() {
         let now = Instant::now();
         let mut outage = Outage::new(None);
-        let pauses: Vec<_> = (0..9).map(|_| outage.failed(now).unwrap().as_millis()).collect();
+        let pauses: Vec<_> = (0..9)
+            .map(|_| outage.failed(now).unwrap().as_millis())
+            .collect();
         assert_eq!(pauses, [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         outage.worked();
         assert_eq!(outage.failed(now), Some(SHORTEST));

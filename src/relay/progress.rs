@@ -46,13 +46,20 @@ impl Progress {
     pub fn status(&self) -> (Lsn, Lsn) {
         let flush = Lsn(self.confirmable.load(Ordering::Acquire));
         let write = Lsn(self.received.load(Ordering::Acquire));
-        assert!(flush <= write, "confirm {flush}, but only {write} was received");
+        assert!(
+            flush <= write,
+            "confirm {flush}, but only {write} was received"
+        );
         (write, flush)
     }
 
     /// Reader: from here it waits for Postgres, or no longer does.
     pub fn reading(&self, waiting: bool) {
-        let since = if waiting { self.start.elapsed().as_millis() as u64 + 1 } else { 0 };
+        let since = if waiting {
+            self.start.elapsed().as_millis() as u64 + 1
+        } else {
+            0
+        };
         self.reading_since.store(since, Ordering::Relaxed);
     }
 
@@ -60,7 +67,10 @@ impl Progress {
     pub fn silence(&self) -> Duration {
         match self.reading_since.load(Ordering::Relaxed) {
             0 => Duration::ZERO,
-            since => self.start.elapsed().saturating_sub(Duration::from_millis(since)),
+            since => self
+                .start
+                .elapsed()
+                .saturating_sub(Duration::from_millis(since)),
         }
     }
 }

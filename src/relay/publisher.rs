@@ -95,7 +95,8 @@ impl<'a> Publisher<'a> {
     /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
     pub fn run(mut self, link: Link) -> (Result<(), Error>, Memory, Tally) {
         let result = self.work(link);
-        self.progress.confirmable(self.core.confirmable(Instant::now()));
+        self.progress
+            .confirmable(self.core.confirmable(Instant::now()));
         self.report.finish(&self.core, self.progress);
         if !self.core.is_settled() {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
@@ -138,9 +139,17 @@ impl<'a> Publisher<'a> {
             if self.is_finished(now) {
                 return Ok(());
             }
-            let changes = if self.closing == Closing::No && self.core.wants_batch() { &self.changes } else { &idle };
+            let changes = if self.closing == Closing::No && self.core.wants_batch() {
+                &self.changes
+            } else {
+                &idle
+            };
             let wake = self.wake(now);
-            let stop = if self.closing == Closing::No { self.stop.channel() } else { &never_stops };
+            let stop = if self.closing == Closing::No {
+                self.stop.channel()
+            } else {
+                &never_stops
+            };
             select! {
                 recv(link.messages()) -> message => match message {
                     Ok(message) => self.take(link.decode(message), Instant::now())?,
@@ -186,7 +195,11 @@ impl<'a> Publisher<'a> {
             wake = wake.min(deadline);
         }
         let wait = wake.saturating_duration_since(now);
-        if self.core.is_holding_back() { wait.min(HOLD_BACK_TICK) } else { wait }
+        if self.core.is_holding_back() {
+            wait.min(HOLD_BACK_TICK)
+        } else {
+            wait
+        }
     }
 
     /// Hands the core what JetStream said.
@@ -202,12 +215,15 @@ impl<'a> Publisher<'a> {
                 Ok(())
             }
             // the only requests of this loop are those of `look`
-            Some(Incoming::Reply { token, result: Ok(body) }) => match streams::last_seq_of_info(&body) {
-                Some(last_seq) => {
-                    let outcome = self.core.looked_at(token as usize, last_seq);
+            Some(Incoming::Reply {
+                token,
+                result: Ok(body),
+            }) => match streams::parse_info(&body) {
+                Ok(Some(info)) => {
+                    let outcome = self.core.looked_at(token as usize, info.state.last_seq);
                     self.trouble(outcome)
                 }
-                None => Ok(()),
+                _ => Ok(()),
             },
             Some(Incoming::Reply { .. }) | None => Ok(()),
         }
@@ -229,8 +245,13 @@ impl<'a> Publisher<'a> {
                     };
                     let size = publish.wire_size();
                     if size > link.max_payload() {
-                        let event = format!("row {} of {} at {}", event.id, event.table, event.position);
-                        break Err(Interrupt::End(Error::TooLarge { event, size, limit: link.max_payload() }));
+                        let event =
+                            format!("row {} of {} at {}", event.id, event.table, event.position);
+                        break Err(Interrupt::End(Error::TooLarge {
+                            event,
+                            size,
+                            limit: link.max_payload(),
+                        }));
                     }
                     burst.push(publish);
                 }
@@ -252,11 +273,18 @@ impl<'a> Publisher<'a> {
 
     /// An event was taken for a duplicate although it is not stored: by whom its id was used is told.
     fn look_up(&mut self, link: &Link, stream: &str, seq: u64, token: u64) -> Result<(), Error> {
-        let found = streams::message(link, stream, seq)?;
-        let position = found.as_ref().and_then(|message| message.header(OUTBOX_POSITION)?.parse().ok());
-        let used = found.as_ref().and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
+        let timeout = self.config.nats.request_timeout;
+        let found = streams::message(link, streams::message_request(stream, seq), timeout)?;
+        let position = found
+            .as_ref()
+            .and_then(|message| message.header(OUTBOX_POSITION)?.parse().ok());
+        let used = found
+            .as_ref()
+            .and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
         if let Some(id) = self.core.looked_up(token, used) {
-            let earlier = position.map(|position| position.to_string()).unwrap_or_default();
+            let earlier = position
+                .map(|position| position.to_string())
+                .unwrap_or_default();
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
         }
         Ok(())
@@ -269,14 +297,17 @@ impl<'a> Publisher<'a> {
         }
         self.next_look = now + LOOK_INTERVAL;
         for (index, name) in self.core.idle_streams() {
-            link.request(index as u64, &format!("STREAM.INFO.{name}"), Vec::new());
+            let (api, body) = streams::info_request(name);
+            link.request(index as u64, &api, body);
         }
     }
 
     fn trouble(&mut self, outcome: Result<(), Trouble>) -> Result<(), Interrupt> {
         Err(match outcome {
             Ok(()) => return Ok(()),
-            Err(Trouble::Reconnect(Cause::Refused(error))) if error.kind() == AckErrorKind::MessageTooLarge => {
+            Err(Trouble::Reconnect(Cause::Refused(error)))
+                if error.kind() == AckErrorKind::MessageTooLarge =>
+            {
                 Interrupt::End(Error::Refused(error))
             }
             Err(Trouble::Reconnect(cause)) => Interrupt::Reconnect(cause.to_string()),
@@ -313,7 +344,10 @@ impl<'a> Publisher<'a> {
                     log::info!(server = link.server(); "connected to NATS again");
                     return Ok(Some(link));
                 }
-                Err(error) if error.verdict() == Verdict::Retry && !matches!(error, Error::Backwards(_)) => {
+                Err(error)
+                    if error.verdict() == Verdict::Retry
+                        && !matches!(error, Error::Backwards(_)) =>
+                {
                     reason = error.to_string();
                 }
                 Err(error) => return Err(error),
@@ -322,8 +356,13 @@ impl<'a> Publisher<'a> {
     }
 
     fn rejoin(&mut self) -> Result<Link, Error> {
-        let Joined { link, routes, streams } =
-            rejoin::join(self.config, self.lineage, |stream| self.core.last_known(stream).cloned())?;
+        let Joined {
+            link,
+            routes,
+            streams,
+        } = rejoin::join(self.config, self.lineage, |stream| {
+            self.core.last_known(stream).cloned()
+        })?;
         self.core.connected(routes, streams).map_err(Error::from)?;
         Ok(link)
     }

@@ -65,7 +65,10 @@ impl Reader<'_> {
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
         loop {
-            if !stream.has_buffered() || batch.len_bytes() >= BATCH_BYTES || batch.changes().len() >= BATCH_CHANGES {
+            if !stream.has_buffered()
+                || batch.len_bytes() >= BATCH_BYTES
+                || batch.changes().len() >= BATCH_CHANGES
+            {
                 if !batch.is_empty() && self.changes.send(std::mem::take(&mut batch)).is_err() {
                     return Ok(Ended::Stopped);
                 }
@@ -87,7 +90,11 @@ impl Reader<'_> {
                     }
                     log::info!(notice:% = notice; "postgres says");
                 }
-                Some(ReplicationMessage::PrimaryKeepalive { wal_end, reply_requested, .. }) => {
+                Some(ReplicationMessage::PrimaryKeepalive {
+                    wal_end,
+                    reply_requested,
+                    ..
+                }) => {
                     self.progress.received(wal_end);
                     batch.push_boundary(Change::Keepalive { wal_end });
                     reached = reached.max(wal_end);
@@ -96,9 +103,16 @@ impl Reader<'_> {
                         let _ = self.asks.try_send(Ask::Reply);
                     }
                 }
-                Some(ReplicationMessage::XLogData { data, wal_start, .. }) => {
-                    let message = pgoutput::decode(data).map_err(|error| Error::Decode { error, at: wal_start })?;
-                    if let Some(end_lsn) = self.take(message, wal_start, &mut transaction, &mut batch)? {
+                Some(ReplicationMessage::XLogData {
+                    data, wal_start, ..
+                }) => {
+                    let message = pgoutput::decode(data).map_err(|error| Error::Decode {
+                        error,
+                        at: wal_start,
+                    })?;
+                    if let Some(end_lsn) =
+                        self.take(message, wal_start, &mut transaction, &mut batch)?
+                    {
                         self.progress.received(end_lsn);
                         reached = reached.max(end_lsn);
                     }
@@ -117,28 +131,61 @@ impl Reader<'_> {
     ) -> Result<Option<Lsn>, Error> {
         match message {
             Message::Begin { final_lsn, .. } => {
-                *transaction = Some(Transaction { commit_lsn: final_lsn, events: 0 });
+                *transaction = Some(Transaction {
+                    commit_lsn: final_lsn,
+                    events: 0,
+                });
             }
-            Message::Commit { commit_lsn, end_lsn, commit_time_us } => {
+            Message::Commit {
+                commit_lsn,
+                end_lsn,
+                commit_time_us,
+            } => {
                 let Some(ended) = transaction.take() else {
-                    return Err(Error::OutOfPlace { message: "Commit", at });
+                    return Err(Error::OutOfPlace {
+                        message: "Commit",
+                        at,
+                    });
                 };
                 if ended.events > 0 {
-                    batch.push(Change::Commit { commit_lsn, end_lsn, commit_time_us });
+                    batch.push(Change::Commit {
+                        commit_lsn,
+                        end_lsn,
+                        commit_time_us,
+                    });
                 } else {
-                    batch.push_boundary(Change::Commit { commit_lsn, end_lsn, commit_time_us });
+                    batch.push_boundary(Change::Commit {
+                        commit_lsn,
+                        end_lsn,
+                        commit_time_us,
+                    });
                 }
                 return Ok(Some(end_lsn));
             }
             Message::Relation(relation) => {
-                let columns = relation.columns().map(|c| ColumnInfo { name: c.name, type_id: c.type_id });
-                self.mapper.relation(relation.id, relation.namespace, relation.name, columns, at)?;
+                let columns = relation.columns().map(|c| ColumnInfo {
+                    name: c.name,
+                    type_id: c.type_id,
+                });
+                self.mapper.relation(
+                    relation.id,
+                    relation.namespace,
+                    relation.name,
+                    columns,
+                    at,
+                )?;
             }
             Message::Insert { relation_id, tuple } => {
                 let Some(transaction) = transaction else {
-                    return Err(Error::OutOfPlace { message: "Insert", at });
+                    return Err(Error::OutOfPlace {
+                        message: "Insert",
+                        at,
+                    });
                 };
-                let position = Position { commit_lsn: transaction.commit_lsn, ordinal: transaction.events + 1 };
+                let position = Position {
+                    commit_lsn: transaction.commit_lsn,
+                    ordinal: transaction.events + 1,
+                };
                 let values = tuple.iter().map(|value| match value {
                     TupleValue::Null => Value::Null,
                     TupleValue::UnchangedToast => Value::UnchangedToast,

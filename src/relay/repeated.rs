@@ -33,7 +33,15 @@ mod tests {
         let start = Instant::now();
         let mut said = Repeated::default();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let answers = [("a", 0), ("a", 1), ("b", 2), ("b", 61), ("b", 62), ("a", 63)].map(|(t, s)| said.is_new(t, at(s)));
+        let answers = [
+            ("a", 0),
+            ("a", 1),
+            ("b", 2),
+            ("b", 61),
+            ("b", 62),
+            ("a", 63),
+        ]
+        .map(|(t, s)| said.is_new(t, at(s)));
         assert_eq!(answers, [true, false, true, false, true, true]);
     }
 }

@@ -16,7 +16,10 @@ pub struct Report {
 impl Report {
     /// Begins to count.
     pub fn new(now: Instant) -> Report {
-        Report { at: now, told: Tally::default() }
+        Report {
+            at: now,
+            told: Tally::default(),
+        }
     }
 
     /// Writes the line if it is due and there is something to tell.
@@ -38,7 +41,11 @@ impl Report {
         let skipped = tally.skipped - self.told.skipped;
         if tally != self.told {
             let (received, confirmable) = progress.status();
-            let per_second = if seconds > 0.0 { (published as f64 / seconds).round() as u64 } else { published };
+            let per_second = if seconds > 0.0 {
+                (published as f64 / seconds).round() as u64
+            } else {
+                published
+            };
             log::info!(
                 published, per_second, skipped, dropped = tally.dropped, waiting = core.waiting(),
                 received:% = received, confirmable:% = confirmable; "{what}"

@@ -58,7 +58,14 @@ pub struct Session<'a> {
 impl<'a> Session<'a> {
     /// Before the first session.
     pub fn new(config: &'a Config, stop: &'a Stop, mapper: Mapper) -> Session<'a> {
-        Session { config, stop, mapper, memory: Memory::default(), upto: None, worked: false }
+        Session {
+            config,
+            stop,
+            mapper,
+            memory: Memory::default(),
+            upto: None,
+            worked: false,
+        }
     }
 
     /// Whether the last session got something done.
@@ -76,9 +83,15 @@ impl<'a> Session<'a> {
         }
         let lineage = lineage(&mut connection, &config.slot)?;
         let memory = &self.memory;
-        let joined = rejoin::join(config, &lineage, |stream| memory.last_known(stream).cloned())?;
+        let joined = rejoin::join(config, &lineage, |stream| {
+            memory.last_known(stream).cloned()
+        })?;
         let start = joined.start_position();
-        let Joined { link, routes, streams } = joined;
+        let Joined {
+            link,
+            routes,
+            streams,
+        } = joined;
 
         let limits = Limits {
             inflight: config.inflight,
@@ -99,10 +112,19 @@ impl<'a> Session<'a> {
             "connected"
         );
         let options = slot::pgoutput_options(connection.server_version_num(), &config.publication);
-        let options: Vec<(&str, &str)> = options.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        let (stream, writer) = replication::start_replication(connection, &config.slot, start, &options)
-            .map_err(|error| in_use(error, &config.slot))?;
-        let threads = Threads { config, stop: self.stop, lineage: &lineage, upto: self.upto };
+        let options: Vec<(&str, &str)> = options
+            .iter()
+            .map(|(name, value)| (*name, value.as_str()))
+            .collect();
+        let (stream, writer) =
+            replication::start_replication(connection, &config.slot, start, &options)
+                .map_err(|error| in_use(error, &config.slot))?;
+        let threads = Threads {
+            config,
+            stop: self.stop,
+            lineage: &lineage,
+            upto: self.upto,
+        };
         let outcome = threads.run(stream, &writer, link, core, &mut self.mapper);
         self.memory = outcome.memory;
         self.worked = outcome.worked;
@@ -112,7 +134,10 @@ impl<'a> Session<'a> {
 
 fn in_use(error: crate::postgres::Error, slot: &str) -> Error {
     match error.sqlstate() {
-        Some("55006") => Error::SlotInUse { slot: slot.to_string(), pid: None },
+        Some("55006") => Error::SlotInUse {
+            slot: slot.to_string(),
+            pid: None,
+        },
         _ => Error::Postgres(error),
     }
 }
@@ -125,12 +150,22 @@ fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
         0 | 1 => Vec::new(),
         timeline => {
             let rows = connection.simple_query(&format!("TIMELINE_HISTORY {timeline}"))?;
-            let text = rows.first().and_then(|row| row.get(1)).and_then(|cell| cell.as_deref());
+            let text = rows
+                .first()
+                .and_then(|row| row.get(1))
+                .and_then(|cell| cell.as_deref());
             parse_timeline_history(text.unwrap_or_default())
         }
     };
-    let source = Source { slot: slot.to_string(), system_id: system.system_id, timeline: system.timeline };
-    Ok(Lineage { source, switch_points })
+    let source = Source {
+        slot: slot.to_string(),
+        system_id: system.system_id,
+        timeline: system.timeline,
+    };
+    Ok(Lineage {
+        source,
+        switch_points,
+    })
 }
 
 /// What the three threads of a session share.
@@ -164,7 +199,14 @@ impl Threads<'_> {
         let (changes_sender, changes) = bounded(CHANNEL_BATCHES);
         let (asks_sender, asks) = bounded(1);
         let (ended_sender, ended) = bounded(3);
-        let publisher = Publisher::new(self.config, self.lineage, changes, progress, session_stop, core);
+        let publisher = Publisher::new(
+            self.config,
+            self.lineage,
+            changes,
+            progress,
+            session_stop,
+            core,
+        );
         let reader = Reader {
             changes: changes_sender,
             asks: asks_sender.clone(),
@@ -176,8 +218,12 @@ impl Threads<'_> {
         let (read, published, fed_back) = thread::scope(|scope| {
             let source = &mut stream;
             let reader = spawn(scope, "reader", &ended_sender, move || reader.run(source));
-            let publisher = spawn(scope, "publisher", &ended_sender, move || publisher.run(link));
-            let feedback = spawn(scope, "feedback", &ended_sender, move || feedback::run(writer, progress, &asks));
+            let publisher = spawn(scope, "publisher", &ended_sender, move || {
+                publisher.run(link)
+            });
+            let feedback = spawn(scope, "feedback", &ended_sender, move || {
+                feedback::run(writer, progress, &asks)
+            });
 
             self.wait(&ended, &asks_sender);
             if reader.is_finished() && self.upto.is_some() {
@@ -193,7 +239,11 @@ impl Threads<'_> {
         });
 
         let Ok((published, memory, tally)) = published else {
-            return Outcome { result: Err(PANICKED), memory: Memory::default(), worked: false };
+            return Outcome {
+                result: Err(PANICKED),
+                memory: Memory::default(),
+                worked: false,
+            };
         };
         let result = match (published, read, fed_back) {
             (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
@@ -210,12 +260,20 @@ impl Threads<'_> {
         if let Err(error) = told {
             log::debug!(cause:% = error; "the last status update may not have arrived");
         }
-        Outcome { result, memory, worked: tally.published + tally.skipped > 0 }
+        Outcome {
+            result,
+            memory,
+            worked: tally.published + tally.skipped > 0,
+        }
     }
 
     /// Waits until a thread ends or the relay is asked to stop.
     fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>) {
-        let pings = if self.upto.is_some() { tick(DRAIN_PING) } else { never() };
+        let pings = if self.upto.is_some() {
+            tick(DRAIN_PING)
+        } else {
+            never()
+        };
         loop {
             select! {
                 recv(ended) -> _ => return,

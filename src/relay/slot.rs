@@ -35,15 +35,31 @@ pub fn check(connection: &mut Connection, slot: &str, publication: &str) -> Resu
 
 fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Result<Slot, Error> {
     // wal_status tells a slot whose log is gone, from 13 on
-    let wal_status = if connection.server_version_num() >= 130_000 { "wal_status" } else { "NULL" };
+    let wal_status = if connection.server_version_num() >= 130_000 {
+        "wal_status"
+    } else {
+        "NULL"
+    };
     let sql = format!(
         "SELECT slot_type, plugin, database = current_database(), active_pid, confirmed_flush_lsn, {wal_status}, \
          database FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
         quote_literal(slot)
     );
     let rows = connection.simple_query(&sql)?;
-    let Some([slot_type, plugin, here, active_pid, confirmed, wal_status, database]) =
-        rows.into_iter().next().and_then(|row| <[Option<String>; 7]>::try_from(row).ok())
+    let Some(
+        [
+            slot_type,
+            plugin,
+            here,
+            active_pid,
+            confirmed,
+            wal_status,
+            database,
+        ],
+    ) = rows
+        .into_iter()
+        .next()
+        .and_then(|row| <[Option<String>; 7]>::try_from(row).ok())
     else {
         return Err(Error::Setup(format!(
             "find the slot: {slot} does not exist; after creating the publication {publication}, run in this database: \
@@ -71,10 +87,17 @@ fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Res
         )));
     }
     if let Some(pid) = active_pid {
-        return Err(Error::SlotInUse { slot: slot.to_string(), pid: pid.parse().ok() });
+        return Err(Error::SlotInUse {
+            slot: slot.to_string(),
+            pid: pid.parse().ok(),
+        });
     }
-    let confirmed_flush_lsn = confirmed.and_then(|lsn| lsn.parse().ok()).unwrap_or_default();
-    Ok(Slot { confirmed_flush_lsn })
+    let confirmed_flush_lsn = confirmed
+        .and_then(|lsn| lsn.parse().ok())
+        .unwrap_or_default();
+    Ok(Slot {
+        confirmed_flush_lsn,
+    })
 }
 
 fn check_publication(connection: &mut Connection, publication: &str) -> Result<(), Error> {
@@ -83,7 +106,11 @@ fn check_publication(connection: &mut Connection, publication: &str) -> Result<(
         quote_literal(publication)
     );
     let rows = connection.simple_query(&sql)?;
-    match rows.first().and_then(|row| row.first()).map(|cell| cell.as_deref()) {
+    match rows
+        .first()
+        .and_then(|row| row.first())
+        .map(|cell| cell.as_deref())
+    {
         Some(Some("t")) => Ok(()),
         Some(_) => Err(Error::Setup(format!(
             "check the publication: {publication} does not publish inserts; run ALTER PUBLICATION {publication} SET (publish = 'insert')"
@@ -100,7 +127,10 @@ fn check_publication(connection: &mut Connection, publication: &str) -> Result<(
 pub fn pgoutput_options(server_version_num: u32, publication: &str) -> Vec<(&'static str, String)> {
     // publication_names is a list of identifiers
     let quoted = format!("\"{}\"", publication.replace('"', "\"\""));
-    let mut options = vec![("proto_version", "1".to_string()), ("publication_names", quoted)];
+    let mut options = vec![
+        ("proto_version", "1".to_string()),
+        ("publication_names", quoted),
+    ];
     if server_version_num >= MESSAGES {
         options.push(("messages", "false".to_string()));
     }
@@ -116,7 +146,11 @@ pub fn current_lsn(connection: &mut Connection) -> Result<Lsn, Error> {
         "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
          current_setting('wal_block_size')",
     )?;
-    let cell = |index: usize| rows.first().and_then(|row| row.get(index)).and_then(|cell| cell.as_deref());
+    let cell = |index: usize| {
+        rows.first()
+            .and_then(|row| row.get(index))
+            .and_then(|cell| cell.as_deref())
+    };
     let lsn: Option<Lsn> = cell(0).and_then(|text| text.parse().ok());
     let block: Option<u64> = cell(1).and_then(|text| text.parse().ok());
     match (lsn, block) {
@@ -139,7 +173,13 @@ mod tests {
 
     #[test]
     fn nothing_ends_inside_a_page_header() {
-        for (lsn, target) in [(0x2000, 0x2000), (0x2018, 0x2000), (0x2028, 0x2000), (0x2030, 0x2030), (0x3FF8, 0x3FF8)] {
+        for (lsn, target) in [
+            (0x2000, 0x2000),
+            (0x2018, 0x2000),
+            (0x2028, 0x2000),
+            (0x2030, 0x2030),
+            (0x3FF8, 0x3FF8),
+        ] {
             assert_eq!(page_start_if_in_header(Lsn(lsn), 0x2000), Lsn(target));
         }
     }

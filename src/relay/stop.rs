@@ -16,7 +16,11 @@ pub struct Stop {
 impl Default for Stop {
     fn default() -> Stop {
         let (sender, receiver) = bounded(0);
-        Stop { stopping: AtomicBool::new(false), sender: Mutex::new(Some(sender)), receiver }
+        Stop {
+            stopping: AtomicBool::new(false),
+            sender: Mutex::new(Some(sender)),
+            receiver,
+        }
     }
 }
 

@@ -75,8 +75,8 @@ fn a_stream_reads_back_as_it_was_published() {
 #[test]
 fn a_cluster_replicates_and_survives_its_leader() {
     let cluster = NatsCluster::start();
+    cluster.add_stream("s", &["e.>"]);
     let mut client = cluster.nodes[0].client();
-    client.add_stream_with(json!({ "name": "s", "subjects": ["e.>"], "num_replicas": 3 }));
     assert_eq!(client.publish("e.1", &[], b"1")["seq"], 1);
     let first = eventually("a leader", secs(20), || cluster.leader("s"));
     cluster.nodes[first].kill();
@@ -84,7 +84,10 @@ fn a_cluster_replicates_and_survives_its_leader() {
         cluster.leader("s").filter(|&leader| leader != first)
     });
     let mut client = cluster.nodes[second].client();
-    assert_eq!(client.publish("e.2", &[], b"2")["seq"], 2);
+    let ack = eventually("the new leader to be reached", secs(20), || {
+        client.try_publish("e.2", &[], b"2")
+    });
+    assert_eq!(ack["seq"], 2);
     cluster.nodes[first].start_again();
     assert_eq!(client.read_all("s").len(), 2);
 }

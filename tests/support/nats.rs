@@ -388,6 +388,22 @@ impl NatsCluster {
         );
     }
 
+    /// Makes a stream with three replicas and waits until it has a leader that every node reaches: until then
+    /// a publish is answered "no responders".
+    #[track_caller]
+    pub fn add_stream(&self, name: &str, subjects: &[&str]) {
+        let config = json!({ "name": name, "subjects": subjects, "num_replicas": 3 });
+        self.nodes[0].client().add_stream_with(config);
+        let probe = subjects[0].replace(['>', '*'], "probe");
+        for node in &self.nodes {
+            // an expectation that no stream meets: answered with an error, and never stored
+            let refused = [("Nats-Expected-Stream", "none")];
+            eventually("the stream to answer", START_DEADLINE, || {
+                node.impatient_client()?.try_publish(&probe, &refused, b"")
+            });
+        }
+    }
+
     /// The node that leads a stream, by its index; `None` while there is none.
     pub fn leader(&self, stream: &str) -> Option<usize> {
         let info = self.nodes.iter().find_map(|node| {

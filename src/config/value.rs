@@ -1,0 +1,267 @@
+//! What the values of settings must look like. Each function takes the text as typed; its error completes a
+//! sentence that begins with that text.
+
+use crate::outbox::mapper::TableName;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// Above this the window is larger than any server answers at once, and costs memory alone.
+pub(super) const INFLIGHT: RangeInclusive<usize> = 1..=65_536;
+/// Shorter than a network round trip under load it would end healthy sessions; longer than an hour it hides outages.
+pub(super) const ACK_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(3600);
+/// Shorter than a second there is no time for a single attempt to connect.
+pub(super) const MAX_OUTAGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::MAX;
+/// Postgres keeps the WAL of the whole span: a day is as much as a disk should be asked for by a flag.
+pub(super) const HOLD_BACK: RangeInclusive<Duration> =
+    Duration::ZERO..=Duration::from_secs(24 * 3600);
+/// Postgres' NAMEDATALEN less its terminator: longer names are cut off silently there.
+const MAX_NAME_BYTES: usize = 63;
+
+/// Source: `ReplicationSlotValidateName` in Postgres.
+pub(super) fn check_slot(name: &str) -> Result<(), String> {
+    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    if (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(legal) {
+        Ok(())
+    } else {
+        Err("is not a slot's name: 1 to 63 lower-case letters, digits and underscores".to_string())
+    }
+}
+
+pub(super) fn check_publication(name: &str) -> Result<(), String> {
+    if (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains('\0') {
+        Ok(())
+    } else {
+        Err("is not a publication's name: 1 to 63 bytes".to_string())
+    }
+}
+
+/// The subject of `-prefix` and `-nats-api-prefix`: tokens between dots, none of them empty or a wildcard.
+pub(super) fn check_subject(subject: &str) -> Result<(), String> {
+    let legal = |c: char| !c.is_whitespace() && !c.is_control() && c != '*' && c != '>';
+    if subject.split('.').any(str::is_empty) {
+        Err("has an empty part: it is one or more words with a dot between them".to_string())
+    } else if !subject.chars().all(legal) {
+        Err("holds white space, a control character or a wildcard".to_string())
+    } else {
+        Ok(())
+    }
+}
+
+pub(super) fn parse_inflight(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|n| INFLIGHT.contains(n));
+    number.ok_or_else(|| {
+        let (least, most) = INFLIGHT.into_inner();
+        format!("is not a whole number from {least} to {most}")
+    })
+}
+
+/// Go's duration syntax (`1h30m`, `1.5s`, `500ms`), and a plain number for seconds. Never negative.
+pub(super) fn parse_duration(text: &str) -> Option<Duration> {
+    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        return parse_duration(&format!("{text}s"));
+    }
+    let mut total: u128 = 0;
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let number_end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at_checked(number_end)?;
+        let unit_end = tail
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at_checked(unit_end)?;
+        rest = tail;
+        let unit_ns: u128 = match unit {
+            "ns" => 1,
+            "us" | "µs" | "μs" => 1_000,
+            "ms" => 1_000_000,
+            "s" => 1_000_000_000,
+            "m" => 60_000_000_000,
+            "h" => 3_600_000_000_000,
+            _ => return None,
+        };
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        if whole.is_empty() && fraction.is_empty() {
+            return None;
+        }
+        let digits = |text: &str| match text {
+            "" => Some(0),
+            text => text.parse::<u64>().ok().map(u128::from),
+        };
+        total += digits(whole)? * unit_ns;
+        total += digits(fraction)? * unit_ns / 10u128.checked_pow(fraction.len() as u32)?;
+    }
+    u64::try_from(total).ok().map(Duration::from_nanos)
+}
+
+pub(super) fn parse_duration_within(
+    text: &str,
+    range: RangeInclusive<Duration>,
+) -> Result<Duration, String> {
+    let Some(duration) = parse_duration(text) else {
+        return Err("is not a duration like 500ms, 10s, 1h30m or a number of seconds".to_string());
+    };
+    if range.contains(&duration) {
+        Ok(duration)
+    } else if duration < *range.start() {
+        Err(format!("is less than {:?}", range.start()))
+    } else {
+        Err(format!("is more than {:?}", range.end()))
+    }
+}
+
+/// Table names as SQL spells them, separated by commas: `outbox, shop."Outbox"`.
+pub(super) fn parse_tables(list: &str) -> Result<Vec<TableName>, String> {
+    let mut tables = Vec::new();
+    let mut rest = list.trim_start();
+    while !rest.is_empty() {
+        let (first, tail) = identifier(rest)?;
+        let (table, tail) = match tail.strip_prefix('.') {
+            None => (
+                TableName {
+                    schema: None,
+                    name: first,
+                },
+                tail,
+            ),
+            Some(tail) => {
+                let (name, tail) = identifier(tail.trim_start())?;
+                (
+                    TableName {
+                        schema: Some(first),
+                        name,
+                    },
+                    tail,
+                )
+            }
+        };
+        tables.push(table);
+        rest = match tail.strip_prefix(',') {
+            Some(tail) if !tail.trim_start().is_empty() => tail.trim_start(),
+            None if tail.is_empty() => tail,
+            _ => {
+                return Err(
+                    "is not a list of tables like outbox, shop.outbox or \"My Schema\".\"Outbox\""
+                        .to_string(),
+                );
+            }
+        };
+    }
+    Ok(tables)
+}
+
+/// Takes one SQL identifier and the blanks behind it off the front. Unquoted ones fold to lower case.
+///
+/// Source: <https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-IDENTIFIERS>.
+pub(super) fn identifier(text: &str) -> Result<(String, &str), String> {
+    let (name, rest) = match text.strip_prefix('"') {
+        Some(quoted) => {
+            let mut name = String::new();
+            let mut rest = quoted;
+            loop {
+                let (part, tail) = rest
+                    .split_once('"')
+                    .ok_or("has a double quote that is not closed")?;
+                name.push_str(part);
+                match tail.strip_prefix('"') {
+                    Some(tail) => {
+                        name.push('"');
+                        rest = tail;
+                    }
+                    None => break (name, tail),
+                }
+            }
+        }
+        None => {
+            let legal =
+                |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '$' || !c.is_ascii();
+            let end = text.find(|c| !legal(c)).unwrap_or(text.len());
+            let (name, rest) = text.split_at_checked(end).unwrap_or((text, ""));
+            if name.starts_with(|c: char| c.is_ascii_digit() || c == '$') {
+                return Err(format!("has the name {name}, which needs double quotes"));
+            }
+            (name.to_ascii_lowercase(), rest)
+        }
+    };
+    if name.is_empty() {
+        return Err("has an empty name, or a character that needs double quotes".to_string());
+    }
+    if name.len() > MAX_NAME_BYTES {
+        return Err(format!("has a name of over {MAX_NAME_BYTES} bytes"));
+    }
+    Ok((name, rest.trim_start()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        let ms = |ms| Some(Duration::from_millis(ms));
+        for (text, expect) in [
+            ("10s", ms(10_000)),
+            ("2m", ms(120_000)),
+            ("500ms", ms(500)),
+            ("1h30m", ms(5_400_000)),
+            ("1.5h", ms(5_400_000)),
+            ("1h15m30.918s", ms(4_530_918)),
+            (".5s", ms(500)),
+            ("1.s", ms(1000)),
+            ("+5s", ms(5000)),
+            ("0", ms(0)),
+            ("7", ms(7000)),
+            ("2.5", ms(2500)),
+            ("1us", Some(Duration::from_micros(1))),
+            ("1µs", Some(Duration::from_micros(1))),
+            ("1μs", Some(Duration::from_micros(1))),
+            ("1ns", Some(Duration::from_nanos(1))),
+            ("", None),
+            ("s", None),
+            (".", None),
+            (".s", None),
+            ("1.2.3s", None),
+            ("-1s", None),
+            ("+", None),
+            ("1d", None),
+            ("1s ", None),
+            ("1S", None),
+            ("1h30", None),
+            ("99999999999999999999s", None),
+            ("9999999999h", None),
+            (
+                "0.00000000000000000000000000000000000000000000000001s",
+                None,
+            ),
+        ] {
+            assert_eq!(parse_duration(text), expect, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn tables_are_read_as_sql_reads_them() {
+        let name = |schema: Option<&str>, name: &str| TableName {
+            schema: schema.map(str::to_string),
+            name: name.to_string(),
+        };
+        for (list, expect) in [
+            ("", vec![]),
+            ("outbox", vec![name(None, "outbox")]),
+            ("Shop.OutBox", vec![name(Some("shop"), "outbox")]),
+            (" a , b . c ", vec![name(None, "a"), name(Some("b"), "c")]),
+            (
+                "\"My Schema\".\"t,\"\".x\"",
+                vec![name(Some("My Schema"), "t,\".x")],
+            ),
+            ("Ärger$1", vec![name(None, "Ärger$1")]),
+        ] {
+            let found = parse_tables(list).unwrap();
+            assert_eq!(found, expect, "{list:?}");
+            let shown: Vec<String> = found.iter().map(TableName::to_string).collect();
+            assert_eq!(parse_tables(&shown.join(",")).unwrap(), expect, "{list:?}");
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Where the server is and how to get in: what libpq reads from a connection string and the environment.
+//!
+//! It reads and checks; certificates and the password file are opened by those who connect, each time anew.
+//! Sources: <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS>,
+//! <https://www.postgresql.org/docs/current/libpq-envars.html>.
+
+mod keyvalue;
+mod resolve;
+mod url;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A checked connection string. Neither `Debug` nor `Display` shows the password.
+#[derive(Clone)]
+pub struct ConnInfo {
+    pub(super) hosts: Vec<Host>,
+    pub(super) user: String,
+    pub(super) dbname: String,
+    pub(super) password: Option<String>,
+    password_inline: bool,
+    /// `None`: there is no home directory to look in.
+    pub(super) passfile: Option<PathBuf>,
+    pub(super) application_name: String,
+    pub(super) options: Option<String>,
+    pub(super) connect_timeout: Option<Duration>,
+    pub(super) target_session_attrs: TargetSessionAttrs,
+    pub(super) load_balance: bool,
+    pub(super) keepalives: Option<Keepalives>,
+    pub(super) tcp_user_timeout: Option<Duration>,
+    pub(super) tls: TlsInfo,
+    pub(super) channel_binding: ChannelBindingMode,
+    /// Methods that the server may ask for; `None`: any.
+    pub(super) require_auth: Option<Vec<AuthMethod>>,
+}
+
+/// One of the servers to try.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Host {
+    pub(super) address: Address,
+    pub(super) port: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Address {
+    /// `name` is the host as it was given, looked up unless `addr` is given too.
+    Tcp { name: String, addr: Option<IpAddr> },
+    /// The folder the server's socket is in; one starting with `@` is in the abstract namespace.
+    Unix { directory: String },
+}
+
+/// What kind of server will do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TargetSessionAttrs {
+    /// Every server.
+    Any,
+    /// One that accepts writes by default.
+    ReadWrite,
+    /// One that does not.
+    ReadOnly,
+    /// One that is not in hot standby mode.
+    Primary,
+    /// One that is.
+    Standby,
+    /// One that is, or if none of the hosts is, any.
+    PreferStandby,
+}
+
+/// How much TLS is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+/// TCP keepalives; `None` leaves a number to the system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Keepalives {
+    pub(super) idle: Option<Duration>,
+    pub(super) interval: Option<Duration>,
+    pub(super) count: Option<u32>,
+}
+
+/// Everything about TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TlsInfo {
+    pub(super) mode: SslMode,
+    pub(super) roots: Roots,
+    pub(super) certificate: OptionalFile,
+    pub(super) key: OptionalFile,
+    pub(super) sni: bool,
+    pub(super) min_version: TlsVersion,
+    pub(super) max_version: TlsVersion,
+}
+
+/// A file that was named, which must exist, or libpq's default, which need not. `None`: no home directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum OptionalFile {
+    Named(PathBuf),
+    Default(Option<PathBuf>),
+}
+
+/// Whom to believe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Roots {
+    /// `sslrootcert=system`: what the system trusts.
+    System,
+    File(OptionalFile),
+}
+
+/// Those that rustls speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum TlsVersion {
+    Tls12,
+    Tls13,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ChannelBindingMode {
+    Disable,
+    Prefer,
+    Require,
+}
+
+/// The authentication methods that this program has, as `require_auth` names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AuthMethod {
+    Password,
+    Md5,
+    Scram,
+    /// The server asks for nothing: trust, or a client certificate.
+    None,
+}
+
+/// What is wrong with a connection string. It never repeats a value that may be a password.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConnInfoError {
+    /// The `key=value` form is broken at this byte.
+    Syntax {
+        /// What stands there.
+        what: &'static str,
+        /// Counted from 0.
+        place: usize,
+    },
+    /// The URL is broken.
+    Url(&'static str),
+    /// A `%` that no two hexadecimal digits follow, `%00`, or bytes that are not UTF-8, and in which part.
+    Percent(&'static str),
+    /// Not a parameter of libpq.
+    UnknownParameter(String),
+    /// A parameter of libpq that this program cannot honour.
+    UnsupportedParameter(&'static str),
+    /// A value that the parameter cannot have, and those it can.
+    BadValue {
+        /// The parameter.
+        parameter: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// Two parameters that contradict each other, and why.
+    Conflict(&'static str),
+    /// No user was given, and the system does not know who runs this program.
+    NoUser,
+}
+
+impl fmt::Display for ConnInfoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("read the connection string: ")?;
+        match self {
+            ConnInfoError::Syntax { what, place } => write!(f, "{what}, at byte {place}"),
+            ConnInfoError::Url(what) => f.write_str(what),
+            ConnInfoError::Percent(part) => write!(
+                f,
+                "{part} has a `%` without two hexadecimal digits that make UTF-8; write a percent sign as %25"
+            ),
+            ConnInfoError::UnknownParameter(name) => write!(f, "unknown parameter {name:?}"),
+            ConnInfoError::UnsupportedParameter(name) => {
+                write!(f, "the parameter {name} is not supported by this program")
+            }
+            ConnInfoError::BadValue {
+                parameter,
+                value,
+                expected,
+            } => write!(f, "{parameter} is {value:?}, but must be {expected}"),
+            ConnInfoError::Conflict(what) => f.write_str(what),
+            ConnInfoError::NoUser => f.write_str("no user given; add one, or set PGUSER"),
+        }
+    }
+}
+
+impl std::error::Error for ConnInfoError {}
+
+impl ConnInfo {
+    /// Reads a `postgres://` URL or a `key=value` string; what it does not say is asked of `env` (the
+    /// environment of the process, or a test's), and then is libpq's default.
+    pub fn parse(
+        text: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<ConnInfo, ConnInfoError> {
+        let pairs = match url::strip_scheme(text) {
+            Some(rest) => url::parse(rest)?,
+            None => keyvalue::parse(text)?,
+        };
+        let mut given = BTreeMap::new();
+        for (key, value) in pairs {
+            given.insert(resolve::keyword(&key)?, value);
+        }
+        resolve::resolve(given, env)
+    }
+
+    /// The password stood in the connection string itself, where `ps` and shell histories show it.
+    pub fn has_password_inline(&self) -> bool {
+        self.password_inline
+    }
+
+    /// Who connects.
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
+    /// To which database.
+    pub fn dbname(&self) -> &str {
+        &self.dbname
+    }
+}
+
+impl fmt::Display for ConnInfo {
+    /// `user@host:port,host:port/db sslmode=prefer`: for logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@", self.user)?;
+        for (i, host) in self.hosts.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "," };
+            write!(f, "{separator}{host}")?;
+        }
+        write!(f, "/{} sslmode={}", self.dbname, self.tls.mode.name())
+    }
+}
+
+impl fmt::Debug for ConnInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ConnInfo({self})")
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let port = self.port;
+        match &self.address {
+            Address::Tcp { name, .. } if name.contains(':') => write!(f, "[{name}]:{port}"),
+            Address::Tcp { name, .. } => write!(f, "{name}:{port}"),
+            Address::Unix { directory } => write!(f, "{directory}:{port}"),
+        }
+    }
+}
+
+impl Host {
+    /// The path of the server's socket in `directory`.
+    pub(super) fn socket_path(&self, directory: &str) -> String {
+        format!("{directory}/.s.PGSQL.{}", self.port)
+    }
+}
+
+impl SslMode {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            SslMode::Disable => "disable",
+            SslMode::Allow => "allow",
+            SslMode::Prefer => "prefer",
+            SslMode::Require => "require",
+            SslMode::VerifyCa => "verify-ca",
+            SslMode::VerifyFull => "verify-full",
+        }
+    }
+}
+
+impl fmt::Display for TargetSessionAttrs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TargetSessionAttrs::Any => "any",
+            TargetSessionAttrs::ReadWrite => "read-write",
+            TargetSessionAttrs::ReadOnly => "read-only",
+            TargetSessionAttrs::Primary => "primary",
+            TargetSessionAttrs::Standby => "standby",
+            TargetSessionAttrs::PreferStandby => "prefer-standby",
+        })
+    }
+}
+
+impl AuthMethod {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            AuthMethod::Password => "password",
+            AuthMethod::Md5 => "md5",
+            AuthMethod::Scram => "scram-sha-256",
+            AuthMethod::None => "none",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,1 @@
+//! What connection strings mean, as tables.

@@ -1,0 +1,265 @@
+//! The command line of the real binary: what it prints, where, and the exit code. No server is reached.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// More than the slowest machine needs to start the program and give up on a closed port.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+struct Ended {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn command(args: &[&str], env: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
+    command
+        .args(args)
+        .env_clear()
+        .envs(env.iter().copied())
+        .stdin(Stdio::null());
+    command
+}
+
+/// Runs to the end, which comes within the deadline or fails the test.
+fn run(args: &[&str], env: &[(&str, &str)]) -> Ended {
+    let mut child = command(args, env)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = read_all(child.stdout.take().unwrap());
+    let stderr = read_all(child.stderr.take().unwrap());
+    let code = wait(&mut child);
+    Ended {
+        code,
+        stdout: stdout.recv_timeout(DEADLINE).unwrap(),
+        stderr: stderr.recv_timeout(DEADLINE).unwrap(),
+    }
+}
+
+fn read_all(mut from: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (done, text) = mpsc::channel();
+    thread::spawn(move || {
+        let mut text = String::new();
+        from.read_to_string(&mut text).unwrap();
+        done.send(text)
+    });
+    text
+}
+
+fn wait(child: &mut Child) -> Option<i32> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        if start.elapsed() > DEADLINE {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("the program did not end");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Flags that start the relay towards closed ports and end it soon.
+const CLOSED: [&str; 7] = [
+    "-db",
+    "host=127.0.0.1 port=1 dbname=d",
+    "-nats",
+    "127.0.0.1:1",
+    "-max-outage",
+    "1s",
+    "-drain",
+];
+
+fn start_line(args: &[&str], env: &[(&str, &str)]) -> String {
+    let ended = run(&[&CLOSED, args].concat(), env);
+    let mut lines = ended.stderr.lines();
+    let found = lines.find(|line| line.contains("starting"));
+    found.unwrap_or_else(|| panic!("{}", ended.stderr)).into()
+}
+
+#[test]
+fn version_and_help_go_to_standard_output() {
+    for (args, expect) in [
+        (&["--version"][..], "jetstream-outbox 0.1.0\n"),
+        (&["-version"], "jetstream-outbox 0.1.0\n"),
+        (&["--help"], "Usage: jetstream-outbox [flags]\n"),
+        (&["-help"], "Usage: jetstream-outbox [flags]\n"),
+        (&["-h"], "Usage: jetstream-outbox [flags]\n"),
+    ] {
+        let ended = run(args, &[]);
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+        assert!(ended.stdout.starts_with(expect), "{}", ended.stdout);
+    }
+}
+
+#[test]
+fn help_lists_every_flag_with_its_default() {
+    let help = run(&["--help"], &[]).stdout;
+    let words: Vec<&str> = help.split_whitespace().collect();
+    let help = words.join(" ");
+    for flag in [
+        "db",
+        "nats",
+        "creds",
+        "nats-nkey",
+        "nats-tls-ca",
+        "nats-tls-cert",
+        "nats-tls-key",
+        "nats-api-prefix",
+        "prefix",
+        "slot",
+        "publication",
+        "table",
+        "inflight",
+        "ack-timeout",
+        "max-outage",
+        "delivery",
+        "hold-back",
+        "drain",
+        "no-wait",
+        "logging",
+        "log-format",
+    ] {
+        let (_, text) = help.split_once(&format!(" --{flag} ")).expect(flag);
+        let own = text.split(" --").next().unwrap();
+        assert!(own.contains("(default"), "{flag}: {own}");
+    }
+}
+
+#[test]
+fn usage_errors_name_the_flag_and_end_with_what_to_do() {
+    for (args, env, code, expect) in [
+        (&[][..], &[][..], 64, &["-db", "pass -db postgres://"][..]),
+        (&["-no-such"], &[], 64, &["--no-such", "--help"]),
+        (&["-db"], &[], 64, &["--db needs a value", "--help"]),
+        (&["-drain=1"], &[], 64, &["--drain", "--help"]),
+        (
+            &["-db=host=h", "-inflight", "0"],
+            &[],
+            64,
+            &["-inflight", "\"0\"", "correct -inflight"],
+        ),
+        (
+            &["--db=host=h", "--slot=A"],
+            &[],
+            64,
+            &["-slot", "\"A\"", "correct -slot"],
+        ),
+        (
+            &["-db=host=h"],
+            &[("JETSTREAM_OUTBOX_HOLD_BACK", "soon")],
+            64,
+            &["\"soon\"", "correct JETSTREAM_OUTBOX_HOLD_BACK"],
+        ),
+        (
+            &["-db=host=h", "-creds=/nonexistent"],
+            &[],
+            78,
+            &["/nonexistent", "correct -creds"],
+        ),
+    ] {
+        let ended = run(args, env);
+        assert_eq!(ended.code, Some(code), "{args:?}: {}", ended.stderr);
+        assert_eq!(ended.stdout, "", "{args:?}");
+        for part in expect {
+            assert!(ended.stderr.contains(part), "{args:?}: {}", ended.stderr);
+        }
+        let last_line = ended.stderr.lines().last().unwrap();
+        assert!(last_line.contains(expect[expect.len() - 1]), "{last_line}");
+    }
+}
+
+#[test]
+fn both_spellings_reach_the_relay() {
+    for args in [
+        &["-prefix", "shop", "-inflight", "7"][..],
+        &["--prefix", "shop", "--inflight", "7"],
+        &["-prefix=shop", "-inflight=7"],
+        &["--prefix=shop", "--inflight=7"],
+    ] {
+        let line = start_line(args, &[]);
+        assert!(
+            line.contains(" prefix=shop ") && line.contains(" inflight=7 "),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn a_flag_beats_the_environment_which_beats_the_default() {
+    let env = [("JETSTREAM_OUTBOX_PREFIX", "from-env")];
+    for (args, env, expect) in [
+        (&[][..], &[][..], " prefix=events "),
+        (&[], &env, " prefix=from-env "),
+        (&["-prefix", "from-flag"], &env, " prefix=from-flag "),
+    ] {
+        let line = start_line(args, env);
+        assert!(line.contains(expect), "{line}");
+    }
+}
+
+#[test]
+fn each_log_line_is_one_object_with_log_format_json() {
+    let ended = run(&[&CLOSED[..], &["-log-format", "json"]].concat(), &[]);
+    assert!(!ended.stderr.is_empty());
+    for line in ended.stderr.lines() {
+        let object: serde_json::Value = serde_json::from_str(line).expect(line);
+        for key in ["time", "level", "msg"] {
+            assert!(object[key].is_string(), "{line}");
+        }
+    }
+}
+
+#[test]
+fn secrets_are_never_printed() {
+    let url = "postgres://u:sekret@127.0.0.1:1/d";
+    let pairs = "host=127.0.0.1 port=1 dbname=d password=sekret";
+    for (args, env) in [
+        (&["-db", url][..], &[][..]),
+        (&["-db", pairs], &[]),
+        (&["-db", pairs, "-nats", "nats://u:sekret@127.0.0.1:1"], &[]),
+        (&["-db", url, "-nats", "sekret@127.0.0.1:1"], &[]),
+        (&["-db", url, "-db", url, "-nats=sekret@http://x"], &[]),
+        (&[url], &[]),
+        (&["-dbx", url], &[]),
+        (&[&format!("-db{url}")], &[]),
+        (&[], &[("JETSTREAM_OUTBOX_DB", url)]),
+        (&["-db="], &[("PGPASSWORD", "sekret"), ("PGPORT", "1")]),
+    ] {
+        let args = [&["-max-outage=1s", "-drain", "-logging=debug"], args].concat();
+        let ended = run(&args, env);
+        assert!(!ended.stderr.is_empty(), "{args:?}");
+        for text in [ended.stdout, ended.stderr] {
+            assert!(!text.contains("sekret"), "{args:?}: {text}");
+        }
+    }
+}
+
+#[test]
+fn nobody_reading_standard_error_does_not_hold_the_program_up() {
+    for closed in [true, false] {
+        let (mut stderr, reader) = UnixStream::pair().unwrap();
+        let reader = (!closed).then_some(reader);
+        if reader.is_some() {
+            stderr.set_nonblocking(true).unwrap();
+            while stderr.write(&[b'x'; 4096]).is_ok() {}
+            stderr.set_nonblocking(false).unwrap();
+        }
+        let mut child = command(&CLOSED, &[])
+            .stdout(Stdio::null())
+            .stderr(OwnedFd::from(stderr))
+            .spawn()
+            .unwrap();
+        assert!(wait(&mut child).is_some(), "closed: {closed}: a signal");
+    }
+}

@@ -1,0 +1,7 @@
+//! Connecting, authenticating and streaming, against a real PostgreSQL.
+
+mod authentication;
+mod cluster;
+mod hosts;
+mod streaming;
+mod tls;
