@@ -2,6 +2,10 @@
 //!
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
+mod faults_nats;
+mod faults_postgres;
+mod faults_relay;
+mod faults_scenario;
 mod smoke;
 #[path = "../support/mod.rs"]
 mod support;
