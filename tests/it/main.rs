@@ -6,6 +6,10 @@ mod drain;
 mod payloads;
 mod rig;
 mod seed;
+mod faults_nats;
+mod faults_postgres;
+mod faults_relay;
+mod faults_scenario;
 mod smoke;
 mod subjects;
 #[path = "../support/mod.rs"]

@@ -206,6 +206,7 @@ fn the_oracle_finds_what_is_wrong() {
             .zip(1..)
             .map(|(id, seq)| StreamMessage {
                 seq,
+                time_ns: 0,
                 // capitals stand for a wrong subject, a trailing ! for a wrong body
                 subject: format!("events.{}", id.trim_end_matches('!')),
                 headers: vec![(

@@ -43,6 +43,8 @@ pub struct Message {
 pub struct StreamMessage {
     /// The stream's sequence number, from 1.
     pub seq: u64,
+    /// When the server stored it, by its clock: nanoseconds since 1970.
+    pub time_ns: u64,
     /// The subject it was published under.
     pub subject: String,
     /// Headers in wire order.
@@ -415,11 +417,12 @@ impl NatsClient {
                     continue; // the end of an earlier request
                 }
                 let reply = message.reply.unwrap_or_default();
-                let (seq, left) = consumer_reply(&reply)
+                let (seq, time_ns, left) = consumer_reply(&reply)
                     .ok_or_else(|| broken(format!("not a consumer's reply subject: {reply}")))?;
                 pending = left;
                 messages.push(StreamMessage {
                     seq,
+                    time_ns,
                     subject: message.subject,
                     headers: message.headers,
                     body: message.body,
@@ -436,10 +439,10 @@ impl NatsClient {
     }
 }
 
-/// Stream sequence and number of messages left, from
+/// Stream sequence, time and number of messages left, from
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>`, which may have the
 /// domain and the account's hash before the stream.
-fn consumer_reply(reply: &str) -> Option<(u64, u64)> {
+pub fn consumer_reply(reply: &str) -> Option<(u64, u64, u64)> {
     let mut words = reply.strip_prefix("$JS.ACK.")?.rsplit('.');
     // from the right, the form with a domain has a random token last
     let domain_form = reply.split('.').count() > 9;
@@ -447,6 +450,7 @@ fn consumer_reply(reply: &str) -> Option<(u64, u64)> {
         words.next();
     }
     let pending = words.next()?.parse().ok()?;
-    let seq = words.nth(2)?.parse().ok()?;
-    Some((seq, pending))
+    let time_ns = words.next()?.parse().ok()?;
+    let seq = words.nth(1)?.parse().ok()?;
+    Some((seq, time_ns, pending))
 }

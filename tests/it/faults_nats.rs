@@ -1,0 +1,116 @@
+//! Faults of nats-server: everything committed arrives once and in order, and nothing is confirmed before
+//! it is stored.
+
+use crate::faults_scenario::{NAME, Scenario};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+use crate::support::wait::{secs, throughout};
+use postgres::Client;
+use std::time::Duration;
+
+#[test]
+fn a_restarted_or_killed_nats_server_loses_repeats_and_reorders_nothing() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    for _ in 0..2 {
+        nats.restart();
+        run.wait_for_relay("a restart");
+        nats.kill();
+        run.wait_for_commits(100);
+        nats.start_again();
+        run.wait_for_relay("SIGKILL");
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+/// At such a pace the relay is often hit while it connects or reads back.
+#[test]
+fn a_nats_server_killed_again_and_again_loses_repeats_and_reorders_nothing() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0", "--inflight", "16"]);
+    for _ in 0..15 {
+        run.wait_for_commits(fastrand::u64(1..150));
+        nats.kill();
+        nats.start_again();
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+#[test]
+fn a_nats_server_frozen_for_half_a_minute_loses_repeats_and_reorders_nothing() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    nats.freeze();
+    throughout("the relay", secs(30), || relay.is_running());
+    nats.thaw();
+    run.wait_for_relay("30 s frozen");
+    run.finish(relay).assert_confirmed();
+}
+
+/// What stands in the socket of a frozen server is stored once it is thawed, after the relay has given the
+/// connection up: the fence alone keeps it from being a repeat.
+#[test]
+fn a_nats_server_frozen_beyond_the_ack_timeout_stores_no_late_copies() {
+    let nats = Nats::start();
+    let mut client = nats.client();
+    client.add_stream_with(serde_json::json!({
+        "name": NAME, "subjects": ["events.>"], "duplicate_window": 100_000_000,
+    }));
+    let run = Scenario::start_on(Postgres::start(), &[nats.port()], &[(NAME, "events.")]);
+    let relay = run.relay(&["--hold-back", "0", "--ack-timeout", "100ms"]);
+    run.wait_for_relay("the start");
+    for _ in 0..10 {
+        nats.freeze();
+        throughout("the relay", Duration::from_millis(fastrand::u64(50..600)), || relay.is_running());
+        nats.thaw();
+        run.wait_for_commits(50);
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+#[test]
+fn a_relay_that_starts_against_a_frozen_nats_server_waits_for_it() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    nats.freeze();
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_commits(1000);
+    relay.wait_for_log("WARN", secs(60));
+    nats.thaw();
+    run.wait_for_relay("frozen at the start");
+    run.finish(relay).assert_confirmed();
+}
+
+/// The walsender that serves the slot, and since when its session exists.
+fn walsender(client: &mut Client) -> Vec<String> {
+    let sql = "SELECT pid || ' since ' || backend_start FROM pg_stat_replication";
+    let rows = client.query(sql, &[]).expect("query pg_stat_replication");
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn three_minutes_of_back_pressure_do_not_cost_the_session_to_postgres() {
+    let pg = Postgres::builder().setting("wal_sender_timeout", "10s").build();
+    let nats = Nats::start();
+    nats.client().add_seed_stream();
+    let run = Scenario::start_on(pg, &[nats.port()], &[(NAME, "events.")]);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    let mut client = run.pg.client();
+    let before = walsender(&mut client);
+    assert_eq!(before.len(), 1);
+    nats.freeze();
+    run.commit_a_backlog();
+    throughout("the session", secs(180), || walsender(&mut client) == before);
+    nats.thaw();
+    run.wait_for_relay("three minutes of back pressure");
+    assert_eq!(walsender(&mut client), before);
+    let peak_kb = relay.rss_peak_kb().expect("the relay runs");
+    assert!(peak_kb < 32 * 1024, "resident set of {peak_kb} KiB");
+    run.finish(relay).assert_confirmed();
+}

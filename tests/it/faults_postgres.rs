@@ -1,0 +1,123 @@
+//! Faults of Postgres: everything committed arrives once and in order, and nothing is confirmed before it
+//! is stored.
+
+use crate::faults_scenario::{NAME, Scenario};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+use crate::support::wait::{eventually, secs};
+use std::time::{Duration, Instant};
+
+/// Postgres waits for its walsenders when it stops. What the relay takes to see it, and a checkpoint.
+const STOP_LIMIT: Duration = secs(20);
+
+type Fault = (&'static str, fn(&Postgres));
+
+const FAULTS: [Fault; 5] = [
+    ("a restart", Postgres::restart),
+    ("an immediate stop", |pg| {
+        pg.stop_immediate();
+        pg.start_again();
+    }),
+    ("SIGKILL", |pg| {
+        pg.kill();
+        pg.start_again();
+    }),
+    ("a checkpoint", |pg| pg.execute("CHECKPOINT")),
+    ("its walsender terminated", terminate_walsender),
+];
+
+fn terminate_walsender(pg: &Postgres) {
+    eventually("a walsender to terminate", secs(60), || pg.terminate_walsender() > 0);
+}
+
+#[test]
+fn faults_of_postgres_lose_repeat_and_reorder_nothing() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    for _ in 0..2 {
+        for (name, fault) in FAULTS {
+            fault(&run.pg);
+            run.wait_for_relay(name);
+        }
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+/// Each session begins with all that is held back: it is found stored, not published.
+#[test]
+fn faults_of_postgres_repeat_nothing_that_is_held_back() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&[]);
+    run.wait_for_relay("the start");
+    for (name, fault) in FAULTS {
+        fault(&run.pg);
+        run.wait_for_relay(name);
+    }
+    run.finish(relay).assert_held_back();
+}
+
+#[test]
+fn walsenders_terminated_at_any_moment_lose_repeat_and_reorder_nothing() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0", "--inflight", "16"]);
+    run.wait_for_relay("the start");
+    for _ in 0..10 {
+        run.wait_for_commits(fastrand::u64(1..200));
+        terminate_walsender(&run.pg);
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+/// A Postgres that shuts down waits until its walsenders have everything confirmed.
+#[test]
+fn postgres_stops_while_confirmations_are_held_back() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&[]);
+    for round in ["the start", "the first stop", "the second stop"] {
+        run.wait_for_relay(round);
+        assert_stops_in_time(&run.pg);
+        run.pg.start_again();
+    }
+    run.finish(relay).assert_held_back();
+}
+
+#[test]
+fn postgres_stops_while_jetstream_stands_still() {
+    stops_while_jetstream_stands_still(|_| {});
+}
+
+/// Then the relay does not even read what Postgres asks.
+#[test]
+fn postgres_stops_while_jetstream_stands_still_and_every_buffer_is_full() {
+    stops_while_jetstream_stands_still(Scenario::commit_a_backlog);
+}
+
+#[track_caller]
+fn stops_while_jetstream_stands_still(backlog: fn(&Scenario)) {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    nats.freeze();
+    run.wait_for_commits(200);
+    backlog(&run);
+    assert_stops_in_time(&run.pg);
+    run.pg.start_again();
+    nats.thaw();
+    run.wait_for_relay("a stop of Postgres");
+    run.finish(relay).assert_confirmed();
+}
+
+#[track_caller]
+fn assert_stops_in_time(pg: &Postgres) {
+    assert!(pg.slot_active(NAME), "there must be a walsender to wait for");
+    let start = Instant::now();
+    pg.stop_fast();
+    let took = start.elapsed();
+    assert!(took < STOP_LIMIT, "Postgres took {took:?} to stop");
+}

@@ -1,0 +1,161 @@
+//! Faults of the relay itself: killed, frozen, replaced, started again late.
+
+use crate::faults_scenario::{NAME, Scenario};
+use crate::support::nats::Nats;
+use crate::support::natsclient::{Message, NatsClient, StreamMessage, consumer_reply};
+use crate::support::postgres::Postgres;
+use crate::support::relay::Relay;
+use crate::support::wait::{eventually, secs, throughout};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+#[test]
+fn a_relay_killed_at_any_moment_loses_repeats_and_reorders_nothing() {
+    for hold_back in ["0", "150s"] {
+        let nats = Nats::start();
+        let run = Scenario::start(&nats);
+        let args = ["--hold-back", hold_back, "--inflight", "64"];
+        let mut relay = run.relay(&args);
+        for _ in 0..20 {
+            run.wait_for_commits(fastrand::u64(1..100));
+            relay.kill();
+            relay = run.relay(&args);
+        }
+        run.wait_for_relay("SIGKILL");
+        run.finish(relay);
+    }
+}
+
+/// The first relay has publishes under way when it is frozen. The second takes over once Postgres has given
+/// the first up; the first, thawed, may still send what it had, and then waits for its turn.
+#[test]
+fn a_frozen_relay_that_comes_back_repeats_and_reorders_nothing() {
+    let nats = Nats::start();
+    let run = start_with_short_window(&nats, json!({}));
+    let args = ["--hold-back", "0"];
+    let mut working = run.relay(&args);
+    let mut standby = run.relay(&args);
+    for round in 0..5 {
+        run.wait_for_commits(fastrand::u64(50..300));
+        working.freeze();
+        eventually("the walsender of the frozen relay to end", secs(60), || {
+            run.pg.terminate_walsender() > 0
+        });
+        run.wait_for_relay(&format!("takeover {round}"));
+        working.thaw();
+        run.wait_for_relay(&format!("the return of relay {round}"));
+        assert!(working.is_running(), "it becomes the standby");
+        std::mem::swap(&mut working, &mut standby);
+    }
+    standby.kill();
+    run.finish(working);
+}
+
+/// JetStream's own deduplication forgets within 100 ms, the least it allows.
+fn start_with_short_window(nats: &Nats, config: Value) -> Scenario {
+    let mut stream = json!({ "name": NAME, "subjects": ["events.>"], "duplicate_window": WINDOW.as_nanos() as u64 });
+    let fields = stream.as_object_mut().expect("an object");
+    fields.extend(config.as_object().expect("an object").clone());
+    nats.client().add_stream_with(stream);
+    Scenario::start_on(Postgres::start(), &[nats.port()], &[(NAME, "events.")])
+}
+
+const WINDOW: Duration = Duration::from_millis(100);
+
+/// With the default hold-back Postgres sends everything again at each start.
+#[test]
+fn a_relay_started_after_the_deduplication_window_repeats_nothing() {
+    let nats = Nats::start();
+    let run = start_with_short_window(&nats, json!({}));
+    let mut relay = run.relay(&[]);
+    for round in 0..6 {
+        run.wait_for_relay(&format!("start {round}"));
+        if round % 2 == 0 {
+            relay.term();
+            assert_eq!(relay.wait_exit(secs(30)), 0);
+        } else {
+            relay.kill();
+        }
+        let before = run.stored().expect("nats-server is up");
+        throughout("the window's end", 5 * WINDOW, || run.stored().is_ok_and(|now| now == before));
+        relay = run.relay(&[]);
+    }
+    run.finish(relay).assert_held_back();
+}
+
+/// What is consumed is gone from the stream, so its tail cannot be read back. While the relay runs it knows.
+#[test]
+fn a_consumed_work_queue_is_given_nothing_twice_when_connections_are_lost() {
+    consumed_work_queue(&[], |run, nats, _, round| match round % 2 {
+        0 => nats.restart(),
+        _ => eventually("the walsender to end", secs(60), || run.pg.terminate_walsender() > 0),
+    });
+}
+
+#[test]
+#[ignore = "needs the checkpoint"]
+fn a_consumed_work_queue_is_given_nothing_twice_when_the_relay_starts_again() {
+    consumed_work_queue(&[], |run, _, relay, _| {
+        relay.kill();
+        *relay = run.relay(&[]);
+    });
+}
+
+fn consumed_work_queue(
+    args: &[&str],
+    fault: impl Fn(&Scenario, &Nats, &mut Relay, u32),
+) {
+    let nats = Nats::start();
+    let mut run = start_with_short_window(&nats, json!({ "retention": "workqueue" }));
+    let mut relay = run.relay(args);
+    let mut consumed = BTreeMap::new();
+    for round in 0..6 {
+        run.wait_for_relay(&format!("fault {round}"));
+        consume(&mut nats.client(), &mut consumed);
+        fault(&run, &nats, &mut relay, round);
+    }
+    run.stop_writing();
+    let truth = run.truth();
+    let last = truth.last().and_then(|t| t.ids.last()).expect("the writers committed");
+    eventually("the last event to be consumed", secs(60), || {
+        consume(&mut nats.client(), &mut consumed);
+        consumed.values().any(|message| message.id() == last)
+    });
+    relay.term();
+    assert_eq!(relay.wait_exit(secs(30)), 0);
+    consume(&mut nats.client(), &mut consumed);
+    let consumed: Vec<StreamMessage> = consumed.into_values().collect();
+    run.judge(&truth, &[consumed]);
+}
+
+/// Takes and acknowledges all that is there. By sequence, since a message whose ack was lost comes again.
+fn consume(client: &mut NatsClient, consumed: &mut BTreeMap<u64, StreamMessage>) {
+    client.api(
+        &format!("CONSUMER.CREATE.{NAME}.worker"),
+        &json!({ "stream_name": NAME, "config": { "durable_name": "worker", "ack_policy": "explicit" } }),
+    );
+    for sid in 2.. {
+        let inbox = format!("_INBOX.worker{:016x}", fastrand::u64(..));
+        client.try_subscribe(&inbox, sid).expect("subscribe");
+        let call = format!("$JS.API.CONSUMER.MSG.NEXT.{NAME}.worker");
+        let fetch = json!({ "batch": 500, "no_wait": true }).to_string();
+        client.try_send(&call, &inbox, &[], fetch.as_bytes()).expect("ask for messages");
+        let mut taken = 0;
+        while taken < 500 {
+            let message = client.try_next().expect("messages or a status");
+            if message.status != 0 {
+                break;
+            }
+            let Message { subject, reply, headers, body, .. } = message;
+            let reply = reply.expect("a consumer's message has a reply subject");
+            let (seq, time_ns, _) = consumer_reply(&reply).expect("which tells its place");
+            client.try_send(&reply, "", &[], b"").expect("acknowledge");
+            consumed.insert(seq, StreamMessage { seq, time_ns, subject, headers, body });
+            taken += 1;
+        }
+        if taken == 0 {
+            return;
+        }
+    }
+}
