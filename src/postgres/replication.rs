@@ -145,6 +145,10 @@ pub struct ReplicationReader {
 impl ReplicationReader {
     /// The next message; waits for it without a deadline of its own. Who owns the writer keeps watch, and
     /// wakes this with [`ReplicationWriter::shutdown`]. `None`: the server has ended the copy.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it lends its message, which an Iterator cannot"
+    )]
     pub fn next(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {
         let Some(frame) = self.next_copy_frame()? else {
             return Ok(None);
