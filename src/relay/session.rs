@@ -21,7 +21,7 @@ use crate::jetstream::resume::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
 use crate::outbox::position::Source;
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
-use crate::postgres::{Connection, Lsn};
+use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -35,6 +35,8 @@ const WAKE_LIMIT: Duration = Duration::from_secs(3);
 const WAKE_INTERVAL: Duration = Duration::from_millis(10);
 /// How long Postgres may take to answer CopyDone; in the middle of a large transaction it does not.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+/// While JetStream takes nothing, whether Postgres shuts down is looked at this often.
+const SHUTDOWN_LOOK: Duration = Duration::from_secs(10);
 /// While draining, Postgres is asked this often how far it is: when idle it says so only now and then.
 const DRAIN_PING: Duration = Duration::from_millis(100);
 
@@ -142,6 +144,7 @@ impl<'a> Session<'a> {
             stop: self.stop,
             lineage: &lineage,
             upto: self.upto,
+            status_interval: feedback::status_interval(slot.wal_sender_timeout),
         };
         let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
         let outcome = threads.run(stream, &writer, link, core, store, &mut self.mapper);
@@ -194,6 +197,7 @@ struct Threads<'a> {
     stop: &'a Stop,
     lineage: &'a Lineage,
     upto: Option<Lsn>,
+    status_interval: Duration,
 }
 
 /// Why a session's threads ended, and what the publisher leaves.
@@ -236,27 +240,27 @@ impl Threads<'_> {
             mapper,
             upto: self.upto,
         };
-        let (read, published, fed_back) = thread::scope(|scope| {
+        let (read, published, fed_back, shuts_down) = thread::scope(|scope| {
             let source = &mut stream;
             let reader = spawn(scope, "reader", &ended_sender, move || reader.run(source));
             let publisher = spawn(scope, "publisher", &ended_sender, move || {
                 publisher.run(link)
             });
             let feedback = spawn(scope, "feedback", &ended_sender, move || {
-                feedback::run(writer, progress, &asks)
+                feedback::run(writer, progress, &asks, self.status_interval)
             });
 
-            self.wait(&ended, &asks_sender);
+            let mut shuts_down = self.wait(&ended, &asks_sender, progress);
             if reader.is_finished() && self.upto.is_some() {
                 // drained, perhaps: what was read is published however long it takes
-                self.wait(&ended, &asks_sender);
+                shuts_down = self.wait(&ended, &asks_sender, progress);
             }
             session_stop.begin();
             wake(&reader, progress, writer, &asks_sender);
             let read = reader.join();
             let published = publisher.join();
             drop(asks_sender);
-            (read, published, feedback.join())
+            (read, published, feedback.join(), shuts_down)
         });
 
         // a panic of the publisher takes the memory of the streams with it: they are read back as at a start
@@ -272,6 +276,7 @@ impl Threads<'_> {
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
             (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
+            _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
             (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Drained),
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
@@ -288,23 +293,39 @@ impl Threads<'_> {
         Outcome { result, left }
     }
 
-    /// Waits until a thread ends or the relay is asked to stop.
-    fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>) {
+    /// Waits until a thread ends, the relay is asked to stop, or Postgres is seen to shut down (`true`).
+    fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>, progress: &Progress) -> bool {
         let pings = if self.upto.is_some() {
             tick(DRAIN_PING)
         } else {
             never()
         };
+        let looks = tick(SHUTDOWN_LOOK);
         loop {
             select! {
-                recv(ended) -> _ => return,
-                recv(self.stop.channel()) -> _ => return,
+                recv(ended) -> _ => return false,
+                recv(self.stop.channel()) -> _ => return false,
                 recv(pings) -> _ => {
                     // a full channel: a status update is about to be sent anyway
                     let _ = asks.try_send(Ask::Ping);
                 }
+                recv(looks) -> _ => {
+                    if progress.back_pressure() > SHUTDOWN_LOOK && shuts_down(&self.config.db) {
+                        return true;
+                    }
+                }
             }
         }
+    }
+}
+
+/// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing
+/// from cannot even ask. But it refuses new connections.
+fn shuts_down(db: &ConnInfo) -> bool {
+    match Connection::connect(db) {
+        // cannot_connect_now: it cannot be starting up, as it serves us
+        Err(error) => error.sqlstate() == Some("57P03"),
+        Ok(_) => false,
     }
 }
 

@@ -33,7 +33,8 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
             )
             .expect("insert");
     }
-    rig.drain(&[]);
+    // the checkpoint has subjects of its own
+    rig.drain(&["-checkpoint=none"]);
 
     let stored = rig.messages();
     assert_eq!(stored.len(), rows.len(), "one message a row");
