@@ -36,7 +36,7 @@ const WAKE_INTERVAL: Duration = Duration::from_millis(10);
 /// How long Postgres may take to answer CopyDone; in the middle of a large transaction it does not.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// While JetStream takes nothing, whether Postgres shuts down is looked at this often.
-const SHUTDOWN_LOOK: Duration = Duration::from_secs(10);
+const SHUTDOWN_LOOK: Duration = Duration::from_secs(5);
 /// While draining, Postgres is asked this often how far it is: when idle it says so only now and then.
 const DRAIN_PING: Duration = Duration::from_millis(100);
 
@@ -123,6 +123,11 @@ impl<'a> Session<'a> {
         if let Err(trouble) = core.connected(routes, streams) {
             self.memory = core.into_memory();
             return Err(trouble.into());
+        }
+        let marks = core.marks(&lineage.source);
+        if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
+            self.memory = core.into_memory();
+            return Err(error.into());
         }
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),

@@ -7,6 +7,7 @@ mod faults_nats;
 mod faults_postgres;
 mod faults_relay;
 mod faults_scenario;
+mod operation;
 mod payloads;
 mod rig;
 mod seed;
