@@ -172,8 +172,28 @@ impl fmt::Display for MapError {
                 problem,
                 at,
             } => {
-                write!(f, "map row of {table} at {at}: column {column} {problem}")
+                write!(f, "map row of {table} at {at}: column {column} {problem}")?;
+                if problem.is_the_writers() {
+                    // Postgres skips a transaction whose commit record begins before the slot's position
+                    let behind = Lsn(at.0.saturating_add(1));
+                    write!(
+                        f,
+                        "; publish this transaction's events otherwise, then move the slot past it: \
+                         SELECT pg_replication_slot_advance('<slot>', '{behind}');"
+                    )?;
+                }
+                Ok(())
             }
+        }
+    }
+}
+
+impl ValueProblem {
+    /// The row was written so, and will be read so at every attempt.
+    fn is_the_writers(&self) -> bool {
+        match self {
+            ValueProblem::Null | ValueProblem::Empty | ValueProblem::NotUtf8 => true,
+            ValueProblem::UnchangedToast | ValueProblem::Binary | ValueProblem::NotBytea => false,
         }
     }
 }
@@ -181,14 +201,8 @@ impl fmt::Display for MapError {
 impl fmt::Display for ValueProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            ValueProblem::Null => {
-                "is NULL; declare it NOT NULL, and move the slot past this transaction with \
-                 pg_replication_slot_advance once its events are published otherwise"
-            }
-            ValueProblem::Empty => {
-                "is empty, which JetStream takes for no id; add a CHECK, and move the slot past this transaction with \
-                 pg_replication_slot_advance once its events are published otherwise"
-            }
+            ValueProblem::Null => "is NULL; declare it NOT NULL",
+            ValueProblem::Empty => "is empty, which JetStream takes for no id; add a CHECK",
             ValueProblem::UnchangedToast => {
                 "was not sent (unchanged TOAST), which an insert never leaves out; restart the relay"
             }
@@ -196,8 +210,7 @@ impl fmt::Display for ValueProblem {
                 "came in binary form, which the relay never asks for; check what stands between it and the server"
             }
             ValueProblem::NotUtf8 => {
-                "is not UTF-8; use a database encoding that Postgres converts to UTF-8, which SQL_ASCII is not, and move \
-                 the slot past this transaction with pg_replication_slot_advance once its events are published otherwise"
+                "is not UTF-8; use a database encoding that Postgres converts to UTF-8, which SQL_ASCII is not"
             }
             ValueProblem::NotBytea => {
                 "is no bytea in hex or escape form; check what stands between the relay and the server"
