@@ -48,6 +48,7 @@ pub struct Publisher<'a> {
     said: Repeated,
     report: Report,
     closing: Closing,
+    postponed: Option<Postponed>,
     next_look: Instant,
 }
 
@@ -72,6 +73,13 @@ pub struct Left {
     pub memory: Memory,
     /// The checkpoint.
     pub store: CheckpointStore,
+}
+
+/// An interrupt that waits until what was published before it is answered.
+struct Postponed {
+    interrupt: Interrupt,
+    /// Events that count as waiting and were never published.
+    held: usize,
 }
 
 /// Why [`Publisher::serve`] left a connection.
@@ -107,6 +115,7 @@ impl<'a> Publisher<'a> {
             said: Repeated::default(),
             report: Report::new(now),
             closing: Closing::No,
+            postponed: None,
             next_look: now + LOOK_INTERVAL,
         }
     }
@@ -149,6 +158,7 @@ impl<'a> Publisher<'a> {
     /// Works with one connection until it fails, or everything is done.
     fn serve(&mut self, link: &Link) -> Result<(), Interrupt> {
         let (idle, never_stops) = (never(), never());
+        self.postponed = None;
         loop {
             let now = Instant::now();
             while let Ok(message) = link.messages().try_recv() {
@@ -269,7 +279,23 @@ impl<'a> Publisher<'a> {
     }
 
     /// Publishes all that may go now, as one burst.
+    ///
+    /// An event that cannot be published interrupts once everything before it is answered: the connection
+    /// is dropped with what has not left yet, so each attempt would lose the same events again.
     fn publish(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
+        if self.postponed.is_none() {
+            self.publish_burst(link, now)?;
+        }
+        match self.postponed.take() {
+            Some(postponed) if self.core.waiting() <= postponed.held => Err(postponed.interrupt),
+            postponed => {
+                self.postponed = postponed;
+                Ok(())
+            }
+        }
+    }
+
+    fn publish_burst(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
         let mut burst = Vec::new();
         let outcome = loop {
             match self.core.next(now) {
@@ -286,11 +312,12 @@ impl<'a> Publisher<'a> {
                     if size > link.max_payload() {
                         let event =
                             format!("row {} of {} at {}", event.id, event.table, event.position);
-                        break Err(Interrupt::End(Error::TooLarge {
-                            event,
-                            size,
-                            limit: link.max_payload(),
-                        }));
+                        let limit = link.max_payload();
+                        self.postponed = Some(Postponed {
+                            interrupt: Interrupt::End(Error::TooLarge { event, size, limit }),
+                            held: 1,
+                        });
+                        break Ok(());
                     }
                     burst.push(publish);
                 }
@@ -300,10 +327,13 @@ impl<'a> Publisher<'a> {
                     }
                 }
                 Ok(Next::Nothing) => break Ok(()),
-                Err(trouble) => break self.trouble(Err(trouble)),
+                Err(trouble) => {
+                    let interrupt = self.trouble(Err(trouble)).err();
+                    self.postponed = interrupt.map(|interrupt| Postponed { interrupt, held: 0 });
+                    break Ok(());
+                }
             }
         };
-        // what was decided before the trouble goes out all the same: its answers are waited for, or read back
         if !burst.is_empty() {
             link.publish(burst);
         }
