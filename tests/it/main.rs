@@ -10,8 +10,10 @@ mod faults_scenario;
 mod operation;
 mod payloads;
 mod rig;
+mod secrets;
 mod seed;
 mod smoke;
+mod stops;
 mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
