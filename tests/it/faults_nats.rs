@@ -80,7 +80,7 @@ fn a_relay_that_starts_against_a_frozen_nats_server_waits_for_it() {
     nats.freeze();
     let relay = run.relay(&["--hold-back", "0"]);
     run.wait_for_commits(1000);
-    relay.wait_for_log("WARN", secs(60));
+    relay.wait_for_log("level=warn", secs(60));
     nats.thaw();
     run.wait_for_relay("frozen at the start");
     run.finish(relay).assert_confirmed();
