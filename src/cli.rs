@@ -86,6 +86,15 @@ pub struct Cli {
     /// keep WAL this long after its events were acknowledged, up to 24h (default 150s)
     #[argh(option)]
     pub hold_back: Option<String>,
+    /// key-value bucket that remembers how far each stream was, or none (default jetstream_outbox)
+    #[argh(option)]
+    pub checkpoint: Option<String>,
+    /// go on although a stream or the slot has lost events; to be given once (default off)
+    #[argh(switch)]
+    pub resume_anyway: bool,
+    /// go on after events of another Postgres system; to be given once (default off)
+    #[argh(switch)]
+    pub accept_new_system: bool,
     /// publish what was committed before the start, then exit (default off)
     #[argh(switch)]
     pub drain: bool,

@@ -19,7 +19,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 use value::{
-    ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_publication, check_slot, check_subject,
+    ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_publication, check_slot, check_subject, parse_bucket,
     parse_duration_within, parse_inflight, parse_tables,
 };
 
@@ -54,6 +54,12 @@ pub struct Config {
     pub delivery: Delivery,
     /// How long after its acknowledgement a transaction is confirmed to Postgres; zero: at once.
     pub hold_back: Duration,
+    /// The key-value bucket of the checkpoint; empty: none is kept.
+    pub checkpoint: String,
+    /// Events that were lost, here or there, are accepted as lost.
+    pub resume_anyway: bool,
+    /// A tail of another Postgres system is no reason to halt.
+    pub accept_new_system: bool,
     /// What is logged, and how.
     pub log: LogConfig,
     /// What an operator should be told once at the start.
@@ -234,6 +240,11 @@ impl Config {
             hold_back: from
                 .text("hold-back", cli.hold_back)
                 .parse(|text| parse_duration_within(text, HOLD_BACK))?,
+            checkpoint: from
+                .text("checkpoint", cli.checkpoint)
+                .parse(parse_bucket)?,
+            resume_anyway: from.switch("resume-anyway", cli.resume_anyway)?,
+            accept_new_system: from.switch("accept-new-system", cli.accept_new_system)?,
             log: LogConfig {
                 level: from.text("logging", cli.logging).one_of(&[
                     LevelFilter::Debug,
@@ -286,6 +297,15 @@ impl Config {
             ),
             ("delivery", Some(self.delivery.to_string())),
             ("hold-back", Some(format!("{:?}", self.hold_back))),
+            (
+                "checkpoint",
+                Some(match self.checkpoint.as_str() {
+                    "" => "none".to_string(),
+                    bucket => bucket.to_string(),
+                }),
+            ),
+            ("resume-anyway", on(self.resume_anyway)),
+            ("accept-new-system", on(self.accept_new_system)),
             ("drain", on(self.drain)),
             ("no-wait", on(self.no_wait)),
             (
@@ -374,10 +394,13 @@ mod tests {
             assert!(help[0].ends_with(&format!("(default {default})")), "{name}");
         }
         assert_eq!(
-            with(&[]).unwrap().summary().to_string(),
-            "db=h/ nats=localhost nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
+            load(&[], &["PGHOST=h", "PGUSER=u"])
+                .unwrap()
+                .summary()
+                .to_string(),
+            "db=\"u@h:5432/u sslmode=prefer\" nats=nats://localhost:4222 nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
              publication=jetstream_outbox inflight=1024 ack-timeout=5s max-outage=never \
-             delivery=exactly-once hold-back=150s logging=info log-format=text"
+             delivery=exactly-once hold-back=150s checkpoint=jetstream_outbox logging=info log-format=text"
         );
     }
 
@@ -386,8 +409,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let file = file.path().to_str().unwrap();
         for (flag, variable, first, second) in [
-            ("db", "DB", "host=a", "host=b"),
-            ("nats", "NATS", "a", "b:4222"),
+            ("db", "DB", "a", "b"),
+            ("nats", "NATS", "a", "b"),
             ("creds", "CREDS", file, "/dev/null"),
             ("nats-nkey", "NATS_NKEY", file, "/dev/null"),
             ("nats-tls-ca", "NATS_TLS_CA", file, "/dev/null"),
@@ -401,28 +424,42 @@ mod tests {
             ("max-outage", "MAX_OUTAGE", "60s", "never"),
             ("delivery", "DELIVERY", "at-least-once", "exactly-once"),
             ("hold-back", "HOLD_BACK", "0ns", "60s"),
+            ("checkpoint", "CHECKPOINT", "a", "none"),
             ("logging", "LOGGING", "debug", "error"),
             ("log-format", "LOG_FORMAT", "json", "text"),
         ] {
-            let variable = format!("JETSTREAM_OUTBOX_{variable}={first}");
-            let shown = |value: &str| match flag {
-                "db" => value.replace("host=", "") + "/",
+            let given = |value: &str| match flag {
+                "db" => format!("postgres://u@{value}/d"),
                 _ => value.to_string(),
             };
+            let shown = |value: &str| match flag {
+                "db" => format!("u@{value}:5432/d sslmode=prefer"),
+                "nats" => format!("nats://{value}:4222"),
+                _ => value.to_string(),
+            };
+            let variable = format!("JETSTREAM_OUTBOX_{variable}={}", given(first));
             let check = |args: &[&str], env: &[&str], expect: &str| {
                 let config = load(args, env).unwrap();
                 assert_eq!(setting(&config, flag), Some(shown(expect)), "{args:?}");
             };
             let env = [variable.as_str(), "PGHOST=h"];
             check(&[], &env, first);
-            check(&[&format!("-{flag}={second}")], &env, second);
+            check(&[&format!("-{flag}={}", given(second))], &env, second);
         }
         for flag in Cli::get_args_info().flags {
             let name = flag.long.trim_start_matches('-');
             let covered = DEFAULTS.iter().any(|(known, _)| *known == name)
                 || ["db", "creds", "nats-nkey", "publication", "table"].contains(&name)
                 || name.starts_with("nats-tls-")
-                || ["drain", "no-wait", "version", "help"].contains(&name);
+                || [
+                    "drain",
+                    "no-wait",
+                    "resume-anyway",
+                    "accept-new-system",
+                    "version",
+                    "help",
+                ]
+                .contains(&name);
             assert!(covered, "{name} is a new flag: add it to the table above");
         }
     }
@@ -432,7 +469,7 @@ mod tests {
         let config = load(
             &["-nats-tls-cert=/dev/null", "-creds="],
             &[
-                "PGSERVICE=s",
+                "PGHOST=h",
                 "JETSTREAM_OUTBOX_NATS_TLS_KEY=/dev/null",
                 "JETSTREAM_OUTBOX_NATS_NKEY=",
             ],
@@ -492,12 +529,12 @@ mod tests {
             ("slot", &long, "lower-case letters"),
             ("publication", "", "63 bytes"),
             ("publication", &long, "63 bytes"),
-            ("prefix", "", "empty part"),
-            ("prefix", "a..b", "empty part"),
-            ("prefix", "a.", "empty part"),
-            ("prefix", "a b", "white space"),
-            ("prefix", "a.>", "wildcard"),
-            ("prefix", "*", "wildcard"),
+            ("prefix", "", "empty token"),
+            ("prefix", "a..b", "empty token"),
+            ("prefix", "a.", "empty token"),
+            ("prefix", "a b", "cannot stand in a subject"),
+            ("prefix", "a.>", "cannot stand in a subject"),
+            ("prefix", "*", "cannot stand in a subject"),
             ("nats-api-prefix", "$JS.API.", "empty part"),
             ("nats-api-prefix", "$JS.*.API", "wildcard"),
             ("inflight", "0", "from 1 to 65536"),
@@ -511,6 +548,8 @@ mod tests {
             ("max-outage", "always", "not a duration"),
             ("hold-back", "25h", "more than 86400s"),
             ("hold-back", "-1s", "not a duration"),
+            ("checkpoint", "a b", "bucket's name"),
+            ("checkpoint", "a.b", "bucket's name"),
             ("delivery", "at-most-once", "exactly-once, at-least-once"),
             ("logging", "trace", "debug, info, warn, error"),
             ("log-format", "xml", "text, json"),
@@ -628,7 +667,6 @@ mod tests {
                 Some("u@h:5432/u sslmode=prefer"),
             ),
             ("postgres://u:se/kret@h/d", None),
-            ("postgres://u:p?sekret@h/d", None),
             ("mysql://u:sekret@h/d", None),
             ("sekret", None),
         ] {

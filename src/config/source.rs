@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// What a flag is when neither it nor its variable is given; a flag that is not here is then off or absent.
-pub(super) const DEFAULTS: [(&str, &str); 11] = [
+pub(super) const DEFAULTS: [(&str, &str); 12] = [
     ("nats", "localhost"),
     ("nats-api-prefix", "$JS.API"),
     ("prefix", "events"),
@@ -17,6 +17,7 @@ pub(super) const DEFAULTS: [(&str, &str); 11] = [
     ("max-outage", "never"),
     ("delivery", "exactly-once"),
     ("hold-back", "150s"),
+    ("checkpoint", "jetstream_outbox"),
     ("logging", "info"),
     ("log-format", "text"),
 ];

@@ -8,15 +8,16 @@
 //!
 //! | thread | what it may hang in | how long |
 //! | --- | --- | --- |
-//! | connect | name lookup, handshake | until the server moves or the connection breaks; [`MAX_HANGING`] a server |
+//! | connect | name lookup, handshake | until the server moves or the connection breaks; `MAX_HANGING` a server |
 //! | sender | `publish`, when the kernel's buffers are full | the same |
-//! | flusher | `flush`, which waits for a PONG | the same; [`MAX_FLUSHERS`] in the process |
+//! | flusher | `flush`, which waits for a PONG | the same; `MAX_FLUSHERS` in the process |
 //! | reaper | `close` | the same; counted with connect |
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
 //! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours. Should a thread
-//! still hang in the crate and hold one, the reconnect is let happen, as it is what frees that thread: nothing
-//! is published on it, and it ends at once.
+//! still hang in the crate and hold one, the reconnect is let happen, as it is what frees that thread once the
+//! server is back: nothing is published on it, and it ends at once. The crate's own flusher thread notices the
+//! flag after two minutes at the latest.
 #![allow(
     deprecated,
     reason = "every item of the crate is marked deprecated in favour of an async one"
@@ -26,8 +27,10 @@ use super::ack::{AckError, PubAck, parse_ack};
 use super::error::Error;
 use super::options::{Options, ServerUrl, UrlAuth};
 use super::probe::{ServerInfo, probe};
+use super::tunnel;
 use crate::outbox::batch::{Batch, EventSpans, OutboxEvent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
+use std::cell::RefCell;
 use std::fmt::Write;
 use std::io;
 use std::path::Path;
@@ -104,6 +107,7 @@ enum Work {
     Request {
         reply: String,
         subject: String,
+        headers: Option<nats::HeaderMap>,
         body: Vec<u8>,
     },
 }
@@ -123,6 +127,8 @@ pub struct Link {
     lost: Receiver<Error>,
     /// Kept until the crate's thread is done: it panics when it delivers to a receiver that is gone.
     subscription: Option<nats::Subscription>,
+    /// Sender and flusher.
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 /// What the link and its threads share.
@@ -177,6 +183,20 @@ impl Link {
     /// blocks; deadlines are the caller's.
     pub fn request(&self, token: u64, api: &str, body: Vec<u8>) {
         self.ask(format!("{}r{token}", self.inbox), api, body);
+    }
+
+    /// Publishes to a subject that must have been stored to last at sequence `last` (0: never), as a key-value
+    /// bucket's update is done (ADR-8); the PubAck comes as [`Incoming::Reply`].
+    pub fn put(&self, token: u64, subject: String, last: u64, body: Vec<u8>) {
+        let mut headers = nats::HeaderMap::new();
+        headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
+        let reply = format!("{}r{token}", self.inbox);
+        self.send(Work::Request {
+            reply,
+            subject,
+            headers: Some(headers),
+            body,
+        });
     }
 
     /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
@@ -249,6 +269,7 @@ impl Link {
         self.send(Work::Request {
             reply,
             subject,
+            headers: None,
             body,
         });
     }
@@ -268,15 +289,21 @@ impl Drop for Link {
         drop(self.work.take());
         let life = self.life.clone();
         let subscription = self.subscription.take();
+        let threads = std::mem::take(&mut self.threads);
         let presence = Presence::enter(&life.server);
         let reap = move || {
+            // they know first whether there is anything left to close
+            for thread in threads {
+                // a panic has been printed
+                let _ = thread.join();
+            }
             // close() also wakes the crate's threads, which a mere drop does not
             life.with(nats::Connection::close);
             life.hold().connection = None;
             drop(subscription);
             drop(presence);
         };
-        // without a thread to spare it is better to leak than to hang here: the closure is dropped by spawn
+        // without a thread to spare the closure is dropped here, which may take as long as the server likes
         if let Err(error) = thread::Builder::new()
             .name("nats-reaper".into())
             .spawn(reap)
@@ -347,6 +374,22 @@ impl Life {
             thread::sleep(RELEASE_PAUSE);
         }
         self.hold().connection = None;
+    }
+}
+
+thread_local! {
+    /// On the crate's client thread: the life that ends with it.
+    static CLIENT_THREAD: RefCell<Option<ClientThread>> = const { RefCell::new(None) };
+}
+
+/// Notices that the crate's client thread is gone, also when it panicked, which calls no callback: a later INFO of
+/// more than 4096 bytes does that to it.
+struct ClientThread(Arc<Life>);
+
+impl Drop for ClientThread {
+    fn drop(&mut self) {
+        self.0
+            .broke(self.0.lost("the client library's thread ended"));
     }
 }
 
@@ -445,8 +488,9 @@ fn connect_one(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
 /// Makes the connection; may hang, and is therefore called on a thread of its own.
 fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
     // most of the time, so that the probe's clearer words come before the caller's deadline
-    let probe_deadline = Instant::now() + options.connect_timeout * 3 / 4;
-    let (address, info) = probe(server, probe_deadline)?;
+    let started = Instant::now();
+    let greeting = probe(server, started + options.connect_timeout * 3 / 4)?;
+    let info = greeting.info.clone();
     let (lost, why) = bounded(1);
     let life = Arc::new(Life {
         server: server.to_string(),
@@ -455,22 +499,41 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         held: Mutex::default(),
     });
 
-    let tls = server.tls || options.tls_required || info.tls_required;
-    if tls && !info.tls_required && !info.tls_available {
-        return Err(Error::Tls {
-            server: life.server.clone(),
-            reason: "the server does not offer TLS".into(),
-        });
-    }
-    // certificates are issued to names; otherwise take the address that has just answered
-    let url = if tls {
-        format!("tls://{server}")
+    let made = crate_options(options, server, &life)?;
+    let (address, name) = if server.tls || options.tls_required || info.tls_required {
+        if !info.tls_required && !info.tls_available {
+            return Err(Error::Tls {
+                server: life.server.clone(),
+                reason: "the server does not offer TLS".into(),
+            });
+        }
+        let deadline = started + options.connect_timeout;
+        let on_end = life.clone();
+        let ended = move |reason: String| {
+            let server = on_end.server.clone();
+            // an alert is how a server refuses a client certificate, and it comes after the handshake
+            on_end.end(if reason.contains("alert") {
+                Error::Tls { server, reason }
+            } else {
+                Error::Lost { server, reason }
+            });
+        };
+        let tunnel = tunnel::open(options, server, greeting, deadline, ended)?;
+        (tunnel.address, tunnel.token)
     } else {
-        format!("nats://{address}")
+        // the address that has just answered, in place of a name that may have others
+        (greeting.address, options.name.clone())
     };
-    let connection = crate_options(options, server, tls, &life)?
-        .connect(url.as_str())
-        .map_err(|error| connect_error(&life.server, &info, tls, error))?;
+    let connection = match made.with_name(&name).connect(format!("nats://{address}")) {
+        Ok(connection) => connection,
+        Err(error) => {
+            let error = connect_error(&life.server, &info, error);
+            return Err(match why.try_recv() {
+                Ok(cause @ Error::Tls { .. }) => cause,
+                _ => error,
+            });
+        }
+    };
     let inbox = format!("{}.", connection.new_inbox());
     {
         let mut held = life.hold();
@@ -487,7 +550,7 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
     drop(connection);
 
     let (work, queue) = unbounded();
-    let link = Link {
+    let mut link = Link {
         info,
         inbox: inbox.clone(),
         api_prefix: options.api_prefix.clone(),
@@ -496,6 +559,7 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         messages: subscription.receiver().clone(),
         lost: why,
         subscription: Some(subscription),
+        threads: Vec::new(),
         life: life.clone(),
     };
     // a refused subscription is answered before the flush is
@@ -515,37 +579,50 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         spawned.map_err(|error| life.lost(format!("start a thread: {error}")))
     };
     let (sender_life, flusher_life) = (life.clone(), life.clone());
-    start(
-        "nats-sender",
-        Box::new(move || send_loop(&sender_life, inbox, &queue, &kick)),
-    )?;
-    if FLUSHERS.fetch_add(1, Ordering::SeqCst) < MAX_FLUSHERS {
-        let timeout = options.request_timeout;
-        start(
-            "nats-flusher",
-            Box::new(move || {
+    let send = move || send_loop(&sender_life, inbox, &queue, &kick);
+    link.threads.push(start("nats-sender", Box::new(send))?);
+    match Flusher::enter() {
+        Some(presence) => {
+            let timeout = options.request_timeout;
+            let flush = move || {
                 flush_loop(&flusher_life, &kicked, timeout);
-                FLUSHERS.fetch_sub(1, Ordering::SeqCst);
-            }),
-        )?;
-    } else {
-        FLUSHERS.fetch_sub(1, Ordering::SeqCst);
-        log::warn!(
+                drop(presence);
+            };
+            link.threads.push(start("nats-flusher", Box::new(flush))?);
+        }
+        None => log::warn!(
             "flush publishes to NATS: {MAX_FLUSHERS} earlier flushes still hang; going on without, at up to 5 ms more per publish"
-        );
+        ),
     }
     Ok(link)
 }
 
+/// Counts the flusher threads.
+struct Flusher;
+
 static FLUSHERS: AtomicUsize = AtomicUsize::new(0);
+
+impl Flusher {
+    fn enter() -> Option<Flusher> {
+        let count = FLUSHERS.fetch_add(1, Ordering::SeqCst);
+        let flusher = Flusher;
+        // dropping it counts down again
+        (count < MAX_FLUSHERS).then_some(flusher)
+    }
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        FLUSHERS.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 fn crate_options(
     options: &Options,
     server: &ServerUrl,
-    tls: bool,
     life: &Arc<Life>,
 ) -> Result<nats::Options, Error> {
-    let mut made = match (&server.auth, &options.creds, &options.nkey) {
+    let made = match (&server.auth, &options.creds, &options.nkey) {
         (Some(UrlAuth::UserPassword(user, password)), ..) => {
             nats::Options::with_user_pass(user, password)
         }
@@ -568,28 +645,22 @@ fn crate_options(
         }
         (None, None, None) => nats::Options::new(),
     };
-    if tls {
-        if let Some(path) = &options.tls_ca {
-            pem("certificate authority file", path, "CERTIFICATE")?;
-            made = made.add_root_certificate(path);
-        }
-        if let (Some(cert), Some(key)) = (&options.tls_cert, &options.tls_key) {
-            pem("client certificate file", cert, "CERTIFICATE")?;
-            pem("client key file", key, "PRIVATE KEY")?;
-            made = made.client_cert(cert, key);
-        }
-    } else {
-        // the crate loads the system's certificates unless it is given a file, and fails where they are missing
-        made = made.add_root_certificate("/dev/null");
-    }
     let on_error = life.clone();
     let on_disconnect = life.clone();
+    let on_thread = life.clone();
     Ok(made
-        .with_name(&options.name)
-        .tls_required(tls)
+        // the crate loads the system's certificates unless it is given a file, and fails where they are missing
+        .add_root_certificate("/dev/null")
         .reconnect_buffer_size(0)
         .max_reconnects(None)
-        .reconnect_delay_callback(|attempts| RECONNECT_DELAY * u32::from(attempts > 0))
+        // the first callback on the client thread
+        .reconnect_delay_callback(move |attempts| {
+            let of_thread = || ClientThread(on_thread.clone());
+            CLIENT_THREAD.with_borrow_mut(|slot| {
+                slot.get_or_insert_with(of_thread);
+            });
+            RECONNECT_DELAY * u32::from(attempts > 0)
+        })
         .error_callback(move |error| {
             on_error.end(server_error(&on_error.server, &error.to_string()));
         })
@@ -612,25 +683,8 @@ fn malformed(what: &'static str, path: &Path, reason: &str) -> Error {
     }
 }
 
-/// The crate reads the file itself, but names it in no error.
-fn pem(what: &'static str, path: &Path, kind: &str) -> Result<(), Error> {
-    let text = read(what, path)?;
-    let found = text
-        .lines()
-        .any(|line| line.starts_with("-----BEGIN ") && line.ends_with(&format!("{kind}-----")));
-    if found {
-        Ok(())
-    } else {
-        Err(malformed(
-            what,
-            path,
-            &format!("expected PEM with a {kind} section"),
-        ))
-    }
-}
-
 /// What the crate's error on connecting means.
-fn connect_error(server: &str, info: &ServerInfo, tls: bool, error: io::Error) -> Error {
+fn connect_error(server: &str, info: &ServerInfo, error: io::Error) -> Error {
     let text = error.to_string();
     let server = server.to_string();
     // the crate shows an -ERR as: unexpected line while connecting: Err("Authorization Violation")
@@ -641,10 +695,6 @@ fn connect_error(server: &str, info: &ServerInfo, tls: bool, error: io::Error) -
         Some(said) => match server_error(&server, &said) {
             Error::Lost { server, reason } => Error::Refused { server, reason },
             other => other,
-        },
-        None if tls && (text.contains("TLS") || text.contains("certificate")) => Error::Tls {
-            server,
-            reason: text,
         },
         None if info.auth_required => Error::Refused {
             server,
@@ -689,9 +739,10 @@ fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<(
             Work::Request {
                 reply,
                 subject,
+                headers,
                 body,
             } => connection
-                .publish_request(&subject, &reply, body)
+                .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
                 .map_err(|error| life.lost(error.to_string())),
         });
         match sent {

@@ -129,7 +129,11 @@ impl fmt::Display for Error {
                 server,
                 what,
                 after,
-            } => write!(f, "connect to NATS at {server}: {what} within {after:?}"),
+            } => write!(
+                f,
+                "connect to NATS at {server}: {what} within {:.1} s",
+                after.as_secs_f32()
+            ),
             Error::NotNats { server, reason } => {
                 write!(f, "connect to NATS at {server}: {reason}")
             }

@@ -1,8 +1,9 @@
 //! JetStream as the relay uses it.
 //!
 //! [`client`] is the only place that names the `nats` crate; [`probe`] looks at a server before it does;
-//! [`options`] say where NATS is; [`ack`] reads PubAcks and errors; [`streams`] knows which stream captures a
-//! subject, [`preflight`] whether a stream can carry the promises; [`chain`] and [`resume`] are the fence and the resume.
+//! [`tunnel`] is TLS; [`options`] say where NATS is; [`ack`] reads PubAcks and errors; [`streams`] knows which
+//! stream captures a subject, [`preflight`] whether a stream can carry the promises; [`chain`] and [`resume`] are
+//! the fence and the resume.
 
 pub mod ack;
 pub mod chain;
@@ -13,6 +14,7 @@ pub mod preflight;
 pub mod probe;
 pub mod resume;
 pub mod streams;
+pub mod tunnel;
 
 pub use error::Error;
 

@@ -1,7 +1,7 @@
 //! Looks at a server before the `nats` crate does.
 //!
 //! The crate connects and reads without deadlines, and fails or panics on an INFO of more than 4096 bytes. A
-//! connection of our own, closed after the INFO, turns a frozen, silent or foreign server into a clear
+//! connection of our own, which TLS goes on with and which is closed otherwise, turns a frozen, silent or foreign server into a clear
 //! error and leaves no thread behind. Follows <https://docs.nats.io/reference/reference-protocols/nats-protocol#info>.
 
 use super::error::Error;
@@ -45,8 +45,21 @@ pub struct ServerInfo {
     pub auth_required: bool,
 }
 
+/// A server that answered.
+#[derive(Debug)]
+pub struct Greeting {
+    /// Which of the name's addresses.
+    pub address: SocketAddr,
+    /// What the server said of itself.
+    pub info: ServerInfo,
+    /// The INFO line as it came.
+    pub line: Vec<u8>,
+    /// The connection, on which nothing has been said yet.
+    pub stream: TcpStream,
+}
+
 /// Resolves the server's name and asks each address for its INFO, until one answers or `deadline` has passed.
-pub fn probe(server: &ServerUrl, deadline: Instant) -> Result<(SocketAddr, ServerInfo), Error> {
+pub fn probe(server: &ServerUrl, deadline: Instant) -> Result<Greeting, Error> {
     let unreachable = |source| Error::Unreachable {
         server: server.to_string(),
         source,
@@ -65,14 +78,14 @@ pub fn probe(server: &ServerUrl, deadline: Instant) -> Result<(SocketAddr, Serve
         let left = deadline.saturating_duration_since(Instant::now());
         let share = left / u32::try_from(count - index).unwrap_or(u32::MAX);
         match ask(server, address, share) {
-            Ok(info) => return Ok((address, info)),
+            Ok(greeting) => return Ok(greeting),
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<ServerInfo, Error> {
+fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Greeting, Error> {
     let timeout = |what| Error::Timeout {
         server: server.to_string(),
         what,
@@ -122,7 +135,7 @@ fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Server
             }
             Ok(n) => {
                 let new = chunk.get(..n).unwrap_or_default();
-                // what follows the line is the crate's business, on its own connection
+                // a server says nothing more before it is spoken to
                 match new.iter().position(|&byte| byte == b'\n') {
                     Some(end) => line.extend_from_slice(new.get(..=end).unwrap_or_default()),
                     None => line.extend_from_slice(new),
@@ -154,7 +167,12 @@ fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Server
             "headers are off, and the relay needs them: use NATS 2.2 or newer without `no_header_support`".into(),
         ));
     }
-    Ok(info)
+    Ok(Greeting {
+        address,
+        info,
+        line,
+        stream,
+    })
 }
 
 fn not_nats(server: &ServerUrl, reason: String) -> Error {

@@ -185,6 +185,18 @@ pub enum Conflict {
 }
 
 impl Lineage {
+    /// Whether a position lies in the part of the log that this server has too.
+    pub fn shares(&self, at: &SourcePosition) -> bool {
+        let branch = self
+            .switch_points
+            .iter()
+            .find(|(timeline, _)| *timeline == at.source.timeline);
+        at.source.slot == self.source.slot
+            && at.source.system_id == self.source.system_id
+            && (at.source.timeline == self.source.timeline
+                || branch.is_some_and(|(_, lsn)| at.position.commit_lsn < *lsn))
+    }
+
     /// What a search says about the stream, seen from this server.
     ///
     /// With `accept_new_system` a tail of another system proves nothing and hinders nothing.

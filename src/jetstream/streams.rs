@@ -11,6 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer};
 use serde_json::json;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 /// A request of the JetStream API: the subject behind the API prefix, and the body.
@@ -52,9 +53,8 @@ pub struct StreamConfig {
     pub sealed: bool,
     /// At a limit: `old` drops the oldest message, `new` refuses the publish.
     pub discard: String,
-    /// The largest message in bytes, headers included; −1 for no limit.
-    #[serde(deserialize_with = "null_as_default")]
-    pub max_msg_size: Option<i64>,
+    /// The largest message in bytes, headers included; −1 or 0 for no limit.
+    pub max_msg_size: i64,
     /// At most so many messages; −1 for no limit.
     pub max_msgs: i64,
     /// At most so many bytes; −1 for no limit.
@@ -87,8 +87,8 @@ pub struct StreamState {
     pub last_ts: String,
 }
 
-/// A message read back from a stream. The body's bytes are not kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A message read back from a stream.
+#[derive(Clone, PartialEq, Eq)]
 pub struct StoredMessage {
     /// The subject it was published on.
     pub subject: String,
@@ -98,8 +98,20 @@ pub struct StoredMessage {
     pub time: String,
     /// Its headers in order, names as written.
     pub headers: Vec<(String, String)>,
-    /// How many bytes the body has.
-    pub data_len: usize,
+    /// The body.
+    pub data: Vec<u8>,
+}
+
+impl fmt::Debug for StoredMessage {
+    /// Names the message; the body never reaches a log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoredMessage")
+            .field("subject", &self.subject)
+            .field("seq", &self.seq)
+            .field("headers", &self.headers)
+            .field("data_len", &self.data.len())
+            .finish()
+    }
 }
 
 impl StoredMessage {
@@ -148,6 +160,18 @@ pub fn parse_info(body: &[u8]) -> Result<Option<StreamInfo>, AckError> {
     none_if(10059, parse(body))
 }
 
+/// Asks for a new key-value bucket with one value a key (ADR-8); [`parse_info`] reads the answer.
+pub fn create_bucket_request(bucket: &str, replicas: u32) -> Request {
+    let name = format!("KV_{bucket}");
+    let body = json!({
+        "name": name, "subjects": [format!("$KV.{bucket}.>")], "storage": "file", "retention": "limits",
+        "max_msgs_per_subject": 1, "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_msg_size": -1,
+        "discard": "new", "num_replicas": replicas.max(1), "duplicate_window": 120_000_000_000_i64,
+        "deny_delete": true, "allow_rollup_hdrs": true, "allow_direct": true,
+    });
+    (format!("STREAM.CREATE.{name}"), body.to_string().into())
+}
+
 /// Asks for a stream's last message on a subject, which may have wildcards.
 pub fn last_message_request(stream: &str, subject: &str) -> Request {
     let body = json!({ "last_by_subj": subject });
@@ -192,7 +216,7 @@ pub fn parse_message(body: &[u8]) -> Result<Option<StoredMessage>, AckError> {
         seq: message.seq,
         time: message.time,
         headers: parse_headers(&decode(&message.hdrs)?),
-        data_len: decode(&message.data)?.len(),
+        data: decode(&message.data)?,
     }))
 }
 
@@ -422,7 +446,7 @@ mod tests {
                     storage: "file".into(),
                     num_replicas: 1,
                     discard: "old".into(),
-                    max_msg_size: Some(100),
+                    max_msg_size: 100,
                     max_msgs: -1,
                     max_bytes: -1,
                     duplicate_window: 120_000_000_000,
@@ -475,7 +499,7 @@ mod tests {
         let body = br#"{"type":"x","message":{"subject":"events.a","seq":2,"hdrs":"TkFUUy8xLjANCk5hdHMtTXNnLUlkOiB4DQpGb286IGJhcg0KDQo=","data":"e30=","time":"2026-11-23T09:26:06.878692928Z"}}"#;
         let message = parse_message(body).unwrap().unwrap();
         assert_eq!(
-            (message.subject.as_str(), message.seq, message.data_len),
+            (message.subject.as_str(), message.seq, message.data.len()),
             ("events.a", 2, 2)
         );
         assert_eq!(message.header("nats-msg-id"), Some("x"));

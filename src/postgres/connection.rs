@@ -15,6 +15,7 @@ use bytes::BytesMut;
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::message::backend::{DataRowBody, Message};
 use postgres_protocol::message::frontend;
+use rustls::{ClientConfig, ClientConnection};
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
@@ -45,8 +46,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Tries the hosts of `info` in turn. A host that cannot be reached, is not ready (57P03) or is of the
-    /// wrong kind leads to the next one; a host that refuses us ends the search, as in libpq.
+    /// Tries the hosts of `info` in turn. A host that cannot be reached or trusted, is not ready (57P03) or is of
+    /// the wrong kind leads to the next one; a host that refuses us ends the search, as in libpq.
     ///
     /// # Errors
     /// [`Error::Connect`], with what every host that was tried has said.
@@ -332,6 +333,7 @@ fn shuffle<T>(list: &mut [T]) {
 fn next_may_help(error: &Error) -> bool {
     match error {
         Error::Io { .. }
+        | Error::Tls { .. }
         | Error::Timeout { .. }
         | Error::Closed { .. }
         | Error::WrongSession(_) => true,
@@ -410,45 +412,54 @@ fn connect_address(
     address: &SockAddr,
     deadline: &Deadline,
 ) -> Result<Connection, Error> {
-    let attempt = |tls| start_session(info, host, address, tls, deadline);
     // over a Unix socket there is nobody in between, and Postgres offers no TLS
     let mode = match address.as_socket() {
         Some(_) => info.tls.mode,
         None => SslMode::Disable,
     };
-    match mode {
-        SslMode::Disable => attempt(Tls::Never),
-        SslMode::Allow => attempt(Tls::Never).or_else(|first| match first.sqlstate() {
-            Some(INVALID_AUTHORIZATION) => second_try(first, attempt(Tls::Always)),
-            _ => Err(first),
-        }),
-        SslMode::Prefer => attempt(Tls::IfOffered).or_else(|first| {
-            // pg_hba.conf may have a line for sessions without TLS only. A wrong password (28P01) is no reason
-            // to send it once more in clear
-            let refused = first.sqlstate() == Some(INVALID_AUTHORIZATION);
-            match first {
-                Error::Tls { .. } => second_try(first, attempt(Tls::Never)),
-                _ if refused => second_try(first, attempt(Tls::Never)),
-                _ => Err(first),
-            }
-        }),
-        _ => attempt(Tls::Always),
+    let plain = || start_session(info, host, address, Tls::Never, deadline);
+    if mode == SslMode::Disable {
+        return plain();
     }
+    // a file that cannot be read is an error of its own, and no reason to do without TLS
+    let config = tls::client_config(&info.tls)?;
+    let over_tls = |tls: fn(Arc<ClientConfig>) -> Tls| {
+        start_session(info, host, address, tls(config.clone()), deadline)
+    };
+    match mode {
+        SslMode::Allow => match plain() {
+            Err(first) if is_refusal(&first) => second_try(first, over_tls(Tls::Always)),
+            result => result,
+        },
+        // a wrong password (28P01) is no reason to send it once more, in clear
+        SslMode::Prefer => match over_tls(Tls::IfOffered) {
+            Err(first) if is_refusal(&first) || matches!(first, Error::Tls { .. }) => {
+                second_try(first, plain())
+            }
+            result => result,
+        },
+        _ => over_tls(Tls::Always),
+    }
+}
+
+/// pg_hba.conf may have a line for sessions with TLS only, or for those without.
+fn is_refusal(error: &Error) -> bool {
+    error.sqlstate() == Some(INVALID_AUTHORIZATION)
 }
 
 /// The second failure counts, unless it only says that the second way is closed, too.
 fn second_try(first: Error, second: Result<Connection, Error>) -> Result<Connection, Error> {
     match second {
-        Err(error) if error.sqlstate() == Some(INVALID_AUTHORIZATION) => Err(first),
+        Err(error) if is_refusal(&error) => Err(first),
         result => result,
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Whether to ask for TLS, and whether to go on if there is none.
 enum Tls {
     Never,
-    IfOffered,
-    Always,
+    IfOffered(Arc<ClientConfig>),
+    Always(Arc<ClientConfig>),
 }
 
 fn start_session(
@@ -459,13 +470,21 @@ fn start_session(
     deadline: &Deadline,
 ) -> Result<Connection, Error> {
     let socket = open_socket(info, address, deadline)?;
-    let peer = address.as_socket().map(|address| address.ip());
+    let config = match tls {
+        Tls::Never => None,
+        Tls::IfOffered(config) => server_offers_tls(&socket, deadline)?.then_some(config),
+        Tls::Always(config) if server_offers_tls(&socket, deadline)? => Some(config),
+        Tls::Always(_) => {
+            return Err(Error::Tls {
+                doing: "ask for TLS".into(),
+                source: "the server does not offer it, but sslmode requires it".into(),
+            });
+        }
+    };
     let mut end_point = None;
-    let stream = match (&host.address, peer) {
-        (Address::Tcp { name, .. }, Some(peer))
-            if tls != Tls::Never && server_offers_tls(&socket, tls, deadline)? =>
-        {
-            let session = start_tls(&socket, info, name, peer, deadline)?;
+    let stream = match (config, &host.address, address.as_socket()) {
+        (Some(config), Address::Tcp { name, .. }, Some(peer)) => {
+            let session = start_tls(&socket, &config, info, name, peer.ip(), deadline)?;
             end_point = tls::server_end_point(&session);
             Stream::tls(socket, session)
         }
@@ -478,17 +497,13 @@ fn start_session(
         backend_pid: 0,
         peer: host.to_string(),
     };
-    let from_file;
     let password = match &info.password {
-        Some(password) => Some(password.as_str()),
-        None => {
-            from_file = passfile::look_up(info, host);
-            from_file.as_deref()
-        }
+        Some(password) => Some(password.clone()),
+        None => passfile::look_up(info, host),
     };
     let authentication = Authentication {
         user: &info.user,
-        password,
+        password: password.as_deref(),
         mode: info.channel_binding,
         allowed: info.require_auth.as_deref(),
         tls: connection.stream.tls_description().is_some(),
@@ -539,7 +554,7 @@ fn open_socket(info: &ConnInfo, address: &SockAddr, deadline: &Deadline) -> Resu
 
 /// Asks for TLS. The answer is read as one byte and nothing behind it, so that bytes which somebody put in
 /// before the handshake end up in the handshake, and not in the session (CVE-2021-23222).
-fn server_offers_tls(socket: &Socket, tls: Tls, deadline: &Deadline) -> Result<bool, Error> {
+fn server_offers_tls(socket: &Socket, deadline: &Deadline) -> Result<bool, Error> {
     let deadline = deadline.doing("ask for TLS");
     let mut bytes = BytesMut::new();
     frontend::ssl_request(&mut bytes);
@@ -554,11 +569,7 @@ fn server_offers_tls(socket: &Socket, tls: Tls, deadline: &Deadline) -> Result<b
         .map_err(|source| deadline.error(source))?;
     match &answer {
         b"S" => Ok(true),
-        b"N" if tls == Tls::IfOffered => Ok(false),
-        b"N" => Err(Error::Tls {
-            doing: "ask for TLS".into(),
-            source: "the server does not offer it, but sslmode requires it".into(),
-        }),
+        b"N" => Ok(false),
         // an error's text would not be authenticated, so it is not shown
         _ => Err(Error::Protocol(
             "the server answered the request for TLS with something else".into(),
@@ -566,18 +577,22 @@ fn server_offers_tls(socket: &Socket, tls: Tls, deadline: &Deadline) -> Result<b
     }
 }
 
+/// Whatever goes wrong in the handshake, short of the deadline, is TLS' fault: `sslmode=prefer` does without.
 fn start_tls(
     socket: &Socket,
+    config: &Arc<ClientConfig>,
     info: &ConnInfo,
     name: &str,
     peer: IpAddr,
     deadline: &Deadline,
-) -> Result<rustls::ClientConnection, Error> {
+) -> Result<ClientConnection, Error> {
     let deadline = deadline.doing("agree on TLS");
-    let config = tls::client_config(&info.tls)?;
-    tls::handshake(socket, config, info, name, peer, deadline.end).map_err(|source| match deadline
-        .error(source)
-    {
+    let session = tls::handshake(socket, config.clone(), info, name, peer, deadline.end);
+    session.map_err(|source| match deadline.error(source) {
+        Error::Closed { doing } => Error::Tls {
+            doing: doing.into(),
+            source: "the server closed the connection".into(),
+        },
         Error::Io { doing, source } => Error::Tls {
             doing: doing.into(),
             source: source.into(),
@@ -625,7 +640,10 @@ impl Connection {
                     self.backend_pid = body.process_id();
                 }
                 Message::ReadyForQuery(_) if authenticated => return Ok(()),
-                message => self.handle_asynchronous(message, deadline.doing)?,
+                // who has not been authenticated fills no map and no log
+                Message::NoticeResponse(_) if !authenticated => {}
+                message if authenticated => self.handle_asynchronous(message, deadline.doing)?,
+                _ => return Err(Error::Protocol("a message before authentication".into())),
             }
         }
     }

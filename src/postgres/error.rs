@@ -72,7 +72,9 @@ impl Error {
     pub(super) fn from_io(doing: &'static str, after: Duration, source: io::Error) -> Error {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
         match source.kind() {
-            WouldBlock | TimedOut => Error::Timeout { doing, after },
+            WouldBlock => Error::Timeout { doing, after },
+            // with a number it is the system's own, of keepalives or tcp_user_timeout
+            TimedOut if source.raw_os_error().is_none() => Error::Timeout { doing, after },
             ConnectionReset | BrokenPipe | UnexpectedEof => Error::Closed { doing },
             _ if source
                 .get_ref()

@@ -2,14 +2,11 @@
 //!
 //! Source: <https://www.postgresql.org/docs/current/libpq-pgpass.html>.
 
-use super::conninfo::{Address, ConnInfo, Host};
+use super::conninfo::{Address, ConnInfo, DEFAULT_SOCKET_DIRECTORY, Host};
 use super::limits::MAX_FILE_BYTES;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-
-/// The socket directory of a host that was not given at all is `localhost` in the file.
-const DEFAULT_SOCKET_DIRECTORY: &str = "/var/run/postgresql";
 
 /// The password for `host`, from the file that `info` names. A file that is missing, unreadable or open to
 /// others gives none, as with libpq; the last two with a warning.
@@ -27,6 +24,7 @@ pub(super) fn look_up(info: &ConnInfo, host: &Host) -> Option<String> {
         }
     };
     let name = match &host.address {
+        // the socket of a host that was not given at all
         Address::Unix { directory } if directory == DEFAULT_SOCKET_DIRECTORY => "localhost",
         Address::Unix { directory } => directory,
         Address::Tcp { name, .. } => name,

@@ -133,7 +133,8 @@ pub enum ReplicationMessage<'a> {
     Notice(ServerError),
 }
 
-/// The receiving half of the copy-both stream. It has the session: keep it until [`ReplicationReader::finish`].
+/// The receiving half of the copy-both stream. The connection lasts until this and all writers are dropped,
+/// or until one of them ends it.
 #[derive(Debug)]
 pub struct ReplicationReader {
     connection: Connection,
@@ -144,7 +145,7 @@ pub struct ReplicationReader {
 impl ReplicationReader {
     /// The next message; waits for it without a deadline of its own. Who owns the writer keeps watch, and
     /// wakes this with [`ReplicationWriter::shutdown`]. `None`: the server has ended the copy.
-    pub fn next(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {
+    pub fn read(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {
         let Some(frame) = self.next_copy_frame()? else {
             return Ok(None);
         };
@@ -161,7 +162,7 @@ impl ReplicationReader {
         }
     }
 
-    /// A whole message was received already, so that `next` will not wait. (Over TLS there may be one
+    /// A whole message was received already, so that `read` will not wait. (Over TLS there may be one
     /// although this says no.)
     pub fn has_buffered(&self) -> bool {
         self.connection.frames.has_frame()
@@ -170,12 +171,23 @@ impl ReplicationReader {
     /// To be called after [`ReplicationWriter::copy_done`]: reads, and drops, what the server still sends, until
     /// it has ended the copy and is ready, or until `timeout`; then takes leave.
     pub fn finish(mut self, timeout: Duration) -> Result<(), Error> {
-        let deadline = Deadline::after("end replication", timeout);
+        let result = self.drain(&Deadline::after("end replication", timeout));
+        let stream = self.connection.stream.clone();
+        ReplicationWriter { stream }.terminate();
+        result
+    }
+
+    fn drain(&mut self, deadline: &Deadline) -> Result<(), Error> {
         loop {
-            let frame = self.connection.read_frame(&deadline)?;
+            let frame = match self.connection.read_frame(deadline) {
+                // a server that shuts down ends the copy and is gone
+                Err(Error::Closed { .. }) if self.ended => return Ok(()),
+                frame => frame?,
+            };
             match frame.tag {
                 b'Z' => return Ok(()),
-                b'd' | b'c' | b'C' | b'N' | b'S' => {}
+                b'c' | b'C' => self.ended = true,
+                b'd' | b'N' | b'S' => {}
                 b'E' => return Err(server_error(&self.connection.frames, frame)),
                 tag => return Err(out_of_turn(tag)),
             }

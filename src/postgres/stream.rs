@@ -107,8 +107,9 @@ impl Stream {
         }
     }
 
-    /// Sends what TLS itself has to say after a read (a key update, an alert). When a writer is at work it is
-    /// left to it: the reader must not wait for a writer that may wait for our reading.
+    /// Sends what TLS itself has to say after a read: an alert. (The answer to a change of keys goes with the next
+    /// write.) When a writer is at work it is left to it: the reader must not wait for a writer that may
+    /// wait for our reading.
     fn send_answer(&self, tls: &Tls) -> io::Result<()> {
         let _sending = match self.sending.try_lock() {
             Ok(guard) => guard,
@@ -254,5 +255,112 @@ impl Write for Deadlined<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::{RootCertStore, ServerConfig, ServerConnection};
+    use rustls_pki_types::{PrivateKeyDer, ServerName};
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    /// A client's stream over TLS, and the server's end of it.
+    fn connected() -> (Stream, ServerConnection, UnixStream) {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+        let certificate = made.cert.der().clone();
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.clone()], key)
+            .unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate).unwrap();
+        let client = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let ours = Socket::from(std::os::fd::OwnedFd::from(ours));
+        let mut server = ServerConnection::new(Arc::new(config)).unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let mut session = ClientConnection::new(Arc::new(client), name).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| server.complete_io(&mut theirs).unwrap());
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let mut socket = Deadlined {
+                socket: &ours,
+                deadline,
+            };
+            session.complete_io(&mut socket).unwrap();
+        });
+        (Stream::tls(ours, session), server, theirs)
+    }
+
+    /// The server sends much, with new keys in between that ask for ours in return, and reads nothing until it is
+    /// through; meanwhile our writer fills the socket and blocks. Only a reader that goes on lets it end.
+    #[test]
+    fn a_blocked_writer_does_not_stop_the_reader() {
+        const ROUNDS: usize = 64;
+        const SENT_PER_ROUND: usize = 100_000;
+        const WRITES: usize = 20_000;
+        let (stream, mut server, mut theirs) = connected();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(move || {
+                for _ in 0..ROUNDS {
+                    for chunk in vec![b'x'; SENT_PER_ROUND].chunks(10_000) {
+                        server.writer().write_all(chunk).unwrap();
+                        while server.wants_write() {
+                            server.write_tls(&mut theirs).unwrap();
+                        }
+                    }
+                    server.refresh_traffic_keys().unwrap();
+                }
+                let mut received = 0;
+                let mut buffer = [0; 10_000];
+                while received < WRITES * 39 {
+                    server.read_tls(&mut theirs).unwrap();
+                    server.process_new_packets().unwrap();
+                    while let Ok(count) = server.reader().read(&mut buffer) {
+                        assert!(buffer[..count].iter().all(|byte| *byte == b's'));
+                        received += count;
+                    }
+                }
+                received
+            });
+            let writing = scope.spawn(|| {
+                for _ in 0..WRITES {
+                    stream.write_all(&[b's'; 39], deadline).unwrap();
+                }
+            });
+            stream
+                .set_read_timeout(Some(Duration::from_secs(30)))
+                .unwrap();
+            let mut buffer = vec![0; 128 << 10];
+            let mut received = 0;
+            while received < ROUNDS * SENT_PER_ROUND {
+                let count = stream.read(&mut buffer).unwrap();
+                assert!(count > 0 && buffer[..count].iter().all(|byte| *byte == b'x'));
+                received += count;
+            }
+            writing.join().unwrap();
+            assert_eq!(serving.join().unwrap(), WRITES * 39);
+        });
+    }
+
+    #[test]
+    fn a_write_that_nobody_takes_ends_at_its_deadline() {
+        let (stream, _server, _theirs) = connected();
+        let start = Instant::now();
+        let deadline = start + Duration::from_millis(100);
+        let error = stream.write_all(&vec![0; 10 << 20], deadline).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(start.elapsed() < Duration::from_secs(10));
     }
 }

@@ -1,7 +1,7 @@
 //! TLS to the server: libpq's `sslmode` in terms of rustls, and the data that binds SCRAM to the session.
 //!
-//! Differences that rustls brings, against libpq: nothing older than TLS 1.2, and a name is checked against
-//! subjectAltName only, never the common name.
+//! Differences from libpq: nothing older than TLS 1.2; a name is checked against subjectAltName only, never
+//! the common name; a named `sslrootcert` must exist in every mode.
 //! Sources: <https://www.postgresql.org/docs/current/libpq-ssl.html>, RFC 5929 section 4.1.
 
 use super::conninfo::{ConnInfo, OptionalFile, Roots, SslMode, TlsInfo, TlsVersion};
@@ -38,7 +38,7 @@ pub(super) fn client_config(info: &TlsInfo) -> Result<Arc<ClientConfig>, Error> 
         _ => &[&rustls::version::TLS13, &rustls::version::TLS12],
     };
     let verifier = Verifier {
-        roots: roots(info)?,
+        trust: trust(info)?,
         check_name: info.mode == SslMode::VerifyFull,
         algorithms: provider.signature_verification_algorithms,
     };
@@ -73,8 +73,27 @@ pub(super) fn handshake(
         Err(error) => return Err(std::io::Error::other(error)),
     };
     let mut session = ClientConnection::new(config, name).map_err(std::io::Error::other)?;
-    session.complete_io(&mut Deadlined { socket, deadline })?;
+    session
+        .complete_io(&mut Deadlined { socket, deadline })
+        .map_err(explain)?;
     Ok(session)
+}
+
+/// Adds what to do, where the library's words do not say it.
+fn explain(error: std::io::Error) -> std::io::Error {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let hint = match cause {
+        Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
+            "no certificate in sslrootcert has signed the server's"
+        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other)))
+            if other.to_string() == "UnsupportedCertVersion" =>
+        {
+            "the server's certificate is of version 1; issue it anew with a subjectAltName"
+        }
+        _ => return error,
+    };
+    std::io::Error::other(format!("{error}: {hint}"))
 }
 
 /// The hash of the server's certificate that `tls-server-end-point` asks for; `None` if its signature
@@ -120,7 +139,7 @@ fn read_file(what: &str, path: &Path) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-fn certificates(what: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+fn read_certificates(what: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
     let doing = || format!("read the {what} {}", path.display());
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&read_file(what, path)?)
         .collect::<Result<_, _>>()
@@ -139,44 +158,55 @@ fn existing(file: &OptionalFile) -> Option<PathBuf> {
     }
 }
 
-/// Whom to believe. `None`: anybody, because nothing is to be verified.
-fn roots(info: &TlsInfo) -> Result<Option<RootCertStore>, Error> {
-    let mut store = RootCertStore::empty();
+/// Whom to believe.
+#[derive(Debug)]
+struct Trust {
+    authorities: RootCertStore,
+    /// The same certificates as they are. A server may show one of them as its own: a self-signed one that
+    /// was copied to the clients.
+    certificates: Vec<CertificateDer<'static>>,
+}
+
+/// `None`: nothing is to be verified.
+fn trust(info: &TlsInfo) -> Result<Option<Trust>, Error> {
+    let mut authorities = RootCertStore::empty();
+    let mut certificates = Vec::new();
     match &info.roots {
         Roots::System => {
-            let doing = "load the system's root certificates";
             let loaded = rustls_native_certs::load_native_certs();
-            store.add_parsable_certificates(loaded.certs);
-            if store.is_empty() {
-                let cause = loaded.errors.into_iter().next().map(|e| e.to_string());
+            authorities.add_parsable_certificates(loaded.certs);
+            if authorities.is_empty() {
+                let cause = loaded.errors.first().map(|error| error.to_string());
                 return Err(failed(
-                    doing,
-                    cause.unwrap_or_else(|| "there are none".into()),
+                    "load the system's root certificates",
+                    cause.unwrap_or_else(|| "there are none; install ca-certificates".into()),
                 ));
             }
         }
         Roots::File(file) => {
-            // libpq: an absent file turns verification off, unless it is what the mode is about
-            let Some(path) =
-                existing(file).filter(|path| info.mode >= SslMode::VerifyCa || path.exists())
-            else {
-                return match info.mode {
-                    SslMode::VerifyCa | SslMode::VerifyFull => Err(failed(
+            let must_verify = info.mode >= SslMode::VerifyCa;
+            let Some(path) = existing(file) else {
+                return match must_verify {
+                    true => Err(failed(
                         "find the root certificates",
                         "no sslrootcert given and no ~/.postgresql/root.crt; name the file, use \
                          sslrootcert=system, or change sslmode",
                     )),
-                    _ => Ok(None),
+                    false => Ok(None),
                 };
             };
-            for certificate in certificates("root certificates", &path)? {
-                store.add(certificate).map_err(|e| {
+            certificates = read_certificates("root certificates", &path)?;
+            for certificate in &certificates {
+                authorities.add(certificate.clone()).map_err(|e| {
                     failed(format!("read the root certificates {}", path.display()), e)
                 })?;
             }
         }
     }
-    Ok(Some(store))
+    Ok(Some(Trust {
+        authorities,
+        certificates,
+    }))
 }
 
 fn client_certificate(
@@ -186,7 +216,7 @@ fn client_certificate(
     let Some(path) = existing(&info.certificate) else {
         return Ok(None);
     };
-    let chain = certificates("client certificate", &path)?;
+    let chain = read_certificates("client certificate", &path)?;
     let path = match &info.key {
         OptionalFile::Named(path) | OptionalFile::Default(Some(path)) => path,
         OptionalFile::Default(None) => {
@@ -224,7 +254,7 @@ fn check_key_permissions(path: &Path) -> Result<(), Box<dyn std::error::Error + 
 /// binding rests on; with roots the chain; with `check_name` the name.
 #[derive(Debug)]
 struct Verifier {
-    roots: Option<RootCertStore>,
+    trust: Option<Trust>,
     check_name: bool,
     algorithms: WebPkiSupportedAlgorithms,
 }
@@ -238,18 +268,19 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        if let Some(roots) = &self.roots {
-            let parsed = ParsedCertificate::try_from(certificate)?;
-            let algorithms = self.algorithms.all;
-            verify_server_cert_signed_by_trust_anchor(
-                &parsed,
-                roots,
-                intermediates,
-                now,
-                algorithms,
-            )?;
+        if let Some(trust) = &self.trust {
+            match trust.certificates.contains(certificate) {
+                true => check_dates(certificate, now)?,
+                false => verify_server_cert_signed_by_trust_anchor(
+                    &ParsedCertificate::try_from(certificate)?,
+                    &trust.authorities,
+                    intermediates,
+                    now,
+                    self.algorithms.all,
+                )?,
+            }
             if self.check_name {
-                verify_server_name(&parsed, name)?;
+                verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
             }
         }
         Ok(ServerCertVerified::assertion())
@@ -278,6 +309,19 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
+fn check_dates(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), CertificateError> {
+    let parsed = Certificate::from_der(certificate).map_err(|_| CertificateError::BadEncoding)?;
+    let validity = parsed.tbs_certificate.validity;
+    let now = now.as_secs();
+    if now < validity.not_before.to_unix_duration().as_secs() {
+        return Err(CertificateError::NotValidYet);
+    }
+    if now > validity.not_after.to_unix_duration().as_secs() {
+        return Err(CertificateError::Expired);
+    }
+    Ok(())
+}
+
 /// Like rustls' own, but for certificates of version 1 too, which the manual's recipe makes.
 fn verify_signature(
     algorithms: &WebPkiSupportedAlgorithms,
@@ -303,5 +347,54 @@ fn verify_signature(
     match valid {
         true => Ok(HandshakeSignatureValid::assertion()),
         false => Err(CertificateError::BadSignature.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair};
+
+    #[test]
+    fn the_hash_that_binds_the_channel_is_the_one_of_the_signature() {
+        for (algorithm, digest) in [
+            (&rcgen::PKCS_ECDSA_P256_SHA256, Some(&ring::digest::SHA256)),
+            (&rcgen::PKCS_ECDSA_P384_SHA384, Some(&ring::digest::SHA384)),
+            (&rcgen::PKCS_ED25519, None),
+        ] {
+            let key = KeyPair::generate_for(algorithm).unwrap();
+            let certificate = CertificateParams::default().self_signed(&key).unwrap();
+            let expected = digest.map(|digest| {
+                ring::digest::digest(digest, certificate.der())
+                    .as_ref()
+                    .to_vec()
+            });
+            assert_eq!(end_point(certificate.der()), expected, "{algorithm:?}");
+        }
+        assert_eq!(end_point(&CertificateDer::from(&b"\x30\x03abc"[..])), None);
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let by_root = file.path().metadata().unwrap().uid() == 0;
+        for (mode, legal) in [
+            (0o600, true),
+            (0o400, true),
+            (0o640, by_root),
+            (0o644, false),
+            (0o660, false),
+            (0o601, false),
+        ] {
+            let permissions = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(file.path(), permissions).unwrap();
+            assert_eq!(
+                check_key_permissions(file.path()).is_ok(),
+                legal,
+                "{mode:o}"
+            );
+        }
+        assert!(check_key_permissions(Path::new("/")).is_err());
     }
 }

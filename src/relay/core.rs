@@ -11,10 +11,10 @@ use super::confirm::{Confirm, Confirmable};
 use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, PubAck};
 use crate::jetstream::chain::{Broken, Chain};
-use crate::jetstream::resume::{Checkpoint, Tail, Verdict};
+use crate::jetstream::resume::{Checkpoint, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
 use crate::outbox::batch::{Batch, Change, EventSpans};
-use crate::outbox::position::{Position, SourcePosition};
+use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -115,6 +115,11 @@ pub enum Halt {
     },
     /// The stream lost events that the slot has been told to forget.
     LostBeyondSlot(Backwards),
+    /// The stream was deleted and made anew since events were stored in it.
+    Recreated {
+        /// The stream's name.
+        stream: String,
+    },
 }
 
 /// A stream as it was read at connect.
@@ -122,6 +127,8 @@ pub enum Halt {
 pub struct StreamAtConnect {
     /// Its name.
     pub name: String,
+    /// When it was created; empty if the server does not say.
+    pub created: String,
     /// The last sequence it stored ever.
     pub last_seq: u64,
     /// What it holds of ours.
@@ -137,8 +144,24 @@ pub struct Memory(Vec<Remembered>);
 #[derive(Clone, Debug)]
 struct Remembered {
     name: String,
+    created: String,
     last: Option<Checkpoint>,
     confirmed_seq: u64,
+}
+
+/// How far a stream is known to be: what is worth keeping over a restart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The stream's name.
+    pub name: String,
+    /// When it was created.
+    pub created: String,
+    /// A sequence of it.
+    pub seq: u64,
+    /// The event that stands there.
+    pub position: SourcePosition,
+    /// The sequence that the confirmed LSN rests on.
+    pub confirmed_seq: u64,
 }
 
 impl Memory {
@@ -149,6 +172,26 @@ impl Memory {
             .find(|remembered| remembered.name == stream)?
             .last
             .as_ref()
+    }
+
+    /// Takes over what an earlier process has left. Positions of a log that this server does not share
+    /// prove nothing about it, and are passed over.
+    pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) {
+        for mark in marks {
+            let known = self.0.iter().any(|remembered| remembered.name == mark.name);
+            if !known && lineage.shares(&mark.position) {
+                self.0.push(Remembered {
+                    name: mark.name,
+                    created: mark.created,
+                    last: Some(Checkpoint {
+                        seq: mark.seq,
+                        position: mark.position.position,
+                        id: None,
+                    }),
+                    confirmed_seq: mark.confirmed_seq,
+                });
+            }
+        }
     }
 }
 
@@ -168,6 +211,7 @@ pub struct Tally {
 #[derive(Debug)]
 struct Stream {
     name: String,
+    created: String,
     chain: Chain,
     tail: Tail,
     aged: Option<Position>,
@@ -238,6 +282,7 @@ impl Core {
     pub fn new(delivery: Delivery, limits: Limits, memory: Memory) -> Core {
         let stream = |remembered: Remembered| Stream {
             name: remembered.name,
+            created: remembered.created,
             chain: Chain::new(0),
             tail: Tail::default(),
             aged: None,
@@ -274,10 +319,29 @@ impl Core {
     pub fn into_memory(self) -> Memory {
         let remember = |s: Stream| Remembered {
             name: s.name,
+            created: s.created,
             last: s.last,
             confirmed_seq: s.confirmed_seq,
         };
         Memory(self.streams.into_iter().map(remember).collect())
+    }
+
+    /// How far each stream is known to be.
+    pub fn marks(&self, source: &Source) -> Vec<Mark> {
+        let mark = |stream: &Stream| {
+            let last = stream.last.as_ref()?;
+            Some(Mark {
+                name: stream.name.clone(),
+                created: stream.created.clone(),
+                seq: last.seq,
+                position: SourcePosition {
+                    source: source.clone(),
+                    position: last.position,
+                },
+                confirmed_seq: stream.confirmed_seq,
+            })
+        };
+        self.streams.iter().filter_map(mark).collect()
     }
 
     /// The last event known to stand in a stream: from there its tail is searched.
@@ -299,6 +363,14 @@ impl Core {
         self.routed.clear();
         for found in streams {
             let index = self.stream_index(&found.name);
+            let Some(stream) = self.streams.get_mut(index) else {
+                continue;
+            };
+            if stream.created.is_empty() {
+                stream.created = found.created;
+            } else if stream.created != found.created {
+                return Err(Trouble::Halt(Halt::Recreated { stream: found.name }));
+            }
             self.check_forwards(index, found.last_seq)?;
             let Some(stream) = self.streams.get_mut(index) else {
                 continue;
@@ -320,10 +392,10 @@ impl Core {
     pub fn disconnected(&mut self) {
         self.connected = false;
         for entry in self.window.iter_mut().take(self.unsent) {
-            if let Entry::Event(event) = entry {
-                if matches!(event.state, State::Sent { .. }) {
-                    event.state = State::Unsent;
-                }
+            if let Entry::Event(event) = entry
+                && matches!(event.state, State::Sent { .. })
+            {
+                event.state = State::Unsent;
             }
         }
         (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
@@ -631,6 +703,7 @@ impl Core {
             .unwrap_or_else(|| {
                 self.streams.push(Stream {
                     name: name.to_string(),
+                    created: String::new(),
                     chain: Chain::new(0),
                     tail: Tail::default(),
                     aged: None,

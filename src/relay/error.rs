@@ -206,6 +206,11 @@ impl fmt::Display for Error {
                 "resume stream {stream}: at position {position} it has the event {stored_id}, Postgres has {id}; the two do not \
                  belong together: check -db, -slot and the stream"
             ),
+            Error::Halt(Halt::Recreated { stream }) => write!(
+                f,
+                "resume stream {stream}: it was deleted and made anew since events were stored in it; what it held can be published \
+                 again only as far as the slot has it: restore it from a backup, or accept the gap and pass --resume-anyway once"
+            ),
             Error::Halt(Halt::LostBeyondSlot(b)) => write!(
                 f,
                 "read the stream back: {b}, and the slot has been told to forget events up to later than that; restore the \

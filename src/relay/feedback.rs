@@ -11,7 +11,9 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 /// pg_recvlogical's and the replaced program's interval; a sixth of the default `wal_sender_timeout`.
-pub const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+/// No server wants it more often.
+const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(100);
 /// Half of `SILENCE_LIMIT`, as a walreceiver does it: from then on each status asks for a reply.
 const SILENCE_PING: Duration = Duration::from_secs(30);
 /// The default of `wal_receiver_timeout`.
@@ -39,14 +41,27 @@ pub enum Ended {
     ServerShutsDown,
 }
 
+/// How often to send a status update, so that Postgres never waits for one longer than its timeout.
+///
+/// Under back pressure the keepalives that ask for a reply wait unread behind the data, so nothing reminds
+/// us: three times within the timeout leaves room for one that is late.
+pub fn status_interval(wal_sender_timeout: Duration) -> Duration {
+    match wal_sender_timeout {
+        // 0 turns the timeout off
+        Duration::ZERO => STATUS_INTERVAL,
+        timeout => (timeout / 3).clamp(SHORTEST_STATUS_INTERVAL, STATUS_INTERVAL),
+    }
+}
+
 /// Runs until every sender of `asks` is gone.
 pub fn run(
     writer: &ReplicationWriter,
     progress: &Progress,
     asks: &Receiver<Ask>,
+    interval: Duration,
 ) -> Result<Ended, postgres::Error> {
     let mut requests = Requests::default();
-    let mut next_status = Instant::now() + STATUS_INTERVAL;
+    let mut next_status = Instant::now() + interval;
     loop {
         let wait = next_status.saturating_duration_since(Instant::now());
         let ask = match asks.recv_timeout(wait) {
@@ -66,7 +81,7 @@ pub fn run(
             progress,
             ask == Some(Ask::Ping) || silence > SILENCE_PING,
         )?;
-        next_status = Instant::now() + STATUS_INTERVAL;
+        next_status = Instant::now() + interval;
         if ask == Some(Ask::Reply) && requests.too_many(Instant::now(), progress) {
             return Ok(Ended::ServerShutsDown);
         }
@@ -114,5 +129,20 @@ impl Requests {
         }
         self.count += 1;
         self.count >= REQUESTS_A_SECOND
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_update_comes_three_times_within_the_servers_timeout() {
+        for (timeout_ms, interval_ms) in
+            [(0, 10_000), (60_000, 10_000), (10_000, 3_333), (100, 100)]
+        {
+            let found = status_interval(Duration::from_millis(timeout_ms));
+            assert_eq!(found.as_millis(), interval_ms, "{timeout_ms}");
+        }
     }
 }

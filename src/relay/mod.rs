@@ -2,9 +2,11 @@
 //!
 //! [`session`] connects both sides and starts the three threads: [`reader`], [`publisher`], [`feedback`].
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`], what
-//! may be confirmed in [`confirm`]. [`slot`] and [`rejoin`] read what each side holds before a start.
+//! may be confirmed in [`confirm`]. [`slot`] and [`rejoin`] read what each side holds before a
+//! start, [`checkpoint`] what an earlier process has left.
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
+pub mod checkpoint;
 pub mod confirm;
 pub mod core;
 pub mod error;

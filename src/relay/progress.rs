@@ -13,8 +13,10 @@ pub struct Progress {
     start: Instant,
     received: AtomicU64,
     confirmable: AtomicU64,
-    /// Milliseconds after `start`, plus one; 0: the reader is not waiting for Postgres.
+    /// Since when the reader waits for Postgres, in milliseconds after `start`, plus one; 0: it does not.
     reading_since: AtomicU64,
+    /// The same for the publisher.
+    sending_since: AtomicU64,
 }
 
 impl Default for Progress {
@@ -24,6 +26,7 @@ impl Default for Progress {
             received: AtomicU64::new(0),
             confirmable: AtomicU64::new(0),
             reading_since: AtomicU64::new(0),
+            sending_since: AtomicU64::new(0),
         }
     }
 }
@@ -55,17 +58,35 @@ impl Progress {
 
     /// Reader: from here it waits for Postgres, or no longer does.
     pub fn reading(&self, waiting: bool) {
-        let since = if waiting {
+        self.mark(&self.reading_since, waiting);
+    }
+
+    /// Reader: from here it waits for the publisher to take a batch, or no longer does.
+    pub fn sending(&self, waiting: bool) {
+        self.mark(&self.sending_since, waiting);
+    }
+
+    /// So long Postgres has sent nothing although the reader waits for it.
+    pub fn silence(&self) -> Duration {
+        self.since(&self.reading_since)
+    }
+
+    /// So long the publisher has taken nothing although the reader waits for it.
+    pub fn back_pressure(&self) -> Duration {
+        self.since(&self.sending_since)
+    }
+
+    fn mark(&self, since: &AtomicU64, waiting: bool) {
+        let now = if waiting {
             self.start.elapsed().as_millis() as u64 + 1
         } else {
             0
         };
-        self.reading_since.store(since, Ordering::Relaxed);
+        since.store(now, Ordering::Relaxed);
     }
 
-    /// Feedback: so long Postgres has sent nothing although the reader waits for it.
-    pub fn silence(&self) -> Duration {
-        match self.reading_since.load(Ordering::Relaxed) {
+    fn since(&self, since: &AtomicU64) -> Duration {
+        match since.load(Ordering::Relaxed) {
             0 => Duration::ZERO,
             since => self
                 .start

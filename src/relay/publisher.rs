@@ -4,6 +4,7 @@
 //! the copy stream from Postgres stands still meanwhile and stays up. It calls nothing that can hang:
 //! publishing and closing are done by threads of the link.
 
+use super::checkpoint::{CheckpointStore, Overtaken};
 use super::core::{Cause, Core, Memory, Next, Tally, Trouble};
 use super::error::{Error, Verdict};
 use super::outage::Outage;
@@ -13,6 +14,7 @@ use super::repeated::Repeated;
 use super::report::Report;
 use super::stop::Stop;
 use crate::config::Config;
+use crate::jetstream::Delivery;
 use crate::jetstream::ack::AckErrorKind;
 use crate::jetstream::client::{Incoming, Link, Publish};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
@@ -26,6 +28,8 @@ use std::time::{Duration, Instant};
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// While something is held back, the confirmable position is looked at this often.
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
+/// Names the answers to writes of the checkpoint; the others are named by the stream's index.
+const CHECKPOINT_TOKEN: u64 = u64::MAX;
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -37,6 +41,7 @@ pub struct Publisher<'a> {
     progress: &'a Progress,
     stop: &'a Stop,
     core: Core,
+    store: CheckpointStore,
     /// `<slot> <system id> <timeline>`, as the position header begins.
     source: Arc<str>,
     outage: Outage,
@@ -57,6 +62,18 @@ enum Closing {
     WhenSettled,
 }
 
+/// What the thread leaves.
+pub struct Left {
+    /// Why it ended.
+    pub result: Result<(), Error>,
+    /// What it got done.
+    pub tally: Tally,
+    /// How far the streams were.
+    pub memory: Memory,
+    /// The checkpoint.
+    pub store: CheckpointStore,
+}
+
 /// Why [`Publisher::serve`] left a connection.
 enum Interrupt {
     /// It is replaced, for this reason.
@@ -74,6 +91,7 @@ impl<'a> Publisher<'a> {
         progress: &'a Progress,
         stop: &'a Stop,
         core: Core,
+        store: CheckpointStore,
     ) -> Publisher<'a> {
         let now = Instant::now();
         Publisher {
@@ -83,6 +101,7 @@ impl<'a> Publisher<'a> {
             progress,
             stop,
             core,
+            store,
             source: lineage.source.to_string().into(),
             outage: Outage::new(config.max_outage),
             said: Repeated::default(),
@@ -93,7 +112,7 @@ impl<'a> Publisher<'a> {
     }
 
     /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
-    pub fn run(mut self, link: Link) -> (Result<(), Error>, Memory, Tally) {
+    pub fn run(mut self, link: Link) -> Left {
         let result = self.work(link);
         self.progress
             .confirmable(self.core.confirmable(Instant::now()));
@@ -102,7 +121,12 @@ impl<'a> Publisher<'a> {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
         }
         let tally = self.core.tally();
-        (result, self.core.into_memory(), tally)
+        Left {
+            result,
+            tally,
+            memory: self.core.into_memory(),
+            store: self.store,
+        }
     }
 
     fn work(&mut self, link: Link) -> Result<(), Error> {
@@ -134,6 +158,9 @@ impl<'a> Publisher<'a> {
             self.trouble(outcome)?;
             self.publish(link, now)?;
             self.look(link, now);
+            let (core, lineage) = (&self.core, self.lineage);
+            self.store
+                .write(link, || core.marks(&lineage.source), CHECKPOINT_TOKEN, now);
             self.progress.confirmable(self.core.confirmable(now));
             self.report.tick(now, &self.core, self.progress);
             if self.is_finished(now) {
@@ -156,8 +183,11 @@ impl<'a> Publisher<'a> {
                     Err(_) => return Err(Interrupt::Reconnect("the connection to NATS ended".to_string())),
                 },
                 recv(link.lost()) -> error => {
-                    let reason = error.map_or_else(|_| "the connection to NATS ended".to_string(), |error| error.to_string());
-                    return Err(Interrupt::Reconnect(reason));
+                    let Ok(error) = error else {
+                        return Err(Interrupt::Reconnect("the connection to NATS ended".to_string()));
+                    };
+                    self.store.lost(&error);
+                    return Err(Interrupt::Reconnect(error.to_string()));
                 }
                 recv(changes) -> batch => match batch {
                     Ok(batch) => self.core.offer(Arc::new(batch)),
@@ -214,7 +244,16 @@ impl<'a> Publisher<'a> {
                 }
                 Ok(())
             }
-            // the only requests of this loop are those of `look`
+            Some(Incoming::Reply {
+                token: CHECKPOINT_TOKEN,
+                result,
+            }) => match self.store.written(result) {
+                Ok(()) => Ok(()),
+                Err(Overtaken) => Err(Interrupt::Reconnect(
+                    "another relay has written the checkpoint of this slot".to_string(),
+                )),
+            },
+            // the other requests of this loop are those of `look`
             Some(Incoming::Reply {
                 token,
                 result: Ok(body),
@@ -356,13 +395,23 @@ impl<'a> Publisher<'a> {
     }
 
     fn rejoin(&mut self) -> Result<Link, Error> {
+        let found = rejoin::find(self.config, &mut self.said)?;
+        if self.config.delivery == Delivery::ExactlyOnce {
+            self.store.open(
+                &found.link,
+                found.replicas(),
+                self.config.nats.request_timeout,
+            )?;
+        }
+        let joined = found.join(self.config, self.lineage, |stream| {
+            self.core.last_known(stream)
+        })?;
+        joined.tell_foreign(&mut self.said);
         let Joined {
             link,
             routes,
             streams,
-        } = rejoin::join(self.config, self.lineage, |stream| {
-            self.core.last_known(stream).cloned()
-        })?;
+        } = joined;
         self.core.connected(routes, streams).map_err(Error::from)?;
         Ok(link)
     }

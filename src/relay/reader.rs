@@ -69,10 +69,15 @@ impl Reader<'_> {
                 || batch.len_bytes() >= BATCH_BYTES
                 || batch.changes().len() >= BATCH_CHANGES
             {
-                if !batch.is_empty() && self.changes.send(std::mem::take(&mut batch)).is_err() {
-                    return Ok(Ended::Stopped);
+                if !batch.is_empty() {
+                    self.progress.sending(true);
+                    let sent = self.changes.send(std::mem::take(&mut batch));
+                    self.progress.sending(false);
+                    if sent.is_err() {
+                        return Ok(Ended::Stopped);
+                    }
                 }
-                if self.upto.is_some_and(|upto| reached >= upto) {
+                if transaction.is_none() && self.upto.is_some_and(|upto| reached >= upto) {
                     return Ok(Ended::Drained);
                 }
             }
@@ -80,7 +85,7 @@ impl Reader<'_> {
                 return Ok(Ended::Stopped);
             }
             self.progress.reading(!stream.has_buffered());
-            let message = stream.next();
+            let message = stream.read();
             self.progress.reading(false);
             match message? {
                 None => return Ok(Ended::ByServer),

@@ -2,6 +2,7 @@
 
 use super::core::StreamAtConnect;
 use super::error::Error;
+use super::repeated::Repeated;
 use crate::config::Config;
 use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
@@ -10,7 +11,7 @@ use crate::jetstream::resume::{Checkpoint, Extent, Lineage, OUTBOX_POSITION, Tai
 use crate::jetstream::streams::{self, Request, Routes, StoredMessage, StreamInfo};
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A connection, and what was read over it.
 pub struct Joined {
@@ -22,7 +23,27 @@ pub struct Joined {
     pub streams: Vec<StreamAtConnect>,
 }
 
+/// A connection, and the streams whose tails are still to be read.
+pub struct Found {
+    /// The connection.
+    pub link: Link,
+    infos: Vec<StreamInfo>,
+    filter: String,
+}
+
 impl Joined {
+    /// Warns of messages between our last one and a stream's end, once a minute.
+    pub fn tell_foreign(&self, said: &mut Repeated) {
+        for stream in self.streams.iter().filter(|stream| stream.tail.foreign > 0) {
+            if said.is_new(&format!("{} foreign", stream.name), Instant::now()) {
+                log::warn!(
+                    stream = stream.name.as_str(), messages = stream.tail.foreign;
+                    "others write to this stream; going on after their messages"
+                );
+            }
+        }
+    }
+
     /// Where the copy stream may start: Postgres skips what every stream holds. `0/0`, the slot's own
     /// position, whenever there is doubt.
     pub fn start_position(&self) -> Lsn {
@@ -42,49 +63,78 @@ impl Joined {
     }
 }
 
-/// Connects, finds the streams that capture the prefix, and reads the tail of each.
-pub fn join(
-    config: &Config,
-    lineage: &Lineage,
-    last_known: impl Fn(&str) -> Option<Checkpoint>,
-) -> Result<Joined, Error> {
+/// Connects and finds the streams that capture the prefix.
+pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
     let link = Link::connect(&config.nats)?;
     let filter = format!("{}.>", config.prefix);
-    let timeout = config.nats.request_timeout;
-    let infos = streams::list(&link, &filter, timeout)?;
+    let infos = streams::list(&link, &filter, config.nats.request_timeout)?;
     if infos.is_empty() {
         return Err(Error::NoStream(filter));
     }
-    let mut found = Vec::with_capacity(infos.len());
     for info in &infos {
-        if let Some(why) = preflight(info, &link.server_info().version, config.delivery).refused {
+        let judged = preflight(info, &link.server_info().version, config.delivery);
+        if let Some(why) = judged.refused {
             return Err(Error::Setup(why));
         }
-        let last_seq = info.state.last_seq;
-        let (tail, aged) = match config.delivery {
-            Delivery::ExactlyOnce => {
-                let stream = Stream {
-                    link: &link,
-                    info,
-                    filter: &filter,
-                    timeout,
-                };
-                stream.read_back(lineage, last_known(&info.config.name), config.hold_back)?
+        for warning in judged.warnings {
+            if said.is_new(&format!("{}{warning}", info.config.name), Instant::now()) {
+                log::warn!(stream = info.config.name.as_str(); "{warning}");
             }
-            Delivery::AtLeastOnce => (Tail::default(), None),
-        };
-        found.push(StreamAtConnect {
-            name: info.config.name.clone(),
-            last_seq,
-            tail,
-            aged,
-        });
+        }
     }
-    Ok(Joined {
-        routes: Routes::new(&infos),
-        streams: found,
+    Ok(Found {
         link,
+        infos,
+        filter,
     })
+}
+
+impl Found {
+    /// The most copies that one of the streams has: the checkpoint is to last as long.
+    pub fn replicas(&self) -> u32 {
+        self.infos
+            .iter()
+            .map(|info| info.config.num_replicas)
+            .max()
+            .unwrap_or(1)
+    }
+
+    /// Reads the tails, from the last known event of each stream.
+    pub fn join<'c>(
+        self,
+        config: &Config,
+        lineage: &Lineage,
+        last_known: impl Fn(&str) -> Option<&'c Checkpoint>,
+    ) -> Result<Joined, Error> {
+        let timeout = config.nats.request_timeout;
+        let mut found = Vec::with_capacity(self.infos.len());
+        for info in &self.infos {
+            let stream = Stream {
+                link: &self.link,
+                info,
+                filter: &self.filter,
+                timeout,
+            };
+            let (tail, aged) = match config.delivery {
+                Delivery::ExactlyOnce => {
+                    stream.read_back(config, lineage, last_known(&info.config.name))?
+                }
+                Delivery::AtLeastOnce => (Tail::default(), None),
+            };
+            found.push(StreamAtConnect {
+                name: info.config.name.clone(),
+                created: info.created.clone(),
+                last_seq: info.state.last_seq,
+                tail,
+                aged,
+            });
+        }
+        Ok(Joined {
+            routes: Routes::new(&self.infos),
+            streams: found,
+            link: self.link,
+        })
+    }
 }
 
 /// A stream that is being read back.
@@ -103,9 +153,9 @@ impl Stream<'_> {
 
     fn read_back(
         &self,
+        config: &Config,
         lineage: &Lineage,
-        checkpoint: Option<Checkpoint>,
-        hold_back: Duration,
+        checkpoint: Option<&Checkpoint>,
     ) -> Result<(Tail, Option<Position>), Error> {
         let name = &self.info.config.name;
         let state = &self.info.state;
@@ -119,16 +169,16 @@ impl Stream<'_> {
             &lineage.source,
             extent,
             newest.as_ref(),
-            checkpoint.as_ref(),
+            checkpoint,
             |seq| self.get(streams::message_request(name, seq)),
         )?;
         let tail = lineage
-            .judge(found, checkpoint.as_ref(), false)
+            .judge(found, checkpoint, config.accept_new_system)
             .map_err(|conflict| Error::Conflict {
                 stream: name.clone(),
                 conflict,
             })?;
-        let aged = self.aged(lineage, &tail, hold_back)?;
+        let aged = self.aged(lineage, &tail, config.hold_back)?;
         Ok((tail, aged))
     }
 

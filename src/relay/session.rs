@@ -3,22 +3,25 @@
 //! The order of the end is what loses nothing and repeats nothing: the reader stops, the publisher settles
 //! what was read, and only then the feedback thread sends the last status update and CopyDone.
 
-use super::core::{Core, Limits, Memory};
+use super::checkpoint::CheckpointStore;
+use super::core::{Core, Limits, Memory, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
 use super::progress::Progress;
-use super::publisher::Publisher;
+use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
 use super::rejoin::{self, Joined};
+use super::repeated::Repeated;
 use super::slot;
 use super::stop::Stop;
 use crate::config::Config;
+use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
 use crate::outbox::position::Source;
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
-use crate::postgres::{Connection, Lsn};
+use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -32,6 +35,8 @@ const WAKE_LIMIT: Duration = Duration::from_secs(3);
 const WAKE_INTERVAL: Duration = Duration::from_millis(10);
 /// How long Postgres may take to answer CopyDone; in the middle of a large transaction it does not.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+/// While JetStream takes nothing, whether Postgres shuts down is looked at this often.
+const SHUTDOWN_LOOK: Duration = Duration::from_secs(10);
 /// While draining, Postgres is asked this often how far it is: when idle it says so only now and then.
 const DRAIN_PING: Duration = Duration::from_millis(100);
 
@@ -50,6 +55,10 @@ pub struct Session<'a> {
     stop: &'a Stop,
     mapper: Mapper,
     memory: Memory,
+    store: CheckpointStore,
+    said: Repeated,
+    /// The checkpoint was read, at the first session; from then on `memory` knows better.
+    learned: bool,
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     worked: bool,
@@ -63,6 +72,9 @@ impl<'a> Session<'a> {
             stop,
             mapper,
             memory: Memory::default(),
+            store: CheckpointStore::new(&config.checkpoint, &config.slot),
+            said: Repeated::default(),
+            learned: false,
             upto: None,
             worked: false,
         }
@@ -77,15 +89,23 @@ impl<'a> Session<'a> {
     pub fn run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let found = slot::check(&mut connection, &config.slot, &config.publication)?;
+        let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
         if config.drain && self.upto.is_none() {
             self.upto = Some(slot::current_lsn(&mut connection)?);
         }
         let lineage = lineage(&mut connection, &config.slot)?;
-        let memory = &self.memory;
-        let joined = rejoin::join(config, &lineage, |stream| {
-            memory.last_known(stream).cloned()
-        })?;
+        let found = rejoin::find(config, &mut self.said)?;
+        if config.delivery == Delivery::ExactlyOnce {
+            let marks =
+                self.store
+                    .open(&found.link, found.replicas(), config.nats.request_timeout)?;
+            if !self.learned && !config.resume_anyway {
+                self.memory.learn(marks, &lineage);
+            }
+            self.learned = true;
+        }
+        let joined = found.join(config, &lineage, |stream| self.memory.last_known(stream))?;
+        joined.tell_foreign(&mut self.said);
         let start = joined.start_position();
         let Joined {
             link,
@@ -107,7 +127,7 @@ impl<'a> Session<'a> {
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
             system_id = lineage.source.system_id, timeline = lineage.source.timeline, slot = config.slot.as_str(),
-            confirmed_flush_lsn:% = found.confirmed_flush_lsn, start:% = start,
+            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = start,
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
@@ -124,10 +144,13 @@ impl<'a> Session<'a> {
             stop: self.stop,
             lineage: &lineage,
             upto: self.upto,
+            status_interval: feedback::status_interval(slot.wal_sender_timeout),
         };
-        let outcome = threads.run(stream, &writer, link, core, &mut self.mapper);
-        self.memory = outcome.memory;
-        self.worked = outcome.worked;
+        let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
+        let outcome = threads.run(stream, &writer, link, core, store, &mut self.mapper);
+        self.worked = outcome.left.tally.published + outcome.left.tally.skipped > 0;
+        self.memory = outcome.left.memory;
+        self.store = outcome.left.store;
         outcome.result
     }
 }
@@ -174,13 +197,13 @@ struct Threads<'a> {
     stop: &'a Stop,
     lineage: &'a Lineage,
     upto: Option<Lsn>,
+    status_interval: Duration,
 }
 
-/// Why a session's threads ended, and what they leave.
+/// Why a session's threads ended, and what the publisher leaves.
 struct Outcome {
     result: Result<Ended, Error>,
-    memory: Memory,
-    worked: bool,
+    left: Left,
 }
 
 impl Threads<'_> {
@@ -191,6 +214,7 @@ impl Threads<'_> {
         writer: &ReplicationWriter,
         link: Link,
         core: Core,
+        store: CheckpointStore,
         mapper: &mut Mapper,
     ) -> Outcome {
         let progress = &Progress::default();
@@ -206,6 +230,7 @@ impl Threads<'_> {
             progress,
             session_stop,
             core,
+            store,
         );
         let reader = Reader {
             changes: changes_sender,
@@ -215,42 +240,43 @@ impl Threads<'_> {
             mapper,
             upto: self.upto,
         };
-        let (read, published, fed_back) = thread::scope(|scope| {
+        let (read, published, fed_back, shuts_down) = thread::scope(|scope| {
             let source = &mut stream;
             let reader = spawn(scope, "reader", &ended_sender, move || reader.run(source));
             let publisher = spawn(scope, "publisher", &ended_sender, move || {
                 publisher.run(link)
             });
             let feedback = spawn(scope, "feedback", &ended_sender, move || {
-                feedback::run(writer, progress, &asks)
+                feedback::run(writer, progress, &asks, self.status_interval)
             });
 
-            self.wait(&ended, &asks_sender);
+            let mut shuts_down = self.wait(&ended, &asks_sender, progress);
             if reader.is_finished() && self.upto.is_some() {
                 // drained, perhaps: what was read is published however long it takes
-                self.wait(&ended, &asks_sender);
+                shuts_down = self.wait(&ended, &asks_sender, progress);
             }
             session_stop.begin();
             wake(&reader, progress, writer, &asks_sender);
             let read = reader.join();
             let published = publisher.join();
             drop(asks_sender);
-            (read, published, feedback.join())
+            (read, published, feedback.join(), shuts_down)
         });
 
-        let Ok((published, memory, tally)) = published else {
-            return Outcome {
-                result: Err(PANICKED),
-                memory: Memory::default(),
-                worked: false,
-            };
-        };
-        let result = match (published, read, fed_back) {
-            (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
+        // a panic of the publisher takes the memory of the streams with it: they are read back as at a start
+        let left = published.unwrap_or_else(|_| Left {
+            result: Err(PANICKED),
+            tally: Tally::default(),
+            memory: Memory::default(),
+            store: CheckpointStore::new("", &self.config.slot),
+        });
+        let result = match (left.result, read, fed_back) {
             (Err(error), _, _) => Err(error),
+            (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
             (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
+            _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
             (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Drained),
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
@@ -260,30 +286,46 @@ impl Threads<'_> {
         if let Err(error) = told {
             log::debug!(cause:% = error; "the last status update may not have arrived");
         }
-        Outcome {
-            result,
-            memory,
-            worked: tally.published + tally.skipped > 0,
-        }
+        let left = Left {
+            result: Ok(()),
+            ..left
+        };
+        Outcome { result, left }
     }
 
-    /// Waits until a thread ends or the relay is asked to stop.
-    fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>) {
+    /// Waits until a thread ends, the relay is asked to stop, or Postgres is seen to shut down (`true`).
+    fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>, progress: &Progress) -> bool {
         let pings = if self.upto.is_some() {
             tick(DRAIN_PING)
         } else {
             never()
         };
+        let looks = tick(SHUTDOWN_LOOK);
         loop {
             select! {
-                recv(ended) -> _ => return,
-                recv(self.stop.channel()) -> _ => return,
+                recv(ended) -> _ => return false,
+                recv(self.stop.channel()) -> _ => return false,
                 recv(pings) -> _ => {
                     // a full channel: a status update is about to be sent anyway
                     let _ = asks.try_send(Ask::Ping);
                 }
+                recv(looks) -> _ => {
+                    if progress.back_pressure() > SHUTDOWN_LOOK && shuts_down(&self.config.db) {
+                        return true;
+                    }
+                }
             }
         }
+    }
+}
+
+/// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing
+/// from cannot even ask. But it refuses new connections.
+fn shuts_down(db: &ConnInfo) -> bool {
+    match Connection::connect(db) {
+        // cannot_connect_now: it cannot be starting up, as it serves us
+        Err(error) => error.sqlstate() == Some("57P03"),
+        Ok(_) => false,
     }
 }
 

@@ -6,6 +6,7 @@
 use super::error::Error;
 use crate::postgres::connection::quote_literal;
 use crate::postgres::{Connection, Lsn};
+use std::time::Duration;
 
 /// The oldest server: pgoutput with the options used here, and still found in the field.
 const OLDEST: u32 = 120_000;
@@ -17,6 +18,8 @@ const MESSAGES: u32 = 140_000;
 pub struct Slot {
     /// `confirmed_flush_lsn`: replication starts here at the earliest.
     pub confirmed_flush_lsn: Lsn,
+    /// After so long without a status update Postgres ends the session; zero: never.
+    pub wal_sender_timeout: Duration,
 }
 
 /// Checks server, slot and publication.
@@ -30,10 +33,18 @@ pub fn check(connection: &mut Connection, slot: &str, publication: &str) -> Resu
     }
     let found = check_slot(connection, slot, publication)?;
     check_publication(connection, publication)?;
-    Ok(found)
+    let setting = "SELECT setting FROM pg_catalog.pg_settings WHERE name = 'wal_sender_timeout'";
+    let rows = connection.simple_query(setting)?;
+    let timeout_ms = rows
+        .first()
+        .and_then(|row| row.first()?.as_deref()?.parse().ok());
+    Ok(Slot {
+        confirmed_flush_lsn: found,
+        wal_sender_timeout: Duration::from_millis(timeout_ms.unwrap_or(0)),
+    })
 }
 
-fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Result<Slot, Error> {
+fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Result<Lsn, Error> {
     // wal_status tells a slot whose log is gone, from 13 on
     let wal_status = if connection.server_version_num() >= 130_000 {
         "wal_status"
@@ -92,12 +103,9 @@ fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Res
             pid: pid.parse().ok(),
         });
     }
-    let confirmed_flush_lsn = confirmed
+    Ok(confirmed
         .and_then(|lsn| lsn.parse().ok())
-        .unwrap_or_default();
-    Ok(Slot {
-        confirmed_flush_lsn,
-    })
+        .unwrap_or_default())
 }
 
 fn check_publication(connection: &mut Connection, publication: &str) -> Result<(), Error> {

@@ -66,7 +66,11 @@ fn a_nats_server_frozen_beyond_the_ack_timeout_stores_no_late_copies() {
     run.wait_for_relay("the start");
     for _ in 0..10 {
         nats.freeze();
-        throughout("the relay", Duration::from_millis(fastrand::u64(50..600)), || relay.is_running());
+        throughout(
+            "the relay",
+            Duration::from_millis(fastrand::u64(50..600)),
+            || relay.is_running(),
+        );
         nats.thaw();
         run.wait_for_commits(50);
     }
@@ -95,7 +99,9 @@ fn walsender(client: &mut Client) -> Vec<String> {
 
 #[test]
 fn three_minutes_of_back_pressure_do_not_cost_the_session_to_postgres() {
-    let pg = Postgres::builder().setting("wal_sender_timeout", "10s").build();
+    let pg = Postgres::builder()
+        .setting("wal_sender_timeout", "10s")
+        .build();
     let nats = Nats::start();
     nats.client().add_seed_stream();
     let run = Scenario::start_on(pg, &[nats.port()], &[(NAME, "events.")]);
@@ -106,7 +112,9 @@ fn three_minutes_of_back_pressure_do_not_cost_the_session_to_postgres() {
     assert_eq!(before.len(), 1);
     nats.freeze();
     run.commit_a_backlog();
-    throughout("the session", secs(180), || walsender(&mut client) == before);
+    throughout("the session", secs(180), || {
+        walsender(&mut client) == before
+    });
     nats.thaw();
     run.wait_for_relay("three minutes of back pressure");
     assert_eq!(walsender(&mut client), before);

@@ -27,7 +27,9 @@ const FAULTS: [Fault; 5] = [
 ];
 
 fn terminate_walsender(pg: &Postgres) {
-    eventually("a walsender to terminate", secs(60), || pg.terminate_walsender() > 0);
+    eventually("a walsender to terminate", secs(60), || {
+        pg.terminate_walsender() > 0
+    });
 }
 
 #[test]
@@ -69,6 +71,7 @@ fn walsenders_terminated_at_any_moment_lose_repeat_and_reorder_nothing() {
         run.wait_for_commits(fastrand::u64(1..200));
         terminate_walsender(&run.pg);
     }
+    run.wait_for_relay("the last end");
     run.finish(relay).assert_confirmed();
 }
 
@@ -115,7 +118,10 @@ fn stops_while_jetstream_stands_still(backlog: fn(&Scenario)) {
 
 #[track_caller]
 fn assert_stops_in_time(pg: &Postgres) {
-    assert!(pg.slot_active(NAME), "there must be a walsender to wait for");
+    assert!(
+        pg.slot_active(NAME),
+        "there must be a walsender to wait for"
+    );
     let start = Instant::now();
     pg.stop_fast();
     let took = start.elapsed();

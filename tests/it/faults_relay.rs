@@ -78,7 +78,9 @@ fn a_relay_started_after_the_deduplication_window_repeats_nothing() {
             relay.kill();
         }
         let before = run.stored().expect("nats-server is up");
-        throughout("the window's end", 5 * WINDOW, || run.stored().is_ok_and(|now| now == before));
+        throughout("the window's end", 5 * WINDOW, || {
+            run.stored().is_ok_and(|now| now == before)
+        });
         relay = run.relay(&[]);
     }
     run.finish(relay).assert_held_back();
@@ -89,12 +91,13 @@ fn a_relay_started_after_the_deduplication_window_repeats_nothing() {
 fn a_consumed_work_queue_is_given_nothing_twice_when_connections_are_lost() {
     consumed_work_queue(&[], |run, nats, _, round| match round % 2 {
         0 => nats.restart(),
-        _ => eventually("the walsender to end", secs(60), || run.pg.terminate_walsender() > 0),
+        _ => eventually("the walsender to end", secs(60), || {
+            run.pg.terminate_walsender() > 0
+        }),
     });
 }
 
 #[test]
-#[ignore = "needs the checkpoint"]
 fn a_consumed_work_queue_is_given_nothing_twice_when_the_relay_starts_again() {
     consumed_work_queue(&[], |run, _, relay, _| {
         relay.kill();
@@ -102,10 +105,7 @@ fn a_consumed_work_queue_is_given_nothing_twice_when_the_relay_starts_again() {
     });
 }
 
-fn consumed_work_queue(
-    args: &[&str],
-    fault: impl Fn(&Scenario, &Nats, &mut Relay, u32),
-) {
+fn consumed_work_queue(args: &[&str], fault: impl Fn(&Scenario, &Nats, &mut Relay, u32)) {
     let nats = Nats::start();
     let mut run = start_with_short_window(&nats, json!({ "retention": "workqueue" }));
     let mut relay = run.relay(args);
@@ -117,7 +117,10 @@ fn consumed_work_queue(
     }
     run.stop_writing();
     let truth = run.truth();
-    let last = truth.last().and_then(|t| t.ids.last()).expect("the writers committed");
+    let last = truth
+        .last()
+        .and_then(|t| t.ids.last())
+        .expect("the writers committed");
     eventually("the last event to be consumed", secs(60), || {
         consume(&mut nats.client(), &mut consumed);
         consumed.values().any(|message| message.id() == last)
@@ -140,18 +143,35 @@ fn consume(client: &mut NatsClient, consumed: &mut BTreeMap<u64, StreamMessage>)
         client.try_subscribe(&inbox, sid).expect("subscribe");
         let call = format!("$JS.API.CONSUMER.MSG.NEXT.{NAME}.worker");
         let fetch = json!({ "batch": 500, "no_wait": true }).to_string();
-        client.try_send(&call, &inbox, &[], fetch.as_bytes()).expect("ask for messages");
+        client
+            .try_send(&call, &inbox, &[], fetch.as_bytes())
+            .expect("ask for messages");
         let mut taken = 0;
         while taken < 500 {
             let message = client.try_next().expect("messages or a status");
             if message.status != 0 {
                 break;
             }
-            let Message { subject, reply, headers, body, .. } = message;
+            let Message {
+                subject,
+                reply,
+                headers,
+                body,
+                ..
+            } = message;
             let reply = reply.expect("a consumer's message has a reply subject");
             let (seq, time_ns, _) = consumer_reply(&reply).expect("which tells its place");
             client.try_send(&reply, "", &[], b"").expect("acknowledge");
-            consumed.insert(seq, StreamMessage { seq, time_ns, subject, headers, body });
+            consumed.insert(
+                seq,
+                StreamMessage {
+                    seq,
+                    time_ns,
+                    subject,
+                    headers,
+                    body,
+                },
+            );
             taken += 1;
         }
         if taken == 0 {

@@ -74,13 +74,19 @@ impl Outcome {
     /// With `--hold-back 0` a relay that stops in order leaves nothing to repeat.
     #[track_caller]
     pub fn assert_confirmed(&self) {
-        assert!(self.confirmed >= self.last_end_lsn, "not all is confirmed: {self:?}");
+        assert!(
+            self.confirmed >= self.last_end_lsn,
+            "not all is confirmed: {self:?}"
+        );
     }
 
     /// A scenario shorter than the hold-back confirms nothing.
     #[track_caller]
     pub fn assert_held_back(&self) {
-        assert!(self.confirmed < self.first_end_lsn, "confirmed too early: {self:?}");
+        assert!(
+            self.confirmed < self.first_end_lsn,
+            "confirmed too early: {self:?}"
+        );
     }
 }
 
@@ -95,7 +101,9 @@ impl Scenario {
     /// readable at any of the ports.
     pub fn start_on(pg: Postgres, nats_ports: &[u16], streams: &[(&str, &str)]) -> Scenario {
         pg.seed_setup();
-        pg.execute(&format!("SELECT pg_create_logical_replication_slot('{TRUTH}', 'pgoutput')"));
+        pg.execute(&format!(
+            "SELECT pg_create_logical_replication_slot('{TRUTH}', 'pgoutput')"
+        ));
         let pg = Arc::new(pg);
         let committed = Arc::new(AtomicU64::new(0));
         let (stop, stopping) = bounded(0);
@@ -123,7 +131,11 @@ impl Scenario {
     /// A relay between the two.
     pub fn relay(&self, extra: &[&str]) -> Relay {
         let db = self.pg.url("postgres", "postgres");
-        let servers: Vec<String> = self.nats_ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        let servers: Vec<String> = self
+            .nats_ports
+            .iter()
+            .map(|port| format!("127.0.0.1:{port}"))
+            .collect();
         let servers = servers.join(",");
         let mut args = vec!["-db", &db, "-nats", &servers];
         args.extend(extra);
@@ -149,7 +161,9 @@ impl Scenario {
     #[track_caller]
     pub fn wait_for_commits(&self, events: u64) {
         let target = self.committed() + events;
-        eventually("the writers to commit", DEADLINE, || self.committed() >= target);
+        eventually("the writers to commit", DEADLINE, || {
+            self.committed() >= target
+        });
     }
 
     /// Waits until what is committed by now has reached the streams: the relay works.
@@ -164,7 +178,11 @@ impl Scenario {
         let target = self.committed() + 1 + others;
         eventually(&format!("events to flow after: {after}"), DEADLINE, || {
             let reached = self.stored().map_err(|error| error.to_string())?;
-            if reached >= target { Ok(()) } else { Err(format!("{reached} of {target} stored")) }
+            if reached >= target {
+                Ok(())
+            } else {
+                Err(format!("{reached} of {target} stored"))
+            }
         });
     }
 
@@ -205,7 +223,11 @@ impl Scenario {
             "SELECT data FROM pg_logical_slot_peek_binary_changes('{TRUTH}', NULL, NULL, \
              'proto_version', '1', 'publication_names', '{NAME}')"
         );
-        let rows = self.pg.client().query(&sql, &[]).expect("read the slot of the truth");
+        let rows = self
+            .pg
+            .client()
+            .query(&sql, &[])
+            .expect("read the slot of the truth");
         let mut transactions = Vec::new();
         let mut ids = Vec::new();
         for row in rows {
@@ -217,7 +239,10 @@ impl Scenario {
                     let end_lsn = message[10..18].try_into().expect("eight bytes");
                     let end_lsn = Lsn(u64::from_be_bytes(end_lsn));
                     if !ids.is_empty() {
-                        transactions.push(Transaction { end_lsn, ids: std::mem::take(&mut ids) });
+                        transactions.push(Transaction {
+                            end_lsn,
+                            ids: std::mem::take(&mut ids),
+                        });
                     }
                 }
                 _ => {}
@@ -236,10 +261,13 @@ impl Scenario {
             let ids = truth.iter().flat_map(|transaction| &transaction.ids);
             let last = ids.rev().find(|id| subject(id).starts_with(subjects));
             eventually("the last event to be stored", DEADLINE, || {
-                self.read_on(name, messages).map_err(|error| error.to_string())?;
+                self.read_on(name, messages)
+                    .map_err(|error| error.to_string())?;
                 let arrived = |last| messages.iter().rev().any(|message| message.id() == last);
                 match last {
-                    Some(last) if !arrived(last) => Err(format!("{} are stored, {last} is not", messages.len())),
+                    Some(last) if !arrived(last) => {
+                        Err(format!("{} are stored, {last} is not", messages.len()))
+                    }
                     _ => Ok(()),
                 }
             });
@@ -247,7 +275,8 @@ impl Scenario {
         relay.term();
         assert_eq!(relay.wait_exit(secs(30)), 0, "exit code after SIGTERM");
         for ((name, _), messages) in self.streams.iter().zip(&mut stored) {
-            self.read_on(name, messages).expect("read the rest of the stream");
+            self.read_on(name, messages)
+                .expect("read the rest of the stream");
         }
         self.judge(&truth, &stored)
     }
@@ -260,18 +289,35 @@ impl Scenario {
         for ((name, subjects), messages) in self.streams.iter().zip(stored) {
             let mut expected = Expected::new();
             for transaction in truth {
-                let ids = transaction.ids.iter().filter(|id| subject(id).starts_with(subjects));
-                expected.commit(0, ids.map(|id| Event::new(id, subject(id), payload(id).as_bytes())));
+                let ids = transaction
+                    .ids
+                    .iter()
+                    .filter(|id| subject(id).starts_with(subjects));
+                expected.commit(
+                    0,
+                    ids.map(|id| Event::new(id, subject(id), payload(id).as_bytes())),
+                );
             }
             let is_ours = |message: &&StreamMessage| message.header("Outbox-Position").is_some();
             let ours: Vec<StreamMessage> = messages.iter().filter(is_ours).cloned().collect();
             let report = expected.check(&ours);
-            eprintln!("stream {name}: {} events of {} transactions", ours.len(), truth.len());
+            eprintln!(
+                "stream {name}: {} events of {} transactions",
+                ours.len(),
+                truth.len()
+            );
             report.assert_clean();
-            time_of.extend(ours.iter().map(|message| (message.id().to_string(), message.time_ns)));
+            time_of.extend(
+                ours.iter()
+                    .map(|message| (message.id().to_string(), message.time_ns)),
+            );
         }
         self.judge_confirmations(truth, &time_of);
-        let end = |transaction: Option<&Transaction>| transaction.map(|t| t.end_lsn).expect("the writers committed");
+        let end = |transaction: Option<&Transaction>| {
+            transaction
+                .map(|t| t.end_lsn)
+                .expect("the writers committed")
+        };
         Outcome {
             events: truth.iter().map(|transaction| transaction.ids.len()).sum(),
             first_end_lsn: end(truth.first()),
@@ -285,7 +331,10 @@ impl Scenario {
     fn judge_confirmations(&mut self, truth: &[Transaction], time_of: &HashMap<String, u64>) {
         let poller = self.poller.take().expect("a scenario is judged once");
         let confirmations = poller.join().expect("the poller works until it is stopped");
-        assert!(!confirmations.is_empty(), "confirmed_flush_lsn was never read");
+        assert!(
+            !confirmations.is_empty(),
+            "confirmed_flush_lsn was never read"
+        );
         // both are in order: one walk finds the youngest event at or before each confirmation
         let mut transactions = truth.iter().peekable();
         let mut youngest = 0;
@@ -294,7 +343,11 @@ impl Scenario {
             // a crash takes the slot back to its last checkpoint
             highest = highest.max(lsn);
             while let Some(transaction) = transactions.next_if(|t| t.end_lsn <= highest) {
-                youngest = transaction.ids.iter().map(|id| time_of[id]).fold(youngest, u64::max);
+                youngest = transaction
+                    .ids
+                    .iter()
+                    .map(|id| time_of[id])
+                    .fold(youngest, u64::max);
             }
             if lsn == highest {
                 assert!(
@@ -399,9 +452,16 @@ fn transaction(writer: u32, number: u64, rows: u64) -> String {
     let (high, low) = (number >> 16, number & 0xffff);
     for row in 0..rows {
         let id = format!("{writer:08x}-{high:04x}-{low:04x}-0000-{row:012x}");
-        let Route { aggregate_type, aggregate_id } = route(&id);
+        let Route {
+            aggregate_type,
+            aggregate_id,
+        } = route(&id);
         let comma = if row > 0 { "," } else { "" };
-        let _ = write!(sql, "{comma}('{id}','{aggregate_type}','{aggregate_id}','{}')", payload(&id));
+        let _ = write!(
+            sql,
+            "{comma}('{id}','{aggregate_type}','{aggregate_id}','{}')",
+            payload(&id)
+        );
     }
     sql + "; DELETE FROM outbox"
 }
@@ -419,19 +479,33 @@ struct Route {
 
 fn route(id: &str) -> Route {
     let hash = hash_of(id);
-    let aggregate_type = if hash.is_multiple_of(2) { "account" } else { "order" };
-    Route { aggregate_type, aggregate_id: hash / 2 % 100 }
+    let aggregate_type = if hash.is_multiple_of(2) {
+        "account"
+    } else {
+        "order"
+    };
+    Route {
+        aggregate_type,
+        aggregate_id: hash / 2 % 100,
+    }
 }
 
 fn subject(id: &str) -> String {
-    let Route { aggregate_type, aggregate_id } = route(id);
+    let Route {
+        aggregate_type,
+        aggregate_id,
+    } = route(id);
     format!("events.{aggregate_type}.{aggregate_id}")
 }
 
 /// Compact, and with the keys in jsonb's order: as it is to arrive. One in fifty is large.
 fn payload(id: &str) -> String {
     let hash = hash_of(id);
-    let size = if hash.is_multiple_of(50) { 8_000 } else { hash / 50 % 300 };
+    let size = if hash.is_multiple_of(50) {
+        8_000
+    } else {
+        hash / 50 % 300
+    };
     format!(r#"{{"id":"{id}","pad":"{}"}}"#, "x".repeat(size as usize))
 }
 
@@ -443,12 +517,19 @@ fn poll_until(stopping: &Receiver<Infallible>, pg: &Postgres) -> Vec<Confirmed> 
             client = pg.try_client().ok();
             continue;
         };
-        let sql = format!("SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{NAME}'");
+        let sql = format!(
+            "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{NAME}'"
+        );
         match session.query_one(&sql, &[]) {
             Ok(row) => {
-                let time = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+                let time = SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .expect("it is after 1970");
                 let time_ns = u64::try_from(time.as_nanos()).expect("it is before 2554");
-                let lsn = row.get::<_, String>(0).parse().expect("Postgres prints LSNs");
+                let lsn = row
+                    .get::<_, String>(0)
+                    .parse()
+                    .expect("Postgres prints LSNs");
                 seen.push(Confirmed { lsn, time_ns });
             }
             Err(_) => client = None,

@@ -2,10 +2,16 @@
 //!
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
+mod drain;
 mod faults_nats;
 mod faults_postgres;
 mod faults_relay;
 mod faults_scenario;
+mod payloads;
+mod rig;
+mod seed;
 mod smoke;
+mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
+mod transactions;

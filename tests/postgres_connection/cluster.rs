@@ -24,7 +24,7 @@ password_encryption = 'scram-sha-256'
 ssl = on
 ssl_cert_file = 'server.crt'
 ssl_key_file = 'server.key'
-ssl_ca_file = 'ca.crt'
+ssl_ca_file = 'root.crt'
 ";
 
 const HBA: &str = "
@@ -76,6 +76,20 @@ pub fn primary() -> Arc<Cluster> {
 
 impl Cluster {
     fn primary() -> Cluster {
+        let certificates = tempfile::tempdir().unwrap();
+        make_certificates(certificates.path());
+        let file = |name: &str| certificates.path().join(name);
+        let (certificate, key) = (file("server.crt"), file("server.key"));
+        let cluster = Cluster::with_certificate(&certificate, &key, &file("ca.crt"));
+        for entry in certificates.path().read_dir().unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), cluster.folder.path().join(entry.file_name())).unwrap();
+        }
+        cluster
+    }
+
+    /// A server that shows this certificate, and trusts clients with certificates of `authority`.
+    pub fn with_certificate(certificate: &Path, key: &Path, authority: &Path) -> Cluster {
         let folder = folder();
         let data = folder.path().join("data");
         run(command("initdb")
@@ -88,10 +102,15 @@ impl Cluster {
                 "-D",
             ])
             .arg(&data));
-        certificates(folder.path());
-        for name in ["server.crt", "server.key", "ca.crt"] {
-            std::fs::copy(folder.path().join(name), data.join(name)).unwrap();
-            give_to_server(&data.join(name));
+        for (from, name) in [
+            (certificate, "server.crt"),
+            (key, "server.key"),
+            (authority, "root.crt"),
+        ] {
+            let to = data.join(name);
+            std::fs::copy(from, &to).unwrap();
+            std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o600)).unwrap();
+            give_to_server(&to);
         }
         append(&data.join("postgresql.conf"), SETTINGS);
         std::fs::write(data.join("pg_hba.conf"), HBA).unwrap();
@@ -163,7 +182,7 @@ impl Cluster {
         format!("host=127.0.0.1 port={port} user={user} dbname=postgres {more}")
     }
 
-    /// One of the files that `certificates` made.
+    /// One of the files that `make_certificates` made.
     pub fn file(&self, name: &str) -> String {
         self.folder.path().join(name).display().to_string()
     }
@@ -262,13 +281,11 @@ fn append(path: &Path, text: &str) {
 
 /// `ca.crt` signs `server.crt` (for 127.0.0.1 and localhost), `by_cert.crt` and `by_both.crt`; `other_ca.crt`
 /// signs nothing.
-fn certificates(folder: &Path) {
+fn make_certificates(folder: &Path) {
     let write = |name: &str, text: &str| {
         let path = folder.join(name);
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        // the server must be able to read its own; as root, we can read all
-        give_to_server(&path);
     };
     let authority = |name: &str| {
         let key = KeyPair::generate().unwrap();

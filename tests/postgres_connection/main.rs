@@ -3,5 +3,6 @@
 mod authentication;
 mod cluster;
 mod hosts;
+mod scripted;
 mod streaming;
 mod tls;

@@ -35,7 +35,7 @@ impl Feed {
 fn read_commits(reader: &mut ReplicationReader, commits: usize) -> (usize, Lsn) {
     let (mut bytes, mut seen, mut end) = (0, 0, Lsn::INVALID);
     while seen < commits {
-        match reader.next().unwrap().expect("the stream goes on") {
+        match reader.read().unwrap().expect("the stream goes on") {
             ReplicationMessage::XLogData {
                 data, wal_start, ..
             } => match data[0] {
@@ -105,7 +105,7 @@ fn rows_come_and_confirmations_go_over_every_kind_of_stream() {
 
         writer.send_status(&status(end)).unwrap();
         writer.copy_done().unwrap();
-        assert_eq!(reader.next().unwrap(), None);
+        while reader.read().unwrap().is_some() {}
         reader.finish(Duration::from_secs(10)).unwrap();
         let slot = format!(
             "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{name}'"
@@ -182,7 +182,7 @@ fn shutdown_wakes_a_reader_that_waits() {
             .unwrap();
         let reading = std::thread::spawn(move || {
             loop {
-                match reader.next() {
+                match reader.read() {
                     Ok(Some(ReplicationMessage::PrimaryKeepalive { .. })) => {}
                     other => return format!("{other:?}"),
                 }
@@ -216,7 +216,7 @@ fn a_terminated_walsender_is_an_error_of_the_server() {
     let (mut reader, _writer) = feed.open(&server.tcp("postgres", "")).unwrap();
     server.sql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'terminated'");
     let error = loop {
-        match reader.next() {
+        match reader.read() {
             Ok(Some(ReplicationMessage::PrimaryKeepalive { .. })) => {}
             Err(error) => break error,
             Ok(other) => panic!("{other:?}"),
@@ -233,7 +233,7 @@ fn a_missing_publication_is_an_error_while_streaming() {
     server.sql("DROP PUBLICATION no_publication; INSERT INTO no_publication VALUES ('x')");
     let (mut reader, _writer) = feed.open(&server.admin()).unwrap();
     let error = loop {
-        match reader.next() {
+        match reader.read() {
             Ok(Some(_)) => {}
             Err(error) => break error,
             Ok(None) => panic!("ended"),

@@ -1,8 +1,9 @@
 //! `sslmode` against certificates that fit and ones that do not, and servers that do not keep to TLS.
 
-use crate::cluster::{connect, primary};
+use crate::cluster::{Cluster, connect, primary};
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::process::Command;
 
 #[test]
 fn sslmode_decides_what_of_the_certificate_counts() {
@@ -48,6 +49,12 @@ fn sslmode_decides_what_of_the_certificate_counts() {
             "verify-full",
             "system",
             "invalid peer certificate: UnknownIssuer",
+        ),
+        (
+            "127.0.0.1",
+            "prefer",
+            "/nonexistent",
+            "read the root certificates /nonexistent",
         ),
         (
             "127.0.0.1",
@@ -115,5 +122,85 @@ fn a_server_without_tls_is_told_apart() {
         let text = format!("host=127.0.0.1 port={port} user=u sslmode=require connect_timeout=3");
         let error = connect(&text).unwrap_err().to_string();
         assert!(error.contains(expected), "{answer:?}: {error}");
+    }
+}
+
+/// Makes a server certificate with openssl's `arguments`.
+fn openssl(folder: &std::path::Path, arguments: &str) {
+    let output = Command::new("openssl")
+        .args(arguments.split(' '))
+        .current_dir(folder)
+        .output()
+        .expect("openssl, which Debian's PostgreSQL depends on");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments}: {message}");
+}
+
+#[test]
+fn certificates_as_people_make_them_by_the_manual() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let request = "req -new -newkey rsa:2048 -nodes -subj /CN=localhost -keyout";
+    openssl(
+        folder,
+        &format!(
+            "{request} self.key -x509 -days 2 -out self.crt -addext subjectAltName=DNS:localhost"
+        ),
+    );
+    openssl(folder, &format!("{request} old.key -out old.csr"));
+    openssl(
+        folder,
+        "x509 -req -in old.csr -days 2 -CA self.crt -CAkey self.key -CAcreateserial -out old.crt",
+    );
+
+    // each with the modes that it must serve, and what the others say
+    for (certificate, roots, outcomes) in [
+        (
+            "self",
+            "self",
+            [
+                ("require", "ok"),
+                ("verify-ca", "ok"),
+                ("verify-full", "ok"),
+            ],
+        ),
+        (
+            "old",
+            "old",
+            [
+                ("require", "ok"),
+                ("verify-ca", "ok"),
+                ("verify-full", "version 1"),
+            ],
+        ),
+        (
+            "old",
+            "self",
+            [
+                ("require", "version 1"),
+                ("verify-ca", "version 1"),
+                ("verify-full", "version 1"),
+            ],
+        ),
+    ] {
+        let file = |suffix: &str| folder.join(format!("{certificate}.{suffix}"));
+        let server = Cluster::with_certificate(&file("crt"), &file("key"), &file("crt"));
+        let roots = folder.join(format!("{roots}.crt"));
+        for (sslmode, expected) in outcomes {
+            let text = format!(
+                "host=localhost port={} user=by_scram password='pass word' dbname=postgres \
+                 channel_binding=require sslmode={sslmode} sslrootcert={}",
+                server.port,
+                roots.display()
+            );
+            let found = connect(&text).map_or_else(|error| error.to_string(), |_| "ok".into());
+            assert!(found.contains(expected), "{certificate} {sslmode}: {found}");
+        }
+        // without roots nothing is verified, but the channel is bound
+        let text = server.tcp(
+            "by_scram",
+            "password='pass word' sslmode=require channel_binding=require",
+        );
+        connect(&text).unwrap();
     }
 }

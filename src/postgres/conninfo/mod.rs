@@ -14,6 +14,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Debian's libpq looks for the server's socket here when no host is given.
+pub(super) const DEFAULT_SOCKET_DIRECTORY: &str = "/var/run/postgresql";
+
 /// A checked connection string. Neither `Debug` nor `Display` shows the password.
 #[derive(Clone)]
 pub struct ConnInfo {
@@ -155,6 +158,10 @@ pub enum ConnInfoError {
     Percent(&'static str),
     /// Not a parameter of libpq.
     UnknownParameter(String),
+    /// A key that cannot be the name of any parameter.
+    NotAParameter,
+    /// A port that is no number from 1 to 65535. (A password with a `/` can end up in its place.)
+    BadPort,
     /// A parameter of libpq that this program cannot honour.
     UnsupportedParameter(&'static str),
     /// A value that the parameter cannot have, and those it can.
@@ -183,6 +190,12 @@ impl fmt::Display for ConnInfoError {
                 "{part} has a `%` without two hexadecimal digits that make UTF-8; write a percent sign as %25"
             ),
             ConnInfoError::UnknownParameter(name) => write!(f, "unknown parameter {name:?}"),
+            ConnInfoError::NotAParameter => f.write_str(
+                "neither a postgres:// URL nor key=value pairs",
+            ),
+            ConnInfoError::BadPort => f.write_str(
+                "a port must be a number from 1 to 65535 (write a slash in a URL's password as %2F)",
+            ),
             ConnInfoError::UnsupportedParameter(name) => {
                 write!(f, "the parameter {name} is not supported by this program")
             }

@@ -1,8 +1,8 @@
 //! From keywords and environment to a [`ConnInfo`]: defaults, numbers, words, and what contradicts what.
 
 use super::{
-    Address, AuthMethod, ChannelBindingMode, ConnInfo, ConnInfoError, Host, Keepalives,
-    OptionalFile, Roots, SslMode, TargetSessionAttrs, TlsInfo, TlsVersion,
+    Address, AuthMethod, ChannelBindingMode, ConnInfo, ConnInfoError, DEFAULT_SOCKET_DIRECTORY,
+    Host, Keepalives, OptionalFile, Roots, SslMode, TargetSessionAttrs, TlsInfo, TlsVersion,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,8 +10,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Debian's libpq looks here when no host is given.
-const DEFAULT_SOCKET_DIRECTORY: &str = "/var/run/postgresql";
 const DEFAULT_PORT: u16 = 5432;
 
 /// The parameters that are understood, each with the environment variable that stands in for it.
@@ -74,9 +72,12 @@ pub(super) fn keyword(name: &str) -> Result<&'static str, ConnInfoError> {
     if let Some((keyword, _)) = PARAMETERS.iter().find(|(keyword, _)| *keyword == name) {
         return Ok(keyword);
     }
+    let is_word = name.len() <= 40 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     Err(match UNSUPPORTED.iter().find(|other| **other == name) {
         Some(other) => ConnInfoError::UnsupportedParameter(other),
-        None => ConnInfoError::UnknownParameter(name.to_string()),
+        None if is_word => ConnInfoError::UnknownParameter(name.to_string()),
+        // a URL with another scheme, say, with the password in it
+        None => ConnInfoError::NotAParameter,
     })
 }
 
@@ -276,7 +277,7 @@ fn hosts(values: &Values<'_>) -> Result<Vec<Host>, ConnInfoError> {
             None | Some("") => Ok(DEFAULT_PORT),
             Some(text) => match text.parse() {
                 Ok(port) if port > 0 => Ok(port),
-                _ => Err(bad_value("port", text.into(), "a number from 1 to 65535")),
+                _ => Err(ConnInfoError::BadPort),
             },
         }
     };

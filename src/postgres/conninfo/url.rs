@@ -22,10 +22,8 @@ pub(super) fn parse(text: &str) -> Result<Vec<(String, String)>, ConnInfoError> 
     };
 
     let mut rest = text;
-    let user_end = text.find(['@', '/']);
-    if let Some((userinfo, after)) = user_end.and_then(|_| text.split_once('@'))
-        && !userinfo.contains('/')
-    {
+    let userinfo = text.split_once('@');
+    if let Some((userinfo, after)) = userinfo.filter(|(before, _)| !before.contains('/')) {
         let (user, password) = userinfo.split_once(':').unwrap_or((userinfo, ""));
         add("user", decode(user, "the user")?);
         add("password", decode(password, "the password")?);
@@ -34,6 +32,11 @@ pub(super) fn parse(text: &str) -> Result<Vec<(String, String)>, ConnInfoError> 
 
     let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, path) = rest.split_at(authority_end);
+    if authority.contains('@') {
+        return Err(ConnInfoError::Url(
+            "a second `@`; write one in the user or the password as %40",
+        ));
+    }
     let (mut hosts, mut ports) = (Vec::new(), Vec::new());
     for one in authority.split(',') {
         let (host, port) = host_and_port(one)?;
@@ -53,14 +56,16 @@ pub(super) fn parse(text: &str) -> Result<Vec<(String, String)>, ConnInfoError> 
         decode(dbname.strip_prefix('/').unwrap_or(dbname), "the database")?,
     );
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let place = || "a parameter after `?`";
         let (key, value) = pair
             .split_once('=')
             .filter(|(_, value)| !value.contains('='))
             .ok_or(ConnInfoError::Url(
                 "a parameter after `?` that is not key=value",
             ))?;
-        let (key, value) = (decode(key, place())?, decode(value, place())?);
+        let (key, value) = (
+            decode(key, "a parameter after `?`")?,
+            decode(value, "a parameter after `?`")?,
+        );
         // JDBC's spelling, which libpq takes too
         match (key.as_str(), value.as_str()) {
             ("ssl", "true") => pairs.push(("sslmode".into(), "require".into())),
