@@ -8,9 +8,9 @@
 //!
 //! | thread | what it may hang in | how long |
 //! | --- | --- | --- |
-//! | connect | name lookup, handshake | until the server moves or the connection breaks; [`MAX_HANGING`] a server |
+//! | connect | name lookup, handshake | until the server moves or the connection breaks; `MAX_HANGING` a server |
 //! | sender | `publish`, when the kernel's buffers are full | the same |
-//! | flusher | `flush`, which waits for a PONG | the same; [`MAX_FLUSHERS`] in the process |
+//! | flusher | `flush`, which waits for a PONG | the same; `MAX_FLUSHERS` in the process |
 //! | reaper | `close` | the same; counted with connect |
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
