@@ -158,6 +158,7 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
             event: *event,
             token: number,
             expected_last_sequence: Some(number - 1),
+            expected_last: None,
             position_source: source.clone(),
         },
         _ => unreachable!("only events were pushed"),

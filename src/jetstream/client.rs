@@ -68,6 +68,8 @@ pub struct Publish {
     pub token: u64,
     /// The sequence the stream must end at; `None` for no fence.
     pub expected_last_sequence: Option<u64>,
+    /// The event whose id the stream's last message must have; never for a replicated stream.
+    pub expected_last: Option<(Arc<Batch>, EventSpans)>,
     /// `<slot> <system id> <timeline>`: the source of `Outbox-Position`.
     pub position_source: Arc<str>,
 }
@@ -76,10 +78,12 @@ impl Publish {
     /// The message's size as the server counts it against `max_payload`: headers and body, with numbers at
     /// their longest, so a little more than it will be.
     pub fn wire_size(&self) -> usize {
-        /// `NATS/1.0`, the three names, line ends, and the longest sequence, LSN and ordinal.
-        const FIXED: usize = 160;
+        /// `NATS/1.0`, the four names, line ends, and the longest sequence, LSN and ordinal.
+        const FIXED: usize = 200;
         let event = self.batch.event(&self.event);
-        FIXED + event.id.len() + self.position_source.len() + event.body.len()
+        let last = self.expected_last.as_ref();
+        let last_id_len = last.map_or(0, |(batch, event)| batch.event(event).id.len());
+        FIXED + last_id_len + event.id.len() + self.position_source.len() + event.body.len()
     }
 }
 
@@ -830,11 +834,18 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
             ),
         });
     }
-    let mut lines = String::with_capacity(event.id.len() + publish.position_source.len() + 110);
+    let mut lines = String::with_capacity(event.id.len() + publish.position_source.len() + 200);
     lines.push_str(event.id);
     // writing to a String cannot fail
     if let Some(seq) = publish.expected_last_sequence {
         let _ = write!(lines, "\r\nNats-Expected-Last-Sequence: {seq}");
+    }
+    if let Some((batch, last)) = &publish.expected_last {
+        let _ = write!(
+            lines,
+            "\r\nNats-Expected-Last-Msg-Id: {}",
+            batch.event(last).id
+        );
     }
     let (source, position) = (&publish.position_source, event.position);
     let _ = write!(lines, "\r\nOutbox-Position: {source} {position}");

@@ -62,6 +62,10 @@ pub struct Publication {
     pub token: u64,
     /// The fence; `None` with [`Delivery::AtLeastOnce`].
     pub expected_last_sequence: Option<u64>,
+    /// The other half of the fence, where the stream allows it: the event whose message must be the last
+    /// one. Sequences alone would let an event through behind a lost one, when somebody else's message has
+    /// taken the lost one's sequence.
+    pub expected_last: Option<(Arc<Batch>, EventSpans)>,
 }
 
 /// The connection, the copy stream or the whole relay cannot go on as it is.
@@ -129,6 +133,9 @@ pub struct StreamAtConnect {
     pub name: String,
     /// When it was created; empty if the server does not say.
     pub created: String,
+    /// Copies in the cluster. Only an unreplicated stream can be told the expected last message's id: in
+    /// a replicated one a single mismatch ends the stream for good (nats-server 2.14).
+    pub replicas: u32,
     /// The last sequence it stored ever.
     pub last_seq: u64,
     /// What it holds of ours.
@@ -212,6 +219,9 @@ pub struct Tally {
 struct Stream {
     name: String,
     created: String,
+    replicas: u32,
+    /// What was published last over this connection.
+    previous: Option<(Arc<Batch>, EventSpans)>,
     chain: Chain,
     tail: Tail,
     aged: Option<Position>,
@@ -283,6 +293,8 @@ impl Core {
         let stream = |remembered: Remembered| Stream {
             name: remembered.name,
             created: remembered.created,
+            replicas: 0,
+            previous: None,
             chain: Chain::new(0),
             tail: Tail::default(),
             aged: None,
@@ -379,6 +391,8 @@ impl Core {
                 stream.last = Some(stored.clone());
             }
             stream.chain = Chain::new(found.last_seq);
+            stream.replicas = found.replicas;
+            stream.previous = None;
             stream.tail = found.tail;
             stream.aged = found.aged;
             self.routed.push(index);
@@ -522,12 +536,16 @@ impl Core {
                 }
             };
             let publication = match next {
-                State::Sent { expected, .. } => Some(Publication {
+                State::Sent { stream, expected } => Some(Publication {
                     batch: pending.batch.clone(),
                     event: pending.spans,
                     token,
                     expected_last_sequence: (self.delivery == Delivery::ExactlyOnce)
                         .then_some(expected),
+                    expected_last: self.streams.get_mut(stream).and_then(|stream| {
+                        let this = (pending.batch.clone(), pending.spans);
+                        (stream.replicas == 1).then(|| stream.previous.replace(this))?
+                    }),
                 }),
                 _ => None,
             };
@@ -704,6 +722,8 @@ impl Core {
                 self.streams.push(Stream {
                     name: name.to_string(),
                     created: String::new(),
+                    replicas: 0,
+                    previous: None,
                     chain: Chain::new(0),
                     tail: Tail::default(),
                     aged: None,

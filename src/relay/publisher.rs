@@ -305,6 +305,7 @@ impl<'a> Publisher<'a> {
                         event: publication.event,
                         token: publication.token,
                         expected_last_sequence: publication.expected_last_sequence,
+                        expected_last: publication.expected_last,
                         position_source: self.source.clone(),
                         batch: publication.batch.clone(),
                     };

@@ -124,6 +124,10 @@ impl Found {
             found.push(StreamAtConnect {
                 name: info.config.name.clone(),
                 created: info.created.clone(),
+                replicas: match config.delivery {
+                    Delivery::ExactlyOnce => info.config.num_replicas,
+                    Delivery::AtLeastOnce => 0,
+                },
                 last_seq: info.state.last_seq,
                 tail,
                 aged,

@@ -1,26 +1,32 @@
 //! Says a thing once, and again each minute while it lasts, so that an outage of hours does not fill a disk.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 const AGAIN: Duration = Duration::from_secs(60);
 
-/// What was said last, and when.
+/// More different things than this are not said within a minute; beyond it the oldest is forgotten.
+const REMEMBERED: usize = 32;
+
+/// What was said within the last minute.
 #[derive(Debug, Default)]
 pub struct Repeated {
-    last: Option<(String, Instant)>,
+    said: VecDeque<(String, Instant)>,
 }
 
 impl Repeated {
     /// Whether to say it now.
     pub fn is_new(&mut self, text: &str, now: Instant) -> bool {
-        let old = self
-            .last
-            .as_ref()
-            .is_some_and(|(last, at)| last == text && now.saturating_duration_since(*at) < AGAIN);
-        if !old {
-            self.last = Some((text.to_string(), now));
+        self.said
+            .retain(|(_, at)| now.saturating_duration_since(*at) < AGAIN);
+        if self.said.iter().any(|(said, _)| said == text) {
+            return false;
         }
-        !old
+        if self.said.len() == REMEMBERED {
+            self.said.pop_front();
+        }
+        self.said.push_back((text.to_string(), now));
+        true
     }
 }
 

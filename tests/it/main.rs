@@ -3,10 +3,13 @@
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
 mod drain;
+mod faults_cluster;
 mod faults_nats;
+mod faults_network;
 mod faults_postgres;
 mod faults_relay;
 mod faults_scenario;
+mod faults_streams;
 mod operation;
 mod payloads;
 mod rig;

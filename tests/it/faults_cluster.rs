@@ -1,0 +1,87 @@
+//! Faults of a cluster of three: the stream has three copies, and its leader changes in mid-stream.
+
+use crate::faults_scenario::{NAME, Scenario};
+use crate::support::nats::{Nats, NatsCluster};
+use crate::support::postgres::Postgres;
+use crate::support::wait::{eventually, secs};
+use serde_json::{Value, json};
+
+fn start(cluster: &NatsCluster) -> Scenario {
+    cluster.nodes[0].client().add_stream_with(json!({
+        "name": NAME, "subjects": ["events.>"], "num_replicas": 3,
+    }));
+    let ports = cluster.nodes.each_ref().map(Nats::port);
+    Scenario::start_on(Postgres::start(), &ports, &[(NAME, "events.")])
+}
+
+#[test]
+fn leaders_that_step_down_lose_repeat_and_reorder_nothing() {
+    let cluster = NatsCluster::start();
+    let run = start(&cluster);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    let mut client = cluster.nodes[0].client();
+    for round in 0..20 {
+        run.wait_for_commits(fastrand::u64(1..100));
+        eventually("the leader to step down", secs(60), || {
+            client.try_api(&format!("STREAM.LEADER.STEPDOWN.{NAME}"), &Value::Null)
+        });
+        if round % 5 == 4 {
+            run.wait_for_relay("leaders stepping down");
+        }
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+#[test]
+fn nodes_killed_one_after_the_other_lose_repeat_and_reorder_nothing() {
+    let cluster = NatsCluster::start();
+    let run = start(&cluster);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    for _ in 0..2 {
+        for node in &cluster.nodes {
+            run.wait_for_commits(fastrand::u64(1..100));
+            node.kill();
+            run.wait_for_relay("a node killed");
+            node.start_again();
+            // two of three must have everything before the next one goes
+            eventually("the node to catch up", secs(60), || caught_up(&cluster));
+        }
+    }
+    run.finish(relay).assert_confirmed();
+}
+
+/// Every follower of the stream is current.
+fn caught_up(cluster: &NatsCluster) -> std::io::Result<bool> {
+    let mut client = cluster.nodes[0].try_client()?;
+    let info = client.try_api(&format!("STREAM.INFO.{NAME}"), &Value::Null)?;
+    let followers = info["cluster"]["replicas"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    let current = followers
+        .iter()
+        .filter(|follower| follower["current"] == true)
+        .count();
+    if current == 2 {
+        Ok(true)
+    } else {
+        Err(std::io::Error::other(info["cluster"].to_string()))
+    }
+}
+
+#[test]
+fn a_cluster_without_a_majority_loses_repeats_and_reorders_nothing() {
+    let cluster = NatsCluster::start();
+    let run = start(&cluster);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    cluster.nodes[1].kill();
+    cluster.nodes[2].freeze();
+    run.wait_for_commits(2_000);
+    cluster.nodes[2].thaw();
+    cluster.nodes[1].start_again();
+    run.wait_for_relay("two of three nodes away");
+    run.finish(relay).assert_confirmed();
+}

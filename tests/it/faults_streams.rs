@@ -1,0 +1,207 @@
+//! What befalls the streams themselves: put back to a copy, deleted, missing, shared with others, several.
+
+use crate::faults_scenario::{NAME, Scenario};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+use crate::support::relay::Relay;
+use crate::support::wait::{eventually, secs};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Copies the store, lets events flow, and puts the copy back: what a power loss does to unsynced writes.
+fn put_back(nats: &Nats, run: &Scenario) {
+    nats.stop();
+    let copy = nats.snapshot_store();
+    nats.start_again();
+    run.wait_for_relay("the copy of the store");
+    run.wait_for_commits(300);
+    run.wait_for_relay("events behind the copy");
+    nats.kill();
+    nats.restore_store(&copy);
+    nats.start_again();
+}
+
+#[test]
+fn a_store_put_back_within_the_hold_back_is_filled_again_in_order() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&[]);
+    for _ in 0..3 {
+        run.wait_for_relay("the start");
+        put_back(&nats, &run);
+        run.wait_for_relay("the store put back");
+    }
+    run.finish(relay).assert_held_back();
+}
+
+/// A relay that was not there when it happened reads it from the stream.
+#[test]
+fn a_store_put_back_while_no_relay_runs_is_filled_again_in_order() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&[]);
+    run.wait_for_relay("the start");
+    nats.stop();
+    let copy = nats.snapshot_store();
+    nats.start_again();
+    run.wait_for_relay("the copy of the store");
+    run.wait_for_commits(300);
+    relay.kill();
+    nats.kill();
+    nats.restore_store(&copy);
+    nats.start_again();
+    let relay = run.relay(&[]);
+    run.wait_for_relay("the store put back");
+    run.finish(relay).assert_held_back();
+}
+
+#[test]
+fn a_store_put_back_beyond_what_the_slot_keeps_halts_the_relay() {
+    let nats = Nats::start();
+    let run = Scenario::start(&nats);
+    let mut relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    put_back(&nats, &run);
+    halts(&mut relay, 65, "restore the stream");
+}
+
+/// The last line names the choice.
+#[track_caller]
+fn halts(relay: &mut Relay, code: i32, choice: &str) {
+    assert_eq!(relay.wait_exit(secs(60)), code);
+    let log = relay.log();
+    let last = log.last().expect("the relay says why it ends");
+    assert!(
+        last.contains(choice) && last.contains("--resume-anyway"),
+        "{last}"
+    );
+}
+
+#[test]
+fn a_stream_made_anew_halts_the_relay() {
+    for while_it_runs in [true, false] {
+        let nats = Nats::start();
+        let run = Scenario::start(&nats);
+        let mut relay = run.relay(&["--hold-back", "0"]);
+        run.wait_for_relay("the start");
+        if !while_it_runs {
+            relay.term();
+            assert_eq!(relay.wait_exit(secs(30)), 0);
+        }
+        nats.client()
+            .api(&format!("STREAM.DELETE.{NAME}"), &Value::Null);
+        nats.client().add_seed_stream();
+        if !while_it_runs {
+            relay = run.relay(&["--hold-back", "0"]);
+        }
+        halts(&mut relay, 65, "deleted and made anew");
+    }
+}
+
+#[test]
+fn a_stream_that_is_missing_is_waited_for() {
+    let nats = Nats::start();
+    let run = Scenario::start_on(Postgres::start(), &[nats.port()], &[(NAME, "events.")]);
+    let relay = run.relay(&["--hold-back", "0"]);
+    relay.wait_for_log("no stream captures", secs(30));
+    run.wait_for_commits(300);
+    nats.client().add_seed_stream();
+    run.wait_for_relay("a missing stream");
+    run.finish(relay).assert_confirmed();
+}
+
+#[test]
+fn messages_of_others_cost_neither_order_nor_events() {
+    let nats = Nats::start();
+    let mut client = nats.client();
+    client.add_stream_with(json!({ "name": NAME, "subjects": ["events.>", "other.>"] }));
+    let run = Scenario::start_on(Postgres::start(), &[nats.port()], &[(NAME, "events.")]);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    let mut others = 0;
+    for subject in ["other.a", "events.foreign.a"] {
+        for _ in 0..15 {
+            run.wait_for_commits(fastrand::u64(1..50));
+            let count = fastrand::u64(1..10);
+            for number in 0..count {
+                client.publish(subject, &[], number.to_string().as_bytes());
+            }
+            others += count;
+        }
+        run.wait_for_relay_beside(others, subject);
+    }
+    let warned = relay
+        .log()
+        .iter()
+        .filter(|line| line.contains("others write to this stream"))
+        .count();
+    run.finish(relay).assert_confirmed();
+    assert!(
+        (1..=3).contains(&warned),
+        "once a minute, not {warned} times"
+    );
+}
+
+/// The id is the writer's: within the window a second event under it is a repeat to JetStream.
+#[test]
+fn an_id_used_twice_drops_the_second_event_and_names_both() {
+    let nats = Nats::start();
+    nats.client().add_seed_stream();
+    let pg = Postgres::start();
+    pg.seed_setup();
+    let mut relay = Relay::start(&pg, &nats, &["--hold-back", "0"]);
+    let id = |number: u32| format!("00000000-0000-0000-0000-{number:012}");
+    for (number, body) in [(1, "first"), (2, "between"), (1, "second"), (3, "after")] {
+        pg.execute(&format!(
+            "INSERT INTO outbox VALUES ('{}', 'account', 'a', '\"{body}\"'); DELETE FROM outbox",
+            id(number)
+        ));
+    }
+    let mut client = nats.client();
+    eventually("the last event", secs(30), || {
+        client.message_count(NAME) == 3
+    });
+    let line = relay.wait_for_log("dropped an event", Duration::ZERO);
+    assert!(
+        line.contains("level=warn") && line.contains(&id(1)) && line.contains("seq=1"),
+        "{line}"
+    );
+    let last = pg.current_wal_lsn();
+    eventually("the drop to be confirmed too", secs(30), || {
+        pg.confirmed_flush_lsn(NAME) >= last
+    });
+    relay.term();
+    assert_eq!(relay.wait_exit(secs(30)), 0);
+    let messages = client.read_all(NAME);
+    let bodies: Vec<&str> = messages.iter().map(|message| message.text()).collect();
+    assert_eq!(bodies, ["\"first\"", "\"between\"", "\"after\""]);
+}
+
+#[test]
+fn two_streams_under_one_prefix_are_each_complete_and_in_order() {
+    for hold_back in ["0", "150s"] {
+        let nats = Nats::start();
+        let mut client = nats.client();
+        client.add_stream("accounts", &["events.account.>"]);
+        client.add_stream("orders", &["events.order.>"]);
+        let streams = [("accounts", "events.account."), ("orders", "events.order.")];
+        let run = Scenario::start_on(Postgres::start(), &[nats.port()], &streams);
+        let args = ["--hold-back", hold_back, "--inflight", "64"];
+        let mut relay = run.relay(&args);
+        for _ in 0..3 {
+            run.wait_for_relay("the start");
+            nats.restart();
+            run.wait_for_commits(fastrand::u64(1..100));
+            nats.kill();
+            nats.start_again();
+            run.wait_for_commits(fastrand::u64(1..100));
+            relay.kill();
+            relay = run.relay(&args);
+            run.wait_for_commits(fastrand::u64(1..100));
+            eventually("a walsender to terminate", secs(60), || {
+                run.pg.terminate_walsender() > 0
+            });
+        }
+        run.finish(relay);
+    }
+}
