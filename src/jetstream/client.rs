@@ -188,31 +188,44 @@ impl Link {
     /// Publishes to a subject that must have been stored to last at sequence `last` (0: never), as a key-value
     /// bucket's update is done (ADR-8); the PubAck comes as [`Incoming::Reply`].
     pub fn put(&self, token: u64, subject: String, last: u64, body: Vec<u8>) {
-        let mut headers = nats::HeaderMap::new();
-        headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
-        let reply = format!("{}r{token}", self.inbox);
-        self.send(Work::Request {
-            reply,
-            subject,
-            headers: Some(headers),
-            body,
-        });
+        self.send_put(format!("{}r{token}", self.inbox), subject, last, body);
+    }
+
+    /// As [`put`](Self::put), and waits for the PubAck as [`call`](Self::call) waits.
+    pub fn put_now(
+        &self,
+        subject: &str,
+        last: u64,
+        body: Vec<u8>,
+        timeout: Duration,
+    ) -> Result<Vec<u8>, Error> {
+        let reply = self.call_inbox();
+        self.send_put(reply.clone(), subject.into(), last, body);
+        self.wait_for(&reply, subject, timeout)
     }
 
     /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
     /// link on which nothing has been published yet.
     pub fn call(&self, api: &str, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, Error> {
-        // an answer that comes after its deadline must not be taken for the next call's
-        let call = self.calls.fetch_add(1, Ordering::Relaxed);
-        let reply = format!("{}c{call}", self.inbox);
-        let deadline = Instant::now() + timeout;
+        let reply = self.call_inbox();
         self.ask(reply.clone(), api, body);
+        self.wait_for(&reply, api, timeout)
+    }
+
+    /// An answer that comes after its deadline must not be taken for the next call's.
+    fn call_inbox(&self) -> String {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        format!("{}c{call}", self.inbox)
+    }
+
+    fn wait_for(&self, reply: &str, asked: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
+        let deadline = Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             select! {
                 recv(self.messages) -> message => match message {
                     Ok(message) if message.subject == reply => {
-                        return answer(message).map_err(|source| Error::Api { api: api.into(), source });
+                        return answer(message).map_err(|source| Error::Api { api: asked.into(), source });
                     }
                     Ok(_) => {}
                     Err(_) => return Err(self.life.lost("the subscription ended")),
@@ -220,9 +233,20 @@ impl Link {
                 recv(self.lost) -> error => {
                     return Err(error.unwrap_or_else(|_| self.life.lost("the connection ended")));
                 }
-                default(left) => return Err(Error::ApiTimeout { api: api.into(), after: timeout }),
+                default(left) => return Err(Error::ApiTimeout { api: asked.into(), after: timeout }),
             }
         }
+    }
+
+    fn send_put(&self, reply: String, subject: String, last: u64, body: Vec<u8>) {
+        let mut headers = nats::HeaderMap::new();
+        headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
+        self.send(Work::Request {
+            reply,
+            subject,
+            headers: Some(headers),
+            body,
+        });
     }
 
     /// Answers as they come, for a `select!`; [`decode`](Self::decode) reads them.

@@ -130,6 +130,15 @@ impl Batch {
         self.changes.push(boundary);
     }
 
+    /// Takes back the events behind the last commit or keepalive: of a transaction that cannot be read on.
+    pub fn truncate_to_boundary(&mut self) {
+        let events = self.changes.iter().rev();
+        let open = events
+            .take_while(|change| matches!(change, Change::Event(_)))
+            .count();
+        self.changes.truncate(self.changes.len() - open);
+    }
+
     /// Adds an event whose subject, id and body `write` appends one after the other; each of its three
     /// steps gets the buffer. What a failing step has written is taken back.
     pub fn push_event<E>(

@@ -1,6 +1,6 @@
 //! A session with the server: which host, TLS, startup, authentication, and simple queries.
 //!
-//! It is a replication session to a database, which takes plain SQL by the simple query protocol as well.
+//! It is, unless told otherwise, a replication session to a database, which takes plain SQL by the simple query protocol as well.
 //! Sources: <https://www.postgresql.org/docs/current/protocol-flow.html>,
 //! <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-MULTIPLE-HOSTS>.
 
@@ -612,10 +612,12 @@ impl Connection {
         let mut parameters = vec![
             ("user", info.user.as_str()),
             ("database", info.dbname.as_str()),
-            ("replication", "database"),
             ("client_encoding", "UTF8"),
             ("application_name", info.application_name.as_str()),
         ];
+        if info.replication {
+            parameters.push(("replication", "database"));
+        }
         if let Some(options) = &info.options {
             parameters.push(("options", options));
         }

@@ -193,20 +193,49 @@ impl CheckpointStore {
         if marks == *written {
             return;
         }
-        let record = Record {
-            streams: marks.iter().map(Entry::of).collect(),
-        };
-        if let Ok(body) = serde_json::to_vec(&record) {
-            link.put(token, subject, *revision, body);
-            *pending = Some((now, marks));
-        }
+        link.put(token, subject, *revision, body(&marks));
+        *pending = Some((now, marks));
     }
 
-    /// When [`CheckpointStore::write`] could have something to do, if there is news.
-    pub fn next_write(&self) -> Option<Instant> {
-        match &self.state {
-            State::On { next, .. } => Some(*next),
-            _ => None,
+    /// Before anything is published to a stream there is a first mark of it: whatever is consumed away
+    /// later is counted from there.
+    pub fn begin(
+        &mut self,
+        link: &Link,
+        marks: Vec<Mark>,
+        timeout: Duration,
+    ) -> Result<(), jetstream::Error> {
+        let subject = self.subject();
+        let State::On {
+            revision, written, ..
+        } = &mut self.state
+        else {
+            return Ok(());
+        };
+        if marks
+            .iter()
+            .all(|mark| written.iter().any(|old| old.name == mark.name))
+        {
+            return Ok(());
+        }
+        let answer = link
+            .put_now(&subject, *revision, body(&marks), timeout)
+            .and_then(|body| {
+                parse_ack(&body, None).map_err(|source| jetstream::Error::Api {
+                    api: subject,
+                    source,
+                })
+            });
+        match answer {
+            Ok(ack) => {
+                *revision = ack.seq;
+                *written = marks;
+                Ok(())
+            }
+            Err(error) => {
+                self.lost(&error);
+                Err(error)
+            }
         }
     }
 
@@ -239,6 +268,13 @@ impl CheckpointStore {
             }
         }
     }
+}
+
+fn body(marks: &[Mark]) -> Vec<u8> {
+    let record = Record {
+        streams: marks.iter().map(Entry::of).collect(),
+    };
+    serde_json::to_vec(&record).expect("strings and numbers have a JSON form")
 }
 
 /// Another relay has written the checkpoint of this slot.

@@ -56,7 +56,7 @@ pub struct Publisher<'a> {
 enum Closing {
     /// They may.
     No,
-    /// They do not; what is in the window has until then.
+    /// They do not; what is in the window has until then, and this connection.
     By(Instant),
     /// They do not; the window is settled however long it takes (`--drain`).
     WhenSettled,
@@ -355,7 +355,7 @@ impl<'a> Publisher<'a> {
         })
     }
 
-    /// Connects and reads the streams back, until that works or no time is left. `None`: the latter.
+    /// Connects and reads the streams back until that works. `None`: the session is to end.
     fn reconnect(&mut self, reason: &str) -> Result<Option<Link>, Error> {
         let mut reason = reason.to_string();
         loop {
@@ -366,17 +366,17 @@ impl<'a> Publisher<'a> {
             if self.said.is_new(&reason, now) {
                 log::warn!(reason = reason.as_str(); "connecting to NATS again; Postgres keeps what is not stored");
             }
-            if self.is_finished(now) {
-                return Ok(None);
-            }
-            match self.closing {
-                Closing::No => {
-                    self.stop.wait(pause);
-                    if self.stop.is_stopping() {
-                        self.close(Instant::now());
-                    }
+            if self.closing == Closing::No {
+                self.stop.wait(pause);
+                if self.stop.is_stopping() {
+                    self.close(Instant::now());
                 }
-                _ => std::thread::sleep(pause),
+            } else {
+                std::thread::sleep(pause);
+            }
+            if matches!(self.closing, Closing::By(_)) {
+                // what is not acknowledged comes again; nobody is to wait for a server that is away
+                return Ok(None);
             }
             match self.rejoin() {
                 Ok(link) => {
@@ -413,6 +413,9 @@ impl<'a> Publisher<'a> {
             streams,
         } = joined;
         self.core.connected(routes, streams).map_err(Error::from)?;
+        let marks = self.core.marks(&self.lineage.source);
+        self.store
+            .begin(&link, marks, self.config.nats.request_timeout)?;
         Ok(link)
     }
 }

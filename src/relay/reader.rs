@@ -115,9 +115,13 @@ impl Reader<'_> {
                         error,
                         at: wal_start,
                     })?;
-                    if let Some(end_lsn) =
-                        self.take(message, wal_start, &mut transaction, &mut batch)?
-                    {
+                    let taken = self.take(message, wal_start, &mut transaction, &mut batch);
+                    if taken.is_err() {
+                        // what is whole goes out before the relay stops
+                        batch.truncate_to_boundary();
+                        let _ = self.changes.send(std::mem::take(&mut batch));
+                    }
+                    if let Some(end_lsn) = taken? {
                         self.progress.received(end_lsn);
                         reached = reached.max(end_lsn);
                     }

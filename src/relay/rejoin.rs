@@ -172,13 +172,19 @@ impl Stream<'_> {
             checkpoint,
             |seq| self.get(streams::message_request(name, seq)),
         )?;
-        let tail = lineage
+        let mut tail = lineage
             .judge(found, checkpoint, config.accept_new_system)
             .map_err(|conflict| Error::Conflict {
                 stream: name.clone(),
                 conflict,
             })?;
         let aged = self.aged(lineage, &tail, config.hold_back)?;
+        // none of ours was found: from here on, what is consumed away can be counted
+        tail.stored.get_or_insert(Checkpoint {
+            seq: state.last_seq,
+            position: Position::default(),
+            id: None,
+        });
         Ok((tail, aged))
     }
 

@@ -36,7 +36,7 @@ const WAKE_INTERVAL: Duration = Duration::from_millis(10);
 /// How long Postgres may take to answer CopyDone; in the middle of a large transaction it does not.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// While JetStream takes nothing, whether Postgres shuts down is looked at this often.
-const SHUTDOWN_LOOK: Duration = Duration::from_secs(10);
+const SHUTDOWN_LOOK: Duration = Duration::from_secs(5);
 /// While draining, Postgres is asked this often how far it is: when idle it says so only now and then.
 const DRAIN_PING: Duration = Duration::from_millis(100);
 
@@ -123,6 +123,11 @@ impl<'a> Session<'a> {
         if let Err(trouble) = core.connected(routes, streams) {
             self.memory = core.into_memory();
             return Err(trouble.into());
+        }
+        let marks = core.marks(&lineage.source);
+        if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
+            self.memory = core.into_memory();
+            return Err(error.into());
         }
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
@@ -242,7 +247,7 @@ impl Threads<'_> {
         };
         let (read, published, fed_back, shuts_down) = thread::scope(|scope| {
             let source = &mut stream;
-            let reader = spawn(scope, "reader", &ended_sender, move || reader.run(source));
+            let reader = spawn(scope, READER, &ended_sender, move || reader.run(source));
             let publisher = spawn(scope, "publisher", &ended_sender, move || {
                 publisher.run(link)
             });
@@ -250,11 +255,12 @@ impl Threads<'_> {
                 feedback::run(writer, progress, &asks, self.status_interval)
             });
 
-            let mut shuts_down = self.wait(&ended, &asks_sender, progress);
-            if reader.is_finished() && self.upto.is_some() {
-                // drained, perhaps: what was read is published however long it takes
-                shuts_down = self.wait(&ended, &asks_sender, progress);
+            let mut first = self.wait(&ended, &asks_sender, progress);
+            if first == First::Ended(READER) {
+                // the publisher finds the channel closed when it has taken all that was read
+                first = self.wait(&ended, &asks_sender, progress);
             }
+            let shuts_down = first == First::ServerShutsDown;
             session_stop.begin();
             wake(&reader, progress, writer, &asks_sender);
             let read = reader.join();
@@ -293,8 +299,13 @@ impl Threads<'_> {
         Outcome { result, left }
     }
 
-    /// Waits until a thread ends, the relay is asked to stop, or Postgres is seen to shut down (`true`).
-    fn wait(&self, ended: &Receiver<()>, asks: &Sender<Ask>, progress: &Progress) -> bool {
+    /// Waits for what ends the session.
+    fn wait(
+        &self,
+        ended: &Receiver<&'static str>,
+        asks: &Sender<Ask>,
+        progress: &Progress,
+    ) -> First {
         let pings = if self.upto.is_some() {
             tick(DRAIN_PING)
         } else {
@@ -303,15 +314,15 @@ impl Threads<'_> {
         let looks = tick(SHUTDOWN_LOOK);
         loop {
             select! {
-                recv(ended) -> _ => return false,
-                recv(self.stop.channel()) -> _ => return false,
+                recv(ended) -> name => return First::Ended(name.unwrap_or_default()),
+                recv(self.stop.channel()) -> _ => return First::StopAsked,
                 recv(pings) -> _ => {
                     // a full channel: a status update is about to be sent anyway
                     let _ = asks.try_send(Ask::Ping);
                 }
                 recv(looks) -> _ => {
                     if progress.back_pressure() > SHUTDOWN_LOOK && shuts_down(&self.config.db) {
-                        return true;
+                        return First::ServerShutsDown;
                     }
                 }
             }
@@ -319,32 +330,45 @@ impl Threads<'_> {
     }
 }
 
+/// What comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    /// The thread of that name ended.
+    Ended(&'static str),
+    /// The relay is to stop.
+    StopAsked,
+    /// Postgres is seen to shut down.
+    ServerShutsDown,
+}
+
 /// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing
 /// from cannot even ask. But it refuses new connections.
 fn shuts_down(db: &ConnInfo) -> bool {
-    match Connection::connect(db) {
+    match Connection::connect(&db.without_replication()) {
         // cannot_connect_now: it cannot be starting up, as it serves us
         Err(error) => error.sqlstate() == Some("57P03"),
         Ok(_) => false,
     }
 }
 
+const READER: &str = "reader";
+
 const PANICKED: Error = Error::Internal("a thread panicked, see the log above");
 
 /// Starts a thread that tells when it ends, also by a panic.
 fn spawn<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
-    name: &str,
-    ended: &Sender<()>,
+    name: &'static str,
+    ended: &Sender<&'static str>,
     run: impl FnOnce() -> T + Send + 'scope,
 ) -> ScopedJoinHandle<'scope, T> {
-    struct Tell(Sender<()>);
+    struct Tell(Sender<&'static str>, &'static str);
     impl Drop for Tell {
         fn drop(&mut self) {
-            let _ = self.0.try_send(());
+            let _ = self.0.try_send(self.1);
         }
     }
-    let tell = Tell(ended.clone());
+    let tell = Tell(ended.clone(), name);
     let body = move || {
         let _tell = tell;
         run()

@@ -61,8 +61,6 @@ struct Confirmed {
 /// What the end of a scenario tells beyond that all was right.
 #[derive(Debug)]
 pub struct Outcome {
-    /// How many events were committed.
-    pub events: usize,
     /// The end of the first transaction with events, and of the last.
     pub first_end_lsn: Lsn,
     pub last_end_lsn: Lsn,
@@ -319,7 +317,6 @@ impl Scenario {
                 .expect("the writers committed")
         };
         Outcome {
-            events: truth.iter().map(|transaction| transaction.ids.len()).sum(),
             first_end_lsn: end(truth.first()),
             last_end_lsn: end(truth.last()),
             confirmed: self.pg.confirmed_flush_lsn(NAME),

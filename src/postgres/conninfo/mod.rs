@@ -38,6 +38,8 @@ pub struct ConnInfo {
     pub(super) channel_binding: ChannelBindingMode,
     /// Methods that the server may ask for; `None`: any.
     pub(super) require_auth: Option<Vec<AuthMethod>>,
+    /// The session is a walsender's.
+    pub(super) replication: bool,
 }
 
 /// One of the servers to try.
@@ -228,6 +230,14 @@ impl ConnInfo {
             given.insert(resolve::keyword(&key)?, value);
         }
         resolve::resolve(given, env)
+    }
+
+    /// The same for an ordinary session, which neither counts as a walsender nor shows up as one.
+    pub fn without_replication(&self) -> ConnInfo {
+        ConnInfo {
+            replication: false,
+            ..self.clone()
+        }
     }
 
     /// The password stood in the connection string itself, where `ps` and shell histories show it.

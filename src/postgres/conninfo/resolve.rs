@@ -252,6 +252,7 @@ pub(super) fn resolve(
             ChannelBindingMode::Prefer,
         )?,
         require_auth: require_auth(&values)?,
+        replication: true,
     })
 }
 
