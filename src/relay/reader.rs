@@ -16,12 +16,20 @@ use crate::postgres::Lsn;
 use crate::postgres::pgoutput::{self, Message, TupleValue};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crossbeam_channel::Sender;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// A batch goes on at this size even if more is there: with the channel's bound and one event of the
 /// largest size this is what the relay holds between its threads.
 const BATCH_BYTES: usize = 64 * 1024;
 /// The same for transactions without events and very small ones.
 const BATCH_CHANGES: usize = 512;
+/// Batches that follow each other within this time are a flow, not single events.
+const FLOW: Duration = Duration::from_millis(1);
+/// In a flow the reader lets so much time pass before it reads again. Postgres sends each message of a small
+/// transaction by itself; a reader that waits for each is woken for each, and that costs both sides more
+/// than the message does.
+const FLOW_PAUSE: Duration = Duration::from_micros(200);
 /// How many batches may wait for the publisher.
 pub const CHANNEL_BATCHES: usize = 4;
 
@@ -64,6 +72,7 @@ impl Reader<'_> {
         let mut batch = Batch::default();
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
+        let mut last_sent: Option<Instant> = None;
         loop {
             if !stream.has_buffered()
                 || batch.len_bytes() >= BATCH_BYTES
@@ -75,6 +84,12 @@ impl Reader<'_> {
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
+                    }
+                    let now = Instant::now();
+                    let flows = last_sent.is_some_and(|last| now.duration_since(last) < FLOW);
+                    last_sent = Some(now);
+                    if flows && !stream.has_buffered() {
+                        thread::sleep(FLOW_PAUSE);
                     }
                 }
                 if transaction.is_none() && self.upto.is_some_and(|upto| reached >= upto) {
