@@ -389,6 +389,14 @@ impl Core {
             };
             if let Some(stored) = &found.tail.stored {
                 stream.last = Some(stored.clone());
+            } else if stream.last.is_none() && self.delivery == Delivery::ExactlyOnce {
+                // nothing of ours up to here: what the checkpoint has to say before the first ack, or what
+                // is published and consumed away until it is next written would come again
+                stream.last = Some(Checkpoint {
+                    seq: found.last_seq,
+                    position: Position::default(),
+                    id: None,
+                });
             }
             stream.chain = Chain::new(found.last_seq);
             stream.replicas = found.replicas;

@@ -141,9 +141,14 @@ impl<'a> Session<'a> {
             .iter()
             .map(|(name, value)| (*name, value.as_str()))
             .collect();
-        let (stream, writer) =
-            replication::start_replication(connection, &config.slot, start, &options)
-                .map_err(|error| in_use(error, &config.slot))?;
+        let started = replication::start_replication(connection, &config.slot, start, &options);
+        let (stream, writer) = match started {
+            Ok(halves) => halves,
+            Err(error) => {
+                self.memory = core.into_memory();
+                return Err(in_use(error, &config.slot));
+            }
+        };
         let threads = Threads {
             config,
             stop: self.stop,
