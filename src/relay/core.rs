@@ -272,6 +272,7 @@ pub struct Core {
     waiting_since: Option<Instant>,
     subjects: HashSet<Box<str>>,
     offered: Position,
+    start: Lsn,
     youngest: Option<Instant>,
     confirm: Confirm,
     tally: Tally,
@@ -306,6 +307,7 @@ impl Core {
             waiting_since: None,
             subjects: HashSet::new(),
             offered: Position::default(),
+            start: Lsn::INVALID,
             youngest: None,
             confirm: Confirm::new(match delivery {
                 Delivery::ExactlyOnce => limits.hold_back,
@@ -408,6 +410,12 @@ impl Core {
         self.connected && self.unsent == self.window.len() && self.has_room(0)
     }
 
+    /// Where the copy stream starts. What Postgres skips before it is stored, but nobody has looked how
+    /// long ago: a keepalive from in there confirms nothing.
+    pub fn starts_at(&mut self, start: Lsn) {
+        self.start = start;
+    }
+
     /// Takes the next changes of the copy stream.
     pub fn offer(&mut self, batch: Arc<Batch>) {
         for change in batch.changes() {
@@ -426,6 +434,7 @@ impl Core {
                     })
                 }
                 Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
+                Change::Keepalive { wal_end } if wal_end <= self.start => continue,
                 Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
             });
         }

@@ -120,6 +120,7 @@ impl<'a> Session<'a> {
             hold_back: config.hold_back,
         };
         let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
+        core.starts_at(start);
         if let Err(trouble) = core.connected(routes, streams) {
             self.memory = core.into_memory();
             return Err(trouble.into());
