@@ -507,6 +507,12 @@ impl Core {
                                 Some(stored) if stored.position == event.position => stored.seq,
                                 _ => 0,
                             };
+                            if let Some(stored) = &stream.tail.stored
+                                && stored.position == event.position
+                            {
+                                // one that was consumed away is counted once, also after a reconnect
+                                stream.last = Some(stored.clone());
+                            }
                             let aged = stream.aged.is_some_and(|aged| event.position <= aged);
                             State::Stored {
                                 stream: Some(index),
