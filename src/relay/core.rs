@@ -410,10 +410,20 @@ impl Core {
         self.connected && self.unsent == self.window.len() && self.has_room(0)
     }
 
-    /// Where the copy stream starts. What Postgres skips before it is stored, but nobody has looked how
-    /// long ago: a keepalive from in there confirms nothing.
-    pub fn starts_at(&mut self, start: Lsn) {
+    /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps
+    /// not for the hold-back: a keepalive from in there confirms nothing, and what comes next waits if
+    /// any stream may hold something skipped that is too young.
+    pub fn starts_at(&mut self, start: Lsn, now: Instant) {
         self.start = start;
+        let mut aged = self
+            .routed
+            .iter()
+            .filter_map(|i| self.streams.get(*i)?.aged);
+        let old =
+            self.routed.len() == aged.clone().count() && aged.all(|aged| aged.commit_lsn >= start);
+        if start > Lsn::INVALID && !old {
+            self.youngest = Some(now);
+        }
     }
 
     /// Takes the next changes of the copy stream.

@@ -120,11 +120,11 @@ impl<'a> Session<'a> {
             hold_back: config.hold_back,
         };
         let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
-        core.starts_at(start);
         if let Err(trouble) = core.connected(routes, streams) {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }
+        core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
         if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
             self.memory = core.into_memory();
