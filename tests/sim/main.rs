@@ -4,6 +4,10 @@
 //! that was not received, is not stored, or is younger than the hold-back. Once the faults are over, everything is stored
 //! and confirmed within a bounded time, and nothing has halted.
 //!
+//! What excludes each other in one run is not promised together, see `world::Kind`: a foreign message is stored only while no
+//! connection publishes (in the middle of a pipeline it takes the place of one publish, and the next one fits behind
+//! it), roll-backs do not meet consumed or foreign messages, and ids are not reused where late copies arrive.
+//!
 //! `SIM_SEEDS=n` and `SIM_FIRST=n` choose other seeds, `SIM_SEED=n` one alone, with its trace.
 
 mod model;
@@ -14,7 +18,7 @@ use rules::Rule;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Seeds that once failed.
-const REGRESSIONS: &[u64] = &[];
+const REGRESSIONS: &[u64] = &[9, 13, 25, 131, 538, 1063, 1529];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()

@@ -222,7 +222,10 @@ impl World {
         while !self.zombies.is_empty() {
             self.deliver_zombie()?;
         }
-        for _ in 0..self.hold_back.as_secs() + 100 {
+        for second in 0..self.hold_back.as_secs() + 100 {
+            if second == 3 && self.kind == Kind::Rollback {
+                self.roll_back();
+            }
             for _ in 0..60 {
                 self.walsender();
                 self.relay()?;
@@ -524,8 +527,7 @@ impl World {
                 self.hold_back
             },
         };
-        let mut core = Core::new(Delivery::ExactlyOnce, limits, memory);
-        core.starts_at(start);
+        let core = Core::new(Delivery::ExactlyOnce, limits, memory);
         self.session = Some(Session {
             core,
             start,
@@ -537,7 +539,11 @@ impl World {
             self,
             "start replication at {start}, confirmed {}", self.postgres.confirmed
         );
-        self.join(found)
+        self.join(found)?;
+        if let Some(session) = &mut self.session {
+            session.core.starts_at(start, self.now);
+        }
+        Ok(())
     }
 
     fn rejoin(&mut self) -> Outcome {
@@ -791,8 +797,17 @@ impl World {
     /// The servers lose what they had not synced: connections to them end, or a replica takes over.
     fn roll_back(&mut self) {
         let index = self.rng.usize(..self.streams.len());
-        let age = self.hold_back.mul_f64(self.rng.f64());
         let (now, crash) = (self.now, self.rng.bool());
+        // without a crash it is noticed by the next look, which has to be in time
+        let unseen = if crash {
+            Duration::ZERO
+        } else {
+            LOOK_INTERVAL + Duration::from_secs(2)
+        };
+        let age = self
+            .hold_back
+            .saturating_sub(unseen)
+            .mul_f64(self.rng.f64());
         let stream = &mut self.streams[index];
         let kept = stream
             .messages
