@@ -59,7 +59,8 @@ impl Confirm {
             (None, None) => &mut self.confirmable,
             (Some(last), None) => &mut last.upto,
             (Some(last), Some(now)) if now.saturating_duration_since(last.opened) < GRAIN => {
-                last.acked = now;
+                // found stored early, but behind one that was acknowledged late: the younger one counts
+                last.acked = last.acked.max(now);
                 &mut last.upto
             }
             (_, Some(now)) => {

@@ -284,6 +284,7 @@ pub struct Core {
     waiting_since: Option<Instant>,
     subjects: HashSet<Box<str>>,
     offered: Position,
+    start: Lsn,
     youngest: Option<Instant>,
     confirm: Confirm,
     tally: Tally,
@@ -320,6 +321,7 @@ impl Core {
             waiting_since: None,
             subjects: HashSet::new(),
             offered: Position::default(),
+            start: Lsn::INVALID,
             youngest: None,
             confirm: Confirm::new(match delivery {
                 Delivery::ExactlyOnce => limits.hold_back,
@@ -432,6 +434,22 @@ impl Core {
         self.connected && self.unsent == self.window.len() && self.has_room(0)
     }
 
+    /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps
+    /// not for the hold-back: a keepalive from in there confirms nothing, and what comes next waits if
+    /// any stream may hold something skipped that is too young.
+    pub fn starts_at(&mut self, start: Lsn, now: Instant) {
+        self.start = start;
+        let mut aged = self
+            .routed
+            .iter()
+            .filter_map(|i| self.streams.get(*i)?.aged);
+        let old =
+            self.routed.len() == aged.clone().count() && aged.all(|aged| aged.commit_lsn >= start);
+        if start > Lsn::INVALID && !old {
+            self.youngest = Some(now);
+        }
+    }
+
     /// Takes the next changes of the copy stream.
     pub fn offer(&mut self, batch: Arc<Batch>) {
         for change in batch.changes() {
@@ -450,6 +468,7 @@ impl Core {
                     })
                 }
                 Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
+                Change::Keepalive { wal_end } if wal_end <= self.start => continue,
                 Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
             });
         }
@@ -522,6 +541,12 @@ impl Core {
                                 Some(stored) if stored.position == event.position => stored.seq,
                                 _ => 0,
                             };
+                            if let Some(stored) = &stream.tail.stored
+                                && stored.position == event.position
+                            {
+                                // one that was consumed away is counted once, also after a reconnect
+                                stream.last = Some(stored.clone());
+                            }
                             let aged = stream.aged.is_some_and(|aged| event.position <= aged);
                             State::Stored {
                                 stream: Some(index),

@@ -124,6 +124,7 @@ impl<'a> Session<'a> {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }
+        core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
         if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
             self.memory = core.into_memory();

@@ -1,0 +1,187 @@
+//! The two servers, as far as the relay can tell them from the real ones: a slot that replays whole
+//! transactions, and streams that check the expected sequence and remember message ids.
+
+use jetstream_outbox::jetstream::ack::{AckError, ApiError, PubAck};
+use jetstream_outbox::jetstream::resume::OUTBOX_POSITION;
+use jetstream_outbox::jetstream::streams::StoredMessage;
+use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
+use jetstream_outbox::postgres::Lsn;
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+/// A committed row.
+#[derive(Clone, Debug)]
+pub struct Event {
+    pub position: Position,
+    pub id: String,
+    /// Which stream captures it, and the how-manieth of that stream it is.
+    pub stream: usize,
+    pub nth: usize,
+    /// An earlier event had the id already: this one may be dropped.
+    pub reused: bool,
+}
+
+pub struct Transaction {
+    pub commit_lsn: Lsn,
+    pub end_lsn: Lsn,
+    pub events: Vec<Event>,
+}
+
+/// The log and the slot.
+#[derive(Default)]
+pub struct Postgres {
+    pub transactions: Vec<Transaction>,
+    pub wal_end: Lsn,
+    pub confirmed: Lsn,
+}
+
+impl Postgres {
+    pub fn commit(&mut self, events: Vec<Event>) {
+        let commit_lsn = Lsn(self.wal_end.0 + 10);
+        let events = events.into_iter().zip(1..).map(|(event, ordinal)| Event {
+            position: Position {
+                commit_lsn,
+                ordinal,
+            },
+            ..event
+        });
+        self.transactions.push(Transaction {
+            commit_lsn,
+            end_lsn: Lsn(commit_lsn.0 + 5),
+            events: events.collect(),
+        });
+        self.wal_end = Lsn(commit_lsn.0 + 5);
+    }
+
+    /// The first transaction that the slot still sends.
+    pub fn first_unconfirmed(&self) -> usize {
+        self.transactions
+            .partition_point(|transaction| transaction.commit_lsn < self.confirmed)
+    }
+}
+
+/// A publish on the wire.
+#[derive(Clone, Debug)]
+pub struct Flight {
+    pub token: u64,
+    pub event: Event,
+    pub expected: Option<u64>,
+}
+
+pub struct Stored {
+    /// `None`: a foreign message.
+    pub event: Option<Event>,
+    pub time: Instant,
+}
+
+/// A stream of the server.
+pub struct Stream {
+    pub name: &'static str,
+    pub subjects: &'static str,
+    /// Replicated streams look at the id before the expected sequence.
+    pub replicated: bool,
+    pub window: Duration,
+    pub last_seq: u64,
+    /// What it holds.
+    pub messages: BTreeMap<u64, Stored>,
+    /// What it was given and did not lose, consumed or not: sequence, `nth`, time.
+    pub history: Vec<(u64, usize, Instant)>,
+    ids: HashMap<String, (u64, Instant)>,
+}
+
+pub fn refused(code: u32, err_code: u32, description: &str) -> AckError {
+    AckError::Api(ApiError {
+        code,
+        err_code,
+        description: description.to_string(),
+    })
+}
+
+impl Stream {
+    pub fn new(
+        name: &'static str,
+        subjects: &'static str,
+        replicated: bool,
+        window: Duration,
+    ) -> Stream {
+        Stream {
+            name,
+            subjects,
+            replicated,
+            window,
+            last_seq: 0,
+            messages: BTreeMap::new(),
+            history: Vec::new(),
+            ids: HashMap::new(),
+        }
+    }
+
+    /// A publish arrives.
+    pub fn publish(&mut self, flight: &Flight, now: Instant) -> Result<PubAck, AckError> {
+        let wrong = flight.expected.is_some_and(|seq| seq != self.last_seq);
+        if wrong && !self.replicated {
+            return Err(self.wrong_last_sequence());
+        }
+        let known = self.ids.get(&flight.event.id);
+        if let Some((seq, _)) = known.filter(|(_, time)| now - *time < self.window) {
+            return Ok(PubAck {
+                seq: *seq,
+                duplicate: true,
+            });
+        }
+        if wrong {
+            return Err(self.wrong_last_sequence());
+        }
+        self.store(Some(flight.event.clone()), now);
+        self.ids
+            .insert(flight.event.id.clone(), (self.last_seq, now));
+        self.history.push((self.last_seq, flight.event.nth, now));
+        Ok(PubAck {
+            seq: self.last_seq,
+            duplicate: false,
+        })
+    }
+
+    fn wrong_last_sequence(&self) -> AckError {
+        let description = format!("wrong last sequence: {}", self.last_seq);
+        refused(400, 10071, &description)
+    }
+
+    pub fn store(&mut self, event: Option<Event>, time: Instant) {
+        self.last_seq += 1;
+        self.messages.insert(self.last_seq, Stored { event, time });
+    }
+
+    /// The server comes back with an older copy of its store.
+    pub fn roll_back(&mut self, last_seq: u64) {
+        self.messages.split_off(&(last_seq + 1));
+        self.history.retain(|(seq, ..)| *seq <= last_seq);
+        self.ids.retain(|_, (seq, _)| *seq <= last_seq);
+        self.last_seq = last_seq;
+    }
+
+    pub fn first_seq(&self) -> u64 {
+        let first = self.messages.keys().next();
+        first.copied().unwrap_or(self.last_seq + 1)
+    }
+
+    pub fn read(&self, source: &Source, seq: u64) -> Option<StoredMessage> {
+        let stored = self.messages.get(&seq)?;
+        let mut headers = Vec::new();
+        if let Some(event) = &stored.event {
+            let position = SourcePosition {
+                source: source.clone(),
+                position: event.position,
+            };
+            headers.push((OUTBOX_POSITION.to_string(), position.to_string()));
+            headers.push(("Nats-Msg-Id".to_string(), event.id.clone()));
+        }
+        Some(StoredMessage {
+            subject: String::new(),
+            seq,
+            time: String::new(),
+            headers,
+            data: Vec::new(),
+        })
+    }
+}

@@ -1,0 +1,51 @@
+//! The rules of DESIGN.md section 4 that can be switched off, to see that the simulator notices.
+
+/// A rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// A publish carries the expected last sequence.
+    Fence,
+    /// An ack counts at its predicted sequence only.
+    AckSequence,
+    /// A duplicate is no ack.
+    DuplicateFlag,
+    /// A refusal ends the window.
+    Refusal,
+    /// An ack that does not come ends the window.
+    AckTimeout,
+    /// The tail is read at each connect.
+    TailRead,
+    /// An event whose id was used before is dropped, and does not restart for ever.
+    Lookup,
+    /// An event is confirmed the hold-back after its ack.
+    HoldBack,
+    /// What is found stored on resume is confirmed by its age in the stream.
+    Age,
+    /// A stream that went backwards is filled again from the slot.
+    Replay,
+    /// An idle stream is looked at.
+    Look,
+    /// The copy stream starts at the oldest of the tails.
+    OldestTail,
+    /// What is known of the streams outlives a session.
+    Memory,
+    /// It outlives the process.
+    Checkpoint,
+}
+
+pub const ALL: [Rule; 14] = [
+    Rule::Fence,
+    Rule::AckSequence,
+    Rule::DuplicateFlag,
+    Rule::Refusal,
+    Rule::AckTimeout,
+    Rule::TailRead,
+    Rule::Lookup,
+    Rule::HoldBack,
+    Rule::Age,
+    Rule::Replay,
+    Rule::Look,
+    Rule::OldestTail,
+    Rule::Memory,
+    Rule::Checkpoint,
+];

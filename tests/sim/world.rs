@@ -1,0 +1,891 @@
+//! One run: the servers, the network between, the faults, and the relay's own driver around the real core.
+//!
+//! The driver does what `session`, `publisher` and `rejoin` do with sockets and threads. A [`Rule`] that is
+//! switched off is left out or falsified here, around the core: there is no hook in the relay.
+
+use crate::model::{Event, Flight, Postgres, Stream, refused};
+use crate::rules::Rule;
+use jetstream_outbox::jetstream::Delivery;
+use jetstream_outbox::jetstream::ack::{AckError, PubAck};
+use jetstream_outbox::jetstream::resume::{Checkpoint, Extent, Lineage, Tail, find_tail};
+use jetstream_outbox::jetstream::streams::{Routes, StreamConfig, StreamInfo, StreamState};
+use jetstream_outbox::outbox::batch::{Batch, Change};
+use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
+use jetstream_outbox::postgres::Lsn;
+use jetstream_outbox::relay::core::{Core, Limits, Mark, Memory, Next, StreamAtConnect, Trouble};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const ACK_TIMEOUT: Duration = Duration::from_secs(2);
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// The channel between reader and publisher.
+const CHANNEL_BATCHES: usize = 4;
+
+/// What may go wrong in a run beside what always may. What excludes each other is not promised together;
+/// see the header of `main.rs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Servers lose what they stored within the hold-back.
+    Rollback,
+    /// Others write to the streams.
+    Foreign,
+    /// The messages are consumed away.
+    Consumed,
+    /// Writers use ids twice.
+    ReusedIds,
+}
+
+/// A connection to NATS; an abandoned one still delivers what it had been given.
+#[derive(Default)]
+struct Connection {
+    out: VecDeque<Flight>,
+    answers: VecDeque<(u64, Result<PubAck, AckError>)>,
+}
+
+/// A copy stream and the core that it feeds.
+struct Session {
+    core: Core,
+    start: Lsn,
+    /// The next transaction that the walsender looks at.
+    cursor: usize,
+    received: Lsn,
+    channel: VecDeque<Batch>,
+}
+
+pub struct World {
+    rng: fastrand::Rng,
+    off: Option<Rule>,
+    kind: Kind,
+    hold_back: Duration,
+    now: Instant,
+    begun: Instant,
+    healed: bool,
+    postgres: Postgres,
+    streams: Vec<Stream>,
+    /// The committed events of each stream, in order.
+    committed: Vec<Vec<Event>>,
+    /// The values of the checkpoint's key.
+    bucket: Vec<(Instant, Vec<Mark>)>,
+    lineage: Lineage,
+    session: Option<Session>,
+    connection: Option<Connection>,
+    zombies: Vec<Connection>,
+    memory: Memory,
+    learned: bool,
+    written: Vec<Mark>,
+    next_write: Instant,
+    next_look: Instant,
+    /// What [`Rule::TailRead`] falsifies.
+    old_tails: Vec<Tail>,
+    pub trace: Vec<String>,
+}
+
+type Outcome = Result<(), String>;
+
+macro_rules! trace {
+    ($world:expr, $($arg:tt)*) => {
+        $world.trace.push(format!("{:>8.3}s {}", ($world.now - $world.begun).as_secs_f64(), format_args!($($arg)*)))
+    };
+}
+
+/// Runs one seed; `Err` says which promise was broken.
+pub fn run(seed: u64, off: Option<Rule>) -> (Outcome, Vec<String>) {
+    let mut world = World::new(seed, off);
+    let outcome = world.live();
+    (outcome, world.trace)
+}
+
+impl World {
+    fn new(seed: u64, off: Option<Rule>) -> World {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let kinds = [
+            Kind::Rollback,
+            Kind::Foreign,
+            Kind::Consumed,
+            Kind::ReusedIds,
+        ];
+        let kind = kinds[rng.usize(..kinds.len())];
+        let replicated = rng.bool();
+        let window = Duration::from_secs([1, 20, 120][rng.usize(..3)]);
+        let captures: &[(&str, &str)] = match rng.bool() {
+            true => &[("A", "events.0.>"), ("B", "events.1.>")],
+            false => &[("ALL", "events.>")],
+        };
+        let stream = |(name, subjects): &(&'static str, &'static str)| {
+            Stream::new(name, subjects, replicated, window)
+        };
+        let streams: Vec<Stream> = captures.iter().map(stream).collect();
+        let shortest = match kind {
+            Kind::Rollback | Kind::Consumed => 1,
+            Kind::Foreign | Kind::ReusedIds => 0,
+        };
+        let hold_back = Duration::from_secs([0, 10, 30][rng.usize(shortest..3)]);
+        let now = Instant::now();
+        let source = Source {
+            slot: "slot".to_string(),
+            system_id: 1,
+            timeline: 1,
+        };
+        let mut world = World {
+            rng,
+            off,
+            kind,
+            hold_back,
+            now,
+            begun: now,
+            healed: false,
+            postgres: Postgres::default(),
+            committed: streams.iter().map(|_| Vec::new()).collect(),
+            streams,
+            bucket: vec![(now, Vec::new())],
+            lineage: Lineage {
+                source,
+                switch_points: Vec::new(),
+            },
+            session: None,
+            connection: None,
+            zombies: Vec::new(),
+            memory: Memory::default(),
+            learned: false,
+            written: Vec::new(),
+            next_write: now,
+            next_look: now,
+            old_tails: Vec::new(),
+            trace: Vec::new(),
+        };
+        trace!(
+            world,
+            "{kind:?}, {} streams, replicated: {replicated}, ids kept {window:?}, hold-back {hold_back:?}",
+            captures.len()
+        );
+        world
+    }
+
+    fn is_off(&self, rule: Rule) -> bool {
+        self.off == Some(rule)
+    }
+
+    /// One of `n`; never once the faults are over.
+    fn one_in(&mut self, n: u32) -> bool {
+        !self.healed && self.rng.u32(..n) == 0
+    }
+
+    fn live(&mut self) -> Outcome {
+        for _ in 0..self.rng.u32(50..400) {
+            self.step()?;
+        }
+        self.heal()
+    }
+
+    fn step(&mut self) -> Outcome {
+        match self.rng.u32(..100) {
+            0..16 => self.commit(),
+            16..30 => self.walsender(),
+            30..50 => self.relay()?,
+            50..70 => self.deliver()?,
+            70..84 => self.answer()?,
+            84..88 => {
+                let pause = Duration::from_millis(self.rng.u64(1..900));
+                self.pass(pause)?;
+            }
+            88 if self.one_in(4) => {
+                let seconds = self.rng.u32(1..40);
+                trace!(self, "{seconds} s pass");
+                for _ in 0..seconds {
+                    self.pass(Duration::from_millis(900))?;
+                }
+            }
+            89 => self.lose_connection(),
+            90 if self.one_in(2) => self.lose_session(),
+            91 if self.one_in(2) => {
+                trace!(self, "the relay is killed");
+                self.lose_connection();
+                self.session = None;
+                self.memory = Memory::default();
+                self.learned = false;
+            }
+            92 if self.kind == Kind::Rollback => self.roll_back(),
+            93..95 if self.kind == Kind::Foreign => self.foreign(),
+            95..98 if self.kind == Kind::Consumed => self.consume(),
+            98 => self.deliver_zombie()?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// No more faults: everything must be stored and confirmed soon.
+    fn heal(&mut self) -> Outcome {
+        trace!(self, "no more faults");
+        self.healed = true;
+        while !self.zombies.is_empty() {
+            self.deliver_zombie()?;
+        }
+        for second in 0..self.hold_back.as_secs() + 100 {
+            if second == 3 && self.kind == Kind::Rollback {
+                self.roll_back();
+            }
+            for _ in 0..60 {
+                self.walsender();
+                self.relay()?;
+                self.deliver()?;
+                self.answer()?;
+            }
+            self.pass(Duration::from_secs(1))?;
+            if self.postgres.confirmed == self.postgres.wal_end {
+                return self.all_is_stored();
+            }
+        }
+        Err(format!(
+            "no progress: {} of {} confirmed",
+            self.postgres.confirmed, self.postgres.wal_end
+        ))
+    }
+
+    fn all_is_stored(&self) -> Outcome {
+        for (stream, committed) in self.streams.iter().zip(&self.committed) {
+            let mut stored = stream.history.iter().map(|(_, nth, _)| *nth).peekable();
+            for event in committed {
+                if stored.next_if_eq(&event.nth).is_none() && !event.reused {
+                    return Err(format!("lost: {event:?} is not in {}", stream.name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self) {
+        let mut events = Vec::new();
+        for _ in 0..self.rng.usize(..5) {
+            let stream = self.rng.usize(..self.streams.len());
+            let nth = self.committed[stream].len();
+            let again = self.kind == Kind::ReusedIds && nth > 0 && self.one_in(6);
+            let id = match again {
+                true => {
+                    let earlier = self.rng.usize(nth.saturating_sub(4)..nth);
+                    self.committed[stream][earlier].id.clone()
+                }
+                false => format!("{stream}-{nth}"),
+            };
+            let event = Event {
+                position: Position::default(),
+                id,
+                stream,
+                nth,
+                reused: again,
+            };
+            self.committed[stream].push(event.clone());
+            events.push(event);
+        }
+        self.postgres.commit(events);
+        let transaction = self.postgres.transactions.last().expect("just committed");
+        for event in &transaction.events {
+            self.committed[event.stream][event.nth] = event.clone();
+        }
+        let ids: Vec<&str> = transaction.events.iter().map(|e| e.id.as_str()).collect();
+        trace!(
+            self,
+            "commit {} {ids:?}, ends at {}", transaction.commit_lsn, transaction.end_lsn
+        );
+    }
+
+    /// The walsender and the reader: transactions and keepalives come as batches.
+    fn walsender(&mut self) {
+        let (keepalive, many) = (self.one_in(4), self.rng.usize(1..4));
+        let split = self.rng.bool();
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        if session.channel.len() >= CHANNEL_BATCHES {
+            return;
+        }
+        let mut batch = Batch::default();
+        let mut sent = Lsn::INVALID;
+        for transaction in self
+            .postgres
+            .transactions
+            .iter()
+            .skip(session.cursor)
+            .take(many)
+        {
+            session.cursor += 1;
+            sent = transaction.end_lsn;
+            if transaction.commit_lsn < session.start {
+                continue;
+            }
+            for (i, event) in transaction.events.iter().enumerate() {
+                if split && i == 2 {
+                    session.channel.push_back(std::mem::take(&mut batch));
+                }
+                let subject = format!("events.{}.x", event.stream);
+                let write = |text: &str| {
+                    let text = text.to_string();
+                    move |bytes: &mut Vec<u8>| {
+                        bytes.extend_from_slice(text.as_bytes());
+                        Ok::<(), ()>(())
+                    }
+                };
+                let (subject, id) = (write(&subject), write(&event.id));
+                let added = batch.push_event("t", event.position, subject, id, write("{}"));
+                added.expect("nothing in it fails");
+            }
+            session.received = transaction.end_lsn;
+            batch.push(Change::Commit {
+                commit_lsn: transaction.commit_lsn,
+                end_lsn: transaction.end_lsn,
+                commit_time_us: 0,
+            });
+        }
+        let caught_up = session.cursor == self.postgres.transactions.len();
+        if caught_up || keepalive && sent > Lsn::INVALID {
+            let wal_end = if caught_up {
+                self.postgres.wal_end
+            } else {
+                sent
+            };
+            session.received = session.received.max(wal_end);
+            batch.push_boundary(Change::Keepalive { wal_end });
+        }
+        if !batch.is_empty() {
+            session.channel.push_back(batch);
+        }
+    }
+
+    /// One round of the relay: whatever is missing is connected, then the publisher's loop runs once.
+    fn relay(&mut self) -> Outcome {
+        if self.session.is_none() {
+            return self.start_session();
+        }
+        if self.connection.is_none() {
+            return self.rejoin();
+        }
+        let outcome = self.publisher();
+        self.handle(outcome)
+    }
+
+    fn publisher(&mut self) -> Result<Result<(), Trouble>, String> {
+        let now = self.now;
+        let (fence, tick) = (!self.is_off(Rule::Fence), !self.is_off(Rule::AckTimeout));
+        let (lookup, look) = (!self.is_off(Rule::Lookup), !self.is_off(Rule::Look));
+        let (Some(session), Some(connection)) = (&mut self.session, &mut self.connection) else {
+            return Ok(Ok(()));
+        };
+        if tick && let Err(trouble) = session.core.tick(now) {
+            return Ok(Err(trouble));
+        }
+        loop {
+            match session.core.next(now) {
+                Ok(Next::Publish(publication)) => {
+                    let position = publication.event.position;
+                    let event = self
+                        .committed
+                        .iter()
+                        .flatten()
+                        .find(|event| event.position == position)
+                        .ok_or("an event that was never committed")?;
+                    connection.out.push_back(Flight {
+                        token: publication.token,
+                        event: event.clone(),
+                        expected: publication.expected_last_sequence.filter(|_| fence),
+                    });
+                }
+                Ok(Next::Lookup { stream, seq, token }) => {
+                    let source = &self.lineage.source;
+                    let found = self.streams.iter().find(|s| s.name == stream);
+                    let found = found
+                        .and_then(|s| s.messages.get(&seq))
+                        .filter(|_| lookup)
+                        .and_then(|message| message.event.as_ref());
+                    let position = found.map(|event| SourcePosition {
+                        source: source.clone(),
+                        position: event.position,
+                    });
+                    let dropped = session.core.looked_up(
+                        token,
+                        found.map(|event| (event.id.as_str(), position.as_ref())),
+                    );
+                    trace!(self, "looked at {seq} of {stream}, dropped {dropped:?}");
+                }
+                Ok(Next::Nothing) => break,
+                Err(trouble) => return Ok(Err(trouble)),
+            }
+        }
+        if look && now >= self.next_look {
+            self.next_look = now + LOOK_INTERVAL;
+            let idle = session.core.idle_streams();
+            let idle: Vec<_> = idle.map(|(i, name)| (i, name.to_string())).collect();
+            for (index, name) in idle {
+                let stream = self.streams.iter().find(|s| s.name == name);
+                let last_seq = stream.map_or(0, |s| s.last_seq);
+                if let Err(trouble) = session.core.looked_at(index, last_seq) {
+                    return Ok(Err(trouble));
+                }
+            }
+        }
+        let marks = session.core.marks(&self.lineage.source);
+        if now >= self.next_write && marks != self.written {
+            self.next_write = now + CHECKPOINT_INTERVAL;
+            self.write_checkpoint(marks);
+        }
+        self.confirm()?;
+        let Some(session) = &mut self.session else {
+            return Ok(Ok(()));
+        };
+        if session.core.wants_batch()
+            && let Some(batch) = session.channel.pop_front()
+        {
+            session.core.offer(Arc::new(batch));
+        }
+        Ok(Ok(()))
+    }
+
+    /// A standby status update, and what it may claim.
+    fn confirm(&mut self) -> Outcome {
+        let lost = self.one_in(4);
+        let Some(session) = &mut self.session else {
+            return Ok(());
+        };
+        let lsn = session.core.confirmable(self.now);
+        if lsn <= self.postgres.confirmed || lost {
+            return Ok(());
+        }
+        if lsn > session.received {
+            return Err(format!("confirmed {lsn}, received {}", session.received));
+        }
+        let confirmed = self.postgres.first_unconfirmed();
+        for transaction in self.postgres.transactions.iter().skip(confirmed) {
+            if transaction.commit_lsn >= lsn {
+                break;
+            }
+            for event in transaction.events.iter().filter(|event| !event.reused) {
+                let history = &self.streams[event.stream].history;
+                let stored = history.iter().find(|(_, nth, _)| *nth == event.nth);
+                match stored {
+                    None => return Err(format!("confirmed {lsn}, but {event:?} is not stored")),
+                    Some((_, _, time)) if self.now - *time < self.hold_back => {
+                        return Err(format!("confirmed {lsn}, but {event:?} is too young"));
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        trace!(self, "confirmed {lsn}");
+        self.postgres.confirmed = lsn;
+        Ok(())
+    }
+
+    fn write_checkpoint(&mut self, marks: Vec<Mark>) {
+        self.written = marks.clone();
+        if !self.is_off(Rule::Checkpoint) {
+            self.bucket.push((self.now, marks));
+        }
+    }
+
+    /// What the publisher and the session make of trouble.
+    fn handle(&mut self, outcome: Result<Result<(), Trouble>, String>) -> Outcome {
+        let Err(trouble) = outcome? else {
+            return Ok(());
+        };
+        trace!(self, "{trouble:?}");
+        match trouble {
+            Trouble::Reconnect(_) => self.lose_connection(),
+            Trouble::Backwards(_) if self.is_off(Rule::Replay) => self.lose_connection(),
+            Trouble::Backwards(_) => self.lose_session(),
+            Trouble::Halt(halt) => return Err(format!("halted without need: {halt:?}")),
+        }
+        Ok(())
+    }
+
+    fn start_session(&mut self) -> Outcome {
+        if !self.learned {
+            let marks = self.bucket.last().map_or(Vec::new(), |(_, m)| m.clone());
+            self.written = marks.clone();
+            self.memory.learn(marks, &self.lineage);
+            self.learned = true;
+        }
+        let memory = std::mem::take(&mut self.memory);
+        let found = self.read_streams(|stream| memory.last_known(stream).cloned());
+        let position = |stream: &StreamAtConnect| {
+            let stored = stream.tail.stored.as_ref();
+            stored.map_or(Lsn::INVALID, |stored| stored.position.commit_lsn)
+        };
+        let oldest = found.iter().map(position).min().unwrap_or_default();
+        let newest = found.iter().map(position).max().unwrap_or_default();
+        let start = if self.is_off(Rule::OldestTail) {
+            newest
+        } else {
+            oldest
+        };
+        let limits = Limits {
+            inflight: self.rng.usize(1..12),
+            inflight_bytes: 1 << 20,
+            ack_timeout: ACK_TIMEOUT,
+            hold_back: if self.is_off(Rule::HoldBack) {
+                Duration::ZERO
+            } else {
+                self.hold_back
+            },
+        };
+        let core = Core::new(Delivery::ExactlyOnce, limits, memory);
+        self.session = Some(Session {
+            core,
+            start,
+            cursor: self.postgres.first_unconfirmed(),
+            received: Lsn::INVALID,
+            channel: VecDeque::new(),
+        });
+        trace!(
+            self,
+            "start replication at {start}, confirmed {}", self.postgres.confirmed
+        );
+        self.join(found)?;
+        if let Some(session) = &mut self.session {
+            session.core.starts_at(start, self.now);
+        }
+        Ok(())
+    }
+
+    fn rejoin(&mut self) -> Outcome {
+        let known = |world: &World, stream: &str| {
+            let session = world.session.as_ref()?;
+            session.core.last_known(stream).cloned()
+        };
+        let found = self.read_streams(|stream| known(self, stream));
+        if !self.is_off(Rule::TailRead) {
+            return self.join(found);
+        }
+        let stale = found.into_iter().zip(self.old_tails.clone());
+        let stale = stale.map(|(stream, tail)| StreamAtConnect { tail, ..stream });
+        let stale = stale.collect();
+        self.join(stale)
+    }
+
+    fn join(&mut self, found: Vec<StreamAtConnect>) -> Outcome {
+        self.old_tails = found.iter().map(|stream| stream.tail.clone()).collect();
+        for stream in &found {
+            trace!(
+                self,
+                "{} ends at {}: {:?}, old enough {:?}",
+                stream.name,
+                stream.last_seq,
+                stream.tail,
+                stream.aged
+            );
+        }
+        let infos: Vec<StreamInfo> = self.streams.iter().map(info).collect();
+        let Some(session) = &mut self.session else {
+            return Ok(());
+        };
+        self.connection = Some(Connection::default());
+        if let Err(trouble) = session.core.connected(Routes::new(&infos), found) {
+            return self.handle(Ok(Err(trouble)));
+        }
+        let marks = session.core.marks(&self.lineage.source);
+        let known = |mark: &Mark| self.written.iter().any(|old| old.name == mark.name);
+        if !marks.iter().all(known) {
+            self.write_checkpoint(marks);
+        }
+        Ok(())
+    }
+
+    /// `rejoin::Found::join`.
+    fn read_streams(
+        &self,
+        last_known: impl Fn(&str) -> Option<Checkpoint>,
+    ) -> Vec<StreamAtConnect> {
+        let source = &self.lineage.source;
+        let mut found = Vec::new();
+        for stream in &self.streams {
+            let checkpoint = last_known(stream.name);
+            let newest = stream.messages.keys().next_back();
+            let newest = newest.and_then(|seq| stream.read(source, *seq));
+            let state = info(stream).state;
+            let extent = Extent {
+                first_seq: state.first_seq,
+                last_seq: state.last_seq,
+                whole: state.num_deleted == 0,
+            };
+            let fetch = |seq| Ok::<_, ()>(stream.read(source, seq));
+            let search = find_tail(source, extent, newest.as_ref(), checkpoint.as_ref(), fetch);
+            let search = search.expect("the model answers");
+            let mut tail = self
+                .lineage
+                .judge(search, checkpoint.as_ref(), false)
+                .expect("there is one timeline");
+            let old = |message: &&crate::model::Stored| {
+                self.is_off(Rule::Age) || self.now - message.time >= self.hold_back
+            };
+            let messages = stream.messages.values();
+            let aged = messages
+                .filter(old)
+                .filter_map(|m| m.event.as_ref())
+                .next_back();
+            let aged = aged.map(|event| event.position);
+            tail.stored.get_or_insert(Checkpoint {
+                seq: stream.last_seq,
+                position: Position::default(),
+                id: None,
+            });
+            found.push(StreamAtConnect {
+                name: stream.name.to_string(),
+                created: "once".to_string(),
+                last_seq: stream.last_seq,
+                tail,
+                aged,
+            });
+        }
+        found
+    }
+
+    /// A publish reaches its stream, or something happens to it.
+    fn deliver(&mut self) -> Outcome {
+        let flight = self.connection.as_mut().and_then(|c| c.out.pop_front());
+        let Some(flight) = flight else {
+            return Ok(());
+        };
+        let fault = match self.one_in(10) {
+            true => self.rng.u32(..6),
+            false => 6,
+        };
+        let replicated = self.streams[flight.event.stream].replicated;
+        let answer = match fault {
+            0 => {
+                trace!(self, "lost on the way: {}", flight.event.id);
+                return Ok(());
+            }
+            1 => {
+                let id = flight.event.id.clone();
+                // whatever it was
+                let _ = self.arrive(flight)?;
+                trace!(self, "the ack of {id} is lost");
+                return Ok(());
+            }
+            2 => Err([
+                AckError::NoResponders,
+                refused(503, 10077, "no space left on device"),
+                refused(429, 10167, "too many requests"),
+            ][self.rng.usize(..3)]
+            .clone()),
+            3 if replicated => Ok(PubAck {
+                seq: 0,
+                duplicate: true,
+            }),
+            // somebody else answers on the subject
+            4 => Ok(PubAck {
+                seq: self.rng.u64(1..1000) + 100_000,
+                duplicate: false,
+            }),
+            _ => {
+                let answer = self.arrive(flight.clone())?;
+                self.send_answer(&flight, answer);
+                return Ok(());
+            }
+        };
+        trace!(
+            self,
+            "{} is not stored, but answered {answer:?}", flight.event.id
+        );
+        self.send_answer(&flight, answer);
+        Ok(())
+    }
+
+    /// Puts an answer on its way, with what a rule that is switched off would have objected to taken out.
+    fn send_answer(&mut self, flight: &Flight, answer: Result<PubAck, AckError>) {
+        let predicted = PubAck {
+            seq: flight.expected.unwrap_or_default() + 1,
+            duplicate: false,
+        };
+        let answer = match answer {
+            Err(_) if self.is_off(Rule::Refusal) => Ok(predicted),
+            Ok(ack) if self.is_off(Rule::AckSequence) && !ack.duplicate => Ok(predicted),
+            Ok(ack) if self.is_off(Rule::DuplicateFlag) && ack.duplicate => Ok(predicted),
+            answer => answer,
+        };
+        if let Some(connection) = &mut self.connection {
+            connection.answers.push_back((flight.token, answer));
+        }
+    }
+
+    /// A stream takes a publish or not: what it may hold then.
+    fn arrive(&mut self, flight: Flight) -> Result<Result<PubAck, AckError>, String> {
+        let event = &flight.event;
+        let stream = &mut self.streams[event.stream];
+        let last = stream.history.last().map(|(_, nth, _)| *nth);
+        let length = stream.history.len();
+        let answer = stream.publish(&flight, self.now);
+        if stream.history.len() > length {
+            if last.is_some_and(|last| event.nth <= last) {
+                return Err(format!("twice or out of order: {event:?} after {last:?}"));
+            }
+            let skipped = last.map_or(0, |last| last + 1)..event.nth;
+            let hole = skipped
+                .into_iter()
+                .find(|nth| !self.committed[event.stream][*nth].reused);
+            if let Some(hole) = hole {
+                return Err(format!("a hole: {event:?} is stored before number {hole}"));
+            }
+        }
+        trace!(
+            self,
+            "{} behind {:?} of {}: {answer:?}",
+            event.id,
+            flight.expected,
+            self.streams[event.stream].name
+        );
+        Ok(answer)
+    }
+
+    /// An answer reaches the relay.
+    fn answer(&mut self) -> Outcome {
+        let answer = self.connection.as_mut().and_then(|c| c.answers.pop_front());
+        let (Some((token, answer)), Some(session)) = (answer, &mut self.session) else {
+            return Ok(());
+        };
+        let outcome = session.core.answer(token, answer, self.now);
+        self.handle(Ok(outcome))
+    }
+
+    fn lose_connection(&mut self) {
+        let keep = self.rng.bool() && self.kind != Kind::ReusedIds;
+        if let Some(mut connection) = self.connection.take() {
+            trace!(
+                self,
+                "the connection to NATS ends, {} publishes in flight",
+                connection.out.len()
+            );
+            if keep {
+                connection.answers.clear();
+                self.zombies.push(connection);
+            }
+        }
+        if let Some(session) = &mut self.session {
+            session.core.disconnected();
+        }
+    }
+
+    fn deliver_zombie(&mut self) -> Outcome {
+        if self.zombies.is_empty() {
+            return Ok(());
+        }
+        let index = self.rng.usize(..self.zombies.len());
+        match self.zombies[index].out.pop_front() {
+            Some(flight) => {
+                trace!(self, "a late copy of {} arrives", flight.event.id);
+                self.arrive(flight).map(|_| ())
+            }
+            None => {
+                self.zombies.swap_remove(index);
+                Ok(())
+            }
+        }
+    }
+
+    /// The copy stream ends, and the session with it; the process lives on.
+    fn lose_session(&mut self) {
+        self.lose_connection();
+        let Some(session) = self.session.take() else {
+            return;
+        };
+        trace!(self, "the copy stream ends");
+        self.memory = match self.is_off(Rule::Memory) {
+            true => Memory::default(),
+            false => session.core.into_memory(),
+        };
+    }
+
+    /// The servers lose what they had not synced: connections to them end, or a replica takes over.
+    fn roll_back(&mut self) {
+        let index = self.rng.usize(..self.streams.len());
+        let (now, crash) = (self.now, self.rng.bool());
+        // without a crash it is noticed by the next look, which has to be in time
+        let unseen = if crash {
+            Duration::ZERO
+        } else {
+            LOOK_INTERVAL + Duration::from_secs(2)
+        };
+        let age = self
+            .hold_back
+            .saturating_sub(unseen)
+            .mul_f64(self.rng.f64());
+        let stream = &mut self.streams[index];
+        let kept = stream
+            .messages
+            .iter()
+            .rev()
+            .find(|(_, m)| now - m.time >= age);
+        let last_seq = kept.map_or(0, |(seq, _)| *seq);
+        if last_seq == stream.last_seq {
+            return;
+        }
+        stream.roll_back(last_seq);
+        trace!(
+            self,
+            "{} goes back to {last_seq}, crash: {crash}", self.streams[index].name
+        );
+        self.zombies.clear();
+        if crash {
+            if let Some(connection) = &mut self.connection {
+                connection.out.clear();
+            }
+            self.lose_connection();
+            self.zombies.clear();
+            // the bucket is on the same disk
+            self.bucket
+                .retain(|(time, marks)| marks.is_empty() || now - *time >= age);
+        }
+    }
+
+    fn foreign(&mut self) {
+        let index = self.rng.usize(..self.streams.len());
+        // while publishes are pipelined, a foreign message takes the place of one and lets the next in: see `main.rs`
+        if self.connection.is_some() || self.zombies.iter().any(|zombie| !zombie.out.is_empty()) {
+            return;
+        }
+        self.streams[index].store(None, self.now);
+        let name = self.streams[index].name;
+        trace!(self, "a message of somebody else in {name}");
+    }
+
+    fn consume(&mut self) {
+        let index = self.rng.usize(..self.streams.len());
+        let all = self.rng.bool();
+        let rng = &mut self.rng;
+        let stream = &mut self.streams[index];
+        stream.messages.retain(|_, _| !all && rng.bool());
+        trace!(
+            self,
+            "consumed, left are {:?}",
+            self.streams[index].messages.keys()
+        );
+    }
+
+    /// Time passes; the relay's loop runs at least each second.
+    fn pass(&mut self, pause: Duration) -> Outcome {
+        self.now += pause;
+        if self.connection.is_some() {
+            self.relay()?;
+        }
+        Ok(())
+    }
+}
+
+fn info(stream: &Stream) -> StreamInfo {
+    let (first, messages) = (stream.first_seq(), stream.messages.len() as u64);
+    StreamInfo {
+        config: StreamConfig {
+            name: stream.name.to_string(),
+            subjects: vec![stream.subjects.to_string()],
+            ..StreamConfig::default()
+        },
+        state: StreamState {
+            messages,
+            first_seq: first,
+            last_seq: stream.last_seq,
+            num_deleted: (stream.last_seq + 1 - first) - messages,
+            ..StreamState::default()
+        },
+        created: "once".to_string(),
+        ts: String::new(),
+    }
+}
