@@ -50,12 +50,15 @@ impl Joined {
         }
     }
 
-    /// Where the copy stream may start: Postgres skips what every stream has had for the hold-back. Younger
-    /// events are sent again and found stored, so that a keepalive cannot confirm what lies before them.
-    /// `0/0`, the slot's own position, whenever there is doubt.
+    /// Where the copy stream may start: Postgres skips what every stream holds. `0/0`, the slot's own
+    /// position, whenever there is doubt.
     pub fn start_position(&self) -> Lsn {
-        let position = |stream: &StreamAtConnect| match (&stream.aged, stream.tail.switch_point) {
-            (Some(aged), None) => aged.commit_lsn,
+        let position = |stream: &StreamAtConnect| match &stream.tail {
+            Tail {
+                stored: Some(stored),
+                switch_point: None,
+                ..
+            } => stored.position.commit_lsn,
             _ => Lsn::INVALID,
         };
         self.streams

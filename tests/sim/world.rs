@@ -629,6 +629,7 @@ impl World {
             });
             found.push(StreamAtConnect {
                 name: stream.name.to_string(),
+                replicas: 0,
                 created: "once".to_string(),
                 last_seq: stream.last_seq,
                 tail,
