@@ -24,6 +24,9 @@ use tempfile::TempDir;
 /// How long a start, with crash recovery, or a stop may take on a busy machine.
 const START_DEADLINE: Duration = secs(60);
 
+/// How long a server that is no longer needed may take to end: an immediate shutdown waits for nothing.
+const DROP_DEADLINE: Duration = secs(5);
+
 /// The seed README's set-up of the database, to the letter; one statement a transaction, as psql runs them.
 pub const SEED_SETUP: [&str; 4] = [
     "CREATE TABLE outbox (
@@ -37,7 +40,10 @@ pub const SEED_SETUP: [&str; 4] = [
     "SELECT pg_create_logical_replication_slot('jetstream_outbox', 'pgoutput');",
 ];
 
+/// Shared memory for parallel queries stands in the data folder: there it goes with the folder, also after
+/// a kill, and nothing depends on the machine's /dev/shm.
 const BASE_SETTINGS: &str = "\
+dynamic_shared_memory_type = mmap
 listen_addresses = '127.0.0.1'
 wal_level = logical
 max_replication_slots = 20
@@ -453,6 +459,11 @@ impl Drop for Postgres {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("---- log of Postgres ----\n{}", self.log());
+        }
+        // in order, so that it gives its shared memory back; what does not end soon is killed
+        if let Some(process) = lock(&self.server).as_mut() {
+            process.signal(Signal::QUIT);
+            process.ends_within(DROP_DEADLINE);
         }
         self.kill();
     }

@@ -5,7 +5,7 @@
 //! a pipe: when this program ends, however it ends, the pipe closes, and the shell kills what is still
 //! registered and removes the temporary folders.
 
-use super::wait::eventually;
+use super::wait::{eventually, poll};
 use rustix::process::{Pid, kill_process};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -111,6 +111,11 @@ impl Process {
     pub fn wait_exit(&mut self, deadline: Duration) -> ExitStatus {
         let what = format!("{} to end", self.name);
         eventually(&what, deadline, || self.try_exit())
+    }
+
+    /// Whether it ends by itself within `deadline`; never panics, for use while unwinding.
+    pub fn ends_within(&mut self, deadline: Duration) -> bool {
+        poll(deadline, || self.try_exit()).is_ok()
     }
 
     /// SIGKILL, and waits until it is gone.

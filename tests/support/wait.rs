@@ -42,16 +42,24 @@ impl<T, E: Debug> Outcome for Result<T, E> {
 pub fn eventually<O: Outcome>(
     what: &str,
     deadline: Duration,
-    mut condition: impl FnMut() -> O,
+    condition: impl FnMut() -> O,
 ) -> O::Value {
+    match poll(deadline, condition) {
+        Ok(value) => value,
+        Err(reason) => panic!("waited {deadline:?} for {what}: {reason}"),
+    }
+}
+
+/// The same without the panic: what was found, or what the last look said.
+pub fn poll<O: Outcome>(
+    deadline: Duration,
+    mut condition: impl FnMut() -> O,
+) -> Result<O::Value, String> {
     let start = Instant::now();
     loop {
         match condition().outcome() {
-            Ok(value) => return value,
-            Err(reason) if start.elapsed() >= deadline => {
-                panic!("waited {deadline:?} for {what}: {reason}")
-            }
-            Err(_) => thread::sleep(POLL_INTERVAL),
+            Err(_) if start.elapsed() < deadline => thread::sleep(POLL_INTERVAL),
+            outcome => return outcome,
         }
     }
 }
