@@ -3,7 +3,8 @@
 use argh::{ArgsInfo, FlagInfoKind};
 use jetstream_outbox::cli::Cli;
 
-const HEAD: &str = "| flag | environment variable | default | meaning |\n| --- | --- | --- | --- |\n";
+const HEAD: &str =
+    "| flag | environment variable | default | meaning |\n| --- | --- | --- | --- |\n";
 
 /// One row a flag, from its description: `what it is (default this)`.
 fn table() -> String {
