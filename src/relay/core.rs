@@ -90,6 +90,8 @@ pub enum Cause {
     AckTimeout,
     /// No stream captures this subject.
     NoStream(String),
+    /// An idle stream seems to end before what it had acknowledged: a closer look will tell.
+    EndsEarly(Backwards),
 }
 
 /// A stream that ends before what it had acknowledged.
@@ -666,10 +668,18 @@ impl Core {
 
     /// What a look at an idle stream says.
     pub fn looked_at(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
-        match self.delivery {
-            Delivery::ExactlyOnce => self.check_forwards(index, last_seq),
-            Delivery::AtLeastOnce => Ok(()),
+        let stream = self.streams.get(index);
+        let Some((stream, last)) = stream.and_then(|s| Some((s, s.last.as_ref()?))) else {
+            return Ok(());
+        };
+        if self.delivery == Delivery::AtLeastOnce || last_seq >= last.seq {
+            return Ok(());
         }
+        Err(Trouble::Reconnect(Cause::EndsEarly(Backwards {
+            stream: stream.name.clone(),
+            last_seq,
+            acked_seq: last.seq,
+        })))
     }
 
     /// The streams that no publish is on its way to, for [`Core::looked_at`].

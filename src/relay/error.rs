@@ -280,6 +280,7 @@ impl fmt::Display for Cause {
                 f.write_str("JetStream has acknowledged nothing for the ack timeout")
             }
             Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
+            Cause::EndsEarly(backwards) => write!(f, "{backwards}"),
         }
     }
 }

@@ -11,7 +11,13 @@ use crate::jetstream::resume::{Checkpoint, Extent, Lineage, OUTBOX_POSITION, Tai
 use crate::jetstream::streams::{self, Request, Routes, StoredMessage, StreamInfo};
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
+use std::thread;
 use std::time::{Duration, Instant};
+
+/// How long a new leader is given to apply what it has; what it still lacks then counts as lost.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(10);
+/// Between two looks.
+const CATCH_UP_PAUSE: Duration = Duration::from_millis(250);
 
 /// A connection, and what was read over it.
 pub struct Joined {
@@ -101,14 +107,18 @@ impl Found {
 
     /// Reads the tails, from the last known event of each stream.
     pub fn join<'c>(
-        self,
+        mut self,
         config: &Config,
         lineage: &Lineage,
         last_known: impl Fn(&str) -> Option<&'c Checkpoint>,
     ) -> Result<Joined, Error> {
         let timeout = config.nats.request_timeout;
         let mut found = Vec::with_capacity(self.infos.len());
-        for info in &self.infos {
+        for info in &mut self.infos {
+            let known = last_known(&info.config.name);
+            if let Some(known) = known {
+                catch_up(&self.link, info, known.seq, timeout)?;
+            }
             let stream = Stream {
                 link: &self.link,
                 info,
@@ -116,9 +126,7 @@ impl Found {
                 timeout,
             };
             let (tail, aged) = match config.delivery {
-                Delivery::ExactlyOnce => {
-                    stream.read_back(config, lineage, last_known(&info.config.name))?
-                }
+                Delivery::ExactlyOnce => stream.read_back(config, lineage, known)?,
                 Delivery::AtLeastOnce => (Tail::default(), None),
             };
             found.push(StreamAtConnect {
@@ -139,6 +147,27 @@ impl Found {
             link: self.link,
         })
     }
+}
+
+/// A new leader of a replicated stream tells an older end until it has applied what its followers
+/// agreed on. So an end before what was acknowledged is looked at again before it is believed.
+fn catch_up(
+    link: &Link,
+    info: &mut StreamInfo,
+    acked_seq: u64,
+    timeout: Duration,
+) -> Result<(), Error> {
+    let deadline = Instant::now() + CATCH_UP_LIMIT;
+    while info.config.num_replicas > 1
+        && info.state.last_seq < acked_seq
+        && Instant::now() < deadline
+    {
+        thread::sleep(CATCH_UP_PAUSE);
+        if let Some(newer) = streams::info(link, &info.config.name, timeout)? {
+            *info = newer;
+        }
+    }
+    Ok(())
 }
 
 /// A stream that is being read back.
@@ -176,19 +205,13 @@ impl Stream<'_> {
             checkpoint,
             |seq| self.get(streams::message_request(name, seq)),
         )?;
-        let mut tail = lineage
+        let tail = lineage
             .judge(found, checkpoint, config.accept_new_system)
             .map_err(|conflict| Error::Conflict {
                 stream: name.clone(),
                 conflict,
             })?;
         let aged = self.aged(lineage, &tail, config.hold_back)?;
-        // none of ours was found: from here on, what is consumed away can be counted
-        tail.stored.get_or_insert(Checkpoint {
-            seq: state.last_seq,
-            position: Position::default(),
-            id: None,
-        });
         Ok((tail, aged))
     }
 

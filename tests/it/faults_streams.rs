@@ -114,7 +114,6 @@ fn a_stream_that_is_missing_is_waited_for() {
 /// The first event of the window is refused, because another's message stands in its place; none behind it
 /// may be stored, though one of them expects just the sequence that this message has.
 #[test]
-#[ignore = "the fence lets events through behind a refused one: they are lost"]
 fn a_message_of_another_in_the_middle_of_a_window_leaves_no_hole() {
     const ROWS: u64 = 100;
     let nats = Nats::start();
@@ -155,7 +154,6 @@ fn a_message_of_another_in_the_middle_of_a_window_leaves_no_hole() {
 }
 
 #[test]
-#[ignore = "the fence lets events through behind a refused one: they are lost"]
 fn messages_of_others_cost_neither_order_nor_events() {
     let nats = Nats::start();
     let mut client = nats.client();
