@@ -1,0 +1,43 @@
+//! The README's table of flags is the one that `--help` makes.
+
+use argh::{ArgsInfo, FlagInfoKind};
+use jetstream_outbox::cli::Cli;
+
+const HEAD: &str =
+    "| flag | environment variable | default | meaning |\n| --- | --- | --- | --- |\n";
+
+/// One row a flag, from its description: `what it is (default this)`.
+fn table() -> String {
+    let mut rows = HEAD.to_string();
+    for flag in Cli::get_args_info().flags {
+        let name = flag.long.trim_start_matches('-');
+        // these two are for people, and are not read from the environment
+        if matches!(name, "help" | "version") {
+            continue;
+        }
+        let (meaning, default) = flag
+            .description
+            .split_once(" (default")
+            .expect("every flag names its default last");
+        let default = default.trim_start_matches(':').trim_end_matches(')').trim();
+        let value = match flag.kind {
+            FlagInfoKind::Switch => "",
+            FlagInfoKind::Option { .. } => " VALUE",
+        };
+        let variable = name.to_ascii_uppercase().replace('-', "_");
+        rows += &format!(
+            "| `-{name}{value}` | `JETSTREAM_OUTBOX_{variable}` | {default} | {meaning} |\n"
+        );
+    }
+    rows
+}
+
+#[test]
+fn the_table_of_flags_is_that_of_help() {
+    let readme = include_str!("../README.md");
+    let table = table();
+    assert!(
+        readme.contains(&table),
+        "README.md must have this table:\n{table}"
+    );
+}
