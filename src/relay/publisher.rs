@@ -48,6 +48,8 @@ pub struct Publisher<'a> {
     said: Repeated,
     report: Report,
     closing: Closing,
+    /// The reader has ended, and all it has read was taken.
+    drained: bool,
     postponed: Option<Postponed>,
     next_look: Instant,
 }
@@ -115,6 +117,7 @@ impl<'a> Publisher<'a> {
             said: Repeated::default(),
             report: Report::new(now),
             closing: Closing::No,
+            drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
         }
@@ -176,7 +179,7 @@ impl<'a> Publisher<'a> {
             if self.is_finished(now) {
                 return Ok(());
             }
-            let changes = if self.closing == Closing::No && self.core.wants_batch() {
+            let changes = if !self.drained && self.core.wants_batch() {
                 &self.changes
             } else {
                 &idle
@@ -201,7 +204,10 @@ impl<'a> Publisher<'a> {
                 }
                 recv(changes) -> batch => match batch {
                     Ok(batch) => self.core.offer(Arc::new(batch)),
-                    Err(_) => self.close(now),
+                    Err(_) => {
+                        self.drained = true;
+                        self.close(now);
+                    }
                 },
                 recv(stop) -> _ => self.close(now),
                 default(wake) => {}
@@ -209,7 +215,7 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// No more changes come: what is in the window is settled.
+    /// The end is near: what was read is taken and settled.
     fn close(&mut self, now: Instant) {
         self.closing = match self.config.drain && !self.stop.is_stopping() {
             true => Closing::WhenSettled,
@@ -221,7 +227,7 @@ impl<'a> Publisher<'a> {
         match self.closing {
             Closing::No => false,
             Closing::WhenSettled => self.core.is_settled(),
-            Closing::By(deadline) => self.core.is_settled() || now >= deadline,
+            Closing::By(deadline) => self.drained && self.core.is_settled() || now >= deadline,
         }
     }
 

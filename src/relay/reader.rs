@@ -30,6 +30,9 @@ const FLOW: Duration = Duration::from_millis(1);
 /// transaction by itself; a reader that waits for each is woken for each, and that costs both sides more
 /// than the message does.
 const FLOW_PAUSE: Duration = Duration::from_micros(200);
+/// A transaction that has begun may be read to its end for so long after the request to stop, so that it
+/// can be confirmed.
+const STOP_GRACE: Duration = Duration::from_millis(500);
 /// How many batches may wait for the publisher.
 pub const CHANNEL_BATCHES: usize = 4;
 
@@ -73,6 +76,7 @@ impl Reader<'_> {
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
         let mut last_sent: Option<Instant> = None;
+        let mut stopping: Option<Instant> = None;
         loop {
             if !stream.has_buffered()
                 || batch.len_bytes() >= BATCH_BYTES
@@ -97,7 +101,12 @@ impl Reader<'_> {
                 }
             }
             if self.stop.is_stopping() {
-                return Ok(Ended::Stopped);
+                let since = *stopping.get_or_insert_with(Instant::now);
+                if transaction.is_none() || since.elapsed() > STOP_GRACE {
+                    // nobody may be there to take it
+                    let _ = self.changes.send(batch);
+                    return Ok(Ended::Stopped);
+                }
             }
             self.progress.reading(!stream.has_buffered());
             let message = stream.read();

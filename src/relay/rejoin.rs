@@ -149,8 +149,9 @@ impl Found {
     }
 }
 
-/// A new leader of a replicated stream tells an older end until it has applied what its followers
-/// agreed on. So an end before what was acknowledged is looked at again before it is believed.
+/// An end before what was acknowledged is looked at again before it is believed: another relay may have
+/// written, and its checkpoint be newer than what was read of the stream; and a new leader of a replicated
+/// stream tells an older end until it has applied what its followers agreed on.
 fn catch_up(
     link: &Link,
     info: &mut StreamInfo,
@@ -158,14 +159,14 @@ fn catch_up(
     timeout: Duration,
 ) -> Result<(), Error> {
     let deadline = Instant::now() + CATCH_UP_LIMIT;
-    while info.config.num_replicas > 1
-        && info.state.last_seq < acked_seq
-        && Instant::now() < deadline
-    {
-        thread::sleep(CATCH_UP_PAUSE);
+    while info.state.last_seq < acked_seq && Instant::now() < deadline {
         if let Some(newer) = streams::info(link, &info.config.name, timeout)? {
             *info = newer;
         }
+        if info.config.num_replicas <= 1 {
+            break;
+        }
+        thread::sleep(CATCH_UP_PAUSE);
     }
     Ok(())
 }
