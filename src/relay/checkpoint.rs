@@ -8,6 +8,7 @@
 //! is refused here, as it is by the fence.
 
 use super::core::Mark;
+use super::error::Error;
 use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
 use crate::jetstream::client::Link;
 use crate::jetstream::streams;
@@ -84,7 +85,7 @@ impl CheckpointStore {
         link: &Link,
         replicas: u32,
         timeout: Duration,
-    ) -> Result<Vec<Mark>, jetstream::Error> {
+    ) -> Result<Vec<Mark>, Error> {
         if matches!(self.state, State::Forbidden) {
             return Ok(Vec::new());
         }
@@ -100,8 +101,7 @@ impl CheckpointStore {
                 Ok(marks)
             }
             Err(error @ (jetstream::Error::Lost { .. } | jetstream::Error::Permission { .. })) => {
-                self.lost(&error);
-                Err(error)
+                Err(self.lost(error))
             }
             Err(error) => {
                 log::warn!(
@@ -114,21 +114,23 @@ impl CheckpointStore {
         }
     }
 
-    /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again.
-    pub fn lost(&mut self, error: &jetstream::Error) {
+    /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again. Returns
+    /// what to say of it.
+    pub fn lost(&mut self, error: jetstream::Error) -> Error {
         let ours = |reason: &str| {
             reason.contains("$KV.") || reason.contains(&format!("KV_{}", self.bucket))
         };
         match error {
-            jetstream::Error::Permission { reason } if ours(reason) => {
-                log::warn!(
-                    cause = reason.as_str();
-                    "going on without the checkpoint: a stream whose messages are consumed away can get repeats after a restart"
-                );
+            jetstream::Error::Permission { reason } if ours(&reason) => {
                 self.state = State::Forbidden;
+                Error::WithoutCheckpoint(reason)
             }
-            _ if matches!(self.state, State::On { .. }) => self.state = State::Off,
-            _ => {}
+            error => {
+                if matches!(self.state, State::On { .. }) {
+                    self.state = State::Off;
+                }
+                Error::Nats(error)
+            }
         }
     }
 
@@ -199,12 +201,7 @@ impl CheckpointStore {
 
     /// Before anything is published to a stream there is a first mark of it: whatever is consumed away
     /// later is counted from there.
-    pub fn begin(
-        &mut self,
-        link: &Link,
-        marks: Vec<Mark>,
-        timeout: Duration,
-    ) -> Result<(), jetstream::Error> {
+    pub fn begin(&mut self, link: &Link, marks: Vec<Mark>, timeout: Duration) -> Result<(), Error> {
         let subject = self.subject();
         let State::On {
             revision, written, ..
@@ -232,10 +229,7 @@ impl CheckpointStore {
                 *written = marks;
                 Ok(())
             }
-            Err(error) => {
-                self.lost(&error);
-                Err(error)
-            }
+            Err(error) => Err(self.lost(error)),
         }
     }
 

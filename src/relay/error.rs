@@ -21,6 +21,8 @@ pub enum Error {
     Nats(jetstream::Error),
     /// No stream captures the prefix, or what was to be published.
     NoStream(String),
+    /// The server's permissions do not allow the checkpoint, and it has said so by ending the connection.
+    WithoutCheckpoint(String),
     /// Another process holds the slot.
     SlotInUse {
         /// Its name.
@@ -96,21 +98,10 @@ impl Error {
     pub fn verdict(&self) -> Verdict {
         match self {
             Error::SlotInUse { .. } => Verdict::WaitForSlot,
-            Error::Postgres(error) => match (error.sqlstate(), error) {
-                // invalid authorization or password, no such database, no privilege, no such object,
-                // object not in the state (slot lost, wal_level too low), feature not supported
-                (
-                    Some(
-                        "28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000"
-                        | "42601",
-                    ),
-                    _,
-                ) => Verdict::Exit(Exit::Configuration),
-                (None, postgres::Error::Auth(_)) => Verdict::Exit(Exit::Configuration),
-                (None, postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
-                _ => Verdict::Retry,
-            },
-            Error::Nats(_) | Error::NoStream(_) => Verdict::Retry,
+            Error::Postgres(postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
+            Error::Postgres(error) if needs_a_person(error) => Verdict::Exit(Exit::Configuration),
+            Error::Postgres(_) => Verdict::Retry,
+            Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_) | Error::PublicationSkipped(_) | Error::Conflict { .. } => {
                 Verdict::Exit(Exit::Configuration)
@@ -135,6 +126,10 @@ impl fmt::Display for Error {
                 f,
                 "find the stream of {subject}: no stream captures it; create one with this subject (nats stream add --subjects), \
                  the relay goes on by itself"
+            ),
+            Error::WithoutCheckpoint(reason) => write!(
+                f,
+                "going on without the checkpoint: {reason}; a stream whose messages are consumed away can get repeats after a restart"
             ),
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;
@@ -235,8 +230,31 @@ impl std::error::Error for Error {
     }
 }
 
-/// What to do about an error of Postgres that ends the relay.
+/// Whether nothing that passes by itself is to blame. Of several hosts one that may come back is enough.
+fn needs_a_person(error: &postgres::Error) -> bool {
+    match error {
+        postgres::Error::Connect(attempts) => {
+            !attempts.is_empty() && attempts.iter().all(|(_, error)| needs_a_person(error))
+        }
+        postgres::Error::Auth(_) => true,
+        postgres::Error::Tls { lasting, .. } => *lasting,
+        // invalid authorization or password, no such database, no privilege, no such object, object not
+        // in the state (slot lost, wal_level too low), feature not supported, syntax
+        error => matches!(
+            error.sqlstate(),
+            Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601")
+        ),
+    }
+}
+
+/// What to do about an error of Postgres that ends the relay, where the error itself does not say it.
 fn remedy(error: &postgres::Error) -> &'static str {
+    if let postgres::Error::Connect(attempts) = error {
+        return attempts.last().map_or("", |(_, error)| remedy(error));
+    }
+    if let postgres::Error::Tls { lasting: true, .. } = error {
+        return "; check sslmode, sslrootcert, sslcert and sslkey of -db, and the server's certificate";
+    }
     match error.sqlstate() {
         Some("28P01") => "; check the password of -db (or PGPASSWORD, ~/.pgpass)",
         Some("28000") => "; check pg_hba.conf: the relay connects with replication=database",
@@ -319,5 +337,65 @@ impl From<jetstream::Error> for Error {
 impl From<MapError> for Error {
     fn from(error: MapError) -> Error {
         Error::Map(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::error::{AuthError, ServerError};
+    use std::io;
+
+    fn refused() -> postgres::Error {
+        postgres::Error::Io {
+            doing: "open the connection",
+            source: io::ErrorKind::ConnectionRefused.into(),
+        }
+    }
+
+    fn server(code: &str) -> postgres::Error {
+        postgres::Error::Server(Box::new(ServerError {
+            code: code.to_string(),
+            ..ServerError::default()
+        }))
+    }
+
+    fn tls(lasting: bool) -> postgres::Error {
+        postgres::Error::Tls {
+            doing: "agree on TLS".into(),
+            source: "because".into(),
+            lasting,
+        }
+    }
+
+    fn no_password() -> postgres::Error {
+        postgres::Error::Auth(AuthError::NoPassword)
+    }
+
+    #[test]
+    fn only_what_no_host_can_mend_ends_the_relay() {
+        let garbage = || postgres::Error::Protocol("garbage".into());
+        for (hosts, ends) in [
+            (vec![no_password()], true),
+            (vec![tls(true)], true),
+            (vec![server("28P01")], true),
+            (vec![tls(false)], false),
+            (vec![refused()], false),
+            (vec![server("57P03")], false),
+            // a proxy without a server behind it says anything
+            (vec![garbage()], false),
+            (vec![refused(), no_password()], false),
+            (vec![tls(true), refused()], false),
+            (vec![tls(true), server("28P01")], true),
+            (vec![], false),
+        ] {
+            let hosts = hosts.into_iter().map(|error| ("h:1".to_string(), error));
+            let error = Error::Postgres(postgres::Error::Connect(hosts.collect()));
+            let expected = match ends {
+                true => Verdict::Exit(Exit::Configuration),
+                false => Verdict::Retry,
+            };
+            assert_eq!(error.verdict(), expected, "{error}");
+        }
     }
 }

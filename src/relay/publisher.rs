@@ -61,7 +61,7 @@ enum Closing {
     No,
     /// They do not; what is in the window has until then, and this connection.
     By(Instant),
-    /// They do not; the window is settled however long it takes (`--drain`).
+    /// They do not; the window is settled however long it takes (`--drain`), unless the relay is to stop.
     WhenSettled,
 }
 
@@ -69,6 +69,8 @@ enum Closing {
 pub struct Left {
     /// Why it ended.
     pub result: Result<(), Error>,
+    /// Everything that was read is stored.
+    pub settled: bool,
     /// What it got done.
     pub tally: Tally,
     /// How far the streams were.
@@ -129,12 +131,14 @@ impl<'a> Publisher<'a> {
         self.progress
             .confirmable(self.core.confirmable(Instant::now()));
         self.report.finish(&self.core, self.progress);
-        if !self.core.is_settled() {
+        let settled = self.core.is_settled();
+        if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
         }
         let tally = self.core.tally();
         Left {
             result,
+            settled,
             tally,
             memory: self.core.into_memory(),
             store: self.store,
@@ -185,10 +189,9 @@ impl<'a> Publisher<'a> {
                 &idle
             };
             let wake = self.wake(now);
-            let stop = if self.closing == Closing::No {
-                self.stop.channel()
-            } else {
-                &never_stops
+            let stop = match self.closing {
+                Closing::No | Closing::WhenSettled => self.stop.channel(),
+                Closing::By(_) => &never_stops,
             };
             select! {
                 recv(link.messages()) -> message => match message {
@@ -199,8 +202,7 @@ impl<'a> Publisher<'a> {
                     let Ok(error) = error else {
                         return Err(Interrupt::Reconnect("the connection to NATS ended".to_string()));
                     };
-                    self.store.lost(&error);
-                    return Err(Interrupt::Reconnect(error.to_string()));
+                    return Err(Interrupt::Reconnect(self.store.lost(error).to_string()));
                 }
                 recv(changes) -> batch => match batch {
                     Ok(batch) => self.core.offer(Arc::new(batch)),
@@ -362,6 +364,8 @@ impl<'a> Publisher<'a> {
                 .map(|position| position.to_string())
                 .unwrap_or_default();
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
+            // the stream answers, and the window moves on
+            self.outage.worked();
         }
         Ok(())
     }
@@ -403,13 +407,9 @@ impl<'a> Publisher<'a> {
             if self.said.is_new(&reason, now) {
                 log::warn!(reason = reason.as_str(); "connecting to NATS again; Postgres keeps what is not stored");
             }
-            if self.closing == Closing::No {
-                self.stop.wait(pause);
-                if self.stop.is_stopping() {
-                    self.close(Instant::now());
-                }
-            } else {
-                std::thread::sleep(pause);
+            self.stop.wait(pause);
+            if self.stop.is_stopping() {
+                self.close(Instant::now());
             }
             if matches!(self.closing, Closing::By(_)) {
                 // what is not acknowledged comes again; nobody is to wait for a server that is away

@@ -128,7 +128,7 @@ impl<'a> Session<'a> {
         let marks = core.marks(&lineage.source);
         if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
             self.memory = core.into_memory();
-            return Err(error.into());
+            return Err(error);
         }
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
@@ -159,7 +159,7 @@ impl<'a> Session<'a> {
         };
         let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
         let outcome = threads.run(stream, &writer, link, core, store, &mut self.mapper);
-        self.worked = outcome.left.tally.published + outcome.left.tally.skipped > 0;
+        self.worked = outcome.left.tally != Tally::default();
         self.memory = outcome.left.memory;
         self.store = outcome.left.store;
         outcome.result
@@ -278,6 +278,7 @@ impl Threads<'_> {
         // a panic of the publisher takes the memory of the streams with it: they are read back as at a start
         let left = published.unwrap_or_else(|_| Left {
             result: Err(PANICKED),
+            settled: false,
             tally: Tally::default(),
             memory: Memory::default(),
             store: CheckpointStore::new("", &self.config.slot),
@@ -290,7 +291,8 @@ impl Threads<'_> {
             (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
             _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
-            (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Drained),
+            (_, Ok(Ok(reader::Ended::Drained)), _) if left.settled => Ok(Ended::Drained),
+            (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Stopped),
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
         };
         // whatever ended the session: what is stored by now is told to Postgres if it still listens
