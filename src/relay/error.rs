@@ -58,6 +58,8 @@ pub enum Error {
         size: usize,
         /// What is allowed.
         limit: usize,
+        /// By which setting.
+        setting: &'static str,
     },
     /// A stream will never take the event.
     Refused(AckError),
@@ -157,10 +159,15 @@ impl fmt::Display for Error {
                 )
             }
             Error::Map(error) => write!(f, "{error}"),
-            Error::TooLarge { event, size, limit } => write!(
+            Error::TooLarge {
+                event,
+                size,
+                limit,
+                setting,
+            } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise max_payload of the server (and max_msg_size of the stream), then start the relay again"
+                 raise {setting}, then start the relay again"
             ),
             Error::Refused(error) => write!(
                 f,

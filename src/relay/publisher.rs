@@ -317,13 +317,25 @@ impl<'a> Publisher<'a> {
                         position_source: self.source.clone(),
                         batch: publication.batch.clone(),
                     };
-                    let size = publish.wire_size();
-                    if size > link.max_payload() {
-                        let event =
-                            format!("row {} of {} at {}", event.id, event.table, event.position);
-                        let limit = link.max_payload();
+                    let max_msg_size = self.core.max_msg_size(event.subject);
+                    let limit = link.max_payload().min(max_msg_size.unwrap_or(usize::MAX));
+                    if publish.size_bound() > limit && publish.wire_size() > limit {
+                        let error = Error::TooLarge {
+                            event: format!(
+                                "row {} of {} at {}",
+                                event.id, event.table, event.position
+                            ),
+                            size: publish.wire_size(),
+                            limit,
+                            setting: match max_msg_size {
+                                Some(of_stream) if of_stream == limit => {
+                                    "max_msg_size of the stream"
+                                }
+                                _ => "max_payload of the server",
+                            },
+                        };
                         self.postponed = Some(Postponed {
-                            interrupt: Interrupt::End(Error::TooLarge { event, size, limit }),
+                            interrupt: Interrupt::End(error),
                             held: 1,
                         });
                         break Ok(());

@@ -6,7 +6,7 @@ use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
 use crate::support::wait::eventually;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[test]
 fn sigterm_and_sigint_leave_nothing_unconfirmed_and_nothing_to_repeat() {
@@ -171,6 +171,83 @@ fn what_authentication_and_tls_lack_ends_the_relay_unless_another_host_may_come_
         for word in words {
             assert!(last.contains(word), "{db}: {word:?} is not in {last}");
         }
+    }
+}
+
+#[test]
+fn a_stream_that_cannot_carry_the_promises_is_refused_and_one_with_limits_warned_of_once() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    };
+    rig.pg.seed_setup();
+    rig.commit_event(1, "a");
+    for (settings, updates, refused, word) in [
+        (json!({ "no_ack": true }), json!(null), true, "no_ack"),
+        (json!({}), json!({ "sealed": true }), true, "sealed"),
+        (
+            json!({ "persist_mode": "async" }),
+            json!(null),
+            true,
+            "persist_mode async",
+        ),
+        (
+            json!({ "subject_transform": { "src": "events.>", "dest": "other.>" } }),
+            json!(null),
+            true,
+            "subject_transform",
+        ),
+        (json!({ "storage": "memory" }), json!(null), false, "memory"),
+        (
+            json!({ "max_msgs": 100 }),
+            json!(null),
+            false,
+            "discard old",
+        ),
+        (
+            json!({ "max_bytes": 100_000, "discard": "new" }),
+            json!(null),
+            false,
+            "discard new",
+        ),
+        (
+            json!({ "max_msg_size": 2_000 }),
+            json!(null),
+            false,
+            "max_msg_size",
+        ),
+    ] {
+        let mut nats = rig.nats.client();
+        let mut config = json!({ "name": STREAM, "subjects": ["events.>"] });
+        let fields = |value: &Value| value.as_object().cloned().unwrap_or_default();
+        let merge = |config: &mut Value, more: &Value| {
+            for (name, value) in fields(more) {
+                config[name] = value;
+            }
+        };
+        merge(&mut config, &settings);
+        nats.add_stream_with(config.clone());
+        if !updates.is_null() {
+            merge(&mut config, &updates);
+            nats.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+        }
+        let (code, log) = rig.run(&["--drain", "--hold-back", "150s", "--checkpoint", "none"]);
+        let said: Vec<_> = log
+            .iter()
+            .filter(|line| line.contains("level=warn") || line.contains("level=error"))
+            .collect();
+        assert_eq!(said.len(), 1, "{settings}: {log:?}");
+        assert!(
+            said.iter().all(|line| line.contains(word)),
+            "{settings}: {said:?}"
+        );
+        assert_eq!(code, if refused { 78 } else { 0 }, "{settings}: {said:?}");
+        assert_eq!(
+            nats.message_count(STREAM),
+            u64::from(!refused),
+            "{settings}"
+        );
+        nats.api(&format!("STREAM.DELETE.{STREAM}"), &json!({}));
     }
 }
 

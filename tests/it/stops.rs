@@ -111,7 +111,14 @@ fn an_event_that_is_too_large_stops_the_relay_until_the_stream_takes_it() {
         let (code, log) = rig.run(&["--hold-back", "0"]);
         let said = last_line(&log);
         assert_eq!(code, 65, "{said}");
-        assert!(said.contains("limit"), "{said}");
+        for word in [
+            "max_msg_size of the stream",
+            &uuid(501),
+            "public.outbox",
+            "0/",
+        ] {
+            assert!(said.contains(word), "{word:?} is not in {said}");
+        }
         assert!(!said.contains("xxx"), "payloads are never logged: {said}");
         assert_stream_holds(&rig, 1..=500);
     }
