@@ -14,6 +14,7 @@ use crate::jetstream::client::Link;
 use crate::jetstream::streams;
 use crate::jetstream::{self};
 use serde::{Deserialize, Serialize};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often it is written while events flow.
@@ -25,6 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Record {
     streams: Vec<Entry>,
+    /// [`super::publication::Published`] as text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    publication: Option<String>,
 }
 
 /// A [`Mark`] as it is written: positions as the `Outbox-Position` header has them.
@@ -43,6 +47,35 @@ pub struct CheckpointStore {
     bucket: String,
     slot: String,
     state: State,
+    publication: SeenPublication,
+}
+
+/// What the publication was last seen to publish, as text. It is shared, since one thread sees it and
+/// another writes it.
+#[derive(Clone, Debug, Default)]
+pub struct SeenPublication(Arc<Mutex<Option<String>>>);
+
+impl SeenPublication {
+    /// `None`: not yet.
+    pub fn get(&self) -> Option<String> {
+        self.lock().clone()
+    }
+
+    /// From now on this.
+    pub fn set(&self, text: Option<String>) {
+        *self.lock() = text;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is worth writing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Content {
+    marks: Vec<Mark>,
+    publication: Option<String>,
 }
 
 #[derive(Debug)]
@@ -52,9 +85,9 @@ enum State {
         /// The sequence of the key's last value in the bucket's stream; 0: there is none.
         revision: u64,
         /// What was written last.
-        written: Vec<Mark>,
+        written: Content,
         /// When the write that has no answer yet was sent.
-        pending: Option<(Instant, Vec<Mark>)>,
+        pending: Option<(Instant, Content)>,
         next: Instant,
     },
     /// Not looked at yet on this connection, or unusable.
@@ -75,7 +108,13 @@ impl CheckpointStore {
             bucket: bucket.to_string(),
             slot: slot.to_string(),
             state,
+            publication: SeenPublication::default(),
         }
+    }
+
+    /// What is written beside the marks from now on; what was read, until it is set.
+    pub fn publication(&self) -> SeenPublication {
+        self.publication.clone()
     }
 
     /// On a new connection: creates the bucket if it is missing and reads the key. What keeps it from being
@@ -91,10 +130,14 @@ impl CheckpointStore {
         }
         self.state = State::Off;
         match self.read(link, replicas, timeout) {
-            Ok((revision, marks)) => {
+            Ok((revision, read)) => {
+                if self.publication.get().is_none() {
+                    self.publication.set(read.publication.clone());
+                }
+                let marks = read.marks.clone();
                 self.state = State::On {
                     revision,
-                    written: marks.clone(),
+                    written: read,
                     pending: None,
                     next: Instant::now(),
                 };
@@ -139,7 +182,7 @@ impl CheckpointStore {
         link: &Link,
         replicas: u32,
         timeout: Duration,
-    ) -> Result<(u64, Vec<Mark>), jetstream::Error> {
+    ) -> Result<(u64, Content), jetstream::Error> {
         let stream = format!("KV_{}", self.bucket);
         if streams::info(link, &stream, timeout)?.is_none() {
             let (api, body) = streams::create_bucket_request(&self.bucket, replicas);
@@ -152,13 +195,14 @@ impl CheckpointStore {
             timeout,
         )?;
         let Some(message) = found else {
-            return Ok((0, Vec::new()));
+            return Ok((0, Content::default()));
         };
         let record: Record = serde_json::from_slice(&message.data).unwrap_or_default();
-        Ok((
-            message.seq,
-            record.streams.into_iter().filter_map(Entry::mark).collect(),
-        ))
+        let read = Content {
+            marks: record.streams.into_iter().filter_map(Entry::mark).collect(),
+            publication: record.publication,
+        };
+        Ok((message.seq, read))
     }
 
     fn subject(&self) -> String {
@@ -174,6 +218,7 @@ impl CheckpointStore {
         now: Instant,
     ) {
         let subject = self.subject();
+        let publication = &self.publication;
         let State::On {
             revision,
             written,
@@ -191,32 +236,37 @@ impl CheckpointStore {
             return;
         }
         *next = now + INTERVAL;
-        let marks = marks();
-        if marks == *written {
+        let content = Content {
+            marks: marks(),
+            publication: publication.get(),
+        };
+        if content == *written {
             return;
         }
-        link.put(token, subject, *revision, body(&marks));
-        *pending = Some((now, marks));
+        link.put(token, subject, *revision, body(&content));
+        *pending = Some((now, content));
     }
 
     /// Before anything is published to a stream there is a first mark of it: whatever is consumed away
     /// later is counted from there.
     pub fn begin(&mut self, link: &Link, marks: Vec<Mark>, timeout: Duration) -> Result<(), Error> {
         let subject = self.subject();
+        let content = Content {
+            marks,
+            publication: self.publication.get(),
+        };
         let State::On {
             revision, written, ..
         } = &mut self.state
         else {
             return Ok(());
         };
-        if marks
-            .iter()
-            .all(|mark| written.iter().any(|old| old.name == mark.name))
-        {
+        let is_known = |mark: &Mark| written.marks.iter().any(|old| old.name == mark.name);
+        if content.publication == written.publication && content.marks.iter().all(is_known) {
             return Ok(());
         }
         let answer = link
-            .put_now(&subject, *revision, body(&marks), timeout)
+            .put_now(&subject, *revision, body(&content), timeout)
             .and_then(|body| {
                 parse_ack(&body, None).map_err(|source| jetstream::Error::Api {
                     api: subject,
@@ -226,7 +276,7 @@ impl CheckpointStore {
         match answer {
             Ok(ack) => {
                 *revision = ack.seq;
-                *written = marks;
+                *written = content;
                 Ok(())
             }
             Err(error) => Err(self.lost(error)),
@@ -244,13 +294,13 @@ impl CheckpointStore {
         else {
             return Ok(());
         };
-        let Some((_, marks)) = pending.take() else {
+        let Some((_, content)) = pending.take() else {
             return Ok(());
         };
         match answer.and_then(|body| parse_ack(&body, None)) {
             Ok(ack) => {
                 *revision = ack.seq;
-                *written = marks;
+                *written = content;
                 Ok(())
             }
             Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => {
@@ -264,9 +314,10 @@ impl CheckpointStore {
     }
 }
 
-fn body(marks: &[Mark]) -> Vec<u8> {
+fn body(content: &Content) -> Vec<u8> {
     let record = Record {
-        streams: marks.iter().map(Entry::of).collect(),
+        streams: content.marks.iter().map(Entry::of).collect(),
+        publication: content.publication.clone(),
     };
     serde_json::to_vec(&record).expect("strings and numbers have a JSON form")
 }
@@ -312,6 +363,7 @@ mod tests {
         };
         let text = serde_json::to_string(&Record {
             streams: vec![Entry::of(&mark)],
+            publication: None,
         })
         .unwrap();
         let read: Record = serde_json::from_str(&text).unwrap();

@@ -1,6 +1,7 @@
 //! What ends a session, whether another may follow, and what a person reads.
 
 use super::core::{Backwards, Cause, Halt, Trouble};
+use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
@@ -32,8 +33,15 @@ pub enum Error {
     },
     /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
     Setup(String),
-    /// Postgres 18 says only in a notice that the publication is missing, and leaves its rows out.
+    /// What Postgres says of the log that comes next: the publication was missing when it was written.
     PublicationSkipped(String),
+    /// The publication publishes less than before.
+    Narrowed {
+        /// Its name.
+        publication: String,
+        /// What it lacks.
+        narrowed: Narrowed,
+    },
     /// pgoutput sent what cannot be read.
     Decode {
         /// Why.
@@ -105,9 +113,10 @@ impl Error {
             Error::Postgres(_) => Verdict::Retry,
             Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
-            Error::Setup(_) | Error::PublicationSkipped(_) | Error::Conflict { .. } => {
-                Verdict::Exit(Exit::Configuration)
-            }
+            Error::Setup(_)
+            | Error::PublicationSkipped(_)
+            | Error::Narrowed { .. }
+            | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
             Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
@@ -146,8 +155,19 @@ impl fmt::Display for Error {
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped(notice) => write!(
                 f,
-                "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed: \
-                 create the publication, or name the right one with -publication"
+                "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed. \
+                 Name the right publication with -publication; or, if this one was dropped for a while, make it anew, publish by \
+                 hand what the stream lacks, and move the slot past that time: \
+                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn());"
+            ),
+            Error::Narrowed {
+                publication,
+                narrowed,
+            } => write!(
+                f,
+                "check the publication: {publication} {narrowed}; rows that were committed since may be missing, and the slot \
+                 cannot send them: Postgres reads its log with the publication of that time. Put it back, compare the table with \
+                 the stream, publish what is missing, and pass -resume-anyway once to go on"
             ),
             Error::Decode { error, at } => {
                 write!(f, "decode the pgoutput message at {at}: {error}")
