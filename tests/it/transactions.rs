@@ -27,8 +27,18 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
     let rig = Rig::start_with(Postgres::builder().setting("logical_decoding_work_mem", "64kB"));
     let mut relay = rig.relay(&[]);
     rig.pg.execute("BEGIN; INSERT INTO outbox VALUES (gen_random_uuid(), 'account', 'aborted', '{}'); ROLLBACK");
-    rig.pg
-        .execute(&format!("BEGIN; {} ROLLBACK", insert(1, 50_000)));
+    // from 18 on Postgres drops what is known to be rolled back instead of spilling it, so the roll-back waits
+    let mut client = rig.pg.client();
+    let begun = format!("BEGIN; {}", insert(1, 50_000));
+    client.batch_execute(&begun).expect("a large transaction");
+    eventually("Postgres to spill it", DEADLINE, || {
+        let spilled =
+            "SELECT spill_txns FROM pg_stat_replication_slots WHERE slot_name = 'jetstream_outbox'";
+        rig.pg
+            .scalar::<i64>(spilled)
+            .is_some_and(|count| count >= 1)
+    });
+    client.batch_execute("ROLLBACK").expect("the roll-back");
     rig.pg.execute(&format!(
         "BEGIN; {} SAVEPOINT a; {} SAVEPOINT b; {} ROLLBACK TO a; {} SAVEPOINT c; {} RELEASE c; {} COMMIT",
         insert(100_001, 100_003),
@@ -59,14 +69,6 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
     relay.term();
     assert_eq!(relay.wait_exit(DEADLINE), 0);
     expected.check(&rig.messages()).assert_clean();
-    // or the test shows nothing about large transactions
-    eventually("Postgres to report what it spilled", DEADLINE, || {
-        let spilled =
-            "SELECT spill_txns FROM pg_stat_replication_slots WHERE slot_name = 'jetstream_outbox'";
-        rig.pg
-            .scalar::<i64>(spilled)
-            .is_some_and(|count| count >= 2)
-    });
 }
 
 #[test]
