@@ -78,9 +78,16 @@ pub struct Publish {
 }
 
 impl Publish {
-    /// The message's size as the server counts it against `max_payload`: headers and body, with numbers at
-    /// their longest, so a little more than it will be.
+    /// The message's size as the server counts it against `max_payload`, and a stream against
+    /// `max_msg_size`: headers and body.
     pub fn wire_size(&self) -> usize {
+        let event = self.batch.event(&self.event);
+        let headers = "NATS/1.0\r\nNats-Msg-Id:\r\n\r\n".len() + header_lines(&event, self).len();
+        headers + event.body.len()
+    }
+
+    /// At least [`wire_size`](Self::wire_size), without writing the headers.
+    pub fn size_bound(&self) -> usize {
         /// `NATS/1.0`, the four names, line ends, and the longest sequence, LSN and ordinal.
         const FIXED: usize = 200;
         let event = self.batch.event(&self.event);
@@ -893,6 +900,13 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
             ),
         });
     }
+    let mut headers = nats::HeaderMap::new();
+    headers.insert("Nats-Msg-Id", header_lines(event, publish));
+    Ok(headers)
+}
+
+/// The value of `Nats-Msg-Id`, and the lines of the other headers.
+fn header_lines(event: &OutboxEvent<'_>, publish: &Publish) -> String {
     let mut lines = String::with_capacity(event.id.len() + publish.position_source.len() + 200);
     lines.push_str(event.id);
     // writing to a String cannot fail
@@ -908,7 +922,5 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
     }
     let (source, position) = (&publish.position_source, event.position);
     let _ = write!(lines, "\r\nOutbox-Position: {source} {position}");
-    let mut headers = nats::HeaderMap::new();
-    headers.insert("Nats-Msg-Id", lines);
-    Ok(headers)
+    lines
 }

@@ -301,7 +301,7 @@ impl Mapper {
         });
         let label = format!("{namespace}.{name}");
         if !named && !self.tables.is_empty() {
-            log::debug!("table={label:?} msg=\"not named by --table, ignored\"");
+            log::debug!(table = label.as_str(); "not named by -table, ignored");
             self.relations.insert(id, Relation::Other);
             return Ok(());
         }
@@ -346,9 +346,7 @@ impl Mapper {
             });
         }
         if before.is_none() {
-            log::warn!(
-                "table={label:?} msg=\"in the publication without the columns of an outbox, ignored\""
-            );
+            log::warn!(table = label.as_str(); "in the publication without the columns of an outbox, ignored");
         }
         self.relations.insert(id, Relation::Other);
         Ok(())

@@ -11,6 +11,7 @@
 //! is refused here, as it is by the fence.
 
 use super::core::{Mark, Marks};
+use super::error::Error;
 use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::Lineage;
@@ -19,6 +20,7 @@ use crate::jetstream::{self};
 use crate::outbox::position::SourcePosition;
 use crate::postgres::Lsn;
 use serde::{Deserialize, Serialize};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often it is written while events flow.
@@ -35,6 +37,9 @@ struct Record {
     streams: Vec<Entry>,
     reached: Option<String>,
     ripening: Option<Ripening>,
+    /// [`super::publication::Published`] as text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    publication: Option<String>,
 }
 
 /// A [`Mark`].
@@ -72,14 +77,43 @@ pub struct CheckpointStore {
     slot: String,
     state: State,
     /// What the key holds, as far as we know.
-    kept: Option<Marks>,
+    kept: Option<Content>,
     ripening: Option<Ripening>,
     /// What the key says of a ripening position is no longer true.
     distrusted: bool,
     /// The server's time in milliseconds since 1970, and when it was that.
     clock: Option<(i64, Instant)>,
-    /// Since when writes fail, and when that is to be told.
+    /// Writes fail; when that is to be told.
     failing: Option<Instant>,
+    publication: SeenPublication,
+}
+
+/// What the publication was last seen to publish, as text. It is shared, since one thread sees it and
+/// another writes it.
+#[derive(Clone, Debug, Default)]
+pub struct SeenPublication(Arc<Mutex<Option<String>>>);
+
+impl SeenPublication {
+    /// `None`: not yet.
+    pub fn get(&self) -> Option<String> {
+        self.lock().clone()
+    }
+
+    /// From now on this.
+    pub fn set(&self, text: Option<String>) {
+        *self.lock() = text;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is worth writing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Content {
+    marks: Marks,
+    publication: Option<String>,
 }
 
 #[derive(Debug)]
@@ -89,7 +123,7 @@ enum State {
         /// The sequence of the key's last value in the bucket's stream; 0: there is none.
         revision: u64,
         /// When the write that has no answer yet was sent, and what it says.
-        pending: Option<(Instant, Marks, Option<Ripening>)>,
+        pending: Option<(Instant, Content, Option<Ripening>)>,
         next: Instant,
     },
     /// Not looked at yet on this connection, or unusable.
@@ -115,17 +149,18 @@ impl CheckpointStore {
             distrusted: false,
             clock: None,
             failing: None,
+            publication: SeenPublication::default(),
         }
+    }
+
+    /// What the publication was last seen to publish.
+    pub fn publication(&self) -> SeenPublication {
+        self.publication.clone()
     }
 
     /// On a new connection: creates the bucket if it is missing and reads the key. What keeps it from being
     /// used is warned of, and no error, unless the connection was lost by it.
-    pub fn open(
-        &mut self,
-        link: &Link,
-        replicas: u32,
-        timeout: Duration,
-    ) -> Result<Marks, jetstream::Error> {
+    pub fn open(&mut self, link: &Link, replicas: u32, timeout: Duration) -> Result<Marks, Error> {
         if matches!(self.state, State::Forbidden) {
             return Ok(Marks::default());
         }
@@ -138,13 +173,16 @@ impl CheckpointStore {
                     next: Instant::now(),
                 };
                 self.ripening = record.ripening.clone().filter(|_| !self.distrusted);
-                let marks = record.marks();
-                self.kept = Some(marks.clone());
+                let kept = record.content();
+                if self.publication.get().is_none() {
+                    self.publication.set(kept.publication.clone());
+                }
+                let marks = kept.marks.clone();
+                self.kept = Some(kept);
                 Ok(marks)
             }
             Err(error @ (jetstream::Error::Lost { .. } | jetstream::Error::Permission { .. })) => {
-                self.lost(&error);
-                Err(error)
+                Err(self.lost(error))
             }
             Err(error) => {
                 log::warn!(
@@ -162,21 +200,23 @@ impl CheckpointStore {
         self.kept = None;
     }
 
-    /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again.
-    pub fn lost(&mut self, error: &jetstream::Error) {
+    /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again. Returns
+    /// what to say of it.
+    pub fn lost(&mut self, error: jetstream::Error) -> Error {
         let ours = |reason: &str| {
             reason.contains("$KV.") || reason.contains(&format!("KV_{}", self.bucket))
         };
         match error {
-            jetstream::Error::Permission { reason } if ours(reason) => {
-                log::warn!(
-                    cause = reason.as_str();
-                    "going on without the checkpoint: {WITHOUT}"
-                );
+            jetstream::Error::Permission { reason } if ours(&reason) => {
                 self.forbid();
+                Error::WithoutCheckpoint(reason)
             }
-            _ if matches!(self.state, State::On { .. }) => self.state = State::Off,
-            _ => {}
+            error => {
+                if matches!(self.state, State::On { .. }) {
+                    self.state = State::Off;
+                }
+                Error::Nats(error)
+            }
         }
     }
 
@@ -271,7 +311,7 @@ impl CheckpointStore {
         else {
             return;
         };
-        let waits = |(sent, ..): &(Instant, Marks, _)| now < *sent + PATIENCE;
+        let waits = |(sent, ..): &(Instant, Content, _)| now < *sent + PATIENCE;
         if now < *next && !urgent || pending.as_ref().is_some_and(waits) {
             return;
         }
@@ -287,25 +327,29 @@ impl CheckpointStore {
         }
         *next = now + INTERVAL;
         let revision = *revision;
-        let marks = marks();
-        if self.kept.as_ref() == Some(&marks) {
+        let content = self.content(marks());
+        if self.kept.as_ref() == Some(&content) {
             return;
         }
-        let ripening = self.next_ripening(&marks, confirmed);
-        link.put(
-            token,
-            self.subject(),
-            revision,
-            body(&marks, ripening.clone()),
-        );
+        let ripening = self.next_ripening(&content.marks, confirmed);
+        let body = body(&content, ripening.clone());
+        link.put(token, self.subject(), revision, body);
         if let State::On { pending, .. } = &mut self.state {
-            *pending = Some((now, marks, ripening));
+            *pending = Some((now, content, ripening));
         }
     }
 
     /// The key holds `marks`, or never will.
     pub fn holds(&self, marks: &Marks) -> bool {
-        !matches!(self.state, State::On { .. }) || self.kept.as_ref() == Some(marks)
+        let kept = self.kept.as_ref();
+        !self.is_kept() || kept.is_some_and(|kept| kept.marks == *marks)
+    }
+
+    fn content(&self, marks: Marks) -> Content {
+        Content {
+            marks,
+            publication: self.publication.get(),
+        }
     }
 
     /// Before anything is published to a stream there is a first mark of it, and it says whether others write there:
@@ -315,18 +359,21 @@ impl CheckpointStore {
         link: &Link,
         marks: Marks,
         timeout: Duration,
-    ) -> Result<Option<&Marks>, jetstream::Error> {
+    ) -> Result<Option<&Marks>, Error> {
         let State::On { revision, .. } = self.state else {
             return Ok(None);
         };
-        let told = self.kept.as_ref().is_some_and(|kept| tells(kept, &marks));
+        let kept = self.kept.as_ref();
+        let told = kept.is_some_and(|kept| tells(&kept.marks, &marks));
         if told && !self.distrusted {
             return Ok(None);
         }
         let subject = self.subject();
-        let ripening = self.next_ripening(&marks, Lsn::INVALID);
+        let content = self.content(marks);
+        let ripening = self.next_ripening(&content.marks, Lsn::INVALID);
+        let body = body(&content, ripening.clone());
         let answer = link
-            .put_now(&subject, revision, body(&marks, ripening.clone()), timeout)
+            .put_now(&subject, revision, body, timeout)
             .and_then(|body| {
                 parse_ack(&body, None).map_err(|source| jetstream::Error::Api {
                     api: subject,
@@ -334,25 +381,19 @@ impl CheckpointStore {
                 })
             });
         match answer {
-            Ok(ack) => {
-                self.was_written(ack.seq, marks, ripening);
-                Ok(self.kept.as_ref())
-            }
-            Err(error) => {
-                self.lost(&error);
-                Err(error)
-            }
+            Ok(ack) => Ok(Some(self.was_written(ack.seq, content, ripening))),
+            Err(error) => Err(self.lost(error)),
         }
     }
 
-    fn was_written(&mut self, seq: u64, marks: Marks, ripening: Option<Ripening>) {
+    fn was_written(&mut self, seq: u64, content: Content, ripening: Option<Ripening>) -> &Marks {
         if let State::On { revision, .. } = &mut self.state {
             *revision = seq;
         }
-        self.kept = Some(marks);
         self.ripening = ripening;
         self.distrusted = false;
         self.failing = None;
+        &self.kept.insert(content).marks
     }
 
     /// The answer to a write, and what the key holds by it. `Err`: somebody else has written the key.
@@ -363,14 +404,11 @@ impl CheckpointStore {
         let State::On { pending, .. } = &mut self.state else {
             return Ok(None);
         };
-        let Some((_, marks, ripening)) = pending.take() else {
+        let Some((_, content, ripening)) = pending.take() else {
             return Ok(None);
         };
         match answer.and_then(|body| parse_ack(&body, None)) {
-            Ok(ack) => {
-                self.was_written(ack.seq, marks, ripening);
-                Ok(self.kept.as_ref())
-            }
+            Ok(ack) => Ok(Some(self.was_written(ack.seq, content, ripening))),
             Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => {
                 Err(Overtaken)
             }
@@ -392,27 +430,33 @@ fn tells(kept: &Marks, marks: &Marks) -> bool {
     kept.reached == marks.reached && marks.streams.iter().all(is_known)
 }
 
-fn body(marks: &Marks, ripening: Option<Ripening>) -> Vec<u8> {
+fn body(content: &Content, ripening: Option<Ripening>) -> Vec<u8> {
+    let marks = &content.marks;
     let record = Record {
         streams: marks.streams.iter().map(Entry::of).collect(),
         reached: marks.reached.as_ref().map(SourcePosition::to_string),
         ripening,
+        publication: content.publication.clone(),
     };
     serde_json::to_vec(&record).expect("strings and numbers have a JSON form")
 }
 
 impl Record {
-    fn marks(self) -> Marks {
-        Marks {
+    fn content(self) -> Content {
+        let marks = Marks {
             streams: self.streams.into_iter().filter_map(Entry::mark).collect(),
             reached: self.reached.and_then(|text| text.parse().ok()),
             settled: Lsn::INVALID,
+        };
+        Content {
+            marks,
+            publication: self.publication,
         }
     }
 }
 
 /// What the relay does without.
-const WITHOUT: &str = "a stream whose messages are consumed away can get repeats after a restart, and a slot that was moved or \
+pub const WITHOUT: &str = "a stream whose messages are consumed away can get repeats after a restart, and a slot that was moved or \
                        made anew is not noticed";
 
 /// Another relay has written the checkpoint of this slot.
@@ -477,12 +521,15 @@ mod tests {
 
     #[test]
     fn a_record_reads_back_and_what_is_none_is_passed_over() {
-        let marks = marks(0);
-        let text = String::from_utf8(body(&marks, None)).unwrap();
+        let content = Content {
+            marks: marks(0),
+            publication: Some("all".into()),
+        };
+        let text = String::from_utf8(body(&content, None)).unwrap();
         let read: Record = serde_json::from_str(&text).unwrap();
-        assert_eq!(read.marks(), marks);
+        assert_eq!(read.content(), content);
         let broken: Record = serde_json::from_str(&text.replace("0/16B3748", "x")).unwrap();
-        assert_eq!(broken.marks().streams, []);
+        assert_eq!(broken.content().marks.streams, []);
     }
 
     #[test]

@@ -634,6 +634,11 @@ impl Core {
         }
     }
 
+    /// The largest message that the stream of `subject` takes, if it says so.
+    pub fn max_msg_size(&self, subject: &str) -> Option<usize> {
+        self.routes.max_msg_size(subject)
+    }
+
     /// The next thing to do; to be called until it says [`Next::Nothing`].
     pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
         while self.connected {

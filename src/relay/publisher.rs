@@ -66,7 +66,7 @@ enum Closing {
     No,
     /// They do not; what is in the window has until then, and this connection.
     By(Instant),
-    /// They do not; the window is settled however long it takes (`--drain`).
+    /// They do not; the window is settled however long it takes (`--drain`), unless the relay is to stop.
     WhenSettled,
 }
 
@@ -74,6 +74,8 @@ enum Closing {
 pub struct Left {
     /// Why it ended.
     pub result: Result<(), Error>,
+    /// Everything that was read is stored.
+    pub settled: bool,
     /// What it got done.
     pub tally: Tally,
     /// How far the streams were.
@@ -136,12 +138,14 @@ impl<'a> Publisher<'a> {
         self.progress
             .confirmable(self.core.confirmable(Instant::now()));
         self.report.finish(&self.core, self.progress);
-        if !self.core.is_settled() {
+        let settled = self.core.is_settled();
+        if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
         }
         let tally = self.core.tally();
         Left {
             result,
+            settled,
             tally,
             memory: self.core.into_memory(),
             store: self.store,
@@ -195,10 +199,9 @@ impl<'a> Publisher<'a> {
                 &idle
             };
             let wake = self.wake(now);
-            let stop = if self.closing == Closing::No {
-                self.stop.channel()
-            } else {
-                &never_stops
+            let stop = match self.closing {
+                Closing::No | Closing::WhenSettled => self.stop.channel(),
+                Closing::By(_) => &never_stops,
             };
             select! {
                 recv(link.messages()) -> message => match message {
@@ -209,8 +212,7 @@ impl<'a> Publisher<'a> {
                     let Ok(error) = error else {
                         return Err(Interrupt::Reconnect("the connection to NATS ended".to_string()));
                     };
-                    self.store.lost(&error);
-                    return Err(Interrupt::Reconnect(error.to_string()));
+                    return Err(Interrupt::Reconnect(self.store.lost(error).to_string()));
                 }
                 recv(changes) -> batch => match batch {
                     Ok(batch) => self.core.offer(Arc::new(batch)),
@@ -339,13 +341,25 @@ impl<'a> Publisher<'a> {
                         position_source: self.source.clone(),
                         batch: publication.batch.clone(),
                     };
-                    let size = publish.wire_size();
-                    if size > link.max_payload() {
-                        let event =
-                            format!("row {} of {} at {}", event.id, event.table, event.position);
-                        let limit = link.max_payload();
+                    let max_msg_size = self.core.max_msg_size(event.subject);
+                    let limit = link.max_payload().min(max_msg_size.unwrap_or(usize::MAX));
+                    if publish.size_bound() > limit && publish.wire_size() > limit {
+                        let error = Error::TooLarge {
+                            event: format!(
+                                "row {} of {} at {}",
+                                event.id, event.table, event.position
+                            ),
+                            size: publish.wire_size(),
+                            limit,
+                            setting: match max_msg_size {
+                                Some(of_stream) if of_stream == limit => {
+                                    "max_msg_size of the stream"
+                                }
+                                _ => "max_payload of the server",
+                            },
+                        };
                         self.postponed = Some(Postponed {
-                            interrupt: Interrupt::End(Error::TooLarge { event, size, limit }),
+                            interrupt: Interrupt::End(error),
                             held: 1,
                         });
                         break Ok(());
@@ -386,6 +400,8 @@ impl<'a> Publisher<'a> {
                 .map(|position| position.to_string())
                 .unwrap_or_default();
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
+            // the stream answers, and the window moves on
+            self.outage.worked();
         }
         Ok(())
     }
@@ -438,13 +454,9 @@ impl<'a> Publisher<'a> {
             if self.said.is_new(&reason, now) {
                 log::warn!(reason = reason.as_str(); "connecting to NATS again; Postgres keeps what is not stored");
             }
-            if self.closing == Closing::No {
-                self.stop.wait(pause);
-                if self.stop.is_stopping() {
-                    self.close(Instant::now());
-                }
-            } else {
-                std::thread::sleep(pause);
+            self.stop.wait(pause);
+            if self.stop.is_stopping() {
+                self.close(Instant::now());
             }
             if matches!(self.closing, Closing::By(_)) {
                 // what is not acknowledged comes again; nobody is to wait for a server that is away

@@ -89,7 +89,7 @@ pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
         return Err(Error::NoStream(filter));
     }
     for info in &infos {
-        let judged = preflight(info, &link.server_info().version, config.delivery);
+        let judged = preflight(info, link.server_info(), config.delivery);
         if let Some(why) = judged.refused {
             return Err(Error::Setup(why));
         }

@@ -12,6 +12,7 @@ mod faults_scenario;
 mod faults_streams;
 mod operation;
 mod payloads;
+mod publication;
 mod rig;
 mod secrets;
 mod seed;
