@@ -40,9 +40,6 @@ pub const SEED_SETUP: [&str; 4] = [
     "SELECT pg_create_logical_replication_slot('jetstream_outbox', 'pgoutput');",
 ];
 
-/// The physical slot of a standby on its primary.
-pub const STANDBY_SLOT: &str = "standby";
-
 /// Shared memory for parallel queries stands in the data folder: there it goes with the folder, also after
 /// a kill, and nothing depends on the machine's /dev/shm.
 const BASE_SETTINGS: &str = "\
@@ -203,12 +200,10 @@ impl Builder {
     }
 
     /// Makes it a standby of `primary`, which is stopped and started again for it: the copy of a stopped server
-    /// needs no pg_basebackup, which the packages of the newer versions do not have. It streams through the
-    /// physical slot [`STANDBY_SLOT`] and, from 17 on, keeps the primary's failover slots synchronized.
-    pub fn build_standby_of(self, primary: &Postgres) -> Postgres {
-        primary.execute(&format!(
-            "SELECT pg_create_physical_replication_slot('{STANDBY_SLOT}', true)"
-        ));
+    /// needs no pg_basebackup, which the packages of the newer versions do not have. It streams through a physical
+    /// slot of its own and, from 17 on, keeps the primary's failover slots synchronized.
+    pub fn build_standby_of(self, primary: &Postgres, slot: &str) -> Postgres {
+        primary.add_standby_slot(slot);
         let dir = server_dir();
         let data = dir.path().join("data");
         primary.stop_fast();
@@ -220,14 +215,9 @@ impl Builder {
             fs::remove_dir_all(slot).expect("remove a slot");
         }
         write_private(&data.join("standby.signal"), b"");
-        let conninfo = format!(
-            "host={} port={} user=postgres dbname=postgres",
-            primary.socket_dir().display(),
-            primary.port()
-        );
         let mut standby = self
-            .setting("primary_conninfo", &conninfo)
-            .setting("primary_slot_name", STANDBY_SLOT)
+            .setting("primary_conninfo", &primary.conninfo())
+            .setting("primary_slot_name", slot)
             .setting("hot_standby_feedback", "on")
             // or the walreceiver waits 5 s when it comes before its primary
             .setting("wal_retrieve_retry_interval", "200ms");
@@ -411,6 +401,31 @@ impl Postgres {
         eventually("the standby to catch up", START_DEADLINE, || {
             standby.scalar::<bool>(&replayed) == Some(true)
         });
+    }
+
+    /// A physical slot, which holds the log for a standby.
+    pub fn add_standby_slot(&self, slot: &str) {
+        self.execute(&format!(
+            "SELECT pg_create_physical_replication_slot('{slot}', true)"
+        ));
+    }
+
+    /// Has this standby follow another server.
+    pub fn follow(&self, primary: &Postgres) {
+        self.execute(&format!(
+            "ALTER SYSTEM SET primary_conninfo = '{}'",
+            primary.conninfo()
+        ));
+        self.execute("SELECT pg_reload_conf()");
+    }
+
+    /// How a standby reaches it.
+    fn conninfo(&self) -> String {
+        format!(
+            "host={} port={} user=postgres dbname=postgres",
+            self.socket_dir().display(),
+            self.port()
+        )
     }
 
     /// Makes this standby a primary on a new timeline.
