@@ -165,11 +165,13 @@ impl Pair {
 }
 
 fn relay_of(servers: &[&Postgres], nats: &Nats, extra: &[&str]) -> Relay {
-    let hosts = vec!["127.0.0.1"; servers.len()].join(",");
-    let ports: Vec<String> = servers.iter().map(|s| s.port().to_string()).collect();
+    let hosts: Vec<String> = servers
+        .iter()
+        .map(|server| format!("127.0.0.1:{}", server.port()))
+        .collect();
     let db = format!(
-        "host={hosts} port={} user=postgres dbname=postgres target_session_attrs=primary",
-        ports.join(",")
+        "postgres://postgres@{}/postgres?target_session_attrs=primary",
+        hosts.join(",")
     );
     let nats = format!("127.0.0.1:{}", nats.port());
     let mut args = vec!["-db", &db, "-nats", &nats];

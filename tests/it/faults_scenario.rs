@@ -66,6 +66,8 @@ pub struct Outcome {
     pub last_end_lsn: Lsn,
     /// What the slot's consumer had confirmed at the end.
     pub confirmed: Lsn,
+    /// What the relay said that was ended in order.
+    pub log: Vec<String>,
 }
 
 impl Outcome {
@@ -74,7 +76,7 @@ impl Outcome {
     pub fn assert_confirmed(&self) {
         assert!(
             self.confirmed >= self.last_end_lsn,
-            "not all is confirmed: {self:?}"
+            "not all is confirmed: {self:#?}"
         );
     }
 
@@ -83,7 +85,7 @@ impl Outcome {
     pub fn assert_held_back(&self) {
         assert!(
             self.confirmed < self.first_end_lsn,
-            "confirmed too early: {self:?}"
+            "confirmed too early: {self:#?}"
         );
     }
 }
@@ -276,7 +278,11 @@ impl Scenario {
             self.read_on(name, messages)
                 .expect("read the rest of the stream");
         }
-        self.judge(&truth, &stored)
+        let outcome = self.judge(&truth, &stored);
+        Outcome {
+            log: relay.log(),
+            ..outcome
+        }
     }
 
     /// Judges messages that were read in another way; the relay must have ended.
@@ -320,6 +326,7 @@ impl Scenario {
             first_end_lsn: end(truth.first()),
             last_end_lsn: end(truth.last()),
             confirmed: self.pg.confirmed_flush_lsn(NAME),
+            log: Vec::new(),
         }
     }
 
