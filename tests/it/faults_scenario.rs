@@ -19,7 +19,7 @@ use jetstream_outbox::postgres::Lsn;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,7 +59,6 @@ struct Confirmed {
 }
 
 /// What the end of a scenario tells beyond that all was right.
-#[derive(Debug)]
 pub struct Outcome {
     /// The end of the first transaction with events, and of the last.
     pub first_end_lsn: Lsn,
@@ -70,13 +69,26 @@ pub struct Outcome {
     pub log: Vec<String>,
 }
 
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the events end at {} to {}, {} is confirmed; the relay said\n{}",
+            self.first_end_lsn,
+            self.last_end_lsn,
+            self.confirmed,
+            self.log.join("\n")
+        )
+    }
+}
+
 impl Outcome {
     /// With `--hold-back 0` a relay that stops in order leaves nothing to repeat.
     #[track_caller]
     pub fn assert_confirmed(&self) {
         assert!(
             self.confirmed >= self.last_end_lsn,
-            "not all is confirmed: {self:#?}"
+            "not all is confirmed: {self:?}"
         );
     }
 
@@ -85,7 +97,7 @@ impl Outcome {
     pub fn assert_held_back(&self) {
         assert!(
             self.confirmed < self.first_end_lsn,
-            "confirmed too early: {self:#?}"
+            "confirmed too early: {self:?}"
         );
     }
 }
