@@ -116,15 +116,24 @@ fn deck(cluster: bool) -> Vec<Fault> {
 pub struct Dealer {
     random: Rng,
     cluster: bool,
+    rounds: u64,
     deck: Vec<Fault>,
+    spared: bool,
 }
+
+/// Of so many rounds the last few leave the relay and its session to Postgres alone, so that what is held back grows old
+/// enough to be confirmed.
+const SPARING_PERIOD: u64 = 24;
+const SPARING_ROUNDS: u64 = 10;
 
 impl Dealer {
     pub fn new(seed: u64, cluster: bool) -> Dealer {
         Dealer {
             random: Rng::with_seed(seed),
             cluster,
+            rounds: 0,
             deck: Vec::new(),
+            spared: false,
         }
     }
 
@@ -135,10 +144,18 @@ impl Dealer {
             55..85 => 2,
             _ => 3,
         };
+        let spared = self.rounds % SPARING_PERIOD >= SPARING_PERIOD - SPARING_ROUNDS;
+        self.rounds += 1;
+        if spared != self.spared {
+            self.spared = spared;
+            self.deck.clear();
+        }
         let mut round: Vec<(Fault, Rng)> = Vec::new();
         for _ in 0..count {
             if self.deck.is_empty() {
                 self.deck = deck(self.cluster);
+                self.deck
+                    .retain(|fault| !spared || fault.spares_the_session());
                 self.random.shuffle(&mut self.deck);
             }
             let broken = |part| round.iter().any(|(fault, _)| fault.part() == part);
@@ -187,6 +204,13 @@ impl Fault {
             Network(Side::Postgres, _) => Part::ToPostgres,
             Network(Side::Nats, _) => Part::ToJetStream,
         }
+    }
+
+    /// The session between the relay and Postgres outlives it.
+    fn spares_the_session(self) -> bool {
+        let part = self.part();
+        self == Checkpoint
+            || matches!(part, Part::JetStream | Part::ToJetStream) && self != StoreRolledBack
     }
 
     pub fn name(self) -> String {
