@@ -168,6 +168,12 @@ impl Dealer {
         round
     }
 
+    /// How many rows are committed just when a round begins, if any.
+    pub fn burst(&mut self, round: &[(Fault, Rng)]) -> Option<u16> {
+        let wanted = round.iter().any(|(fault, _)| fault.leaves_late_copies());
+        (wanted || self.random.u32(0..4) == 0).then(|| self.random.u16(1_000..4_000))
+    }
+
     /// What follows a round: `None`, wait until the relay has caught up; or only so long a pause.
     pub fn pause(&mut self) -> Option<Duration> {
         match self.random.u32(0..100) {
@@ -206,6 +212,17 @@ impl Fault {
         }
     }
 
+    /// What is on its way to JetStream when it begins can arrive when others have gone on.
+    fn leaves_late_copies(self) -> bool {
+        matches!(
+            self,
+            RelayFrozenAndReplaced
+                | NatsFrozen
+                | StreamLeaderStepsDown
+                | Network(Side::Nats, Trouble::Frozen)
+        )
+    }
+
     /// The session between the relay and Postgres outlives it.
     fn spares_the_session(self) -> bool {
         let part = self.part();
@@ -238,7 +255,7 @@ impl Fault {
     pub fn inject(self, on: &On, random: &mut Rng) {
         let world = on.world;
         // not all at the same moment
-        on.pause(random, 0..500);
+        on.pause(random, 0..300);
         world.note(&format!("{}: begins", self.name()));
         match self {
             RelayKilled => on.relay_away(random, |fleet, relay| fleet.kill(relay)),
@@ -312,7 +329,7 @@ impl On<'_> {
         self.terminate_walsender();
         let second = self.fleet.start(inflight(random));
         let window = DUPLICATE_WINDOW.as_millis() as u64;
-        self.pause(random, window..window + 3_000);
+        self.pause(random, 5 * window..5 * window + 3_000);
         self.fleet.signal(first, Signal::CONT);
         self.pause(random, 0..3_000);
         let goes = if random.bool() { first } else { second };

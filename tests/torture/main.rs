@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use support::process::lock;
 use support::wait::{pause, poll, secs};
 use world::{NAME, Stop, World};
-use writers::{WRITERS, Written, write_until};
+use writers::{Burst, WRITERS, Written, write_until};
 
 /// So long in the ordinary tests, where both run side by side.
 const DEFAULT_SECONDS: u64 = 100;
@@ -96,12 +96,12 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
         true => secs(2),
     };
     // of an hour, a million events are left
-    let events_per_second = (2_000_000 / length.as_secs().max(1)).clamp(300, 1_000);
+    let events_per_second = (1_000_000 / length.as_secs().max(1)).clamp(300, 800);
     let (writing, watching) = (Stop::default(), Stop::default());
     let written = Written::default();
     let mut ledger = Ledger::default();
-    let mut faults = BTreeMap::new();
-    let mut rounds = 0;
+    let mut injected: BTreeMap<String, u64> = BTreeMap::new();
+    let mut rounds = 0_u32;
     let fleet = Fleet::new(&world, hold_back);
     let (answered, confirmations) = thread::scope(|scope| {
         let stop_all = StopAll([&writing, &watching]);
@@ -130,11 +130,20 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             fleet: &fleet,
             oldest_copy: hold_back / 3,
         };
+        let mut bursts = Vec::new();
         let start = Instant::now();
         catch_up(&on, &|| written.committed.load(Ordering::Relaxed) + 1);
         while start.elapsed() < length && !world.is_broken() {
             rounds += 1;
-            round(&on, &mut dealer, &mut faults);
+            let faults = dealer.round();
+            for (fault, _) in &faults {
+                *injected.entry(fault.name()).or_default() += 1;
+            }
+            let burst = dealer.burst(&faults);
+            let burst = burst.and_then(|rows| Burst::prepare(&world.pg, rounds, rows));
+            round(&on, faults, || {
+                bursts.extend(burst.and_then(|burst| burst.commit(written)));
+            });
             match dealer.pause() {
                 Some(span) => pause(span),
                 None => catch_up(&on, &|| written.committed.load(Ordering::Relaxed)),
@@ -142,10 +151,11 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
         }
         world.note("the faults are over");
         writing.set();
-        let answered: Vec<_> = writers
+        let mut answered: Vec<_> = writers
             .into_iter()
             .map(|writer| writer.join().expect("a writer writes until it is stopped"))
             .collect();
+        answered.push(bursts);
         ledger = reader.join().expect("the log is read until it is stopped");
         read_all(&mut ledger, world);
         let target = ledger.events() as u64;
@@ -161,12 +171,12 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
     let stored = judge(&world, &ledger, &answered, &confirmations, hold_back);
     let mut text =
         format!("torture of {length:?} on a {setup}, seed {seed}, hold-back {hold_back:?}\n");
-    for (fault, count) in &faults {
+    for (fault, count) in &injected {
         let _ = writeln!(text, "{count:8}  {fault}");
     }
     let counter = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     for (count, what) in [
-        (rounds, "rounds of faults"),
+        (u64::from(rounds), "rounds of faults"),
         (u64::from(fleet.started()), "relays started"),
         (confirmations.len() as u64, "confirmations seen"),
         (ledger.transactions() as u64, "transactions committed"),
@@ -206,15 +216,13 @@ impl Drop for StopAll<'_> {
     }
 }
 
-fn round(on: &On, dealer: &mut Dealer, faults: &mut BTreeMap<String, u64>) {
-    let round: Vec<(Fault, fastrand::Rng)> = dealer.round();
-    for (fault, _) in &round {
-        *faults.entry(fault.name()).or_default() += 1;
-    }
+/// Faults side by side, until all are healed, and something else meanwhile.
+fn round(on: &On, faults: Vec<(Fault, fastrand::Rng)>, meanwhile: impl FnOnce()) {
     thread::scope(|scope| {
-        for (fault, mut random) in round {
+        for (fault, mut random) in faults {
             scope.spawn(move || fault.inject(on, &mut random));
         }
+        meanwhile();
     });
     on.fleet.check();
 }

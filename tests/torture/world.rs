@@ -21,7 +21,7 @@ use tempfile::TempDir;
 pub const NAME: &str = "jetstream_outbox";
 
 /// JetStream's own deduplication forgets so soon that it hides nothing.
-pub const DUPLICATE_WINDOW: Duration = secs(2);
+pub const DUPLICATE_WINDOW: Duration = Duration::from_millis(200);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 

@@ -3,6 +3,7 @@
 use crate::events::EventId;
 use crate::support::postgres::Postgres;
 use crate::world::Stop;
+use postgres::Client;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -90,6 +91,58 @@ pub fn write_until(
     answered
 }
 
+/// A writer that commits many rows at the very moment when something breaks, so that it meets a relay with its window
+/// full, and not one that waits for the next row.
+pub struct Burst {
+    session: Client,
+    number: u32,
+    rows: u64,
+}
+
+impl Burst {
+    /// Its number among the writers.
+    const WRITER: u8 = WRITERS;
+
+    /// All but the COMMIT, if Postgres is up; `number` must be new.
+    pub fn prepare(pg: &Postgres, number: u32, rows: u16) -> Option<Burst> {
+        let mut session = pg.try_client().ok()?;
+        let ids: Vec<EventId> = (0..rows)
+            .map(|row| EventId::new(Burst::WRITER, number, row, false))
+            .collect();
+        let mut sql = String::from("BEGIN;");
+        ids.chunks(ROWS_A_STATEMENT)
+            .for_each(|ids| insert(&mut sql, ids));
+        sql += &delete(Burst::WRITER, number, rows);
+        session.batch_execute(&sql).ok()?;
+        let rows = u64::from(rows);
+        Some(Burst {
+            session,
+            number,
+            rows,
+        })
+    }
+
+    /// Returns its number when the COMMIT was answered.
+    pub fn commit(mut self, written: &Written) -> Option<u32> {
+        let answered = self.session.batch_execute("COMMIT").is_ok();
+        let (counter, count) = match answered {
+            true => (&written.committed, self.rows),
+            false => (&written.uncertain, 1),
+        };
+        counter.fetch_add(count, Ordering::Relaxed);
+        answered.then_some(self.number)
+    }
+}
+
+/// The rows of a transaction.
+fn delete(writer: u8, number: u32, rows: u16) -> String {
+    format!(
+        "DELETE FROM outbox WHERE id BETWEEN '{}' AND '{}';",
+        EventId::new(writer, number, 0, false).uuid(),
+        EventId::new(writer, number, rows, true).uuid()
+    )
+}
+
 /// What is sent before COMMIT or ROLLBACK.
 struct Transaction {
     sql: String,
@@ -134,11 +187,7 @@ impl Transaction {
                 insert(&mut sql, &ids[to..]);
             }
         }
-        let delete = format!(
-            "DELETE FROM outbox WHERE id BETWEEN '{}' AND '{}';",
-            EventId::new(writer, number, 0, false).uuid(),
-            EventId::new(writer, number, size, true).uuid()
-        );
+        let delete = delete(writer, number, size);
         let mut left_behind = String::new();
         if random.u32(0..10) < 7 {
             sql += &delete; // as the seed's application does
