@@ -158,9 +158,13 @@ impl Dealer {
                     .retain(|fault| !spared || fault.spares_the_session());
                 self.random.shuffle(&mut self.deck);
             }
-            let broken = |part| round.iter().any(|(fault, _)| fault.part() == part);
+            let broken: Vec<Part> = round
+                .iter()
+                .flat_map(|(fault, _)| fault.parts().to_vec())
+                .collect();
+            let goes = |fault: &Fault| !fault.parts().iter().any(|part| broken.contains(part));
             // from the top of the deck, the first that goes with the others
-            let index = self.deck.iter().rposition(|fault| !broken(fault.part()));
+            let index = self.deck.iter().rposition(goes);
             if let Some(index) = index {
                 round.push((self.deck.remove(index), self.random.fork()));
             }
@@ -193,22 +197,21 @@ fn inflight(random: &mut Rng) -> u32 {
 }
 
 impl Fault {
-    fn part(self) -> Part {
+    fn parts(self) -> &'static [Part] {
         match self {
-            RelayKilled | RelayTerminated | RelayFrozen | RelayFrozenAndReplaced | SlotStolen => {
-                Part::Relay
-            }
+            RelayKilled | RelayTerminated | RelayFrozen | SlotStolen => &[Part::Relay],
+            RelayFrozenAndReplaced => &[Part::Relay, Part::ToJetStream],
             NatsKilled
             | NatsFrozen
             | NatsRestarted
             | StoreRolledBack
             | StreamLeaderStepsDown
-            | MetaLeaderStepsDown => Part::JetStream,
+            | MetaLeaderStepsDown => &[Part::JetStream],
             PostgresCrashed | PostgresRestarted | WalsenderTerminated | Checkpoint => {
-                Part::Postgres
+                &[Part::Postgres]
             }
-            Network(Side::Postgres, _) => Part::ToPostgres,
-            Network(Side::Nats, _) => Part::ToJetStream,
+            Network(Side::Postgres, _) => &[Part::ToPostgres],
+            Network(Side::Nats, _) => &[Part::ToJetStream],
         }
     }
 
@@ -219,15 +222,14 @@ impl Fault {
             RelayFrozenAndReplaced
                 | NatsFrozen
                 | StreamLeaderStepsDown
-                | Network(Side::Nats, Trouble::Frozen)
+                | Network(Side::Nats, Trouble::Frozen | Trouble::Trickling)
         )
     }
 
     /// The session between the relay and Postgres outlives it.
     fn spares_the_session(self) -> bool {
-        let part = self.part();
-        self == Checkpoint
-            || matches!(part, Part::JetStream | Part::ToJetStream) && self != StoreRolledBack
+        let spared = |part: &Part| matches!(part, Part::JetStream | Part::ToJetStream);
+        self == Checkpoint || self.parts().iter().all(spared) && self != StoreRolledBack
     }
 
     pub fn name(self) -> String {
@@ -267,7 +269,12 @@ impl Fault {
             NatsRestarted => on.nats_away(random, Nats::stop),
             NatsFrozen => on.nats_frozen(random),
             StoreRolledBack => on.store_rolled_back(random),
-            StreamLeaderStepsDown => on.step_down(&format!("STREAM.LEADER.STEPDOWN.{NAME}")),
+            StreamLeaderStepsDown => {
+                for _ in 0..random.u32(1..4) {
+                    on.step_down(&format!("STREAM.LEADER.STEPDOWN.{NAME}"));
+                    on.pause(random, 0..700);
+                }
+            }
             MetaLeaderStepsDown => on.step_down("META.LEADER.STEPDOWN"),
             PostgresCrashed => {
                 world.pg.stop_immediate();
@@ -325,7 +332,12 @@ impl On<'_> {
         let Some(first) = self.fleet.oldest() else {
             return;
         };
+        // a slow network keeps its window full
+        let round_trip = Duration::from_millis(random.u64(0..100));
+        self.to_nats(Mode::Delay(round_trip));
+        self.pause(random, 200..700);
         self.fleet.signal(first, Signal::STOP);
+        self.to_nats(Mode::Pass);
         self.terminate_walsender();
         let second = self.fleet.start(inflight(random));
         let window = DUPLICATE_WINDOW.as_millis() as u64;
@@ -435,6 +447,10 @@ impl On<'_> {
         }
     }
 
+    fn to_nats(&self, mode: Mode) {
+        self.world.to_nats.iter().for_each(|proxy| proxy.set(mode));
+    }
+
     fn network(&self, side: Side, trouble: Trouble, random: &mut Rng) {
         let proxies: Vec<&Proxy> = match side {
             Side::Postgres => vec![&self.world.to_pg],
@@ -476,7 +492,8 @@ impl On<'_> {
             }
             Trouble::Trickling => {
                 set(Mode::Trickle(random.u64(2_000..100_000)));
-                self.pause(random, 1_000..5_000);
+                // beyond the ack timeout
+                self.pause(random, 1_000..6_000);
             }
         }
         set(Mode::Pass);
