@@ -3,12 +3,13 @@
 //! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and heals
 //! itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
 
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Settings};
 use crate::support::nats::Nats;
 use crate::support::process::{Signal, lock};
 use crate::support::proxy::{Direction, Mode, Proxy};
 use crate::support::wait::{poll, secs};
 use crate::world::{Copy, DUPLICATE_WINDOW, JetStream, NAME, World};
+use crate::writers::Bursts;
 use fastrand::Rng;
 use jetstream_outbox::postgres::replication::start_replication;
 use jetstream_outbox::postgres::{ConnInfo, Connection, Lsn};
@@ -173,9 +174,8 @@ impl Dealer {
     }
 
     /// How many rows are committed just when a round begins, if any.
-    pub fn burst(&mut self, round: &[(Fault, Rng)]) -> Option<u16> {
-        let wanted = round.iter().any(|(fault, _)| fault.leaves_late_copies());
-        (wanted || self.random.u32(0..4) == 0).then(|| self.random.u16(1_000..4_000))
+    pub fn burst(&mut self) -> Option<u16> {
+        (self.random.u32(0..4) == 0).then(|| self.random.u16(BURST))
     }
 
     /// What follows a round: `None`, wait until the relay has caught up; or only so long a pause.
@@ -187,14 +187,13 @@ impl Dealer {
         }
     }
 
-    pub fn inflight(&mut self) -> u32 {
-        inflight(&mut self.random)
+    pub fn settings(&mut self) -> Settings {
+        Settings::any(&mut self.random)
     }
 }
 
-fn inflight(random: &mut Rng) -> u32 {
-    [4, 64, 1024, 4096][random.usize(0..4)]
-}
+/// How many rows a burst has.
+const BURST: std::ops::Range<u16> = 1_000..4_000;
 
 impl Fault {
     fn parts(self) -> &'static [Part] {
@@ -213,17 +212,6 @@ impl Fault {
             Network(Side::Postgres, _) => &[Part::ToPostgres],
             Network(Side::Nats, _) => &[Part::ToJetStream],
         }
-    }
-
-    /// What is on its way to JetStream when it begins can arrive when others have gone on.
-    fn leaves_late_copies(self) -> bool {
-        matches!(
-            self,
-            RelayFrozenAndReplaced
-                | NatsFrozen
-                | StreamLeaderStepsDown
-                | Network(Side::Nats, Trouble::Frozen | Trouble::Trickling)
-        )
     }
 
     /// The session between the relay and Postgres outlives it.
@@ -270,9 +258,10 @@ impl Fault {
             NatsFrozen => on.nats_frozen(random),
             StoreRolledBack => on.store_rolled_back(random),
             StreamLeaderStepsDown => {
+                on.burst(random);
                 for _ in 0..random.u32(1..4) {
+                    on.pause(random, 0..200);
                     on.step_down(&format!("STREAM.LEADER.STEPDOWN.{NAME}"));
-                    on.pause(random, 0..700);
                 }
             }
             MetaLeaderStepsDown => on.step_down("META.LEADER.STEPDOWN"),
@@ -299,6 +288,7 @@ impl Fault {
 pub struct On<'a> {
     pub world: &'a World,
     pub fleet: &'a Fleet<'a>,
+    pub bursts: &'a Bursts<'a>,
     /// A copy of the store this old may be put back: what came later is all within the hold-back, also when the
     /// relay does not see it at once.
     pub oldest_copy: Duration,
@@ -309,12 +299,17 @@ impl On<'_> {
         crate::support::wait::pause(Duration::from_millis(random.u64(ms)));
     }
 
+    /// Right before what it is to meet.
+    fn burst(&self, random: &mut Rng) {
+        self.bursts.commit(random.u16(BURST));
+    }
+
     fn relay_away(&self, random: &mut Rng, end: fn(&Fleet, u32)) {
         if let Some(relay) = self.fleet.oldest() {
             end(self.fleet, relay);
             let longest = if random.bool() { 100 } else { 3_000 };
             self.pause(random, 0..longest);
-            self.fleet.start(inflight(random));
+            self.fleet.start(Settings::any(random));
         }
     }
 
@@ -332,14 +327,15 @@ impl On<'_> {
         let Some(first) = self.fleet.oldest() else {
             return;
         };
-        // a slow network keeps its window full
-        let round_trip = Duration::from_millis(random.u64(0..100));
-        self.to_nats(Mode::Delay(round_trip));
-        self.pause(random, 200..700);
+        // over a slow network, with much to do
+        let delay = Duration::from_millis(random.u64(10..100));
+        self.to_nats(Mode::Delay(delay));
+        self.burst(random);
+        self.pause(random, 0..400);
         self.fleet.signal(first, Signal::STOP);
         self.to_nats(Mode::Pass);
         self.terminate_walsender();
-        let second = self.fleet.start(inflight(random));
+        let second = self.fleet.start(Settings::any(random));
         let window = DUPLICATE_WINDOW.as_millis() as u64;
         self.pause(random, 5 * window..5 * window + 3_000);
         self.fleet.signal(first, Signal::CONT);
@@ -372,7 +368,7 @@ impl On<'_> {
             let connection = Connection::connect(&info)?;
             start_replication(connection, NAME, Lsn::INVALID, &options)
         });
-        self.fleet.start(inflight(random));
+        self.fleet.start(Settings::any(random));
         if let Ok((mut reader, _writer)) = thief {
             let until = Instant::now() + Duration::from_millis(random.u64(0..4_000));
             while Instant::now() < until && reader.read().is_ok() {}
@@ -400,6 +396,8 @@ impl On<'_> {
 
     fn nats_frozen(&self, random: &mut Rng) {
         let node = self.node(random);
+        self.burst(random);
+        self.pause(random, 0..100);
         node.freeze();
         self.pause(random, 100..7_000);
         node.thaw();
@@ -474,6 +472,8 @@ impl On<'_> {
                 self.pause(random, 0..4_000);
             }
             Trouble::Frozen => {
+                self.burst(random);
+                self.pause(random, 0..100);
                 set(Mode::Freeze);
                 self.pause(random, 100..8_000);
             }
@@ -492,6 +492,7 @@ impl On<'_> {
             }
             Trouble::Trickling => {
                 set(Mode::Trickle(random.u64(2_000..100_000)));
+                self.burst(random);
                 // beyond the ack timeout
                 self.pause(random, 1_000..6_000);
             }

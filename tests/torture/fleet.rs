@@ -15,6 +15,24 @@ const STOP_LIMIT: Duration = secs(30);
 /// How much of its log a relay that ended by itself is told with.
 const TAIL_LINES: usize = 12;
 
+/// What a relay is started with.
+#[derive(Clone, Copy)]
+pub struct Settings {
+    inflight: &'static str,
+    ack_timeout: &'static str,
+}
+
+impl Settings {
+    /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a long
+    /// one outlives a freeze.
+    pub fn any(random: &mut fastrand::Rng) -> Settings {
+        Settings {
+            inflight: ["4", "64", "1024", "4096"][random.usize(0..4)],
+            ack_timeout: ["500ms", "2s", "5s"][random.usize(0..3)],
+        }
+    }
+}
+
 pub struct Fleet<'a> {
     world: &'a World,
     hold_back: String,
@@ -37,7 +55,7 @@ impl<'a> Fleet<'a> {
     }
 
     /// Starts one and returns its number.
-    pub fn start(&self, inflight: u32) -> u32 {
+    pub fn start(&self, settings: Settings) -> u32 {
         let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
         let db = format!(
             "postgres://postgres@127.0.0.1:{}/postgres",
@@ -49,13 +67,17 @@ impl<'a> Fleet<'a> {
             .iter()
             .map(|proxy| format!("127.0.0.1:{}", proxy.port()))
             .collect();
-        let (servers, inflight) = (servers.join(","), inflight.to_string());
+        let servers = servers.join(",");
+        let Settings {
+            inflight,
+            ack_timeout,
+        } = settings;
         let args = ["-db", &db, "-nats", &servers, "-hold-back", &self.hold_back];
-        let more = ["-ack-timeout", "2s", "-inflight", &inflight];
+        let more = ["-ack-timeout", ack_timeout, "-inflight", inflight];
         let relay = Relay::run(&[&args[..], &more].concat(), &[]);
         let id = relay.id();
         self.world.note(&format!(
-            "relay {number} started as process {id} with -inflight {inflight}"
+            "relay {number} started as process {id} with -inflight {inflight} -ack-timeout {ack_timeout}"
         ));
         lock(&self.relays).push((number, relay));
         number

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use support::process::lock;
 use support::wait::{pause, poll, secs};
 use world::{NAME, Stop, World};
-use writers::{Burst, WRITERS, Written, write_until};
+use writers::{Bursts, WRITERS, Written, write_until};
 
 /// So long in the ordinary tests, where both run side by side.
 const DEFAULT_SECONDS: u64 = 100;
@@ -124,13 +124,14 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             ledger
         });
         let mut dealer = Dealer::new(seed, cluster);
-        fleet.start(dealer.inflight());
+        fleet.start(dealer.settings());
+        let bursts = Bursts::new(&world.pg, written);
         let on = On {
             world,
             fleet: &fleet,
+            bursts: &bursts,
             oldest_copy: hold_back / 3,
         };
-        let mut bursts = Vec::new();
         let start = Instant::now();
         catch_up(&on, &|| written.committed.load(Ordering::Relaxed) + 1);
         while start.elapsed() < length && !world.is_broken() {
@@ -139,11 +140,7 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             for (fault, _) in &faults {
                 *injected.entry(fault.name()).or_default() += 1;
             }
-            let burst = dealer.burst(&faults);
-            let burst = burst.and_then(|rows| Burst::prepare(&world.pg, rounds, rows));
-            round(&on, faults, || {
-                bursts.extend(burst.and_then(|burst| burst.commit(written)));
-            });
+            round(&on, faults, dealer.burst());
             match dealer.pause() {
                 Some(span) => pause(span),
                 None => catch_up(&on, &|| written.committed.load(Ordering::Relaxed)),
@@ -155,7 +152,7 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             .into_iter()
             .map(|writer| writer.join().expect("a writer writes until it is stopped"))
             .collect();
-        answered.push(bursts);
+        answered.push(bursts.answered());
         ledger = reader.join().expect("the log is read until it is stopped");
         read_all(&mut ledger, world);
         let target = ledger.events() as u64;
@@ -216,13 +213,13 @@ impl Drop for StopAll<'_> {
     }
 }
 
-/// Faults side by side, until all are healed, and something else meanwhile.
-fn round(on: &On, faults: Vec<(Fault, fastrand::Rng)>, meanwhile: impl FnOnce()) {
+/// Faults side by side, until all are healed.
+fn round(on: &On, faults: Vec<(Fault, fastrand::Rng)>, burst: Option<u16>) {
     thread::scope(|scope| {
         for (fault, mut random) in faults {
             scope.spawn(move || fault.inject(on, &mut random));
         }
-        meanwhile();
+        burst.into_iter().for_each(|rows| on.bursts.commit(rows));
     });
     on.fleet.check();
 }

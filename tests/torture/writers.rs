@@ -2,10 +2,11 @@
 
 use crate::events::EventId;
 use crate::support::postgres::Postgres;
+use crate::support::process::lock;
 use crate::world::Stop;
-use postgres::Client;
 use std::fmt::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 pub const WRITERS: u8 = 6;
@@ -93,44 +94,54 @@ pub fn write_until(
 
 /// A writer that commits many rows at the very moment when something breaks, so that it meets a relay with its window
 /// full, and not one that waits for the next row.
-pub struct Burst {
-    session: Client,
-    number: u32,
-    rows: u64,
+pub struct Bursts<'a> {
+    pg: &'a Postgres,
+    written: &'a Written,
+    next: AtomicU32,
+    answered: Mutex<Vec<u32>>,
 }
 
-impl Burst {
+impl<'a> Bursts<'a> {
     /// Its number among the writers.
     const WRITER: u8 = WRITERS;
 
-    /// All but the COMMIT, if Postgres is up; `number` must be new.
-    pub fn prepare(pg: &Postgres, number: u32, rows: u16) -> Option<Burst> {
-        let mut session = pg.try_client().ok()?;
+    pub fn new(pg: &'a Postgres, written: &'a Written) -> Bursts<'a> {
+        Bursts {
+            pg,
+            written,
+            next: AtomicU32::new(1),
+            answered: Mutex::default(),
+        }
+    }
+
+    /// Commits so many rows, if Postgres is up.
+    pub fn commit(&self, rows: u16) {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         let ids: Vec<EventId> = (0..rows)
-            .map(|row| EventId::new(Burst::WRITER, number, row, false))
+            .map(|row| EventId::new(Bursts::WRITER, number, row, false))
             .collect();
         let mut sql = String::from("BEGIN;");
         ids.chunks(ROWS_A_STATEMENT)
             .for_each(|ids| insert(&mut sql, ids));
-        sql += &delete(Burst::WRITER, number, rows);
-        session.batch_execute(&sql).ok()?;
-        let rows = u64::from(rows);
-        Some(Burst {
-            session,
-            number,
-            rows,
-        })
+        sql += &delete(Bursts::WRITER, number, rows);
+        let Ok(mut session) = self.pg.try_client() else {
+            return;
+        };
+        if session.batch_execute(&sql).is_err() {
+            return;
+        }
+        if session.batch_execute("COMMIT").is_ok() {
+            lock(&self.answered).push(number);
+            let committed = &self.written.committed;
+            committed.fetch_add(u64::from(rows), Ordering::Relaxed);
+        } else {
+            self.written.uncertain.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
-    /// Returns its number when the COMMIT was answered.
-    pub fn commit(mut self, written: &Written) -> Option<u32> {
-        let answered = self.session.batch_execute("COMMIT").is_ok();
-        let (counter, count) = match answered {
-            true => (&written.committed, self.rows),
-            false => (&written.uncertain, 1),
-        };
-        counter.fetch_add(count, Ordering::Relaxed);
-        answered.then_some(self.number)
+    /// The numbers of the transactions whose COMMIT was answered.
+    pub fn answered(&self) -> Vec<u32> {
+        lock(&self.answered).clone()
     }
 }
 
