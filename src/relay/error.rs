@@ -28,6 +28,15 @@ pub enum Error {
         /// The server process that serves the other one.
         pid: Option<i32>,
     },
+    /// The slot was moved or made anew by somebody else.
+    SlotMoved {
+        /// Its name.
+        slot: String,
+        /// Where it stands.
+        confirmed: Lsn,
+        /// What the relay has confirmed at most.
+        reached: Lsn,
+    },
     /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
     Setup(String),
     /// Postgres 18 says only in a notice that the publication is missing, and leaves its rows out.
@@ -112,9 +121,10 @@ impl Error {
             },
             Error::Nats(_) | Error::NoStream(_) => Verdict::Retry,
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
-            Error::Setup(_) | Error::PublicationSkipped(_) | Error::Conflict { .. } => {
-                Verdict::Exit(Exit::Configuration)
-            }
+            Error::Setup(_)
+            | Error::SlotMoved { .. }
+            | Error::PublicationSkipped(_)
+            | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
             Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
@@ -146,6 +156,17 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
+            Error::SlotMoved {
+                slot,
+                confirmed,
+                reached,
+            } => write!(
+                f,
+                "check the slot: {slot} stands at {confirmed}, but this relay has confirmed {reached} at most: the slot was dropped and \
+                 made anew, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
+                 copy; what was committed between the two may be missing in the stream and must be published by hand; then \
+                 pass --resume-anyway once"
+            ),
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped(notice) => write!(
                 f,

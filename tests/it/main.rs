@@ -15,6 +15,7 @@ mod payloads;
 mod rig;
 mod secrets;
 mod seed;
+mod slot;
 mod smoke;
 mod stops;
 mod subjects;
