@@ -275,6 +275,21 @@ impl Lineage {
                 || branch.is_some_and(|(_, lsn)| at.position.commit_lsn < *lsn))
     }
 
+    /// How far a position of ours reaches into this server's log: not beyond where the two parted, and not at
+    /// all if they have nothing in common.
+    pub fn reach(&self, at: &SourcePosition) -> Option<Lsn> {
+        let lsn = at.position.commit_lsn;
+        if at.source.slot != self.source.slot || at.source.system_id != self.source.system_id {
+            return None;
+        }
+        if at.source.timeline == self.source.timeline {
+            return Some(lsn);
+        }
+        let mut branches = self.switch_points.iter();
+        let branch = branches.find(|(timeline, _)| *timeline == at.source.timeline);
+        branch.map(|(_, switch_point)| lsn.min(*switch_point))
+    }
+
     /// What a search says about the stream, seen from this server.
     ///
     /// With `accept_new_system` a tail of another system proves nothing and hinders nothing.

@@ -179,7 +179,7 @@ impl fmt::Display for MapError {
                     write!(
                         f,
                         "; publish this transaction's events otherwise, then move the slot past it: \
-                         SELECT pg_replication_slot_advance('<slot>', '{behind}');"
+                         SELECT pg_replication_slot_advance('<slot>', '{behind}'); and then pass --resume-anyway once"
                     )?;
                 }
                 Ok(())

@@ -151,7 +151,24 @@ pub struct StreamAtConnect {
 
 /// What outlives a session: how far each stream was seen to be.
 #[derive(Clone, Debug, Default)]
-pub struct Memory(Vec<Remembered>);
+pub struct Memory {
+    streams: Vec<Remembered>,
+    /// See [`Marks::reached`].
+    pub reached: Lsn,
+}
+
+/// What is worth keeping over a restart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// How far each stream is known to be.
+    pub streams: Vec<Mark>,
+    /// The highest LSN that was ever settled (as a position, with ordinal 0). Nothing is confirmed before it has
+    /// stood here for the hold-back: a slot that is beyond was moved by somebody else, also when the streams, and
+    /// the checkpoint with them, were put back to where they were within the hold-back.
+    pub reached: Option<SourcePosition>,
+    /// Up to here everything is stored, as far as this session has come.
+    pub settled: Lsn,
+}
 
 #[derive(Clone, Debug)]
 struct Remembered {
@@ -163,7 +180,7 @@ struct Remembered {
     confirmed_seq: u64,
 }
 
-/// How far a stream is known to be: what is worth keeping over a restart.
+/// How far a stream is known to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The stream's name.
@@ -174,6 +191,8 @@ pub struct Mark {
     pub last: Option<(u64, SourcePosition)>,
     /// Others were seen to write to it.
     pub shared: bool,
+    /// The sequence that [`Marks::settled`] rests on.
+    pub settled_seq: u64,
     /// The sequence that the confirmed LSN rests on.
     pub confirmed_seq: u64,
 }
@@ -181,7 +200,7 @@ pub struct Mark {
 impl Memory {
     /// The last event known to stand in a stream: from there its tail is searched.
     pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
-        self.0
+        self.streams
             .iter()
             .find(|remembered| remembered.name == stream)?
             .last
@@ -192,7 +211,8 @@ impl Memory {
     /// prove nothing about it, and are passed over.
     pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) {
         for mark in marks {
-            let known = self.0.iter().any(|remembered| remembered.name == mark.name);
+            let mut known = self.streams.iter().map(|known| &known.name);
+            let known = known.any(|name| *name == mark.name);
             let shared = |(_, at): &(u64, SourcePosition)| lineage.shares(at);
             if !known && mark.last.as_ref().is_none_or(shared) {
                 let last = mark.last.map(|(seq, at)| Checkpoint {
@@ -200,7 +220,7 @@ impl Memory {
                     position: at.position,
                     id: None,
                 });
-                self.0.push(Remembered {
+                self.streams.push(Remembered {
                     name: mark.name,
                     created: mark.created,
                     acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
@@ -331,6 +351,15 @@ pub struct Core {
     subjects: HashSet<Box<str>>,
     offered: Position,
     start: Lsn,
+    /// Up to here everything is known to be stored and old enough; told once it was received. 0/0: nothing is.
+    proven: Lsn,
+    /// See [`Marks`].
+    reached: Lsn,
+    settled: Lsn,
+    /// Confirmed is what the checkpoint has held for the hold-back; without one, what was acknowledged so long ago.
+    checkpoint: bool,
+    /// What the checkpoint holds of `settled`.
+    kept: Lsn,
     youngest: Option<Instant>,
     confirm: Confirm,
     tally: Tally,
@@ -360,7 +389,7 @@ impl Core {
             connected: false,
             routes: Routes::default(),
             routed: Vec::new(),
-            streams: memory.0.into_iter().map(stream).collect(),
+            streams: memory.streams.into_iter().map(stream).collect(),
             window: VecDeque::new(),
             first_token: 0,
             unsent: 0,
@@ -371,11 +400,13 @@ impl Core {
             subjects: HashSet::new(),
             offered: Position::default(),
             start: Lsn::INVALID,
+            proven: Lsn::INVALID,
+            reached: memory.reached,
+            settled: Lsn::INVALID,
+            checkpoint: false,
+            kept: Lsn::INVALID,
             youngest: None,
-            confirm: Confirm::new(match delivery {
-                Delivery::ExactlyOnce => limits.hold_back,
-                Delivery::AtLeastOnce => Duration::ZERO,
-            }),
+            confirm: Confirm::new(limits.hold_back),
             tally: Tally::default(),
         }
     }
@@ -390,11 +421,14 @@ impl Core {
             shared: s.shared,
             confirmed_seq: s.confirmed_seq,
         };
-        Memory(self.streams.into_iter().map(remember).collect())
+        Memory {
+            streams: self.streams.into_iter().map(remember).collect(),
+            reached: self.reached,
+        }
     }
 
-    /// How far each stream is known to be.
-    pub fn marks(&self, source: &Source) -> Vec<Mark> {
+    /// What is worth keeping over a restart.
+    pub fn marks(&self, source: &Source) -> Marks {
         let at = |position: Position| SourcePosition {
             source: source.clone(),
             position,
@@ -407,9 +441,18 @@ impl Core {
                 .as_ref()
                 .map(|last| (last.seq, at(last.position))),
             shared: stream.shared,
+            settled_seq: stream.settled_seq,
             confirmed_seq: stream.confirmed_seq,
         };
-        self.streams.iter().map(mark).collect()
+        let reached = Position {
+            commit_lsn: self.reached,
+            ordinal: 0,
+        };
+        Marks {
+            streams: self.streams.iter().map(mark).collect(),
+            reached: Some(at(reached)),
+            settled: self.settled,
+        }
     }
 
     /// The last event known to stand in a stream: from there its tail is searched.
@@ -511,6 +554,26 @@ impl Core {
         self.connected && self.unsent == self.window.len() && self.has_room(0)
     }
 
+    /// There is a checkpoint. It has held `ripe` for the hold-back already.
+    pub fn has_checkpoint(&mut self, ripe: Option<Lsn>) {
+        self.checkpoint = true;
+        self.proven = ripe.unwrap_or_default();
+    }
+
+    /// The checkpoint can no longer be written.
+    pub fn has_no_checkpoint(&mut self) {
+        self.checkpoint = false;
+    }
+
+    /// The checkpoint holds `marks` now.
+    pub fn kept(&mut self, marks: &Marks, now: Instant) {
+        self.kept = marks.settled;
+        if self.checkpoint && self.kept > Lsn::INVALID {
+            let sequences = marks.streams.iter().map(|mark| mark.settled_seq);
+            self.confirm.boundary(self.kept, Some(now), sequences);
+        }
+    }
+
     /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps
     /// not for the hold-back: a keepalive from in there confirms nothing, and what comes next waits if
     /// any stream may hold something skipped that is too young.
@@ -525,12 +588,19 @@ impl Core {
         if start > Lsn::INVALID && !old {
             self.youngest = Some(now);
         }
+        if !self.checkpoint {
+            let aged = self.routed.iter().map(|i| {
+                let aged = self.streams.get(*i).and_then(|stream| stream.aged);
+                aged.map_or(Lsn::INVALID, |aged| aged.commit_lsn)
+            });
+            self.proven = aged.min().unwrap_or_default();
+        }
     }
 
     /// Takes the next changes of the copy stream.
     pub fn offer(&mut self, batch: Arc<Batch>) {
         for change in batch.changes() {
-            self.window.push_back(match *change {
+            let entry = match *change {
                 Change::Event(spans) => {
                     assert!(
                         spans.position > self.offered,
@@ -545,10 +615,19 @@ impl Core {
                         counted: false,
                     })
                 }
-                Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
-                Change::Keepalive { wal_end } if wal_end <= self.start => continue,
-                Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
-            });
+                Change::Commit { end_lsn, .. } => {
+                    self.prove(end_lsn);
+                    Entry::Boundary(end_lsn)
+                }
+                Change::Keepalive { wal_end } => {
+                    self.prove(wal_end);
+                    if wal_end <= self.start {
+                        continue;
+                    }
+                    Entry::Boundary(wal_end)
+                }
+            };
+            self.window.push_back(entry);
         }
         if self.unsent == 0 {
             self.settle();
@@ -840,14 +919,24 @@ impl Core {
     pub fn confirmable(&mut self, now: Instant) -> Lsn {
         let Confirmable { lsn, sequences } = self.confirm.confirmable(now);
         for (stream, seq) in self.streams.iter_mut().zip(sequences) {
-            stream.confirmed_seq = *seq;
+            stream.confirmed_seq = stream.confirmed_seq.max(*seq);
         }
         *lsn
     }
 
-    /// Something is stored but too young to be confirmed.
+    /// Everything up to `received` has come from Postgres: what was proven before it came may be confirmed.
+    fn prove(&mut self, received: Lsn) {
+        if self.proven > Lsn::INVALID && self.proven <= received {
+            self.confirm.proven(self.proven);
+            self.settled = self.settled.max(self.proven);
+            self.reached = self.reached.max(self.proven);
+            self.proven = Lsn::INVALID;
+        }
+    }
+
+    /// Something is stored but too young to be confirmed, or not in the checkpoint yet.
     pub fn is_holding_back(&self) -> bool {
-        self.confirm.is_waiting()
+        self.confirm.is_waiting() || self.checkpoint && self.kept < self.settled
     }
 
     /// Nothing waits: every event that was offered is settled.
@@ -895,7 +984,7 @@ impl Core {
             return Ok(());
         };
         let acked_seq = stream.acked_seq;
-        if last_seq >= acked_seq {
+        if self.delivery == Delivery::AtLeastOnce || last_seq >= acked_seq {
             return Ok(());
         }
         let backwards = Backwards {
@@ -950,8 +1039,13 @@ impl Core {
                     self.held_bytes -= spans.size();
                 }
                 Some(Entry::Boundary(lsn)) => {
-                    let sequences = self.streams.iter().map(|stream| stream.settled_seq);
-                    self.confirm.boundary(*lsn, self.youngest.take(), sequences);
+                    self.settled = self.settled.max(*lsn);
+                    self.reached = self.reached.max(*lsn);
+                    let acked = self.youngest.take();
+                    if !self.checkpoint {
+                        let sequences = self.streams.iter().map(|stream| stream.settled_seq);
+                        self.confirm.boundary(*lsn, acked, sequences);
+                    }
                 }
                 _ => return,
             }

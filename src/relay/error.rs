@@ -1,5 +1,6 @@
 //! What ends a session, whether another may follow, and what a person reads.
 
+use super::checkpoint::WITHOUT;
 use super::core::{Backwards, Cause, Halt, Trouble};
 use super::publication::Narrowed;
 use crate::exit::Exit;
@@ -30,6 +31,15 @@ pub enum Error {
         slot: String,
         /// The server process that serves the other one.
         pid: Option<i32>,
+    },
+    /// The slot was moved or made anew by somebody else.
+    SlotMoved {
+        /// Its name.
+        slot: String,
+        /// Where it stands.
+        confirmed: Lsn,
+        /// What the relay has confirmed at most.
+        reached: Lsn,
     },
     /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
     Setup(String),
@@ -114,6 +124,7 @@ impl Error {
             Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_)
+            | Error::SlotMoved { .. }
             | Error::PublicationSkipped(_)
             | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
@@ -138,10 +149,9 @@ impl fmt::Display for Error {
                 "find the stream of {subject}: no stream captures it; create one with this subject (nats stream add --subjects), \
                  the relay goes on by itself"
             ),
-            Error::WithoutCheckpoint(reason) => write!(
-                f,
-                "going on without the checkpoint: {reason}; a stream whose messages are consumed away can get repeats after a restart"
-            ),
+            Error::WithoutCheckpoint(reason) => {
+                write!(f, "going on without the checkpoint: {reason}; {WITHOUT}")
+            }
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;
                 if let Some(pid) = pid {
@@ -152,13 +162,24 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
+            Error::SlotMoved {
+                slot,
+                confirmed,
+                reached,
+            } => write!(
+                f,
+                "check the slot: {slot} stands at {confirmed}, but this relay has confirmed {reached} at most: the slot was dropped and \
+                 made anew, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
+                 copy; what was committed between the two may be missing in the stream and must be published by hand; then \
+                 pass --resume-anyway once"
+            ),
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped(notice) => write!(
                 f,
                 "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed. \
                  Name the right publication with -publication; or, if this one was dropped for a while, make it anew, publish by \
                  hand what the stream lacks, and move the slot past that time: \
-                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn());"
+                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn()); and then pass -resume-anyway once"
             ),
             Error::Narrowed {
                 publication,

@@ -14,7 +14,6 @@ use super::repeated::Repeated;
 use super::report::Report;
 use super::stop::Stop;
 use crate::config::Config;
-use crate::jetstream::Delivery;
 use crate::jetstream::ack::AckErrorKind;
 use crate::jetstream::client::{Incoming, Link, Publish};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
@@ -26,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// So long outstanding acks are waited for when the session ends before everything is settled.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// So long the last write of the checkpoint is waited for; without it the next start reads back more.
+const KEEP_LIMIT: Duration = Duration::from_secs(2);
 /// While something is held back, the confirmable position is looked at this often.
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// Names the answers to writes of the checkpoint; the others are named by the stream's index.
@@ -52,6 +53,8 @@ pub struct Publisher<'a> {
     drained: bool,
     postponed: Option<Postponed>,
     next_look: Instant,
+    /// At the end the checkpoint is waited for until then.
+    keep_until: Option<Instant>,
     /// Of the tally's `late`, what was warned of.
     told_late: u64,
 }
@@ -124,6 +127,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            keep_until: None,
             told_late: 0,
         }
     }
@@ -179,12 +183,14 @@ impl<'a> Publisher<'a> {
             self.publish(link, now)?;
             self.look(link, now);
             self.tell_late(now);
-            let (core, lineage) = (&self.core, self.lineage);
+            let settled = self.is_settled(now);
+            let confirmable = self.core.confirmable(now);
+            self.progress.confirmable(confirmable);
+            let marks = || self.core.marks(&self.lineage.source);
             self.store
-                .write(link, || core.marks(&lineage.source), CHECKPOINT_TOKEN, now);
-            self.progress.confirmable(self.core.confirmable(now));
+                .write(link, marks, confirmable, CHECKPOINT_TOKEN, now, settled);
             self.report.tick(now, &self.core, self.progress);
-            if self.is_finished(now) {
+            if settled && self.is_kept(now) {
                 return Ok(());
             }
             let changes = if !self.drained && self.core.wants_batch() {
@@ -229,12 +235,19 @@ impl<'a> Publisher<'a> {
         };
     }
 
-    fn is_finished(&self, now: Instant) -> bool {
+    /// Everything that is to be published is, or has had its time.
+    fn is_settled(&self, now: Instant) -> bool {
         match self.closing {
             Closing::No => false,
             Closing::WhenSettled => self.core.is_settled(),
             Closing::By(deadline) => self.drained && self.core.is_settled() || now >= deadline,
         }
+    }
+
+    /// The checkpoint holds what was settled, or has had its time.
+    fn is_kept(&mut self, now: Instant) -> bool {
+        let until = *self.keep_until.get_or_insert(now + KEEP_LIMIT);
+        now >= until || self.store.holds(&self.core.marks(&self.lineage.source))
     }
 
     /// How long nothing needs to be done unless something comes.
@@ -245,6 +258,9 @@ impl<'a> Publisher<'a> {
         }
         if let Closing::By(deadline) = self.closing {
             wake = wake.min(deadline);
+        }
+        if let Some(until) = self.keep_until {
+            wake = wake.min(until);
         }
         let wait = wake.saturating_duration_since(now);
         if self.core.is_holding_back() {
@@ -270,7 +286,11 @@ impl<'a> Publisher<'a> {
                 token: CHECKPOINT_TOKEN,
                 result,
             }) => match self.store.written(result) {
-                Ok(()) => Ok(()),
+                Ok(Some(marks)) => {
+                    self.core.kept(marks, now);
+                    Ok(())
+                }
+                Ok(None) => Ok(()),
                 Err(Overtaken) => Err(Interrupt::Reconnect(
                     "another relay has written the checkpoint of this slot".to_string(),
                 )),
@@ -460,12 +480,10 @@ impl<'a> Publisher<'a> {
 
     fn rejoin(&mut self) -> Result<Link, Error> {
         let found = rejoin::find(self.config, &mut self.said)?;
-        if self.config.delivery == Delivery::ExactlyOnce {
-            self.store.open(
-                &found.link,
-                found.replicas(),
-                self.config.nats.request_timeout,
-            )?;
+        let timeout = self.config.nats.request_timeout;
+        self.store.open(&found.link, found.replicas(), timeout)?;
+        if !self.store.is_kept() {
+            self.core.has_no_checkpoint();
         }
         let joined = found.join(self.config, self.lineage, |stream| {
             self.core.last_known(stream)
@@ -480,8 +498,9 @@ impl<'a> Publisher<'a> {
             .connected(routes, streams, Instant::now())
             .map_err(Error::from)?;
         let marks = self.core.marks(&self.lineage.source);
-        self.store
-            .begin(&link, marks, self.config.nats.request_timeout)?;
+        if let Some(marks) = self.store.begin(&link, marks, timeout)? {
+            self.core.kept(marks, Instant::now());
+        }
         Ok(link)
     }
 }

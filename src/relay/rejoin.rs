@@ -1,6 +1,6 @@
 //! Connects to JetStream and reads back what its streams hold: at the start and after each lost connection.
 
-use super::core::StreamAtConnect;
+use super::core::{Mark, StreamAtConnect};
 use super::error::Error;
 use super::repeated::Repeated;
 use crate::config::Config;
@@ -114,6 +114,17 @@ impl Found {
             .map(|info| info.config.num_replicas)
             .max()
             .unwrap_or(1)
+    }
+
+    /// The stream is the one that the mark was made of, and has lost nothing since.
+    pub fn has_kept(&self, mark: &Mark) -> bool {
+        let mut infos = self.infos.iter();
+        infos
+            .find(|info| info.config.name == mark.name)
+            .is_none_or(|info| {
+                let seq = mark.last.as_ref().map_or(0, |(seq, _)| *seq);
+                info.created == mark.created && info.state.last_seq >= seq.max(mark.confirmed_seq)
+            })
     }
 
     /// Reads the tails, from the last known event of each stream.

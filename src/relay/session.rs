@@ -20,7 +20,7 @@ use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
-use crate::outbox::position::Source;
+use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
 use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
@@ -58,8 +58,10 @@ pub struct Session<'a> {
     memory: Memory,
     store: CheckpointStore,
     said: Repeated,
-    /// The checkpoint was read, at the first session; from then on `memory` knows better.
+    /// The checkpoint's marks were read, at the first session; from then on `memory` knows better.
     learned: bool,
+    /// See [`Marks::reached`](super::core::Marks::reached); as of the last session.
+    reached: Option<SourcePosition>,
     /// What the publication published when it was last seen.
     published: Option<Published>,
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
@@ -78,6 +80,7 @@ impl<'a> Session<'a> {
             store: CheckpointStore::new(&config.checkpoint, &config.slot),
             said: Repeated::default(),
             learned: false,
+            reached: None,
             published: None,
             upto: None,
             worked: false,
@@ -91,6 +94,14 @@ impl<'a> Session<'a> {
 
     /// Runs one session to its end.
     pub fn run(&mut self) -> Result<Ended, Error> {
+        let outcome = self.connect_and_run();
+        if let Err(Error::Backwards(_)) = outcome {
+            self.store.unripe();
+        }
+        outcome
+    }
+
+    fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
@@ -99,15 +110,28 @@ impl<'a> Session<'a> {
         }
         let lineage = lineage(&mut connection, &config.slot)?;
         let found = rejoin::find(config, &mut self.said)?;
-        if config.delivery == Delivery::ExactlyOnce {
-            let marks =
-                self.store
-                    .open(&found.link, found.replicas(), config.nats.request_timeout)?;
-            if !self.learned && !config.resume_anyway {
-                self.memory.learn(marks, &lineage);
-            }
-            self.learned = true;
+        let timeout = config.nats.request_timeout;
+        let marks = self.store.open(&found.link, found.replicas(), timeout)?;
+        let resume_anyway = config.resume_anyway && !self.learned;
+        // another relay may have confirmed more since our last session
+        let reached = [&self.reached, &marks.reached].into_iter().flatten();
+        let reached = reached.filter_map(|at| lineage.reach(at)).max();
+        if let Some(reached) = reached.filter(|lsn| *lsn < slot.confirmed_flush_lsn)
+            && !resume_anyway
+        {
+            return Err(Error::SlotMoved {
+                slot: config.slot.clone(),
+                confirmed: slot.confirmed_flush_lsn,
+                reached,
+            });
         }
+        self.memory.reached = reached.unwrap_or_default().max(slot.confirmed_flush_lsn);
+        if !self.learned {
+            let mut marks = marks.streams;
+            marks.retain(|mark| !resume_anyway || found.has_kept(mark));
+            self.memory.learn(marks, &lineage);
+        }
+        self.learned = true;
         let published = self.check_publication(&mut connection)?;
         let joined = found.join(config, &lineage, |stream| self.memory.last_known(stream))?;
         joined.tell_foreign(&mut self.said);
@@ -118,22 +142,34 @@ impl<'a> Session<'a> {
             streams,
         } = joined;
 
+        // at least once there is nothing to compare with what a stream has lost
+        let hold_back = match config.delivery {
+            Delivery::ExactlyOnce => config.hold_back,
+            Delivery::AtLeastOnce => Duration::ZERO,
+        };
         let limits = Limits {
             inflight: config.inflight,
             inflight_bytes: INFLIGHT_BYTES,
             ack_timeout: config.ack_timeout,
-            hold_back: config.hold_back,
+            hold_back,
         };
         let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
         if let Err(trouble) = core.connected(routes, streams, Instant::now()) {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }
+        if self.store.is_kept() {
+            core.has_checkpoint(self.store.ripe(&lineage, hold_back));
+        }
         core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
-        if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
-            self.memory = core.into_memory();
-            return Err(error);
+        match self.store.begin(&link, marks, timeout) {
+            Ok(Some(marks)) => core.kept(marks, Instant::now()),
+            Ok(None) => {}
+            Err(error) => {
+                self.memory = core.into_memory();
+                return Err(error);
+            }
         }
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
@@ -174,6 +210,13 @@ impl<'a> Session<'a> {
         self.published = Some(outcome.published);
         self.worked = outcome.left.tally != Tally::default();
         self.memory = outcome.left.memory;
+        self.reached = Some(SourcePosition {
+            source: lineage.source,
+            position: Position {
+                commit_lsn: self.memory.reached,
+                ordinal: 0,
+            },
+        });
         self.store = outcome.left.store;
         outcome.result
     }

@@ -418,7 +418,7 @@ fn an_idle_outbox_confirms_while_another_database_is_busy() {
     let mut busy = rig.pg.client_of("busy").expect("the busy database");
     busy.batch_execute("CREATE TABLE t (x text)")
         .expect("its table");
-    let _relay = rig.relay(&[]);
+    let _relay = rig.relay(&["--hold-back", "1s"]);
     for _ in 0..3 {
         busy.batch_execute("INSERT INTO t SELECT repeat('x', 1000) FROM generate_series(1, 1000)")
             .expect("work");
