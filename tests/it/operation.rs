@@ -182,7 +182,9 @@ fn a_stream_that_cannot_carry_the_promises_is_refused_and_one_with_limits_warned
     };
     rig.pg.seed_setup();
     rig.commit_event(1, "a");
-    // each of another name: the server clears the folder of a deleted one at its leisure
+    // nats-server removes the folder of all streams with the last of them, and at its leisure: so one stays,
+    // and each has another name
+    rig.nats.client().add_stream("STAYS", &["stays"]);
     for (number, (settings, updates, refused, word)) in (1..).zip([
         (json!({ "no_ack": true }), json!(null), true, "no_ack"),
         (json!({}), json!({ "sealed": true }), true, "sealed"),
