@@ -1,7 +1,7 @@
 //! The faults, and which come when: by seed.
 //!
-//! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and heals
-//! itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
+//! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and
+//! heals itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
 
 use crate::fleet::{Fleet, Settings};
 use crate::support::nats::Nats;
@@ -122,8 +122,8 @@ pub struct Dealer {
     spared: bool,
 }
 
-/// Of so many rounds the last few leave the relay and its session to Postgres alone, so that what is held back grows old
-/// enough to be confirmed.
+/// Of so many rounds the last few leave the relay and its session to Postgres alone, so that what is held back
+/// grows old enough to be confirmed.
 const SPARING_PERIOD: u64 = 24;
 const SPARING_ROUNDS: u64 = 10;
 

@@ -23,8 +23,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a long
-    /// one outlives a freeze.
+    /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a
+    /// long one outlives a freeze.
     pub fn any(random: &mut fastrand::Rng) -> Settings {
         Settings {
             inflight: ["4", "64", "1024", "4096"][random.usize(0..4)],
