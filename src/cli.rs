@@ -390,8 +390,98 @@ mod tests {
     fn cli(args: &[&str]) -> Cli {
         match invoke(args) {
             Ok(Invocation::Relay(cli)) => *cli,
-            Ok(Invocation::Print(text)) => panic!("{args:?} printed {text}"),
+            Ok(_) => panic!("{args:?} does not start the relay"),
             Err(error) => panic!("{args:?}: {error}"),
+        }
+    }
+
+    /// The command's flags and the relay's, of a `check`.
+    #[cfg(feature = "admin")]
+    fn check(args: &[&str]) -> (commands::Check, Cli) {
+        match invoke(args) {
+            Ok(Invocation::Command(cli, commands::Command::Check(check))) => (check, *cli),
+            Ok(_) => panic!("{args:?} is no check"),
+            Err(error) => panic!("{args:?}: {error}"),
+        }
+    }
+
+    #[cfg(feature = "admin")]
+    #[test]
+    fn a_command_stands_before_between_or_behind_the_flags() {
+        for args in [
+            &["check", "-db", "X", "-json"][..],
+            &["-db", "X", "check", "--json"],
+            &["-json", "--db=X", "check"],
+            &["--json", "check", "-db=X", "--"],
+        ] {
+            let (check, cli) = check(args);
+            assert_eq!(cli.db.as_deref(), Some("X"), "{args:?}");
+            assert!(check.json && !check.strict, "{args:?}");
+        }
+        // a relay's command line, with the word put behind it
+        let (_, cli) = check(&["-db", "check", "-drain", "-inflight", "7", "check"]);
+        assert_eq!(cli.db.as_deref(), Some("check"));
+        assert!(cli.drain);
+    }
+
+    #[cfg(not(feature = "admin"))]
+    #[test]
+    fn a_build_without_commands_says_so() {
+        for word in Word::ALL {
+            let error = invoke(&["-db", "X", word.name()]).err();
+            assert_eq!(error, Some(UsageError::NoCommands(word.name())));
+        }
+    }
+
+    /// Flags are read before the command is known.
+    #[test]
+    fn a_flag_is_of_the_same_kind_everywhere() {
+        let all: Vec<&FlagInfo<'_>> = Word::ALL
+            .iter()
+            .flat_map(|word| word.info().flags)
+            .chain(Cli::get_args_info().flags)
+            .collect();
+        for flag in &all {
+            for other in all.iter().filter(|other| other.long == flag.long) {
+                assert_eq!(flag.kind, other.kind, "{}", flag.long);
+            }
+        }
+        for word in Word::ALL {
+            for flag in word
+                .info()
+                .flags
+                .iter()
+                .filter(|flag| flag.long != "--help")
+            {
+                let relay = Cli::get_args_info().flags;
+                assert!(!has(relay, flag.long), "{} is the relay's", flag.long);
+            }
+        }
+    }
+
+    #[test]
+    fn the_help_of_a_command_lists_its_flags_and_those_of_connections() {
+        for word in Word::ALL {
+            for args in [[word.name(), "--help"], ["-h", word.name()]] {
+                let Ok(Invocation::Print(text)) = invoke(&args) else {
+                    panic!("{args:?} must print");
+                };
+                assert!(
+                    text.starts_with(&format!("Usage: {PROGRAM} {} [flags]", word.name())),
+                    "{text}"
+                );
+                let listed = |flag: &str| {
+                    text.lines().any(|line| {
+                        line.starts_with(&format!("  {flag} ")) || line == format!("  {flag}")
+                    })
+                };
+                let own = word.info().flags.iter().map(|flag| flag.long);
+                for flag in own.filter(|flag| *flag != "--help").chain(CONNECTION_FLAGS) {
+                    assert!(listed(flag), "{args:?} does not list {flag}:\n{text}");
+                }
+                assert!(!listed("--inflight") && !listed("--drain"), "{text}");
+                assert!(text.contains("libpq's PGHOST, PGDATABASE"), "{text}");
+            }
         }
     }
 
@@ -449,6 +539,22 @@ mod tests {
             (&["-db", "-drain"], UsageError::NoValue(flag("--db"))),
             (&["-db", "--nats=x"], UsageError::NoValue(flag("--db"))),
             (&["-drain=true"], UsageError::UnwantedValue(flag("--drain"))),
+            (&["chekc"], UsageError::NotAFlag(1)),
+            (&["check", "status"], UsageError::NotAFlag(2)),
+            (
+                &["-json"],
+                UsageError::NotHere {
+                    flag: flag("--json"),
+                    of: None,
+                },
+            ),
+            (
+                &["check", "-yes"],
+                UsageError::NotHere {
+                    flag: flag("--yes"),
+                    of: Some("check"),
+                },
+            ),
         ] {
             assert_eq!(invoke(args).err().as_ref(), Some(&error), "{args:?}");
             assert!(!error.to_string().contains("secret"), "{args:?}");
