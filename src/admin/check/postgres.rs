@@ -192,7 +192,7 @@ fn wal_level(facts: &Facts, _: &Config) -> Vec<Finding> {
             NAME,
             found,
             "the log does not hold what logical decoding needs",
-            "ALTER SYSTEM SET wal_level = 'logical'; then restart Postgres",
+            "ALTER SYSTEM SET wal_level = 'logical'; -- then restart Postgres",
         ),
     }]
 }
@@ -222,8 +222,7 @@ fn slots(facts: &Facts, config: &Config) -> Vec<Finding> {
             found,
             format!("there is none left for {}", config.slot),
             format!(
-                "drop a slot that nobody needs (SELECT * FROM pg_replication_slots WHERE NOT active;), or: \
-                 ALTER SYSTEM SET max_replication_slots = {}; then restart Postgres",
+                "ALTER SYSTEM SET max_replication_slots = {}; -- then restart Postgres, or drop a slot that nobody needs",
                 most + 5
             ),
         ),
@@ -245,7 +244,7 @@ fn senders(facts: &Facts, _: &Config) -> Vec<Finding> {
             found,
             "there is none left to send to the relay",
             format!(
-                "ALTER SYSTEM SET max_wal_senders = {}; then restart Postgres",
+                "ALTER SYSTEM SET max_wal_senders = {}; -- then restart Postgres",
                 most + 5
             ),
         ),
@@ -300,7 +299,7 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("publication {name} does not exist in this database"),
             "it says which tables are sent",
             format!(
-                "{} and, as a slot does not see what is younger than itself, {} {}",
+                "{} {} {} -- a slot cannot see what is younger than itself",
                 create_publication(config),
                 drop_slot(&config.slot),
                 create_slot(&config.slot, false)
@@ -437,7 +436,7 @@ fn slot(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("slot {name} does not exist"),
             "it holds the log until it is published",
-            format!("in this database, after the publication: {create}"),
+            format!("{create} -- in this database, after the publication"),
         ),
         Some(slot) if slot.kind != "logical" => fail(
             NAME,
@@ -453,7 +452,7 @@ fn slot(facts: &Facts, config: &Config) -> Vec<Finding> {
             ),
             "the relay reads pgoutput",
             format!(
-                "name another with -slot, or, if nobody needs it: {} {create}",
+                "{} {create} -- if nobody needs it; otherwise name another with -slot",
                 drop_slot(name)
             ),
         ),
@@ -483,7 +482,7 @@ fn slot_log(facts: &Facts, config: &Config) -> Vec<Finding> {
     };
     let name = &config.slot;
     let again = format!(
-        "{} {} then publish by hand what was committed in between",
+        "{} {} -- then publish by hand what was committed in between",
         drop_slot(name),
         create_slot(name, false)
     );
@@ -504,7 +503,7 @@ fn slot_log(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("Postgres removes log that slot {name} needs at the next checkpoint"),
             "events are about to be lost",
-            "start the relay now, or: ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf();",
+            "ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf(); -- or start the relay now",
         ),
         (None, status) => ok(
             NAME,
@@ -572,7 +571,7 @@ fn publication_age(facts: &Facts, config: &Config) -> Vec<Finding> {
             ),
             "rows of before are sent by what it was then, or stop the relay, if it did not exist",
             format!(
-                "if the relay says that the publication does not exist: {} {} otherwise nothing: it passes",
+                "{} {} -- if the relay says that the publication does not exist; otherwise nothing, it passes",
                 drop_slot(slot),
                 create_slot(slot, false)
             ),
@@ -600,7 +599,7 @@ fn failover(facts: &Facts, config: &Config) -> Vec<Finding> {
                 gone.join(", ")
             ),
             "Postgres sends the relay nothing until that standby has what is sent",
-            "start the standby, or take it out: ALTER SYSTEM SET synchronized_standby_slots = ''; SELECT pg_reload_conf();",
+            "ALTER SYSTEM SET synchronized_standby_slots = ''; SELECT pg_reload_conf(); -- or start the standby",
         ),
         (true, _) => ok(NAME, format!("standbys take slot {name} over")),
         (false, true) => ok(
@@ -615,7 +614,7 @@ fn failover(facts: &Facts, config: &Config) -> Vec<Finding> {
             ),
             "after a failover the slot is missing, and what was not published by then is lost",
             format!(
-                "with the relay stopped, on a replication connection: ALTER_REPLICATION_SLOT {name} ( FAILOVER true );"
+                "ALTER_REPLICATION_SLOT {name} ( FAILOVER true ); -- on a replication connection, with the relay stopped"
             ),
         ),
     }]
