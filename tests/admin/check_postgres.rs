@@ -99,7 +99,7 @@ fn what_setup_leaves_is_well_and_stays_so_while_a_relay_runs() {
     let text = on(&rig, &["check"]);
     assert!(
         text.with(0)
-            .starts_with("ok    postgres.connection         Postgres 1"),
+            .starts_with("ok    postgres.connection          Postgres 1"),
         "{text:?}"
     );
 }

@@ -105,7 +105,7 @@ impl fmt::Display for Finding {
         let line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         write!(
             f,
-            "{:<4}  {:<26}  {}",
+            "{:<4}  {:<27}  {}",
             self.level.name(),
             self.name,
             line(&self.found)
@@ -126,11 +126,11 @@ mod tests {
         let finding = warn("a.b", "it\nis  so", "it hurts", "SELECT\n1;");
         assert_eq!(
             finding.to_string(),
-            "warn  a.b                         it is so: it hurts; mend it: SELECT 1;"
+            "warn  a.b                          it is so: it hurts; mend it: SELECT 1;"
         );
         assert_eq!(
             ok("a.b", "fine").to_string(),
-            "ok    a.b                         fine"
+            "ok    a.b                          fine"
         );
         assert!(Level::Fail > Level::Warn && Level::Warn > Level::Ok);
     }

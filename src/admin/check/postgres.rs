@@ -298,12 +298,15 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("publication {name} does not exist in this database"),
             "it says which tables are sent",
-            format!(
-                "{} {} {} -- a slot cannot see what is younger than itself",
-                create_publication(config),
-                drop_slot(&config.slot),
-                create_slot(&config.slot, false)
-            ),
+            match facts.slot {
+                None => create_publication(config),
+                Some(_) => format!(
+                    "{} {} {} -- a slot cannot see what is younger than itself",
+                    create_publication(config),
+                    drop_slot(&config.slot),
+                    create_slot(&config.slot, false)
+                ),
+            },
         ),
         Some(publication) if !publication.inserts => fail(
             NAME,
@@ -386,7 +389,10 @@ fn published_tables(facts: &Facts, config: &Config) -> Vec<Finding> {
         ));
     }
     if findings.is_empty() {
-        findings.push(ok(NAME, format!("it holds {}", outboxes.join(", "))));
+        findings.push(ok(
+            NAME,
+            format!("publication {name} holds {}", outboxes.join(", ")),
+        ));
     }
     findings
 }

@@ -119,7 +119,7 @@ fn the_server() {
     check(Warn, "nats.tls", &["tls://"], |f| {
         f.server = "nats.example.com:4222".into()
     });
-    check(Ok, "", &["nats.tls                    used"], |f| {
+    check(Ok, "", &["nats.tls                     used"], |f| {
         f.server = "nats.example.com:4222".into();
         f.tls = true;
     });

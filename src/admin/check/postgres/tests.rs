@@ -230,9 +230,12 @@ fn the_publication() {
     check(Fail, "postgres.tables", &["without payload"], |f| {
         publication(f).tables[0].columns.pop();
     });
-    check(Ok, "", &["it holds public.outbox"], |f| {
-        publication(f).tables.push(table("other", &["n"]))
-    });
+    check(
+        Ok,
+        "",
+        &["publication jetstream_outbox holds public.outbox"],
+        |f| publication(f).tables.push(table("other", &["n"])),
+    );
     check_with(
         &["-table", "shop.outbox"],
         Fail,
@@ -244,7 +247,7 @@ fn the_publication() {
         &["-table", "outbox"],
         Ok,
         "",
-        &["it holds public.outbox"],
+        &["publication jetstream_outbox holds public.outbox"],
         |f| {
             publication(f)
                 .tables
