@@ -616,6 +616,35 @@ fn credentials_sign_in() {
 }
 
 #[test]
+fn a_message_has_the_size_that_the_server_counts() {
+    let server = Server::start();
+    let link = server.connect();
+    let mut publishes = events(1, 1, 100);
+    let size = publishes[0].wire_size();
+    assert!(size <= publishes[0].size_bound());
+    let limit = |call: &str, limit: usize| {
+        let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
+        link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)
+            .unwrap()
+    };
+    limit("CREATE", size - 1);
+    link.publish(publishes.clone());
+    match next(&link) {
+        Incoming::Ack {
+            result: Err(error), ..
+        } => assert_eq!(error.kind(), AckErrorKind::MessageTooLarge),
+        other => panic!("{other:?}"),
+    }
+    limit("UPDATE", size);
+    publishes[0].token = 2;
+    link.publish(publishes);
+    match next(&link) {
+        Incoming::Ack { token, result } => assert_eq!((token, result.is_ok()), (2, true)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn a_missing_permission_is_named() {
     let server = Server::with_config(
         r#"authorization { users: [

@@ -6,6 +6,7 @@ use jetstream_outbox::outbox::message_id::write_message_id;
 use jetstream_outbox::outbox::percent::{MAX_LEN, decode};
 use jetstream_outbox::outbox::subject::{MAX_SUBJECT_LEN, validate_prefix, write_subject};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 /// Any text, leaning on the characters that have a rule, and of lengths around the bound.
 fn value() -> impl Strategy<Value = String> {
@@ -58,6 +59,15 @@ fn is_illegal(c: char) -> bool {
     matches!(c, '*' | '>' | '\u{feff}') || c.is_whitespace() || c.is_control()
 }
 
+/// Failures are kept beside the tests, and are tried first from then on.
+fn config() -> ProptestConfig {
+    let file = FileFailurePersistence::Direct("tests/regressions/outbox_properties.txt");
+    ProptestConfig {
+        failure_persistence: Some(Box::new(file)),
+        ..ProptestConfig::with_cases(1_000)
+    }
+}
+
 fn is_shortened(encoded: &str) -> bool {
     encoded.contains("%~")
 }
@@ -70,7 +80,7 @@ fn token_count(value: &str) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1_000) })]
+    #![proptest_config(config())]
 
     #[test]
     fn a_subject_is_legal(aggregatetype in value(), aggregateid in value()) {
@@ -197,7 +207,7 @@ fn json() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1_000) })]
+    #![proptest_config(config())]
 
     #[test]
     fn json_keeps_its_meaning_and_every_other_byte(json in json()) {

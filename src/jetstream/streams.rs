@@ -1,6 +1,6 @@
 //! Which stream captures which subject, and what a stream holds: requests and answers of the JetStream API.
 //!
-//! Pure but for [`list`], [`info`] and [`message`], which ask over a [`Link`] that nothing has been published on. The
+//! Pure but for [`list`], [`info`], [`message`] and [`messages`], which ask over a [`Link`] that nothing has been published on. The
 //! answers' fields are those of nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1, ADR-31
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
@@ -12,6 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// A request of the JetStream API: the subject behind the API prefix, and the body.
@@ -61,12 +62,26 @@ pub struct StreamConfig {
     pub max_bytes: i64,
     /// Messages are dropped at this age in nanoseconds; 0 for never.
     pub max_age: i64,
+    /// At most so many messages of one subject; −1 for no limit.
+    pub max_msgs_per_subject: i64,
+    /// With `discard: new` a subject at its own limit refuses, too.
+    pub discard_new_per_subject: bool,
+    /// Messages are stored under another subject than they were published on.
+    pub subject_transform: Option<SubjectTransform>,
     /// For how many nanoseconds message ids are remembered.
     pub duplicate_window: i64,
     /// Reads may be answered by any replica.
     pub allow_direct: bool,
     /// `async` acknowledges before the store has written; absent or `default` otherwise.
     pub persist_mode: String,
+}
+
+/// How the subject of a published message becomes that of the stored one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct SubjectTransform {
+    /// What the stored subject is made of; empty: it stays as it is.
+    pub dest: String,
 }
 
 /// What a stream holds.
@@ -290,6 +305,21 @@ pub fn message(
     ask(link, request, timeout, parse_message)
 }
 
+/// What stands at each of these sequences, in their order; `None` where it was deleted.
+pub fn messages(
+    link: &Link,
+    stream: &str,
+    sequences: RangeInclusive<u64>,
+    timeout: Duration,
+) -> Result<Vec<Option<StoredMessage>>, Error> {
+    let requests: Vec<Request> = sequences.map(|seq| message_request(stream, seq)).collect();
+    let answers = link.call_each(&requests, timeout)?;
+    let read = |(answer, (api, _)): (Vec<u8>, Request)| {
+        parse_message(&answer).map_err(|source| Error::Api { api, source })
+    };
+    answers.into_iter().zip(requests).map(read).collect()
+}
+
 fn ask<T>(
     link: &Link,
     (api, body): Request,
@@ -323,6 +353,8 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     routes: Vec<(Pattern, usize)>,
+    /// The largest message of each stream that has such a limit.
+    max_msg_sizes: Vec<(usize, usize)>,
 }
 
 #[derive(Clone, Debug)]
@@ -345,9 +377,27 @@ impl Routes {
             let subjects = stream.config.subjects.iter();
             subjects.map(move |subject| (pattern(subject), index))
         });
+        let limited = streams.iter().enumerate().filter_map(|(index, stream)| {
+            let limit = usize::try_from(stream.config.max_msg_size).ok()?;
+            (limit > 0).then_some((index, limit))
+        });
         Routes {
             routes: routes.collect(),
+            max_msg_sizes: limited.collect(),
         }
+    }
+
+    /// The `max_msg_size` of the stream that captures `subject`, if it has one.
+    pub fn max_msg_size(&self, subject: &str) -> Option<usize> {
+        if self.max_msg_sizes.is_empty() {
+            return None;
+        }
+        let stream = self.route(subject)?;
+        let of_it = |(index, _): &&(usize, usize)| *index == stream;
+        self.max_msg_sizes
+            .iter()
+            .find(of_it)
+            .map(|(_, limit)| *limit)
     }
 
     /// The index of the stream that captures `subject`, a legal one without wildcards.
@@ -432,6 +482,30 @@ mod tests {
     }
 
     #[test]
+    fn each_subject_has_the_size_limit_of_its_stream() {
+        let limited = |subject, max_msg_size| {
+            let mut stream = stream(&[subject]);
+            stream.config.max_msg_size = max_msg_size;
+            stream
+        };
+        let routes = Routes::new(&[
+            limited("a.>", -1),
+            limited("b.>", 100),
+            limited("c.>", 0),
+            limited("d.>", 50),
+        ]);
+        for (subject, expected) in [
+            ("a.1", None),
+            ("b.1", Some(100)),
+            ("c.1", None),
+            ("d.1", Some(50)),
+            ("e.1", None),
+        ] {
+            assert_eq!(routes.max_msg_size(subject), expected, "{subject}");
+        }
+    }
+
+    #[test]
     fn reads_a_stream() {
         // as nats-server 2.15.1 wrote it
         let body = br#"{"type":"io.nats.jetstream.api.v1.stream_info_response","total":0,"offset":0,"limit":0,"config":{"name":"EV","subjects":["events.\u003e"],"retention":"limits","max_consumers":-1,"max_msgs":-1,"max_bytes":-1,"max_age":0,"max_msgs_per_subject":-1,"max_msg_size":100,"discard":"old","storage":"file","num_replicas":1,"duplicate_window":120000000000,"compression":"none","allow_direct":false,"mirror_direct":false,"sealed":false,"deny_delete":false,"deny_purge":false,"allow_rollup_hdrs":false,"consumer_limits":{},"allow_msg_ttl":false,"metadata":{"_nats.level":"5"}},"created":"2026-11-23T09:26:06.875757873Z","state":{"messages":2,"bytes":122,"first_seq":1,"first_ts":"2026-11-23T09:26:06.87843845Z","last_seq":2,"last_ts":"2026-11-23T09:26:06.878692928Z","num_subjects":1,"consumer_count":0},"cluster":{"leader":"N"},"ts":"2026-11-23T09:26:06.879621015Z"}"#;
@@ -449,6 +523,7 @@ mod tests {
                     max_msg_size: 100,
                     max_msgs: -1,
                     max_bytes: -1,
+                    max_msgs_per_subject: -1,
                     duplicate_window: 120_000_000_000,
                     ..StreamConfig::default()
                 },

@@ -179,7 +179,7 @@ impl fmt::Display for MapError {
                     write!(
                         f,
                         "; publish this transaction's events otherwise, then move the slot past it: \
-                         SELECT pg_replication_slot_advance('<slot>', '{behind}');"
+                         SELECT pg_replication_slot_advance('<slot>', '{behind}'); and then pass --resume-anyway once"
                     )?;
                 }
                 Ok(())
@@ -301,7 +301,7 @@ impl Mapper {
         });
         let label = format!("{namespace}.{name}");
         if !named && !self.tables.is_empty() {
-            log::debug!("table={label:?} msg=\"not named by --table, ignored\"");
+            log::debug!(table = label.as_str(); "not named by -table, ignored");
             self.relations.insert(id, Relation::Other);
             return Ok(());
         }
@@ -346,9 +346,7 @@ impl Mapper {
             });
         }
         if before.is_none() {
-            log::warn!(
-                "table={label:?} msg=\"in the publication without the columns of an outbox, ignored\""
-            );
+            log::warn!(table = label.as_str(); "in the publication without the columns of an outbox, ignored");
         }
         self.relations.insert(id, Relation::Other);
         Ok(())

@@ -20,6 +20,9 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// So long after a message of somebody else a replicated stream gets one publish at a time.
+const SHARED_FOR: Duration = Duration::from_secs(600);
+
 /// The bounds of the window.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -148,27 +151,48 @@ pub struct StreamAtConnect {
 
 /// What outlives a session: how far each stream was seen to be.
 #[derive(Clone, Debug, Default)]
-pub struct Memory(Vec<Remembered>);
+pub struct Memory {
+    streams: Vec<Remembered>,
+    /// See [`Marks::reached`].
+    pub reached: Lsn,
+}
+
+/// What is worth keeping over a restart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// How far each stream is known to be.
+    pub streams: Vec<Mark>,
+    /// The highest LSN that was ever settled (as a position, with ordinal 0). Nothing is confirmed before it has
+    /// stood here for the hold-back: a slot that is beyond was moved by somebody else, also when the streams, and
+    /// the checkpoint with them, were put back to where they were within the hold-back.
+    pub reached: Option<SourcePosition>,
+    /// Up to here everything is stored, as far as this session has come.
+    pub settled: Lsn,
+}
 
 #[derive(Clone, Debug)]
 struct Remembered {
     name: String,
     created: String,
     last: Option<Checkpoint>,
+    acked_seq: u64,
+    shared: bool,
     confirmed_seq: u64,
 }
 
-/// How far a stream is known to be: what is worth keeping over a restart.
+/// How far a stream is known to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The stream's name.
     pub name: String,
     /// When it was created.
     pub created: String,
-    /// A sequence of it.
-    pub seq: u64,
-    /// The event that stands there.
-    pub position: SourcePosition,
+    /// Where in it nothing of ours is missing; `None` once it went backwards.
+    pub last: Option<(u64, SourcePosition)>,
+    /// Others were seen to write to it.
+    pub shared: bool,
+    /// The sequence that [`Marks::settled`] rests on.
+    pub settled_seq: u64,
     /// The sequence that the confirmed LSN rests on.
     pub confirmed_seq: u64,
 }
@@ -176,7 +200,7 @@ pub struct Mark {
 impl Memory {
     /// The last event known to stand in a stream: from there its tail is searched.
     pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
-        self.0
+        self.streams
             .iter()
             .find(|remembered| remembered.name == stream)?
             .last
@@ -187,16 +211,21 @@ impl Memory {
     /// prove nothing about it, and are passed over.
     pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) {
         for mark in marks {
-            let known = self.0.iter().any(|remembered| remembered.name == mark.name);
-            if !known && lineage.shares(&mark.position) {
-                self.0.push(Remembered {
+            let mut known = self.streams.iter().map(|known| &known.name);
+            let known = known.any(|name| *name == mark.name);
+            let shared = |(_, at): &(u64, SourcePosition)| lineage.shares(at);
+            if !known && mark.last.as_ref().is_none_or(shared) {
+                let last = mark.last.map(|(seq, at)| Checkpoint {
+                    seq,
+                    position: at.position,
+                    id: None,
+                });
+                self.streams.push(Remembered {
                     name: mark.name,
                     created: mark.created,
-                    last: Some(Checkpoint {
-                        seq: mark.seq,
-                        position: mark.position.position,
-                        id: None,
-                    }),
+                    acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
+                    last,
+                    shared: mark.shared,
                     confirmed_seq: mark.confirmed_seq,
                 });
             }
@@ -215,6 +244,8 @@ pub struct Tally {
     pub skipped: u64,
     /// Events dropped because an earlier event had used their id.
     pub dropped: u64,
+    /// Events published behind later ones, because somebody else's message had let those pass.
+    pub late: u64,
 }
 
 #[derive(Debug)]
@@ -227,8 +258,14 @@ struct Stream {
     chain: Chain,
     tail: Tail,
     aged: Option<Position>,
-    /// The last event known to stand in the stream.
+    /// Everything up to this event stands at or before its sequence, and nothing behind it does.
     last: Option<Checkpoint>,
+    /// The highest sequence that was acknowledged or read.
+    acked_seq: u64,
+    /// Others write to the stream.
+    shared: bool,
+    /// When that was last seen.
+    others_at: Option<Instant>,
     /// The sequence of the last settled event: what a confirmation may rest on.
     settled_seq: u64,
     /// What the confirmed LSN rests on.
@@ -248,6 +285,8 @@ struct Pending {
     state: State,
     /// The server called it a duplicate of what stands at this sequence.
     suspect: Option<u64>,
+    /// It stands in the tally.
+    counted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,6 +301,33 @@ enum State {
         seq: u64,
         at: Option<Instant>,
     },
+}
+
+impl Stream {
+    /// Whether another publish may go. On a replicated stream that others write to, a pipeline is no fence: see
+    /// [`Between`](crate::jetstream::resume::Between).
+    fn has_room(&self, now: Instant) -> bool {
+        let others = self.others_at.is_some_and(|at| now < at + SHARED_FOR);
+        self.replicas <= 1 || !others || self.chain.is_settled()
+    }
+
+    /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
+    /// one that was published late settles, later ones stand before it: only once these are settled too, nothing
+    /// behind the position stands at or before the sequence.
+    fn settle(&mut self, position: Position, seq: u64) {
+        self.settled_seq = self.settled_seq.max(seq);
+        if let Some(last) = &mut self.last
+            && seq > 0
+            && position > last.position
+            && !self.tail.is_before_end(position)
+        {
+            *last = Checkpoint {
+                seq: last.seq.max(self.settled_seq),
+                position,
+                id: None,
+            };
+        }
+    }
 }
 
 /// The state machine. See the module.
@@ -285,6 +351,15 @@ pub struct Core {
     subjects: HashSet<Box<str>>,
     offered: Position,
     start: Lsn,
+    /// Up to here everything is known to be stored and old enough; told once it was received. 0/0: nothing is.
+    proven: Lsn,
+    /// See [`Marks`].
+    reached: Lsn,
+    settled: Lsn,
+    /// Confirmed is what the checkpoint has held for the hold-back; without one, what was acknowledged so long ago.
+    checkpoint: bool,
+    /// What the checkpoint holds of `settled`.
+    kept: Lsn,
     youngest: Option<Instant>,
     confirm: Confirm,
     tally: Tally,
@@ -303,6 +378,9 @@ impl Core {
             aged: None,
             settled_seq: remembered.confirmed_seq,
             confirmed_seq: remembered.confirmed_seq,
+            acked_seq: remembered.acked_seq,
+            shared: remembered.shared,
+            others_at: None,
             last: remembered.last,
         };
         Core {
@@ -311,7 +389,7 @@ impl Core {
             connected: false,
             routes: Routes::default(),
             routed: Vec::new(),
-            streams: memory.0.into_iter().map(stream).collect(),
+            streams: memory.streams.into_iter().map(stream).collect(),
             window: VecDeque::new(),
             first_token: 0,
             unsent: 0,
@@ -322,11 +400,13 @@ impl Core {
             subjects: HashSet::new(),
             offered: Position::default(),
             start: Lsn::INVALID,
+            proven: Lsn::INVALID,
+            reached: memory.reached,
+            settled: Lsn::INVALID,
+            checkpoint: false,
+            kept: Lsn::INVALID,
             youngest: None,
-            confirm: Confirm::new(match delivery {
-                Delivery::ExactlyOnce => limits.hold_back,
-                Delivery::AtLeastOnce => Duration::ZERO,
-            }),
+            confirm: Confirm::new(limits.hold_back),
             tally: Tally::default(),
         }
     }
@@ -337,27 +417,42 @@ impl Core {
             name: s.name,
             created: s.created,
             last: s.last,
+            acked_seq: s.acked_seq,
+            shared: s.shared,
             confirmed_seq: s.confirmed_seq,
         };
-        Memory(self.streams.into_iter().map(remember).collect())
+        Memory {
+            streams: self.streams.into_iter().map(remember).collect(),
+            reached: self.reached,
+        }
     }
 
-    /// How far each stream is known to be.
-    pub fn marks(&self, source: &Source) -> Vec<Mark> {
-        let mark = |stream: &Stream| {
-            let last = stream.last.as_ref()?;
-            Some(Mark {
-                name: stream.name.clone(),
-                created: stream.created.clone(),
-                seq: last.seq,
-                position: SourcePosition {
-                    source: source.clone(),
-                    position: last.position,
-                },
-                confirmed_seq: stream.confirmed_seq,
-            })
+    /// What is worth keeping over a restart.
+    pub fn marks(&self, source: &Source) -> Marks {
+        let at = |position: Position| SourcePosition {
+            source: source.clone(),
+            position,
         };
-        self.streams.iter().filter_map(mark).collect()
+        let mark = |stream: &Stream| Mark {
+            name: stream.name.clone(),
+            created: stream.created.clone(),
+            last: stream
+                .last
+                .as_ref()
+                .map(|last| (last.seq, at(last.position))),
+            shared: stream.shared,
+            settled_seq: stream.settled_seq,
+            confirmed_seq: stream.confirmed_seq,
+        };
+        let reached = Position {
+            commit_lsn: self.reached,
+            ordinal: 0,
+        };
+        Marks {
+            streams: self.streams.iter().map(mark).collect(),
+            reached: Some(at(reached)),
+            settled: self.settled,
+        }
     }
 
     /// The last event known to stand in a stream: from there its tail is searched.
@@ -374,6 +469,7 @@ impl Core {
         &mut self,
         routes: Routes,
         streams: Vec<StreamAtConnect>,
+        now: Instant,
     ) -> Result<(), Trouble> {
         self.disconnected();
         self.routed.clear();
@@ -391,8 +487,23 @@ impl Core {
             let Some(stream) = self.streams.get_mut(index) else {
                 continue;
             };
-            if let Some(stored) = &found.tail.stored {
-                stream.last = Some(stored.clone());
+            let mut tail = found.tail;
+            if stream.last.is_some() && tail.has_others() {
+                stream.others_at = Some(now);
+                stream.shared = true;
+            }
+            if stream.shared {
+                // what is gone may have been theirs: rather twice than never
+                tail.consumed = 0;
+            } else {
+                // where we are alone nothing can be missing
+                tail.between = None;
+            }
+            if let Some(stored) = &tail.stored {
+                stream.acked_seq = stream.acked_seq.max(stored.seq);
+                if tail.between.is_none() {
+                    stream.last = Some(stored.clone());
+                }
             } else if stream.last.is_none() && self.delivery == Delivery::ExactlyOnce {
                 // nothing of ours up to here: what the checkpoint has to say before the first ack, or what
                 // is published and consumed away until it is next written would come again
@@ -405,8 +516,9 @@ impl Core {
             stream.chain = Chain::new(found.last_seq);
             stream.replicas = found.replicas;
             stream.previous = None;
-            stream.tail = found.tail;
-            stream.aged = found.aged;
+            stream.tail = tail;
+            // an event that was published late is younger than its position tells
+            stream.aged = found.aged.filter(|_| !stream.shared || found.replicas <= 1);
             self.routed.push(index);
         }
         self.routes = routes;
@@ -414,14 +526,22 @@ impl Core {
         Ok(())
     }
 
-    /// The connection is gone. What it had not answered will be asked of the streams.
+    /// The connection is gone. What is not settled will be asked of the streams, also what was acknowledged: where
+    /// messages are consumed away, each event must answer for one sequence.
     pub fn disconnected(&mut self) {
         self.connected = false;
         for entry in self.window.iter_mut().take(self.unsent) {
-            if let Entry::Event(event) = entry
-                && matches!(event.state, State::Sent { .. })
-            {
-                event.state = State::Unsent;
+            if let Entry::Event(event) = entry {
+                match event.state {
+                    State::Sent { .. } => event.state = State::Unsent,
+                    State::Stored {
+                        stream: Some(_), ..
+                    } => {
+                        event.state = State::Unsent;
+                        event.counted = true;
+                    }
+                    State::Stored { stream: None, .. } | State::Unsent => {}
+                }
             }
         }
         (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
@@ -432,6 +552,26 @@ impl Core {
     /// Another batch is wanted: everything that came so far was handed on.
     pub fn wants_batch(&self) -> bool {
         self.connected && self.unsent == self.window.len() && self.has_room(0)
+    }
+
+    /// There is a checkpoint. It has held `ripe` for the hold-back already.
+    pub fn has_checkpoint(&mut self, ripe: Option<Lsn>) {
+        self.checkpoint = true;
+        self.proven = ripe.unwrap_or_default();
+    }
+
+    /// The checkpoint can no longer be written.
+    pub fn has_no_checkpoint(&mut self) {
+        self.checkpoint = false;
+    }
+
+    /// The checkpoint holds `marks` now.
+    pub fn kept(&mut self, marks: &Marks, now: Instant) {
+        self.kept = marks.settled;
+        if self.checkpoint && self.kept > Lsn::INVALID {
+            let sequences = marks.streams.iter().map(|mark| mark.settled_seq);
+            self.confirm.boundary(self.kept, Some(now), sequences);
+        }
     }
 
     /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps
@@ -448,12 +588,19 @@ impl Core {
         if start > Lsn::INVALID && !old {
             self.youngest = Some(now);
         }
+        if !self.checkpoint {
+            let aged = self.routed.iter().map(|i| {
+                let aged = self.streams.get(*i).and_then(|stream| stream.aged);
+                aged.map_or(Lsn::INVALID, |aged| aged.commit_lsn)
+            });
+            self.proven = aged.min().unwrap_or_default();
+        }
     }
 
     /// Takes the next changes of the copy stream.
     pub fn offer(&mut self, batch: Arc<Batch>) {
         for change in batch.changes() {
-            self.window.push_back(match *change {
+            let entry = match *change {
                 Change::Event(spans) => {
                     assert!(
                         spans.position > self.offered,
@@ -465,16 +612,31 @@ impl Core {
                         spans,
                         state: State::Unsent,
                         suspect: None,
+                        counted: false,
                     })
                 }
-                Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
-                Change::Keepalive { wal_end } if wal_end <= self.start => continue,
-                Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
-            });
+                Change::Commit { end_lsn, .. } => {
+                    self.prove(end_lsn);
+                    Entry::Boundary(end_lsn)
+                }
+                Change::Keepalive { wal_end } => {
+                    self.prove(wal_end);
+                    if wal_end <= self.start {
+                        continue;
+                    }
+                    Entry::Boundary(wal_end)
+                }
+            };
+            self.window.push_back(entry);
         }
         if self.unsent == 0 {
             self.settle();
         }
+    }
+
+    /// The largest message that the stream of `subject` takes, if it says so.
+    pub fn max_msg_size(&self, subject: &str) -> Option<usize> {
+        self.routes.max_msg_size(subject)
     }
 
     /// The next thing to do; to be called until it says [`Next::Nothing`].
@@ -521,6 +683,9 @@ impl Core {
                             event.subject.to_string(),
                         )));
                     };
+                    if !stream.has_room(now) {
+                        break;
+                    }
                     match stream.tail.verdict(event.position, event.id) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
@@ -535,14 +700,11 @@ impl Core {
                                     .unwrap_or_default(),
                             }));
                         }
-                        Verdict::Stored => {
-                            self.tally.skipped += 1;
-                            let seq = match &stream.tail.stored {
-                                Some(stored) if stored.position == event.position => stored.seq,
-                                _ => 0,
-                            };
+                        Verdict::Stored(seq) => {
+                            self.tally.skipped += u64::from(!pending.counted);
                             if let Some(stored) = &stream.tail.stored
                                 && stored.position == event.position
+                                && stream.tail.between.is_none()
                             {
                                 // one that was consumed away is counted once, also after a reconnect
                                 stream.last = Some(stored.clone());
@@ -550,11 +712,11 @@ impl Core {
                             let aged = stream.aged.is_some_and(|aged| event.position <= aged);
                             State::Stored {
                                 stream: Some(index),
-                                seq,
+                                seq: seq.unwrap_or(0),
                                 at: (!aged).then_some(now),
                             }
                         }
-                        Verdict::Publish => match pending.suspect {
+                        Verdict::Publish | Verdict::Missing => match pending.suspect {
                             Some(seq) => {
                                 return Ok(Next::Lookup {
                                     stream: stream.name.clone(),
@@ -640,11 +802,10 @@ impl Core {
                     }
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
-                stream_state.last = Some(Checkpoint {
-                    seq: ack.seq,
-                    position: event.position,
-                    id: None,
-                });
+                stream_state.acked_seq = stream_state.acked_seq.max(ack.seq);
+                if stream_state.tail.is_before_end(event.position) {
+                    self.tally.late += 1;
+                }
                 State::Stored {
                     stream: Some(stream),
                     seq: ack.seq,
@@ -665,21 +826,47 @@ impl Core {
 
     /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
     /// Returns the id of the event if it is dropped.
+    ///
+    /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can
+    /// only have been this very event.
     pub fn looked_up(
         &mut self,
         token: u64,
         found: Option<(&str, Option<&SourcePosition>)>,
+        now: Instant,
     ) -> Option<String> {
         let index = token.checked_sub(self.first_token)? as usize;
         let Some(Entry::Event(pending)) = self.window.get_mut(index) else {
             return None;
         };
-        pending.suspect = None;
+        let seq = pending.suspect.take()?;
         let event = pending.batch.event(&pending.spans);
-        let (id, position) = found?;
-        // the same position would be this very event, and the tail, read again, says so
-        if id != event.id || position.is_some_and(|p| p.position == event.position) {
-            return None;
+        match found {
+            // the same position would be this very event, and the tail, read again, says so
+            Some((id, position))
+                if id != event.id || position.is_some_and(|p| p.position == event.position) =>
+            {
+                return None;
+            }
+            Some(_) => {}
+            None => {
+                let route = self.routes.route(event.subject);
+                let index = route.and_then(|route| self.routed.get(route).copied());
+                let stream = index.and_then(|index| self.streams.get(index))?;
+                if seq > stream.chain.acked() {
+                    // not consumed: the stream went backwards
+                    return None;
+                }
+                if stream.last.as_ref().is_none_or(|last| last.seq < seq) {
+                    self.tally.skipped += 1;
+                    pending.state = State::Stored {
+                        stream: index,
+                        seq,
+                        at: Some(now),
+                    };
+                    return None;
+                }
+            }
         }
         let dropped = event.id.to_string();
         pending.state = State::Stored {
@@ -694,16 +881,16 @@ impl Core {
     /// What a look at an idle stream says.
     pub fn looked_at(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
         let stream = self.streams.get(index);
-        let Some((stream, last)) = stream.and_then(|s| Some((s, s.last.as_ref()?))) else {
+        let Some(stream) = stream else {
             return Ok(());
         };
-        if self.delivery == Delivery::AtLeastOnce || last_seq >= last.seq {
+        if self.delivery == Delivery::AtLeastOnce || last_seq >= stream.acked_seq {
             return Ok(());
         }
         Err(Trouble::Reconnect(Cause::EndsEarly(Backwards {
             stream: stream.name.clone(),
             last_seq,
-            acked_seq: last.seq,
+            acked_seq: stream.acked_seq,
         })))
     }
 
@@ -732,14 +919,24 @@ impl Core {
     pub fn confirmable(&mut self, now: Instant) -> Lsn {
         let Confirmable { lsn, sequences } = self.confirm.confirmable(now);
         for (stream, seq) in self.streams.iter_mut().zip(sequences) {
-            stream.confirmed_seq = *seq;
+            stream.confirmed_seq = stream.confirmed_seq.max(*seq);
         }
         *lsn
     }
 
-    /// Something is stored but too young to be confirmed.
+    /// Everything up to `received` has come from Postgres: what was proven before it came may be confirmed.
+    fn prove(&mut self, received: Lsn) {
+        if self.proven > Lsn::INVALID && self.proven <= received {
+            self.confirm.proven(self.proven);
+            self.settled = self.settled.max(self.proven);
+            self.reached = self.reached.max(self.proven);
+            self.proven = Lsn::INVALID;
+        }
+    }
+
+    /// Something is stored but too young to be confirmed, or not in the checkpoint yet.
     pub fn is_holding_back(&self) -> bool {
-        self.confirm.is_waiting()
+        self.confirm.is_waiting() || self.checkpoint && self.kept < self.settled
     }
 
     /// Nothing waits: every event that was offered is settled.
@@ -771,6 +968,9 @@ impl Core {
                     tail: Tail::default(),
                     aged: None,
                     last: None,
+                    acked_seq: 0,
+                    shared: false,
+                    others_at: None,
                     settled_seq: 0,
                     confirmed_seq: 0,
                 });
@@ -783,8 +983,8 @@ impl Core {
         let Some(stream) = self.streams.get_mut(index) else {
             return Ok(());
         };
-        let acked_seq = stream.last.as_ref().map_or(0, |last| last.seq);
-        if last_seq >= acked_seq {
+        let acked_seq = stream.acked_seq;
+        if self.delivery == Delivery::AtLeastOnce || last_seq >= acked_seq {
             return Ok(());
         }
         let backwards = Backwards {
@@ -797,6 +997,7 @@ impl Core {
         }
         // told once: the next session fills the stream again from what the slot still has
         stream.last = None;
+        stream.acked_seq = stream.confirmed_seq;
         stream.settled_seq = stream.confirmed_seq;
         Err(Trouble::Backwards(backwards))
     }
@@ -831,15 +1032,20 @@ impl Core {
                     ..
                 })) if self.unsent > 0 => {
                     if let Some(stream) = stream.and_then(|index| self.streams.get_mut(index)) {
-                        stream.settled_seq = stream.settled_seq.max(*seq);
+                        stream.settle(spans.position, *seq);
                     }
                     self.youngest = self.youngest.max(*at);
                     self.held -= 1;
                     self.held_bytes -= spans.size();
                 }
                 Some(Entry::Boundary(lsn)) => {
-                    let sequences = self.streams.iter().map(|stream| stream.settled_seq);
-                    self.confirm.boundary(*lsn, self.youngest.take(), sequences);
+                    self.settled = self.settled.max(*lsn);
+                    self.reached = self.reached.max(*lsn);
+                    let acked = self.youngest.take();
+                    if !self.checkpoint {
+                        let sequences = self.streams.iter().map(|stream| stream.settled_seq);
+                        self.confirm.boundary(*lsn, acked, sequences);
+                    }
                 }
                 _ => return,
             }

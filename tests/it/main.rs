@@ -3,6 +3,7 @@
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
 mod drain;
+mod failover;
 mod faults_cluster;
 mod faults_nats;
 mod faults_network;
@@ -12,9 +13,11 @@ mod faults_scenario;
 mod faults_streams;
 mod operation;
 mod payloads;
+mod publication;
 mod rig;
 mod secrets;
 mod seed;
+mod slot;
 mod smoke;
 mod stops;
 mod subjects;

@@ -7,12 +7,14 @@ use crate::model::{Event, Flight, Postgres, Stream, refused};
 use crate::rules::Rule;
 use jetstream_outbox::jetstream::Delivery;
 use jetstream_outbox::jetstream::ack::{AckError, PubAck};
-use jetstream_outbox::jetstream::resume::{Checkpoint, Extent, Lineage, Tail, find_tail};
+use jetstream_outbox::jetstream::resume::{Between, Checkpoint, Extent, Lineage, Tail, find_tail};
 use jetstream_outbox::jetstream::streams::{Routes, StreamConfig, StreamInfo, StreamState};
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
 use jetstream_outbox::postgres::Lsn;
-use jetstream_outbox::relay::core::{Core, Limits, Mark, Memory, Next, StreamAtConnect, Trouble};
+use jetstream_outbox::relay::core::{
+    Core, Limits, Mark, Marks, Memory, Next, StreamAtConnect, Trouble,
+};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -67,14 +69,17 @@ pub struct World {
     /// The committed events of each stream, in order.
     committed: Vec<Vec<Event>>,
     /// The values of the checkpoint's key.
-    bucket: Vec<(Instant, Vec<Mark>)>,
+    bucket: Vec<(Instant, Marks)>,
+    /// Whether the relay may write there.
+    checkpoint: bool,
     lineage: Lineage,
     session: Option<Session>,
     connection: Option<Connection>,
     zombies: Vec<Connection>,
     memory: Memory,
     learned: bool,
-    written: Vec<Mark>,
+    written: Marks,
+    reached: Option<SourcePosition>,
     next_write: Instant,
     next_look: Instant,
     /// What [`Rule::TailRead`] falsifies.
@@ -122,6 +127,9 @@ impl World {
             Kind::Foreign | Kind::ReusedIds => 0,
         };
         let hold_back = Duration::from_secs([0, 10, 30][rng.usize(shortest..3)]);
+        // consumed messages, and others on a replicated stream, are not coped with without one
+        let needed = kind == Kind::Consumed || kind == Kind::Foreign && replicated;
+        let checkpoint = needed || rng.bool();
         let now = Instant::now();
         let source = Source {
             slot: "slot".to_string(),
@@ -139,7 +147,8 @@ impl World {
             postgres: Postgres::default(),
             committed: streams.iter().map(|_| Vec::new()).collect(),
             streams,
-            bucket: vec![(now, Vec::new())],
+            bucket: vec![(now, Marks::default())],
+            checkpoint,
             lineage: Lineage {
                 source,
                 switch_points: Vec::new(),
@@ -149,7 +158,8 @@ impl World {
             zombies: Vec::new(),
             memory: Memory::default(),
             learned: false,
-            written: Vec::new(),
+            written: Marks::default(),
+            reached: None,
             next_write: now,
             next_look: now,
             old_tails: Vec::new(),
@@ -157,7 +167,7 @@ impl World {
         };
         trace!(
             world,
-            "{kind:?}, {} streams, replicated: {replicated}, ids kept {window:?}, hold-back {hold_back:?}",
+            "{kind:?}, {} streams, replicated: {replicated}, ids kept {window:?}, hold-back {hold_back:?}, checkpoint: {checkpoint}",
             captures.len()
         );
         world
@@ -204,6 +214,7 @@ impl World {
                 self.lose_connection();
                 self.session = None;
                 self.memory = Memory::default();
+                self.reached = None;
                 self.learned = false;
             }
             92 if self.kind == Kind::Rollback => self.roll_back(),
@@ -245,7 +256,9 @@ impl World {
 
     fn all_is_stored(&self) -> Outcome {
         for (stream, committed) in self.streams.iter().zip(&self.committed) {
-            let mut stored = stream.history.iter().map(|(_, nth, _)| *nth).peekable();
+            let mut stored: Vec<usize> = stream.history.iter().map(|(_, nth, _)| *nth).collect();
+            stored.sort_unstable();
+            let mut stored = stored.into_iter().peekable();
             for event in committed {
                 if stored.next_if_eq(&event.nth).is_none() && !event.reused {
                     return Err(format!("lost: {event:?} is not in {}", stream.name));
@@ -388,6 +401,10 @@ impl World {
                         token: publication.token,
                         event: event.clone(),
                         expected: publication.expected_last_sequence.filter(|_| fence),
+                        expected_last: publication
+                            .expected_last
+                            .filter(|_| fence)
+                            .map(|(batch, spans)| batch.event(&spans).id.to_string()),
                     });
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
@@ -395,16 +412,18 @@ impl World {
                     let found = self.streams.iter().find(|s| s.name == stream);
                     let found = found
                         .and_then(|s| s.messages.get(&seq))
-                        .filter(|_| lookup)
                         .and_then(|message| message.event.as_ref());
                     let position = found.map(|event| SourcePosition {
                         source: source.clone(),
                         position: event.position,
                     });
-                    let dropped = session.core.looked_up(
-                        token,
-                        found.map(|event| (event.id.as_str(), position.as_ref())),
-                    );
+                    let used = found.map(|event| (event.id.as_str(), position.as_ref()));
+                    let used = if lookup {
+                        used
+                    } else {
+                        Some(("another", None))
+                    };
+                    let dropped = session.core.looked_up(token, used, now);
                     trace!(self, "looked at {seq} of {stream}, dropped {dropped:?}");
                 }
                 Ok(Next::Nothing) => break,
@@ -475,8 +494,14 @@ impl World {
         Ok(())
     }
 
-    fn write_checkpoint(&mut self, marks: Vec<Mark>) {
+    fn write_checkpoint(&mut self, marks: Marks) {
+        if !self.checkpoint {
+            return;
+        }
         self.written = marks.clone();
+        if let Some(session) = &mut self.session {
+            session.core.kept(&marks, self.now);
+        }
         if !self.is_off(Rule::Checkpoint) {
             self.bucket.push((self.now, marks));
         }
@@ -498,17 +523,33 @@ impl World {
     }
 
     fn start_session(&mut self) -> Outcome {
+        let kept = self
+            .bucket
+            .last()
+            .map_or(Marks::default(), |(_, m)| m.clone());
         if !self.learned {
-            let marks = self.bucket.last().map_or(Vec::new(), |(_, m)| m.clone());
-            self.written = marks.clone();
-            self.memory.learn(marks, &self.lineage);
+            self.memory.learn(kept.streams.clone(), &self.lineage);
             self.learned = true;
         }
+        let reached = [&self.reached, &kept.reached].into_iter().flatten();
+        let reached = reached.filter_map(|at| self.lineage.reach(at)).max();
+        self.written = kept;
+        let confirmed = self.postgres.confirmed;
+        if reached.is_some_and(|reached| reached < confirmed) {
+            return Err(format!("the slot is at {confirmed}, behind {reached:?}"));
+        }
+        self.memory.reached = reached.unwrap_or_default().max(confirmed);
         let memory = std::mem::take(&mut self.memory);
         let found = self.read_streams(|stream| memory.last_known(stream).cloned());
-        let position = |stream: &StreamAtConnect| {
-            let stored = stream.tail.stored.as_ref();
-            stored.map_or(Lsn::INVALID, |stored| stored.position.commit_lsn)
+        let position = |stream: &StreamAtConnect| match &stream.tail {
+            Tail {
+                between: Some(between),
+                ..
+            } => between.from.commit_lsn,
+            tail => {
+                let stored = tail.stored.as_ref();
+                stored.map_or(Lsn::INVALID, |stored| stored.position.commit_lsn)
+            }
         };
         let oldest = found.iter().map(position).min().unwrap_or_default();
         let newest = found.iter().map(position).max().unwrap_or_default();
@@ -541,8 +582,12 @@ impl World {
         );
         self.join(found)?;
         if let Some(session) = &mut self.session {
+            if self.checkpoint {
+                session.core.has_checkpoint(None);
+            }
             session.core.starts_at(start, self.now);
         }
+        self.begin_checkpoint();
         Ok(())
     }
 
@@ -578,15 +623,29 @@ impl World {
             return Ok(());
         };
         self.connection = Some(Connection::default());
-        if let Err(trouble) = session.core.connected(Routes::new(&infos), found) {
+        if let Err(trouble) = session.core.connected(Routes::new(&infos), found, self.now) {
             return self.handle(Ok(Err(trouble)));
         }
+        self.begin_checkpoint();
+        Ok(())
+    }
+
+    fn begin_checkpoint(&mut self) {
+        let Some(session) = &self.session else {
+            return;
+        };
         let marks = session.core.marks(&self.lineage.source);
-        let known = |mark: &Mark| self.written.iter().any(|old| old.name == mark.name);
-        if !marks.iter().all(known) {
+        let known = |mark: &Mark| {
+            let old = self
+                .written
+                .streams
+                .iter()
+                .find(|old| old.name == mark.name);
+            old.is_some_and(|old| old.shared == mark.shared)
+        };
+        if self.written.reached != marks.reached || !marks.streams.iter().all(known) {
             self.write_checkpoint(marks);
         }
-        Ok(())
     }
 
     /// `rejoin::Found::join`.
@@ -621,7 +680,21 @@ impl World {
                 .filter(old)
                 .filter_map(|m| m.event.as_ref())
                 .next_back();
-            let aged = aged.map(|event| event.position);
+            let from = tail.between.as_ref().map(|between| between.from);
+            let aged = aged
+                .map(|event| event.position)
+                .filter(|aged| from.is_none_or(|from| *aged <= from));
+            if let (true, Some(known), Some(stored)) = (
+                stream.replicated && !self.is_off(Rule::Between),
+                &checkpoint,
+                &tail.stored,
+            ) {
+                let stretch = known.seq + 1..=stored.seq;
+                let messages: Vec<_> = stretch.map(|seq| stream.read(source, seq)).collect();
+                if !messages.is_empty() {
+                    tail.look_between(Between::read(&self.lineage, known.position, &messages));
+                }
+            }
             tail.stored.get_or_insert(Checkpoint {
                 seq: stream.last_seq,
                 position: Position::default(),
@@ -629,7 +702,7 @@ impl World {
             });
             found.push(StreamAtConnect {
                 name: stream.name.to_string(),
-                replicas: 0,
+                replicas: if stream.replicated { 3 } else { 1 },
                 created: "once".to_string(),
                 last_seq: stream.last_seq,
                 tail,
@@ -715,7 +788,16 @@ impl World {
         let last = stream.history.last().map(|(_, nth, _)| *nth);
         let length = stream.history.len();
         let answer = stream.publish(&flight, self.now);
-        if stream.history.len() > length {
+        // on a replicated stream somebody else's message lets publishes in behind a refused one
+        let ordered = !stream.replicated || self.kind != Kind::Foreign;
+        let (_, earlier) = stream
+            .history
+            .split_last()
+            .unwrap_or((&(0, 0, self.now), &[]));
+        if stream.history.len() > length && earlier.iter().any(|(_, nth, _)| *nth == event.nth) {
+            return Err(format!("twice: {event:?}"));
+        }
+        if stream.history.len() > length && ordered {
             if last.is_some_and(|last| event.nth <= last) {
                 return Err(format!("twice or out of order: {event:?} after {last:?}"));
             }
@@ -793,6 +875,13 @@ impl World {
             true => Memory::default(),
             false => session.core.into_memory(),
         };
+        self.reached = Some(SourcePosition {
+            source: self.lineage.source.clone(),
+            position: Position {
+                commit_lsn: self.memory.reached,
+                ordinal: 0,
+            },
+        });
     }
 
     /// The servers lose what they had not synced: connections to them end, or a replica takes over.
@@ -833,16 +922,12 @@ impl World {
             self.zombies.clear();
             // the bucket is on the same disk
             self.bucket
-                .retain(|(time, marks)| marks.is_empty() || now - *time >= age);
+                .retain(|(time, marks)| *marks == Marks::default() || now - *time >= age);
         }
     }
 
     fn foreign(&mut self) {
         let index = self.rng.usize(..self.streams.len());
-        // while publishes are pipelined, a foreign message takes the place of one and lets the next in: see `main.rs`
-        if self.connection.is_some() || self.zombies.iter().any(|zombie| !zombie.out.is_empty()) {
-            return;
-        }
         self.streams[index].store(None, self.now);
         let name = self.streams[index].name;
         trace!(self, "a message of somebody else in {name}");
