@@ -14,6 +14,7 @@ use crate::config::operation::Setup;
 use crate::exit::Exit;
 use crate::jetstream::Delivery;
 use crate::jetstream::preflight::preflight;
+use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, matches};
 use crate::outbox::mapper::TableName;
 use std::time::Duration;
@@ -110,7 +111,7 @@ fn streams(
     for stream in &found {
         let subjects = stream.config.subjects.join(", ");
         let what = format!("stream {} of {subjects}", stream.config.name);
-        let mut differences = stream_differences(stream, &bus.info.version, config.delivery, how);
+        let mut differences = stream_differences(stream, &bus.info, config.delivery, how);
         if found.len() == 1 && !whole(stream) {
             differences.push(format!(
                 "it does not capture all of {wanted}; an event of another subject stops the relay until a stream captures it"
@@ -134,11 +135,11 @@ fn captures_all(patterns: &[String], wanted: &str) -> bool {
 
 fn stream_differences(
     stream: &StreamInfo,
-    version: &str,
+    server: &ServerInfo,
     delivery: Delivery,
     how: &Setup,
 ) -> Vec<String> {
-    let found = preflight(stream, version, delivery);
+    let found = preflight(stream, server, delivery);
     let mut differences: Vec<String> = found.refused.into_iter().chain(found.warnings).collect();
     let config = &stream.config;
     let seconds = |nanos: i64| format!("{}s", nanos as f64 / 1e9);

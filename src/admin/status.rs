@@ -494,7 +494,7 @@ fn text_of(standing: &Standing) -> String {
     }
     text += &match standing.waiting.seconds(Timestamp::now()) {
         Some(_) if standing.waiting == Waiting::Nothing => {
-            "lag      none: every committed event is published\n".to_string()
+            "lag      none: the slot has nothing to send\n".to_string()
         }
         Some(seconds) => format!(
             "lag      {} of log, the oldest event waits for {}\n",

@@ -2,7 +2,7 @@
 
 use crate::check_postgres::{check, finding, set_up};
 use crate::command::{on, run};
-use crate::rig::{Rig, STREAM};
+use crate::rig::{Rig, SLOT, STREAM};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use serde_json::{Value, json};
@@ -107,7 +107,7 @@ fn a_stream_that_cannot_carry_the_promises() {
         (
             json!({ "max_msg_size": 1000 }),
             &[],
-            "nats.message_size",
+            "nats.stream_settings",
             "warn",
         ),
         (
@@ -252,4 +252,23 @@ fn the_stream_is_of_another_postgres() {
     };
     on(&other, &["setup"]).with(0);
     check(&other, &[], &[("both.history", "fail")]);
+}
+
+#[test]
+fn the_slot_is_not_where_the_relay_has_left_it() {
+    let rig = set_up(Postgres::builder());
+    rig.commit_event(1, "a");
+    rig.drain(&["-hold-back", "0"]);
+    let findings = check(&rig, &[], &[]);
+    assert_eq!(finding(&findings, "both.slot_position")["level"], "ok");
+    rig.pg
+        .execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"));
+    rig.commit_event(2, "a");
+    on(&rig, &["setup"]).with(0);
+    check(&rig, &[], &[("both.slot_position", "fail")]);
+    // the relay says so too, and its remedy is the finding's
+    let (code, log) = rig.run(&["-drain"]);
+    assert_eq!(code, 78, "{log:?}");
+    rig.drain(&["-resume-anyway", "-hold-back", "0"]);
+    check(&rig, &[], &[]);
 }

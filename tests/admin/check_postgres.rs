@@ -79,7 +79,7 @@ fn what_setup_leaves_is_well_and_stays_so_while_a_relay_runs() {
     let rig = set_up(Postgres::builder());
     let findings = check(&rig, &[], &[]);
     assert!(
-        findings.as_array().is_some_and(|all| all.len() > 25),
+        findings.as_array().is_some_and(|all| all.len() >= 25),
         "{findings:#}"
     );
     let relay = rig.relay(&[]);
@@ -455,14 +455,98 @@ fn the_slot_holds_too_much_and_then_has_lost_it() {
 
 #[test]
 fn the_server_is_a_standby() {
+    let primary = set_up(Postgres::builder());
     let rig = Rig {
-        pg: Postgres::builder().file("standby.signal", "").build(),
-        nats: Nats::start(),
+        pg: Postgres::builder().build_standby_of(&primary.pg, "sb"),
+        nats: primary.nats,
     };
-    rig.nats.client().add_seed_stream();
-    let all = ["check", "--json"];
-    let report = on(&rig, &all).json(2);
+    let report = on(&rig, &["check", "--json"]).json(2);
     let found = finding(&report["findings"], "postgres.primary");
     assert_eq!(found["found"], "the server is a standby", "{report:#}");
-    assert_ne!(found["level"], "ok");
+    let slots_on_standbys = rig
+        .pg
+        .scalar::<bool>("SELECT current_setting('server_version_num')::int >= 160000");
+    let level = if slots_on_standbys == Some(true) {
+        "warn"
+    } else {
+        "fail"
+    };
+    assert_eq!(found["level"], level);
+    assert_eq!(
+        finding(&report["findings"], "postgres.slot")["level"],
+        "fail"
+    );
+}
+
+/// A relay that is away for the timeout loses its slot.
+#[test]
+#[ignore = "needs Postgres 18: scripts/test --matrix"]
+fn an_idle_slot_is_given_up() {
+    let rig = set_up(Postgres::builder());
+    rig.pg
+        .execute("ALTER SYSTEM SET idle_replication_slot_timeout = '1s'");
+    rig.pg.execute("SELECT pg_reload_conf()");
+    let setting = || {
+        rig.pg
+            .scalar::<String>("SHOW idle_replication_slot_timeout")
+    };
+    eventually("the setting to be read", DEADLINE, || {
+        setting().as_deref() == Some("1s")
+    });
+    check(&rig, &[], &[("postgres.idle_timeout", "warn")]);
+    // the slot is looked at when a checkpoint is made
+    let reason = "SELECT invalidation_reason FROM pg_replication_slots WHERE invalidation_reason IS NOT NULL";
+    eventually("the slot to be given up", DEADLINE, || {
+        rig.pg.execute("CHECKPOINT");
+        rig.pg.scalar::<String>(reason)
+    });
+    check(
+        &rig,
+        &[],
+        &[
+            ("postgres.idle_timeout", "warn"),
+            ("postgres.slot_log", "fail"),
+        ],
+    );
+}
+
+#[test]
+#[ignore = "needs Postgres 17 or later: scripts/test --matrix"]
+fn standbys_do_not_take_the_slot_over_or_hold_it_up() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    };
+    on(&rig, &["setup", "-failover"]).with(0);
+    let failover = "SELECT failover FROM pg_replication_slots";
+    assert_eq!(rig.pg.scalar::<bool>(failover), Some(true));
+    check(&rig, &[], &[]);
+    rig.pg
+        .execute("ALTER SYSTEM SET synchronized_standby_slots = 'gone'");
+    rig.pg.execute("SELECT pg_reload_conf()");
+    let setting = || rig.pg.scalar::<String>("SHOW synchronized_standby_slots");
+    let reads = |value: &str| {
+        eventually("the setting to be read", DEADLINE, || {
+            setting().as_deref() == Some(value)
+        })
+    };
+    reads("gone");
+    let findings = check(&rig, &[], &[("postgres.failover", "fail")]);
+    mend(&rig, &findings, "postgres.failover");
+    reads("");
+    check(&rig, &[], &[]);
+
+    new_slot(&rig);
+    let ended = on(&rig, &["setup", "-failover"]);
+    assert!(
+        ended.with(78).contains("standbys do not take it over"),
+        "{ended:?}"
+    );
+    check(&rig, &[], &[]);
+    let standby = Postgres::builder().build_standby_of(&rig.pg, "sb");
+    eventually("the standby to follow", DEADLINE, || {
+        rig.pg.slot_active("sb")
+    });
+    check(&rig, &[], &[("postgres.failover", "warn")]);
+    drop(standby);
 }

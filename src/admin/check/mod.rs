@@ -11,14 +11,19 @@ use super::{Error, say};
 use crate::config::Config;
 use crate::exit::Exit;
 use finding::{Finding, Level, fail, ok};
+use nats::Past;
+use postgres::Log;
 use serde_json::json;
 
 /// Looks at both sides and prints what it found.
 pub fn run(config: &Config, json: bool, strict: bool) -> Result<Exit, Error> {
-    let (mut findings, system_id) = postgres::findings(config);
-    let (nats, tails) = nats::findings(config);
+    let (mut findings, log) = postgres::findings(config);
+    let (nats, past) = nats::findings(config);
     findings.extend(nats);
-    findings.extend(history(config, system_id, &tails));
+    if let Some(log) = log {
+        findings.extend(history(config, log, &past));
+        findings.extend(slot_position(config, log, &past));
+    }
     let worst = findings.iter().map(|finding| finding.level).max();
     if json {
         let findings: Vec<_> = findings.iter().map(Finding::json).collect();
@@ -40,11 +45,9 @@ pub fn run(config: &Config, json: bool, strict: bool) -> Result<Exit, Error> {
 }
 
 /// Whether the streams were written from this Postgres. One finding a stream that holds an event of the slot.
-fn history(config: &Config, system_id: Option<u64>, tails: &[nats::Tail]) -> Vec<Finding> {
+fn history(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     const NAME: &str = "both.history";
-    let Some(system_id) = system_id else {
-        return Vec::new();
-    };
+    let system_id = log.system_id;
     let judge = |tail: &nats::Tail| {
         let (stream, at) = (&tail.stream, &tail.position);
         if at.source.slot != config.slot {
@@ -68,5 +71,34 @@ fn history(config: &Config, system_id: Option<u64>, tails: &[nats::Tail]) -> Vec
             ),
         })
     };
-    tails.iter().filter_map(judge).collect()
+    past.tails.iter().filter_map(judge).collect()
+}
+
+/// Whether the slot stands where the relay has left it, as the relay itself looks at each start.
+fn slot_position(config: &Config, log: Log, past: &Past) -> Option<Finding> {
+    const NAME: &str = "both.slot_position";
+    let reached = past.reached.as_ref()?;
+    let confirmed = log.confirmed?;
+    let source = &reached.source;
+    // positions of another timeline are comparable as far as the branch alone
+    if (source.slot.as_str(), source.system_id, source.timeline)
+        != (config.slot.as_str(), log.system_id, log.timeline)
+    {
+        return None;
+    }
+    let (slot, left) = (&config.slot, reached.position.commit_lsn);
+    Some(match confirmed <= left {
+        true => ok(
+            NAME,
+            format!("slot {slot} stands at {confirmed}, no further than a relay has confirmed"),
+        ),
+        false => fail(
+            NAME,
+            format!(
+                "slot {slot} stands at {confirmed}, but a relay has confirmed {left} at most: it was made anew, or moved by somebody else"
+            ),
+            "what was committed between the two may be missing in the stream, so the relay halts",
+            "publish by hand what is missing, then start the relay once with -resume-anyway",
+        ),
+    })
 }

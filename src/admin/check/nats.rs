@@ -15,6 +15,7 @@ use crate::jetstream::resume::OUTBOX_POSITION;
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, Error};
 use crate::outbox::position::SourcePosition;
+use serde::Deserialize;
 
 /// No stream reaches it, and every JSON reader and server holds it.
 const NEVER: u64 = 1 << 53;
@@ -28,6 +29,15 @@ pub struct Tail {
     pub stream: String,
     /// Where the event stands in Postgres.
     pub position: SourcePosition,
+}
+
+/// What the streams tell of the Postgres they were written from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Past {
+    /// The last event of each stream, if it tells.
+    pub tails: Vec<Tail>,
+    /// How far the relay has confirmed at most, from the checkpoint.
+    pub reached: Option<SourcePosition>,
 }
 
 /// Whether something may be done: done, or the reason why not.
@@ -55,7 +65,7 @@ struct Stream {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Bucket {
-    /// `-checkpoint none`, or at-least-once, which keeps none.
+    /// `-checkpoint none`.
     Unwanted,
     Missing,
     Unreadable(String),
@@ -65,11 +75,11 @@ enum Bucket {
     },
 }
 
-/// Everything that can be said, and the last event of each stream.
-pub fn findings(config: &Config) -> (Vec<Finding>, Vec<Tail>) {
-    let mut tails = Vec::new();
+/// Everything that can be said, and what is told of Postgres.
+pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
+    let mut past = Past::default();
     let facts = match Bus::connect(&config.nats) {
-        Ok(mut bus) => read(&mut bus, config, &mut tails),
+        Ok(mut bus) => read(&mut bus, config, &mut past),
         Err(error) => {
             let finding = fail(
                 "nats.connection",
@@ -77,19 +87,19 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Vec<Tail>) {
                 "the relay connects the same way",
                 "correct -nats or what it names",
             );
-            return (vec![finding], tails);
+            return (vec![finding], past);
         }
     };
     let findings = JUDGES.iter().flat_map(|judge| judge(&facts, config));
-    (findings.collect(), tails)
+    (findings.collect(), past)
 }
 
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 11] = [
-    connection, encryption, jetstream, streams, settings, limits, retention, window, publish,
-    read_tail, checkpoint,
+const JUDGES: [Judge; 10] = [
+    connection, encryption, jetstream, streams, settings, retention, window, publish, read_tail,
+    checkpoint,
 ];
 
 fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
@@ -181,58 +191,35 @@ fn each(
 
 fn settings(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "nats.stream_settings";
-    each(
-        facts,
-        NAME,
-        "the streams can carry the promises",
-        |stream| {
-            let name = &stream.info.config.name;
-            let found = preflight(&stream.info, &facts.info.version, config.delivery);
-            // the refusal says why, and after its last semicolon what to do
-            let refused = found.refused.map(|text| match text.rsplit_once("; ") {
-                Some((why, fix)) => fail(NAME, why, "the relay refuses the stream", fix),
-                None => fail(
-                    NAME,
-                    text,
-                    "the relay refuses the stream",
-                    "use another stream",
-                ),
-            });
-            let warnings = found.warnings.into_iter().map(|warning| {
-            let (what, why) = warning.split_once(": ").unwrap_or((&warning, "a promise is at risk"));
+    let most = bytes(facts.info.max_payload as u64);
+    let fine = format!("the streams can carry the promises, in events of up to {most}");
+    each(facts, NAME, &fine, |stream| {
+        let name = &stream.info.config.name;
+        let found = preflight(&stream.info, &facts.info, config.delivery);
+        // the refusal says why, and after its last semicolon what to do
+        let refused = found.refused.map(|text| match text.rsplit_once("; ") {
+            Some((why, fix)) => fail(NAME, why, "the relay refuses the stream", fix),
+            None => fail(
+                NAME,
+                text,
+                "the relay refuses the stream",
+                "use another stream",
+            ),
+        });
+        let warnings = found.warnings.into_iter().map(|warning| {
+            let (what, why) = warning
+                .split_once(": ")
+                .unwrap_or((&warning, "a promise is at risk"));
             warn(
                 NAME,
                 format!("stream {name}: {what}"),
                 why,
-                format!("nats stream edit {name}, or a new stream where the setting cannot be changed"),
+                format!(
+                    "nats stream edit {name}, or a new stream where the setting cannot be changed"
+                ),
             )
         });
-            refused.into_iter().chain(warnings).collect()
-        },
-    )
-}
-
-fn limits(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "nats.message_size";
-    let most = facts.info.max_payload;
-    let fine = format!("events of up to {} are taken", bytes(most as u64));
-    each(facts, NAME, &fine, |stream| {
-        let config = &stream.info.config;
-        let size = config.max_msg_size;
-        if size <= 0 || size as usize >= most {
-            return Vec::new();
-        }
-        vec![warn(
-            NAME,
-            format!(
-                "stream {} takes {}, the server {}",
-                config.name,
-                bytes(size as u64),
-                bytes(most as u64)
-            ),
-            "a larger event, headers included, stops the relay",
-            format!("nats stream edit {} --max-msg-size=-1", config.name),
-        )]
+        refused.into_iter().chain(warnings).collect()
     })
 }
 
@@ -252,9 +239,6 @@ fn retention(facts: &Facts, config: &Config) -> Vec<Finding> {
                     "drops messages after {}",
                     span(found.max_age as u64 / 1_000_000_000)
                 )),
-                _ if found.max_msgs > 0 || found.max_bytes > 0 => {
-                    Some("drops messages at a limit".into())
-                }
                 _ => None,
             };
             let Some(goes) = goes.filter(|_| !kept) else {
@@ -367,12 +351,12 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
     }]
 }
 
-fn read(bus: &mut Bus<'_>, config: &Config, tails: &mut Vec<Tail>) -> Facts {
+fn read(bus: &mut Bus<'_>, config: &Config, past: &mut Past) -> Facts {
     let wanted = format!("{}.>", config.prefix);
     let streams = bus.streams(&wanted).map(|infos| {
         let each = infos
             .into_iter()
-            .map(|info| read_stream(bus, config, info, tails));
+            .map(|info| read_stream(bus, config, info, past));
         each.collect()
     });
     let tls = bus.info.tls_required
@@ -382,23 +366,18 @@ fn read(bus: &mut Bus<'_>, config: &Config, tails: &mut Vec<Tail>) -> Facts {
         server: bus.server.clone(),
         info: bus.info.clone(),
         tls,
-        bucket: read_bucket(bus, config, streams.is_ok()),
+        bucket: read_bucket(bus, config, streams.is_ok(), past),
         streams: streams.map_err(|error: Error| error.to_string()),
     }
 }
 
-fn read_stream(
-    bus: &mut Bus<'_>,
-    config: &Config,
-    info: StreamInfo,
-    tails: &mut Vec<Tail>,
-) -> Stream {
+fn read_stream(bus: &mut Bus<'_>, config: &Config, info: StreamInfo, past: &mut Past) -> Stream {
     let name = &info.config.name;
     let last = bus.message(last_message_request(name, &format!("{}.>", config.prefix)));
     if let Ok(Some(message)) = &last
         && let Some(Ok(position)) = message.header(OUTBOX_POSITION).map(str::parse)
     {
-        tails.push(Tail {
+        past.tails.push(Tail {
             stream: name.clone(),
             position,
         });
@@ -453,8 +432,8 @@ fn try_write(bus: &mut Bus<'_>, subject: &str) -> Tried {
     }
 }
 
-fn read_bucket(bus: &mut Bus<'_>, config: &Config, api_answers: bool) -> Bucket {
-    if config.checkpoint.is_empty() || config.delivery == Delivery::AtLeastOnce || !api_answers {
+fn read_bucket(bus: &mut Bus<'_>, config: &Config, api_answers: bool, past: &mut Past) -> Bucket {
+    if config.checkpoint.is_empty() || !api_answers {
         return Bucket::Unwanted;
     }
     let name = format!("KV_{}", config.checkpoint);
@@ -464,13 +443,25 @@ fn read_bucket(bus: &mut Bus<'_>, config: &Config, api_answers: bool) -> Bucket 
         Ok(None) => return Bucket::Missing,
         Err(error) => return Bucket::Unreadable(error.to_string()),
     };
-    if let Err(error) = bus.message(last_message_request(&name, &key)) {
-        return Bucket::Unreadable(error.to_string());
-    }
+    let value = match bus.message(last_message_request(&name, &key)) {
+        Ok(value) => value,
+        Err(error) => return Bucket::Unreadable(error.to_string()),
+    };
+    past.reached = value.and_then(|message| reached(&message.data));
     Bucket::Found {
         memory: info.config.storage == "memory",
         write: try_write(bus, &key),
     }
+}
+
+/// From the checkpoint's value, of which this is the only part that matters here.
+fn reached(value: &[u8]) -> Option<SourcePosition> {
+    #[derive(Deserialize)]
+    struct Record {
+        reached: Option<String>,
+    }
+    let record: Record = serde_json::from_slice(value).ok()?;
+    record.reached?.parse().ok()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use crate::admin::statements::{
 use crate::admin::{Error, bytes};
 use crate::config::Config;
 use crate::outbox::mapper::TableName;
+use crate::postgres::Lsn;
 use std::collections::BTreeMap;
 
 /// The oldest server the relay works with.
@@ -28,8 +29,8 @@ struct Facts {
     version_text: String,
     peer: String,
     tls: Option<String>,
-    /// The name it says it is: `IDENTIFY_SYSTEM`'s systemid.
-    system_id: Option<u64>,
+    /// Which log it writes, if the role may know.
+    log: Option<Log>,
     standby: bool,
     role: String,
     may_replicate: bool,
@@ -41,6 +42,17 @@ struct Facts {
     slot: Option<Slot>,
     /// Active physical slots: standbys that follow.
     standbys: Vec<String>,
+}
+
+/// The log, and where the slot stands in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// `IDENTIFY_SYSTEM`'s systemid.
+    pub system_id: u64,
+    /// Counted up by each promotion.
+    pub timeline: u32,
+    /// The slot's `confirmed_flush_lsn`; `None`: there is no such slot.
+    pub confirmed: Option<Lsn>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -76,8 +88,8 @@ struct Slot {
     failover: bool,
 }
 
-/// Everything that can be said, and the system's id if it could be read.
-pub fn findings(config: &Config) -> (Vec<Finding>, Option<u64>) {
+/// Everything that can be said, and which log it was said of.
+pub fn findings(config: &Config) -> (Vec<Finding>, Option<Log>) {
     let read = Database::connect(&config.db, Access::Read)
         .and_then(|mut database| read(&mut database, config));
     let facts = match read {
@@ -88,7 +100,7 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Option<u64>) {
         return (connection(&facts, config), None);
     }
     let findings = JUDGES.iter().flat_map(|judge| judge(&facts, config));
-    (findings.collect(), facts.system_id)
+    (findings.collect(), facts.log)
 }
 
 fn unreachable(error: &Error) -> Finding {
@@ -488,7 +500,7 @@ fn slot_log(facts: &Facts, config: &Config) -> Vec<Finding> {
     };
     let name = &config.slot;
     let again = format!(
-        "{} {} -- then publish by hand what was committed in between",
+        "{} {} -- then publish by hand what was committed in between, and start the relay once with -resume-anyway",
         drop_slot(name),
         create_slot(name, false)
     );
@@ -663,9 +675,11 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
         "SELECT pg_catalog.pg_is_in_recovery(), rolname::text, rolreplication OR rolsuper, \
          (SELECT count(*) FROM pg_catalog.pg_replication_slots), \
          (SELECT count(*) FROM pg_catalog.pg_stat_replication), \
-         (SELECT system_identifier FROM pg_catalog.pg_control_system()) \
+         (SELECT system_identifier FROM pg_catalog.pg_control_system()), \
+         (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()), \
+         (SELECT confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1) \
          FROM pg_catalog.pg_roles WHERE rolname = current_user",
-        &[],
+        &[&config.slot],
     )?;
     if let Some(row) = server {
         facts.standby = row.get(0);
@@ -673,8 +687,13 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
         facts.may_replicate = row.get(2);
         facts.slots = row.get(3);
         facts.senders = row.get(4);
-        // a 64-bit number that the function's type makes signed
-        facts.system_id = row.get::<_, Option<i64>>(5).map(|id| id as u64);
+        let log: (Option<i64>, Option<i32>, Option<String>) = (row.get(5), row.get(6), row.get(7));
+        facts.log = log.0.zip(log.1).map(|(system_id, timeline)| Log {
+            // numbers without a sign, to which SQL's types give one
+            system_id: system_id as u64,
+            timeline: timeline as u32,
+            confirmed: log.2.and_then(|lsn| lsn.parse().ok()),
+        });
     }
     facts.slot = read_slot(database, config)?;
     facts.publication = read_publication(database, config)?;

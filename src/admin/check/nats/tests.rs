@@ -169,14 +169,12 @@ fn the_streams() {
     });
     check(
         Warn,
-        "nats.message_size",
+        "nats.stream_settings",
         &[
-            "stream EV takes 1.0 kB, the server 1.0 MB",
-            "--max-msg-size",
+            "stream EV: it takes messages of up to 1000 bytes",
+            "a larger event stops the relay",
         ],
-        |f| {
-            settings(f).max_msg_size = 1000;
-        },
+        |f| settings(f).max_msg_size = 1000,
     );
     check(Ok, "", &[], |f| settings(f).max_msg_size = 1_048_576);
     for (name, break_it) in [
@@ -188,7 +186,6 @@ fn the_streams() {
         ("drops messages after 1h0m", |s| {
             s.max_age = 3_600_000_000_000
         }),
-        ("at a limit", |s| s.max_bytes = 1),
     ] {
         check(Ok, "", &[], |f| break_it(settings(f)));
         check_with(
@@ -277,23 +274,49 @@ fn a_publish_is_tried_under_the_prefix_alone() {
 }
 
 #[test]
-fn a_finding_about_history_is_made_of_both_sides() {
-    let tail = |position: &str| {
-        [Tail {
-            stream: "EV".into(),
-            position: position.parse().unwrap(),
-        }]
+fn findings_about_history_are_made_of_both_sides() {
+    use crate::admin::check::postgres::Log;
+    use crate::admin::check::{history, slot_position};
+    use crate::postgres::Lsn;
+    let log = Log {
+        system_id: 7,
+        timeline: 1,
+        confirmed: Some(Lsn(0x200)),
     };
-    for (position, expected) in [
-        ("jetstream_outbox 7 1 0/100 1", Some(Level::Ok)),
-        ("jetstream_outbox 8 1 0/100 1", Some(Level::Fail)),
-        ("other 8 1 0/100 1", None),
+    for (position, of_stream, of_slot) in [
+        (
+            "jetstream_outbox 7 1 0/200 1",
+            Some(Level::Ok),
+            Some(Level::Ok),
+        ),
+        (
+            "jetstream_outbox 7 1 0/1FF 1",
+            Some(Level::Ok),
+            Some(Level::Fail),
+        ),
+        ("jetstream_outbox 7 2 0/1FF 1", Some(Level::Ok), None),
+        ("jetstream_outbox 8 1 0/1FF 1", Some(Level::Fail), None),
+        ("other 8 1 0/100 1", None, None),
     ] {
-        let found = crate::admin::check::history(&config(&[]), Some(7), &tail(position));
+        let position: SourcePosition = position.parse().unwrap();
+        let past = Past {
+            tails: vec![Tail {
+                stream: "EV".into(),
+                position: position.clone(),
+            }],
+            reached: Some(position.clone()),
+        };
+        let found = history(&config(&[]), log, &past);
         assert_eq!(
             found.first().map(|finding| finding.level),
-            expected,
+            of_stream,
             "{position}"
         );
+        let found = slot_position(&config(&[]), log, &past);
+        assert_eq!(found.map(|finding| finding.level), of_slot, "{position}");
     }
+    let record = br#"{"streams":[],"reached":"s 1 2 0/99 0","ripening":null}"#;
+    assert_eq!(reached(record), "s 1 2 0/99 0".parse().ok());
+    assert_eq!(reached(b"{}"), None);
+    assert_eq!(reached(b""), None);
 }
