@@ -11,6 +11,9 @@ use std::time::Duration;
 /// The other client stands on the same machine and is let in at once.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// For an answer. Postgres itself ends a statement after 30 s, see [`Database::connect`].
+const ANSWER_LIMIT: Duration = Duration::from_secs(40);
+
 /// A session for SQL.
 pub struct Database {
     client: Client,
@@ -41,7 +44,7 @@ impl Database {
         let version = connection.server_version_num();
         let version_text = connection.parameter("server_version").unwrap_or("unknown");
         let version_text = version_text.to_string();
-        let offer = hand_over(connection)?;
+        let offer = hand_over(connection, ANSWER_LIMIT)?;
         let client = Config::new()
             .hostaddr(offer.address.ip())
             .port(offer.address.port())

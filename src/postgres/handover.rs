@@ -9,7 +9,7 @@
 
 use super::connection::Connection;
 use super::error::Error;
-use super::limits::{MAX_MESSAGE_BYTES, REQUEST_TIMEOUT, WRITE_TIMEOUT};
+use super::limits::{MAX_MESSAGE_BYTES, WRITE_TIMEOUT};
 use super::stream::Stream;
 use ring::rand::{SecureRandom, SystemRandom};
 use std::io::{self, Read, Write};
@@ -24,9 +24,6 @@ const ACCEPT_LIMIT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
 /// How often an unanswered request's deadline is looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// For an answer. The client asks for `statement_timeout` [`REQUEST_TIMEOUT`], so this is for servers and networks
-/// that have vanished.
-const ANSWER_LIMIT: Duration = REQUEST_TIMEOUT.saturating_add(Duration::from_secs(10));
 /// Version 3.0 of the protocol, which every server since 7.4 speaks.
 const PROTOCOL: u32 = 3 << 16;
 /// Carried at once.
@@ -40,11 +37,12 @@ pub struct Handover {
     pub token: String,
 }
 
-/// Offers the session to the first client that comes with the token. It ends when either side does.
+/// Offers the session to the first client that comes with the token. It ends when either side does, and when an
+/// answer has been due for `answer_limit`: then the server, or the network, has vanished.
 ///
 /// # Errors
 /// [`Error::Io`] when there is no socket, thread or random number to be had.
-pub fn hand_over(connection: Connection) -> Result<Handover, Error> {
+pub fn hand_over(connection: Connection, answer_limit: Duration) -> Result<Handover, Error> {
     let doing = "hand the session over";
     let io = |source| Error::Io { doing, source };
     let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(io)?;
@@ -61,7 +59,7 @@ pub fn hand_over(connection: Connection) -> Result<Handover, Error> {
             // nobody else may come in
             drop(listener);
             client.write_all(&welcome(&connection))?;
-            carry(&connection.stream, &client)
+            carry(&connection.stream, &client, answer_limit)
         });
         if let Err(error) = served {
             log::debug!(cause:% = error; "the session that was handed over has ended");
@@ -152,7 +150,7 @@ fn welcome(connection: &Connection) -> Vec<u8> {
 }
 
 /// Carries bytes both ways until either side ends; this thread carries the server's.
-fn carry(server: &Arc<Stream>, client: &TcpStream) -> io::Result<()> {
+fn carry(server: &Arc<Stream>, client: &TcpStream, answer_limit: Duration) -> io::Result<()> {
     // since when an answer is due
     let asked = Arc::new(Mutex::new(None::<Instant>));
     let outward = {
@@ -166,7 +164,7 @@ fn carry(server: &Arc<Stream>, client: &TcpStream) -> io::Result<()> {
     let thread = thread::Builder::new()
         .name("pg-handover-out".into())
         .spawn(outward)?;
-    let result = carry_in(server, client, &asked);
+    let result = carry_in(server, client, &asked, answer_limit);
     let _ = client.shutdown(Shutdown::Both);
     server.shutdown();
     // a panic has been printed
@@ -178,6 +176,7 @@ fn carry_in(
     server: &Stream,
     mut client: &TcpStream,
     asked: &Mutex<Option<Instant>>,
+    answer_limit: Duration,
 ) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK_BYTES];
     server.set_read_timeout(Some(LOOK))?;
@@ -191,7 +190,7 @@ fn carry_in(
                 client.write_all(bytes)?;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if lock(asked).is_some_and(|since| since.elapsed() > ANSWER_LIMIT) {
+                if lock(asked).is_some_and(|since| since.elapsed() > answer_limit) {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
             }

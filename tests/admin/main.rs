@@ -4,6 +4,7 @@
 mod check_nats;
 mod check_postgres;
 mod command;
+mod handover;
 #[path = "../it/rig.rs"]
 #[allow(dead_code, reason = "it is shared with the relay's own tests")]
 mod rig;

@@ -1,7 +1,7 @@
 //! The doctor's Postgres side.
 //!
 //! Sources: the manual's chapters on logical decoding and on logical replication's restrictions, and the
-//! system views [`Facts`] is read from.
+//! system views its facts are read from.
 
 use super::finding::{Finding, fail, ok, warn};
 use crate::admin::database::{Access, Database};
