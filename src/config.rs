@@ -23,6 +23,8 @@ use value::{
     parse_duration_within, parse_inflight, parse_tables,
 };
 
+#[cfg(feature = "admin")]
+pub mod operation;
 mod source;
 mod value;
 
