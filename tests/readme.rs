@@ -15,8 +15,9 @@ fn table() -> String {
         if matches!(name, "help" | "version") {
             continue;
         }
-        let (meaning, default) = flag
-            .description
+        // argh doubles braces, and prints them as they were
+        let description = flag.description.replace("{{", "{").replace("}}", "}");
+        let (meaning, default) = description
             .split_once(" (default")
             .expect("every flag names its default last");
         let default = default.trim_start_matches(':').trim_end_matches(')').trim();

@@ -80,10 +80,9 @@ impl Publish {
     pub fn wire_size(&self) -> usize {
         /// `NATS/1.0`, the four names, line ends, and the longest sequence, LSN and ordinal.
         const FIXED: usize = 200;
-        let event = self.batch.event(&self.event);
         let last = self.expected_last.as_ref();
         let last_id_len = last.map_or(0, |(batch, event)| batch.event(event).id.len());
-        FIXED + last_id_len + event.id.len() + self.position_source.len() + event.body.len()
+        FIXED + last_id_len + self.position_source.len() + self.event.wire_len()
     }
 }
 
@@ -834,7 +833,9 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
             ),
         });
     }
-    let mut lines = String::with_capacity(event.id.len() + publish.position_source.len() + 200);
+    let mut lines = String::with_capacity(
+        event.id.len() + publish.position_source.len() + event.headers.len() + 200,
+    );
     lines.push_str(event.id);
     // writing to a String cannot fail
     if let Some(seq) = publish.expected_last_sequence {
@@ -849,6 +850,8 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
     }
     let (source, position) = (&publish.position_source, event.position);
     let _ = write!(lines, "\r\nOutbox-Position: {source} {position}");
+    // behind the relay's own: servers before 2.12 find a header by the first place where its name stands
+    lines.push_str(event.headers);
     let mut headers = nats::HeaderMap::new();
     headers.insert("Nats-Msg-Id", lines);
     Ok(headers)

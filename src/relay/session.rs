@@ -137,7 +137,11 @@ impl<'a> Session<'a> {
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
-        let options = slot::pgoutput_options(connection.server_version_num(), &config.publication);
+        let options = slot::pgoutput_options(
+            connection.server_version_num(),
+            &config.publication,
+            config.mapping.message_prefix.is_some(),
+        );
         let options: Vec<(&str, &str)> = options
             .iter()
             .map(|(name, value)| (*name, value.as_str()))

@@ -10,6 +10,7 @@ mod faults_postgres;
 mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
+mod mapping;
 mod operation;
 mod payloads;
 mod rig;
