@@ -39,6 +39,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// Requests of [`Link::call_each`] that wait for their answer: enough to hide the way, few for the server.
+const CALLS_AT_ONCE: usize = 64;
+
 /// Connects and closes that may hang at once for one server. More than one, because a connection whose
 /// network vanished at the wrong moment hangs for good, and the server must not be lost with it.
 const MAX_HANGING: usize = 8;
@@ -221,23 +224,79 @@ impl Link {
         format!("{}c{call}", self.inbox)
     }
 
-    fn wait_for(&self, reply: &str, asked: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            select! {
-                recv(self.messages) -> message => match message {
-                    Ok(message) if message.subject == reply => {
-                        return answer(message).map_err(|source| Error::Api { api: asked.into(), source });
-                    }
-                    Ok(_) => {}
-                    Err(_) => return Err(self.life.lost("the subscription ended")),
-                },
-                recv(self.lost) -> error => {
-                    return Err(error.unwrap_or_else(|_| self.life.lost("the connection ended")));
-                }
-                default(left) => return Err(Error::ApiTimeout { api: asked.into(), after: timeout }),
+    /// As [`call`](Self::call) for many requests, some of them on their way at once. The answers come in the requests'
+    /// order; `timeout` is how long each may take.
+    pub fn call_each(
+        &self,
+        requests: &[(String, Vec<u8>)],
+        timeout: Duration,
+    ) -> Result<Vec<Vec<u8>>, Error> {
+        let first = self
+            .calls
+            .fetch_add(requests.len() as u64, Ordering::Relaxed);
+        let inbox = format!("{}c", self.inbox);
+        let mut answers = vec![None; requests.len()];
+        let (mut asked, mut answered) = (0, 0);
+        while answered < requests.len() {
+            while asked - answered < CALLS_AT_ONCE
+                && let Some((api, body)) = requests.get(asked)
+            {
+                self.ask(
+                    format!("{inbox}{}", first + asked as u64),
+                    api,
+                    body.clone(),
+                );
+                asked += 1;
             }
+            let Some(message) = self.next_message(Instant::now() + timeout)? else {
+                let (api, _) = requests.get(answered).cloned().unwrap_or_default();
+                return Err(Error::ApiTimeout {
+                    api,
+                    after: timeout,
+                });
+            };
+            let nth = message.subject.strip_prefix(&inbox);
+            let nth: Option<u64> = nth.and_then(|nth| nth.parse().ok());
+            let index = nth
+                .and_then(|nth| nth.checked_sub(first))
+                .unwrap_or(u64::MAX) as usize;
+            if let (Some(slot @ None), Some((api, _))) =
+                (answers.get_mut(index), requests.get(index))
+            {
+                let api = api.clone();
+                *slot = Some(answer(message).map_err(|source| Error::Api { api, source })?);
+                answered += 1;
+            }
+        }
+        Ok(answers.into_iter().flatten().collect())
+    }
+
+    fn wait_for(&self, reply: &str, asked: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
+        let api = || asked.to_string();
+        let deadline = Instant::now() + timeout;
+        while let Some(message) = self.next_message(deadline)? {
+            if message.subject == reply {
+                return answer(message).map_err(|source| Error::Api { api: api(), source });
+            }
+        }
+        Err(Error::ApiTimeout {
+            api: api(),
+            after: timeout,
+        })
+    }
+
+    /// `None`: nothing came before the deadline.
+    fn next_message(&self, deadline: Instant) -> Result<Option<Message>, Error> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        select! {
+            recv(self.messages) -> message => match message {
+                Ok(message) => Ok(Some(message)),
+                Err(_) => Err(self.life.lost("the subscription ended")),
+            },
+            recv(self.lost) -> error => {
+                Err(error.unwrap_or_else(|_| self.life.lost("the connection ended")))
+            }
+            default(left) => Ok(None),
         }
     }
 

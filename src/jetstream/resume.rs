@@ -7,6 +7,11 @@
 //! Two things can hide that last message. Somebody else's messages may follow it: they are passed over.
 //! Or it was consumed away (work-queue retention, purge, max_age): then a [`Checkpoint`] of ours tells
 //! how far the stream was at some sequence, and each later sequence that is gone was one more event.
+//!
+//! And on a replicated stream that others write to, the fence has a gap: somebody else's message can take the
+//! sequence of a publish that was refused, and the next one of the pipeline, which expects just that
+//! sequence, is stored. What lies between the last event known to be whole and the tail is then read back
+//! one by one ([`Between`]), and what is missing there is published late rather than never.
 
 use super::streams::StoredMessage;
 use crate::outbox::position::{Position, Source, SourcePosition};
@@ -42,20 +47,86 @@ pub struct Tail {
     /// Where this Postgres server's history left that of the tail: positions from here on are new,
     /// whatever the tail says.
     pub switch_point: Option<Lsn>,
+    /// Events may be missing before `stored`.
+    pub between: Option<Between>,
+}
+
+/// What stands in the last stretch of a replicated stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Between {
+    /// Up to here nothing is missing.
+    pub from: Position,
+    /// The events of ours behind it and their sequences, in the order of the positions.
+    pub stored: Vec<(Position, u64)>,
+    /// Others have written there.
+    pub others: bool,
+}
+
+impl Between {
+    /// Reads the messages that follow an event at `from`, up to the tail.
+    pub fn read(lineage: &Lineage, from: Position, messages: &[Option<StoredMessage>]) -> Between {
+        let mut between = Between {
+            from,
+            ..Between::default()
+        };
+        for message in messages.iter().flatten() {
+            match ours(&lineage.source, message) {
+                Some(at) if lineage.shares(&at) => between.stored.push((at.position, message.seq)),
+                Some(_) => {}
+                None => between.others = true,
+            }
+        }
+        between.stored.sort_unstable();
+        between
+    }
+
+    fn sequence(&self, position: Position) -> Option<u64> {
+        let found = self
+            .stored
+            .binary_search_by_key(&position, |(position, _)| *position);
+        found.ok().and_then(|i| Some(self.stored.get(i)?.1))
+    }
 }
 
 /// What to do with an event on resume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It stands in the stream.
-    Stored,
+    /// It stands in the stream; at this sequence, if that is known.
+    Stored(Option<u64>),
     /// It does not.
     Publish,
+    /// It does not, although later ones do.
+    Missing,
     /// Something else stands where it should.
     IdMismatch,
 }
 
 impl Tail {
+    /// Takes in what was read of the stretch before the tail.
+    pub fn look_between(&mut self, between: Between) {
+        if let (Some((position, _)), Some(stored)) = (between.stored.last(), &mut self.stored)
+            && *position > stored.position
+        {
+            // one that was published late stands behind it
+            stored.position = *position;
+            stored.id = None;
+        }
+        self.between = Some(between);
+    }
+
+    /// Messages of others were seen behind the last event that was known.
+    pub fn has_others(&self) -> bool {
+        self.foreign > 0 || self.between.as_ref().is_some_and(|between| between.others)
+    }
+
+    /// An event there that is not stored is published behind later ones.
+    pub fn is_before_end(&self, position: Position) -> bool {
+        self.stored.as_ref().is_some_and(|s| position < s.position)
+            && self
+                .switch_point
+                .is_none_or(|lsn| position.commit_lsn < lsn)
+    }
+
     /// Whether the event at `position` with `id` is in the stream. Asked once per event of the stream,
     /// in order: each event that was consumed away answers for one.
     pub fn verdict(&mut self, position: Position, id: &str) -> Verdict {
@@ -72,16 +143,23 @@ impl Tail {
             return Verdict::IdMismatch;
         }
         if position <= stored.position {
-            return Verdict::Stored;
+            return match &self.between {
+                Some(between) if position > between.from => match between.sequence(position) {
+                    Some(seq) => Verdict::Stored(Some(seq)),
+                    None => Verdict::Missing,
+                },
+                _ => Verdict::Stored((position == stored.position).then_some(stored.seq)),
+            };
         }
         if self.consumed > 0 {
             self.consumed -= 1;
+            let seq = stored.seq + 1;
             self.stored = Some(Checkpoint {
-                seq: stored.seq + 1,
+                seq,
                 position,
                 id: None,
             });
-            return Verdict::Stored;
+            return Verdict::Stored(Some(seq));
         }
         Verdict::Publish
     }
@@ -206,6 +284,8 @@ impl Lineage {
         checkpoint: Option<&Checkpoint>,
         accept_new_system: bool,
     ) -> Result<Tail, Conflict> {
+        // where others write too, what is gone may have been theirs: rather twice than never
+        let consumed = if found.foreign == 0 { found.deleted } else { 0 };
         let mut tail = Tail {
             foreign: found.foreign,
             ..Tail::default()
@@ -234,11 +314,11 @@ impl Lineage {
                     position: position.position,
                     id: message.header("Nats-Msg-Id").map(str::to_string),
                 });
-                tail.consumed = found.deleted;
+                tail.consumed = consumed;
             }
             None if found.reached_checkpoint => {
                 tail.stored = checkpoint.cloned();
-                tail.consumed = found.deleted;
+                tail.consumed = consumed;
             }
             None => {}
         }

@@ -1,6 +1,6 @@
 //! Which stream captures which subject, and what a stream holds: requests and answers of the JetStream API.
 //!
-//! Pure but for [`list`], [`info`] and [`message`], which ask over a [`Link`] that nothing has been published on. The
+//! Pure but for [`list`], [`info`], [`message`] and [`messages`], which ask over a [`Link`] that nothing has been published on. The
 //! answers' fields are those of nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1, ADR-31
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
@@ -12,6 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// A request of the JetStream API: the subject behind the API prefix, and the body.
@@ -288,6 +289,21 @@ pub fn message(
     timeout: Duration,
 ) -> Result<Option<StoredMessage>, Error> {
     ask(link, request, timeout, parse_message)
+}
+
+/// What stands at each of these sequences, in their order; `None` where it was deleted.
+pub fn messages(
+    link: &Link,
+    stream: &str,
+    sequences: RangeInclusive<u64>,
+    timeout: Duration,
+) -> Result<Vec<Option<StoredMessage>>, Error> {
+    let requests: Vec<Request> = sequences.map(|seq| message_request(stream, seq)).collect();
+    let answers = link.call_each(&requests, timeout)?;
+    let read = |(answer, (api, _)): (Vec<u8>, Request)| {
+        parse_message(&answer).map_err(|source| Error::Api { api, source })
+    };
+    answers.into_iter().zip(requests).map(read).collect()
 }
 
 fn ask<T>(

@@ -31,9 +31,18 @@ struct Record {
 struct Entry {
     name: String,
     created: String,
+    #[serde(flatten)]
+    last: Option<Last>,
+    #[serde(default)]
+    shared: bool,
+    confirmed_seq: u64,
+}
+
+/// An event, and the sequence that it stands at.
+#[derive(Debug, Serialize, Deserialize)]
+struct Last {
     seq: u64,
     position: String,
-    confirmed_seq: u64,
 }
 
 /// The key of one slot, and what was last read from or written to it.
@@ -197,8 +206,8 @@ impl CheckpointStore {
         *pending = Some((now, marks));
     }
 
-    /// Before anything is published to a stream there is a first mark of it: whatever is consumed away
-    /// later is counted from there.
+    /// Before anything is published to a stream there is a first mark of it, and it says whether others write there:
+    /// whatever is consumed away later is counted from there.
     pub fn begin(
         &mut self,
         link: &Link,
@@ -212,10 +221,11 @@ impl CheckpointStore {
         else {
             return Ok(());
         };
-        if marks
-            .iter()
-            .all(|mark| written.iter().any(|old| old.name == mark.name))
-        {
+        let is_known = |mark: &Mark| {
+            let old = written.iter().find(|old| old.name == mark.name);
+            old.is_some_and(|old| old.shared == mark.shared)
+        };
+        if marks.iter().all(is_known) {
             return Ok(());
         }
         let answer = link
@@ -286,18 +296,25 @@ impl Entry {
         Entry {
             name: mark.name.clone(),
             created: mark.created.clone(),
-            seq: mark.seq,
-            position: mark.position.to_string(),
+            last: mark.last.as_ref().map(|(seq, at)| Last {
+                seq: *seq,
+                position: at.to_string(),
+            }),
+            shared: mark.shared,
             confirmed_seq: mark.confirmed_seq,
         }
     }
 
     fn mark(self) -> Option<Mark> {
+        let last = match self.last {
+            Some(last) => Some((last.seq, last.position.parse().ok()?)),
+            None => None,
+        };
         Some(Mark {
-            position: self.position.parse().ok()?,
+            last,
             name: self.name,
             created: self.created,
-            seq: self.seq,
+            shared: self.shared,
             confirmed_seq: self.confirmed_seq,
         })
     }
@@ -312,8 +329,8 @@ mod tests {
         let mark = Mark {
             name: "EV".into(),
             created: "2026-11-23T09:26:06Z".into(),
-            seq: 7,
-            position: "s 1 2 0/16B3748 3".parse().unwrap(),
+            last: Some((7, "s 1 2 0/16B3748 3".parse().unwrap())),
+            shared: true,
             confirmed_seq: 5,
         };
         let text = serde_json::to_string(&Record {

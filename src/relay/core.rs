@@ -20,6 +20,9 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// So long after a message of somebody else a replicated stream gets one publish at a time.
+const SHARED_FOR: Duration = Duration::from_secs(600);
+
 /// The bounds of the window.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -155,6 +158,8 @@ struct Remembered {
     name: String,
     created: String,
     last: Option<Checkpoint>,
+    acked_seq: u64,
+    shared: bool,
     confirmed_seq: u64,
 }
 
@@ -165,10 +170,10 @@ pub struct Mark {
     pub name: String,
     /// When it was created.
     pub created: String,
-    /// A sequence of it.
-    pub seq: u64,
-    /// The event that stands there.
-    pub position: SourcePosition,
+    /// Where in it nothing of ours is missing; `None` once it went backwards.
+    pub last: Option<(u64, SourcePosition)>,
+    /// Others were seen to write to it.
+    pub shared: bool,
     /// The sequence that the confirmed LSN rests on.
     pub confirmed_seq: u64,
 }
@@ -188,15 +193,19 @@ impl Memory {
     pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) {
         for mark in marks {
             let known = self.0.iter().any(|remembered| remembered.name == mark.name);
-            if !known && lineage.shares(&mark.position) {
+            let shared = |(_, at): &(u64, SourcePosition)| lineage.shares(at);
+            if !known && mark.last.as_ref().is_none_or(shared) {
+                let last = mark.last.map(|(seq, at)| Checkpoint {
+                    seq,
+                    position: at.position,
+                    id: None,
+                });
                 self.0.push(Remembered {
                     name: mark.name,
                     created: mark.created,
-                    last: Some(Checkpoint {
-                        seq: mark.seq,
-                        position: mark.position.position,
-                        id: None,
-                    }),
+                    acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
+                    last,
+                    shared: mark.shared,
                     confirmed_seq: mark.confirmed_seq,
                 });
             }
@@ -215,6 +224,8 @@ pub struct Tally {
     pub skipped: u64,
     /// Events dropped because an earlier event had used their id.
     pub dropped: u64,
+    /// Events published behind later ones, because somebody else's message had let those pass.
+    pub late: u64,
 }
 
 #[derive(Debug)]
@@ -227,8 +238,14 @@ struct Stream {
     chain: Chain,
     tail: Tail,
     aged: Option<Position>,
-    /// The last event known to stand in the stream.
+    /// Everything up to this event stands at or before its sequence, and nothing behind it does.
     last: Option<Checkpoint>,
+    /// The highest sequence that was acknowledged or read.
+    acked_seq: u64,
+    /// Others write to the stream.
+    shared: bool,
+    /// When that was last seen.
+    others_at: Option<Instant>,
     /// The sequence of the last settled event: what a confirmation may rest on.
     settled_seq: u64,
     /// What the confirmed LSN rests on.
@@ -248,6 +265,8 @@ struct Pending {
     state: State,
     /// The server called it a duplicate of what stands at this sequence.
     suspect: Option<u64>,
+    /// It stands in the tally.
+    counted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,6 +281,33 @@ enum State {
         seq: u64,
         at: Option<Instant>,
     },
+}
+
+impl Stream {
+    /// Whether another publish may go. On a replicated stream that others write to, a pipeline is no fence: see
+    /// [`Between`](crate::jetstream::resume::Between).
+    fn has_room(&self, now: Instant) -> bool {
+        let others = self.others_at.is_some_and(|at| now < at + SHARED_FOR);
+        self.replicas <= 1 || !others || self.chain.is_settled()
+    }
+
+    /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
+    /// one that was published late settles, later ones stand before it: only once these are settled too, nothing
+    /// behind the position stands at or before the sequence.
+    fn settle(&mut self, position: Position, seq: u64) {
+        self.settled_seq = self.settled_seq.max(seq);
+        if let Some(last) = &mut self.last
+            && seq > 0
+            && position > last.position
+            && !self.tail.is_before_end(position)
+        {
+            *last = Checkpoint {
+                seq: last.seq.max(self.settled_seq),
+                position,
+                id: None,
+            };
+        }
+    }
 }
 
 /// The state machine. See the module.
@@ -303,6 +349,9 @@ impl Core {
             aged: None,
             settled_seq: remembered.confirmed_seq,
             confirmed_seq: remembered.confirmed_seq,
+            acked_seq: remembered.acked_seq,
+            shared: remembered.shared,
+            others_at: None,
             last: remembered.last,
         };
         Core {
@@ -337,6 +386,8 @@ impl Core {
             name: s.name,
             created: s.created,
             last: s.last,
+            acked_seq: s.acked_seq,
+            shared: s.shared,
             confirmed_seq: s.confirmed_seq,
         };
         Memory(self.streams.into_iter().map(remember).collect())
@@ -344,20 +395,21 @@ impl Core {
 
     /// How far each stream is known to be.
     pub fn marks(&self, source: &Source) -> Vec<Mark> {
-        let mark = |stream: &Stream| {
-            let last = stream.last.as_ref()?;
-            Some(Mark {
-                name: stream.name.clone(),
-                created: stream.created.clone(),
-                seq: last.seq,
-                position: SourcePosition {
-                    source: source.clone(),
-                    position: last.position,
-                },
-                confirmed_seq: stream.confirmed_seq,
-            })
+        let at = |position: Position| SourcePosition {
+            source: source.clone(),
+            position,
         };
-        self.streams.iter().filter_map(mark).collect()
+        let mark = |stream: &Stream| Mark {
+            name: stream.name.clone(),
+            created: stream.created.clone(),
+            last: stream
+                .last
+                .as_ref()
+                .map(|last| (last.seq, at(last.position))),
+            shared: stream.shared,
+            confirmed_seq: stream.confirmed_seq,
+        };
+        self.streams.iter().map(mark).collect()
     }
 
     /// The last event known to stand in a stream: from there its tail is searched.
@@ -374,6 +426,7 @@ impl Core {
         &mut self,
         routes: Routes,
         streams: Vec<StreamAtConnect>,
+        now: Instant,
     ) -> Result<(), Trouble> {
         self.disconnected();
         self.routed.clear();
@@ -391,8 +444,23 @@ impl Core {
             let Some(stream) = self.streams.get_mut(index) else {
                 continue;
             };
-            if let Some(stored) = &found.tail.stored {
-                stream.last = Some(stored.clone());
+            let mut tail = found.tail;
+            if stream.last.is_some() && tail.has_others() {
+                stream.others_at = Some(now);
+                stream.shared = true;
+            }
+            if stream.shared {
+                // what is gone may have been theirs: rather twice than never
+                tail.consumed = 0;
+            } else {
+                // where we are alone nothing can be missing
+                tail.between = None;
+            }
+            if let Some(stored) = &tail.stored {
+                stream.acked_seq = stream.acked_seq.max(stored.seq);
+                if tail.between.is_none() {
+                    stream.last = Some(stored.clone());
+                }
             } else if stream.last.is_none() && self.delivery == Delivery::ExactlyOnce {
                 // nothing of ours up to here: what the checkpoint has to say before the first ack, or what
                 // is published and consumed away until it is next written would come again
@@ -405,8 +473,9 @@ impl Core {
             stream.chain = Chain::new(found.last_seq);
             stream.replicas = found.replicas;
             stream.previous = None;
-            stream.tail = found.tail;
-            stream.aged = found.aged;
+            stream.tail = tail;
+            // an event that was published late is younger than its position tells
+            stream.aged = found.aged.filter(|_| !stream.shared || found.replicas <= 1);
             self.routed.push(index);
         }
         self.routes = routes;
@@ -414,14 +483,22 @@ impl Core {
         Ok(())
     }
 
-    /// The connection is gone. What it had not answered will be asked of the streams.
+    /// The connection is gone. What is not settled will be asked of the streams, also what was acknowledged: where
+    /// messages are consumed away, each event must answer for one sequence.
     pub fn disconnected(&mut self) {
         self.connected = false;
         for entry in self.window.iter_mut().take(self.unsent) {
-            if let Entry::Event(event) = entry
-                && matches!(event.state, State::Sent { .. })
-            {
-                event.state = State::Unsent;
+            if let Entry::Event(event) = entry {
+                match event.state {
+                    State::Sent { .. } => event.state = State::Unsent,
+                    State::Stored {
+                        stream: Some(_), ..
+                    } => {
+                        event.state = State::Unsent;
+                        event.counted = true;
+                    }
+                    State::Stored { stream: None, .. } | State::Unsent => {}
+                }
             }
         }
         (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
@@ -465,6 +542,7 @@ impl Core {
                         spans,
                         state: State::Unsent,
                         suspect: None,
+                        counted: false,
                     })
                 }
                 Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
@@ -521,6 +599,9 @@ impl Core {
                             event.subject.to_string(),
                         )));
                     };
+                    if !stream.has_room(now) {
+                        break;
+                    }
                     match stream.tail.verdict(event.position, event.id) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
@@ -535,14 +616,11 @@ impl Core {
                                     .unwrap_or_default(),
                             }));
                         }
-                        Verdict::Stored => {
-                            self.tally.skipped += 1;
-                            let seq = match &stream.tail.stored {
-                                Some(stored) if stored.position == event.position => stored.seq,
-                                _ => 0,
-                            };
+                        Verdict::Stored(seq) => {
+                            self.tally.skipped += u64::from(!pending.counted);
                             if let Some(stored) = &stream.tail.stored
                                 && stored.position == event.position
+                                && stream.tail.between.is_none()
                             {
                                 // one that was consumed away is counted once, also after a reconnect
                                 stream.last = Some(stored.clone());
@@ -550,11 +628,11 @@ impl Core {
                             let aged = stream.aged.is_some_and(|aged| event.position <= aged);
                             State::Stored {
                                 stream: Some(index),
-                                seq,
+                                seq: seq.unwrap_or(0),
                                 at: (!aged).then_some(now),
                             }
                         }
-                        Verdict::Publish => match pending.suspect {
+                        Verdict::Publish | Verdict::Missing => match pending.suspect {
                             Some(seq) => {
                                 return Ok(Next::Lookup {
                                     stream: stream.name.clone(),
@@ -640,11 +718,10 @@ impl Core {
                     }
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
-                stream_state.last = Some(Checkpoint {
-                    seq: ack.seq,
-                    position: event.position,
-                    id: None,
-                });
+                stream_state.acked_seq = stream_state.acked_seq.max(ack.seq);
+                if stream_state.tail.is_before_end(event.position) {
+                    self.tally.late += 1;
+                }
                 State::Stored {
                     stream: Some(stream),
                     seq: ack.seq,
@@ -665,21 +742,47 @@ impl Core {
 
     /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
     /// Returns the id of the event if it is dropped.
+    ///
+    /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can
+    /// only have been this very event.
     pub fn looked_up(
         &mut self,
         token: u64,
         found: Option<(&str, Option<&SourcePosition>)>,
+        now: Instant,
     ) -> Option<String> {
         let index = token.checked_sub(self.first_token)? as usize;
         let Some(Entry::Event(pending)) = self.window.get_mut(index) else {
             return None;
         };
-        pending.suspect = None;
+        let seq = pending.suspect.take()?;
         let event = pending.batch.event(&pending.spans);
-        let (id, position) = found?;
-        // the same position would be this very event, and the tail, read again, says so
-        if id != event.id || position.is_some_and(|p| p.position == event.position) {
-            return None;
+        match found {
+            // the same position would be this very event, and the tail, read again, says so
+            Some((id, position))
+                if id != event.id || position.is_some_and(|p| p.position == event.position) =>
+            {
+                return None;
+            }
+            Some(_) => {}
+            None => {
+                let route = self.routes.route(event.subject);
+                let index = route.and_then(|route| self.routed.get(route).copied());
+                let stream = index.and_then(|index| self.streams.get(index))?;
+                if seq > stream.chain.acked() {
+                    // not consumed: the stream went backwards
+                    return None;
+                }
+                if stream.last.as_ref().is_none_or(|last| last.seq < seq) {
+                    self.tally.skipped += 1;
+                    pending.state = State::Stored {
+                        stream: index,
+                        seq,
+                        at: Some(now),
+                    };
+                    return None;
+                }
+            }
         }
         let dropped = event.id.to_string();
         pending.state = State::Stored {
@@ -694,16 +797,16 @@ impl Core {
     /// What a look at an idle stream says.
     pub fn looked_at(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
         let stream = self.streams.get(index);
-        let Some((stream, last)) = stream.and_then(|s| Some((s, s.last.as_ref()?))) else {
+        let Some(stream) = stream else {
             return Ok(());
         };
-        if self.delivery == Delivery::AtLeastOnce || last_seq >= last.seq {
+        if self.delivery == Delivery::AtLeastOnce || last_seq >= stream.acked_seq {
             return Ok(());
         }
         Err(Trouble::Reconnect(Cause::EndsEarly(Backwards {
             stream: stream.name.clone(),
             last_seq,
-            acked_seq: last.seq,
+            acked_seq: stream.acked_seq,
         })))
     }
 
@@ -771,6 +874,9 @@ impl Core {
                     tail: Tail::default(),
                     aged: None,
                     last: None,
+                    acked_seq: 0,
+                    shared: false,
+                    others_at: None,
                     settled_seq: 0,
                     confirmed_seq: 0,
                 });
@@ -783,7 +889,7 @@ impl Core {
         let Some(stream) = self.streams.get_mut(index) else {
             return Ok(());
         };
-        let acked_seq = stream.last.as_ref().map_or(0, |last| last.seq);
+        let acked_seq = stream.acked_seq;
         if last_seq >= acked_seq {
             return Ok(());
         }
@@ -797,6 +903,7 @@ impl Core {
         }
         // told once: the next session fills the stream again from what the slot still has
         stream.last = None;
+        stream.acked_seq = stream.confirmed_seq;
         stream.settled_seq = stream.confirmed_seq;
         Err(Trouble::Backwards(backwards))
     }
@@ -831,7 +938,7 @@ impl Core {
                     ..
                 })) if self.unsent > 0 => {
                     if let Some(stream) = stream.and_then(|index| self.streams.get_mut(index)) {
-                        stream.settled_seq = stream.settled_seq.max(*seq);
+                        stream.settle(spans.position, *seq);
                     }
                     self.youngest = self.youngest.max(*at);
                     self.held -= 1;

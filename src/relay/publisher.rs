@@ -52,6 +52,8 @@ pub struct Publisher<'a> {
     drained: bool,
     postponed: Option<Postponed>,
     next_look: Instant,
+    /// Of the tally's `late`, what was warned of.
+    told_late: u64,
 }
 
 /// Whether more changes come.
@@ -120,6 +122,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            told_late: 0,
         }
     }
 
@@ -171,6 +174,7 @@ impl<'a> Publisher<'a> {
             self.trouble(outcome)?;
             self.publish(link, now)?;
             self.look(link, now);
+            self.tell_late(now);
             let (core, lineage) = (&self.core, self.lineage);
             self.store
                 .write(link, || core.marks(&lineage.source), CHECKPOINT_TOKEN, now);
@@ -357,13 +361,24 @@ impl<'a> Publisher<'a> {
         let used = found
             .as_ref()
             .and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
-        if let Some(id) = self.core.looked_up(token, used) {
+        if let Some(id) = self.core.looked_up(token, used, Instant::now()) {
             let earlier = position
                 .map(|position| position.to_string())
                 .unwrap_or_default();
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
         }
         Ok(())
+    }
+
+    fn tell_late(&mut self, now: Instant) {
+        let late = self.core.tally().late;
+        if late > self.told_late && self.said.is_new("late", now) {
+            log::warn!(
+                events = late - self.told_late;
+                "published events behind later ones: somebody else's messages in this replicated stream had let those pass"
+            );
+            self.told_late = late;
+        }
     }
 
     /// Looks at the streams now and then while nothing is being published.
@@ -449,7 +464,9 @@ impl<'a> Publisher<'a> {
             routes,
             streams,
         } = joined;
-        self.core.connected(routes, streams).map_err(Error::from)?;
+        self.core
+            .connected(routes, streams, Instant::now())
+            .map_err(Error::from)?;
         let marks = self.core.marks(&self.lineage.source);
         self.store
             .begin(&link, marks, self.config.nats.request_timeout)?;

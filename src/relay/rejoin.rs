@@ -7,7 +7,9 @@ use crate::config::Config;
 use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::preflight::preflight;
-use crate::jetstream::resume::{Checkpoint, Extent, Lineage, OUTBOX_POSITION, Tail, find_tail};
+use crate::jetstream::resume::{
+    Between, Checkpoint, Extent, Lineage, OUTBOX_POSITION, Tail, find_tail,
+};
 use crate::jetstream::streams::{self, Request, Routes, StoredMessage, StreamInfo};
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
@@ -18,6 +20,10 @@ use std::time::{Duration, Instant};
 const CATCH_UP_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks.
 const CATCH_UP_PAUSE: Duration = Duration::from_millis(250);
+
+/// So many messages of a replicated stream are read back one by one at most, which takes some seconds: what
+/// is published between two writes of the checkpoint, with room to spare.
+const READ_BETWEEN: u64 = 100_000;
 
 /// A connection, and what was read over it.
 pub struct Joined {
@@ -54,6 +60,11 @@ impl Joined {
     /// position, whenever there is doubt.
     pub fn start_position(&self) -> Lsn {
         let position = |stream: &StreamAtConnect| match &stream.tail {
+            Tail {
+                between: Some(between),
+                switch_point: None,
+                ..
+            } => between.from.commit_lsn,
             Tail {
                 stored: Some(stored),
                 switch_point: None,
@@ -206,14 +217,44 @@ impl Stream<'_> {
             checkpoint,
             |seq| self.get(streams::message_request(name, seq)),
         )?;
-        let tail = lineage
+        let mut tail = lineage
             .judge(found, checkpoint, config.accept_new_system)
             .map_err(|conflict| Error::Conflict {
                 stream: name.clone(),
                 conflict,
             })?;
-        let aged = self.aged(lineage, &tail, config.hold_back)?;
+        let mut aged = self.aged(lineage, &tail, config.hold_back)?;
+        if let Some(between) = self.between(lineage, &tail, checkpoint)? {
+            aged = aged.filter(|aged| *aged <= between.from);
+            tail.look_between(between);
+        }
         Ok((tail, aged))
+    }
+
+    /// On a replicated stream, what stands between the last event known to be whole and the tail.
+    fn between(
+        &self,
+        lineage: &Lineage,
+        tail: &Tail,
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<Option<Between>, Error> {
+        let (Some(stored), Some(known)) = (&tail.stored, checkpoint) else {
+            return Ok(None);
+        };
+        let name = &self.info.config.name;
+        let stretch = self.info.state.first_seq.max(known.seq + 1)..=stored.seq;
+        if self.info.config.num_replicas <= 1 || stretch.is_empty() {
+            return Ok(None);
+        }
+        if stored.seq - known.seq > READ_BETWEEN {
+            log::warn!(
+                stream = name.as_str(), messages = stored.seq - known.seq;
+                "too many events since the last checkpoint to read them back: if others write to this stream, compare it with the outbox"
+            );
+            return Ok(None);
+        }
+        let messages = streams::messages(self.link, name, stretch, self.timeout)?;
+        Ok(Some(Between::read(lineage, known.position, &messages)))
     }
 
     /// The last event of ours that the stream has had for `hold_back`, by the server's own clock: a search

@@ -120,7 +120,7 @@ impl<'a> Session<'a> {
             hold_back: config.hold_back,
         };
         let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
-        if let Err(trouble) = core.connected(routes, streams) {
+        if let Err(trouble) = core.connected(routes, streams, Instant::now()) {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }

@@ -1,6 +1,7 @@
 //! Faults of a cluster of three: the stream has three copies, and its leader changes in mid-stream.
 
 use crate::faults_scenario::{NAME, Scenario};
+use crate::faults_streams::another_in_the_window;
 use crate::support::nats::{Nats, NatsCluster};
 use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, secs};
@@ -50,6 +51,24 @@ fn nodes_killed_one_after_the_other_lose_repeat_and_reorder_nothing() {
         }
     }
     run.finish(relay).assert_confirmed();
+}
+
+/// A replicated stream cannot be told which message must be the last one, so events may pass one that was refused
+/// when somebody else's message took its place. It is published behind them, and that is said.
+#[test]
+fn a_message_of_another_in_the_middle_of_a_window_of_a_replicated_stream_loses_nothing() {
+    let cluster = NatsCluster::start();
+    for killed in [false, true] {
+        cluster.add_stream(NAME, &["events.>"]);
+        let (bodies, log) = another_in_the_window(&cluster.nodes[0], killed);
+        let late = bodies.iter().zip(1..).take_while(|(body, n)| *body != n);
+        assert!(late.count() > 0, "the window passed the refused event");
+        let warned = log.iter().any(|line| line.contains("behind later ones"));
+        assert!(warned, "{}", log.join("\n"));
+        let mut client = cluster.nodes[0].client();
+        client.api(&format!("STREAM.DELETE.{NAME}"), &Value::Null);
+        client.api("STREAM.DELETE.KV_jetstream_outbox", &Value::Null);
+    }
 }
 
 /// Every follower of the stream is current.

@@ -115,9 +115,18 @@ fn a_stream_that_is_missing_is_waited_for() {
 /// may be stored, though one of them expects just the sequence that this message has.
 #[test]
 fn a_message_of_another_in_the_middle_of_a_window_leaves_no_hole() {
-    const ROWS: u64 = 100;
     let nats = Nats::start();
     nats.client().add_seed_stream();
+    let (bodies, _) = another_in_the_window(&nats, false);
+    assert_eq!(bodies, (1..=WINDOW).collect::<Vec<_>>());
+}
+
+/// Events that [`another_in_the_window`] commits.
+pub const WINDOW: u64 = 100;
+
+/// Lets somebody else's message into the stream before a window of events that is on its way, with the relay alive or
+/// killed and started again. Returns the bodies behind that message, and the last relay's log.
+pub fn another_in_the_window(nats: &Nats, killed: bool) -> (Vec<u64>, Vec<String>) {
     let pg = Postgres::start();
     pg.seed_setup();
     let proxy = Proxy::start(nats.port());
@@ -126,31 +135,42 @@ fn a_message_of_another_in_the_middle_of_a_window_leaves_no_hole() {
     proxy.set(Mode::Freeze);
     let before = proxy.passed(Direction::ToServer);
     pg.execute(&format!(
-        "INSERT INTO outbox SELECT gen_random_uuid(), 'account', n, to_jsonb(n) FROM generate_series(1, {ROWS}) n"
+        "INSERT INTO outbox SELECT gen_random_uuid(), 'account', n, to_jsonb(n) FROM generate_series(1, {WINDOW}) n"
     ));
     relay.wait_for_log("acknowledged nothing", secs(30));
     assert_eq!(proxy.passed(Direction::ToServer), before);
+    if killed {
+        relay.kill();
+    }
     let mut client = nats.client();
     client.publish("events.foreign.a", &[], b"");
     // the window, in the proxy all the while, arrives behind the other's message
     proxy.set(Mode::Pass);
-    let last = ROWS.to_string();
-    eventually("the last event", secs(30), || {
-        client
-            .read_all(NAME)
+    if killed {
+        eventually("what was on its way", secs(30), || {
+            client.message_count(NAME) > 1
+        });
+        relay = Relay::start_at(pg.port(), nats.port(), &["--hold-back", "0"]);
+    }
+    let mut bodies = Vec::new();
+    eventually("every event", secs(30), || {
+        let messages = client.read_all(NAME);
+        let numbers = messages
             .iter()
-            .any(|message| message.body == last.as_bytes())
+            .skip(1)
+            .map(|message| message.text().parse());
+        bodies = numbers
+            .collect::<Result<_, _>>()
+            .expect("the bodies are numbers");
+        let mut sorted: Vec<u64> = bodies.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        sorted.len() as u64 == WINDOW
     });
     relay.term();
     assert_eq!(relay.wait_exit(secs(30)), 0);
-    let messages = client.read_all(NAME);
-    let bodies: Vec<&str> = messages
-        .iter()
-        .skip(1)
-        .map(|message| message.text())
-        .collect();
-    let expected: Vec<String> = (1..=ROWS).map(|number| number.to_string()).collect();
-    assert_eq!(bodies, expected);
+    assert_eq!(client.message_count(NAME), WINDOW + 1, "nothing came twice");
+    (bodies, relay.log())
 }
 
 #[test]

@@ -4,9 +4,9 @@
 //! that was not received, is not stored, or is younger than the hold-back. Once the faults are over, everything is stored
 //! and confirmed within a bounded time, and nothing has halted.
 //!
-//! What excludes each other in one run is not promised together, see `world::Kind`: a foreign message is stored only while no
-//! connection publishes (in the middle of a pipeline it takes the place of one publish, and the next one fits behind
-//! it), roll-backs do not meet consumed or foreign messages, and ids are not reused where late copies arrive.
+//! What excludes each other in one run is not promised together, see `world::Kind`: in a replicated stream that others write
+//! to, order is not kept where their messages fall into the middle of a window (but nothing is missing or twice);
+//! roll-backs do not meet consumed or foreign messages, and ids are not reused where late copies arrive.
 //!
 //! `SIM_SEEDS=n` and `SIM_FIRST=n` choose other seeds, `SIM_SEED=n` one alone, with its trace.
 

@@ -66,6 +66,8 @@ pub struct Flight {
     pub token: u64,
     pub event: Event,
     pub expected: Option<u64>,
+    /// The id of the message that must be the last one.
+    pub expected_last: Option<String>,
 }
 
 pub struct Stored {
@@ -82,6 +84,8 @@ pub struct Stream {
     pub replicated: bool,
     pub window: Duration,
     pub last_seq: u64,
+    /// The id of the last message, also once it was consumed.
+    last_id: Option<String>,
     /// What it holds.
     pub messages: BTreeMap<u64, Stored>,
     /// What it was given and did not lose, consumed or not: sequence, `nth`, time.
@@ -110,6 +114,7 @@ impl Stream {
             replicated,
             window,
             last_seq: 0,
+            last_id: None,
             messages: BTreeMap::new(),
             history: Vec::new(),
             ids: HashMap::new(),
@@ -118,7 +123,9 @@ impl Stream {
 
     /// A publish arrives.
     pub fn publish(&mut self, flight: &Flight, now: Instant) -> Result<PubAck, AckError> {
-        let wrong = flight.expected.is_some_and(|seq| seq != self.last_seq);
+        let other = |id: &String| self.last_id.as_ref() != Some(id);
+        let wrong = flight.expected.is_some_and(|seq| seq != self.last_seq)
+            || flight.expected_last.as_ref().is_some_and(other);
         if wrong && !self.replicated {
             return Err(self.wrong_last_sequence());
         }
@@ -149,6 +156,7 @@ impl Stream {
 
     pub fn store(&mut self, event: Option<Event>, time: Instant) {
         self.last_seq += 1;
+        self.last_id = event.as_ref().map(|event| event.id.clone());
         self.messages.insert(self.last_seq, Stored { event, time });
     }
 
@@ -158,6 +166,8 @@ impl Stream {
         self.history.retain(|(seq, ..)| *seq <= last_seq);
         self.ids.retain(|_, (seq, _)| *seq <= last_seq);
         self.last_seq = last_seq;
+        let last = self.messages.get(&last_seq);
+        self.last_id = last.and_then(|last| Some(last.event.as_ref()?.id.clone()));
     }
 
     pub fn first_seq(&self) -> u64 {

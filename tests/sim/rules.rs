@@ -25,6 +25,8 @@ pub enum Rule {
     Replay,
     /// An idle stream is looked at.
     Look,
+    /// On a replicated stream that others write to, what stands before the tail is read back.
+    Between,
     /// The copy stream starts at the oldest of the tails.
     OldestTail,
     /// What is known of the streams outlives a session.
@@ -33,7 +35,7 @@ pub enum Rule {
     Checkpoint,
 }
 
-pub const ALL: [Rule; 14] = [
+pub const ALL: [Rule; 15] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -45,6 +47,7 @@ pub const ALL: [Rule; 14] = [
     Rule::Age,
     Rule::Replay,
     Rule::Look,
+    Rule::Between,
     Rule::OldestTail,
     Rule::Memory,
     Rule::Checkpoint,

@@ -7,7 +7,7 @@ use crate::model::{Event, Flight, Postgres, Stream, refused};
 use crate::rules::Rule;
 use jetstream_outbox::jetstream::Delivery;
 use jetstream_outbox::jetstream::ack::{AckError, PubAck};
-use jetstream_outbox::jetstream::resume::{Checkpoint, Extent, Lineage, Tail, find_tail};
+use jetstream_outbox::jetstream::resume::{Between, Checkpoint, Extent, Lineage, Tail, find_tail};
 use jetstream_outbox::jetstream::streams::{Routes, StreamConfig, StreamInfo, StreamState};
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
@@ -245,7 +245,9 @@ impl World {
 
     fn all_is_stored(&self) -> Outcome {
         for (stream, committed) in self.streams.iter().zip(&self.committed) {
-            let mut stored = stream.history.iter().map(|(_, nth, _)| *nth).peekable();
+            let mut stored: Vec<usize> = stream.history.iter().map(|(_, nth, _)| *nth).collect();
+            stored.sort_unstable();
+            let mut stored = stored.into_iter().peekable();
             for event in committed {
                 if stored.next_if_eq(&event.nth).is_none() && !event.reused {
                     return Err(format!("lost: {event:?} is not in {}", stream.name));
@@ -388,6 +390,10 @@ impl World {
                         token: publication.token,
                         event: event.clone(),
                         expected: publication.expected_last_sequence.filter(|_| fence),
+                        expected_last: publication
+                            .expected_last
+                            .filter(|_| fence)
+                            .map(|(batch, spans)| batch.event(&spans).id.to_string()),
                     });
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
@@ -395,16 +401,18 @@ impl World {
                     let found = self.streams.iter().find(|s| s.name == stream);
                     let found = found
                         .and_then(|s| s.messages.get(&seq))
-                        .filter(|_| lookup)
                         .and_then(|message| message.event.as_ref());
                     let position = found.map(|event| SourcePosition {
                         source: source.clone(),
                         position: event.position,
                     });
-                    let dropped = session.core.looked_up(
-                        token,
-                        found.map(|event| (event.id.as_str(), position.as_ref())),
-                    );
+                    let used = found.map(|event| (event.id.as_str(), position.as_ref()));
+                    let used = if lookup {
+                        used
+                    } else {
+                        Some(("another", None))
+                    };
+                    let dropped = session.core.looked_up(token, used, now);
                     trace!(self, "looked at {seq} of {stream}, dropped {dropped:?}");
                 }
                 Ok(Next::Nothing) => break,
@@ -506,9 +514,15 @@ impl World {
         }
         let memory = std::mem::take(&mut self.memory);
         let found = self.read_streams(|stream| memory.last_known(stream).cloned());
-        let position = |stream: &StreamAtConnect| {
-            let stored = stream.tail.stored.as_ref();
-            stored.map_or(Lsn::INVALID, |stored| stored.position.commit_lsn)
+        let position = |stream: &StreamAtConnect| match &stream.tail {
+            Tail {
+                between: Some(between),
+                ..
+            } => between.from.commit_lsn,
+            tail => {
+                let stored = tail.stored.as_ref();
+                stored.map_or(Lsn::INVALID, |stored| stored.position.commit_lsn)
+            }
         };
         let oldest = found.iter().map(position).min().unwrap_or_default();
         let newest = found.iter().map(position).max().unwrap_or_default();
@@ -578,11 +592,14 @@ impl World {
             return Ok(());
         };
         self.connection = Some(Connection::default());
-        if let Err(trouble) = session.core.connected(Routes::new(&infos), found) {
+        if let Err(trouble) = session.core.connected(Routes::new(&infos), found, self.now) {
             return self.handle(Ok(Err(trouble)));
         }
         let marks = session.core.marks(&self.lineage.source);
-        let known = |mark: &Mark| self.written.iter().any(|old| old.name == mark.name);
+        let known = |mark: &Mark| {
+            let old = self.written.iter().find(|old| old.name == mark.name);
+            old.is_some_and(|old| old.shared == mark.shared)
+        };
         if !marks.iter().all(known) {
             self.write_checkpoint(marks);
         }
@@ -621,7 +638,21 @@ impl World {
                 .filter(old)
                 .filter_map(|m| m.event.as_ref())
                 .next_back();
-            let aged = aged.map(|event| event.position);
+            let from = tail.between.as_ref().map(|between| between.from);
+            let aged = aged
+                .map(|event| event.position)
+                .filter(|aged| from.is_none_or(|from| *aged <= from));
+            if let (true, Some(known), Some(stored)) = (
+                stream.replicated && !self.is_off(Rule::Between),
+                &checkpoint,
+                &tail.stored,
+            ) {
+                let stretch = known.seq + 1..=stored.seq;
+                let messages: Vec<_> = stretch.map(|seq| stream.read(source, seq)).collect();
+                if !messages.is_empty() {
+                    tail.look_between(Between::read(&self.lineage, known.position, &messages));
+                }
+            }
             tail.stored.get_or_insert(Checkpoint {
                 seq: stream.last_seq,
                 position: Position::default(),
@@ -629,7 +660,7 @@ impl World {
             });
             found.push(StreamAtConnect {
                 name: stream.name.to_string(),
-                replicas: 0,
+                replicas: if stream.replicated { 3 } else { 1 },
                 created: "once".to_string(),
                 last_seq: stream.last_seq,
                 tail,
@@ -715,7 +746,16 @@ impl World {
         let last = stream.history.last().map(|(_, nth, _)| *nth);
         let length = stream.history.len();
         let answer = stream.publish(&flight, self.now);
-        if stream.history.len() > length {
+        // on a replicated stream somebody else's message lets publishes in behind a refused one
+        let ordered = !stream.replicated || self.kind != Kind::Foreign;
+        let (_, earlier) = stream
+            .history
+            .split_last()
+            .unwrap_or((&(0, 0, self.now), &[]));
+        if stream.history.len() > length && earlier.iter().any(|(_, nth, _)| *nth == event.nth) {
+            return Err(format!("twice: {event:?}"));
+        }
+        if stream.history.len() > length && ordered {
             if last.is_some_and(|last| event.nth <= last) {
                 return Err(format!("twice or out of order: {event:?} after {last:?}"));
             }
@@ -839,10 +879,6 @@ impl World {
 
     fn foreign(&mut self) {
         let index = self.rng.usize(..self.streams.len());
-        // while publishes are pipelined, a foreign message takes the place of one and lets the next in: see `main.rs`
-        if self.connection.is_some() || self.zombies.iter().any(|zombie| !zombie.out.is_empty()) {
-            return;
-        }
         self.streams[index].store(None, self.now);
         let name = self.streams[index].name;
         trace!(self, "a message of somebody else in {name}");
