@@ -102,6 +102,16 @@ pub enum Verdict {
 }
 
 impl Tail {
+    /// Whether the event at `position`, or one behind it, is known to stand here.
+    pub fn reaches(&self, position: Position) -> bool {
+        let reached = |stored: &Checkpoint| stored.position >= position;
+        self.between.is_none()
+            && self
+                .switch_point
+                .is_none_or(|lsn| position.commit_lsn < lsn)
+            && self.stored.as_ref().is_some_and(reached)
+    }
+
     /// Takes in what was read of the stretch before the tail.
     pub fn look_between(&mut self, between: Between) {
         if let (Some((position, _)), Some(stored)) = (between.stored.last(), &mut self.stored)

@@ -339,6 +339,10 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     routes: Vec<(Pattern, usize)>,
+    /// The largest message that each stream takes.
+    limits: Vec<usize>,
+    /// The stream that has parked events and no others.
+    parked: Option<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -361,9 +365,34 @@ impl Routes {
             let subjects = stream.config.subjects.iter();
             subjects.map(move |subject| (pattern(subject), index))
         });
+        let limit = |stream: &StreamInfo| match usize::try_from(stream.config.max_msg_size) {
+            Ok(limit) if limit > 0 => limit,
+            _ => usize::MAX,
+        };
         Routes {
             routes: routes.collect(),
+            limits: streams.iter().map(limit).collect(),
+            parked: None,
         }
+    }
+
+    /// The same, where the stream at `index`, if any, has parked events and no others.
+    pub fn parked_in(self, index: Option<usize>) -> Routes {
+        Routes {
+            parked: index,
+            ..self
+        }
+    }
+
+    /// The stream that has parked events and no others.
+    pub fn parked(&self) -> Option<usize> {
+        self.parked
+    }
+
+    /// The largest message, headers included, that the stream of `subject` took when it was looked at.
+    pub fn max_msg_size(&self, subject: &str) -> usize {
+        let limit = self.route(subject).and_then(|index| self.limits.get(index));
+        limit.copied().unwrap_or(usize::MAX)
     }
 
     /// The index of the stream that captures `subject`, a legal one without wildcards.
@@ -445,6 +474,11 @@ mod tests {
             assert_eq!(routes.route(subject), expected, "{subject}");
         }
         assert_eq!(Routes::default().route("a"), None);
+        let mut limited = stream(&["a.>"]);
+        limited.config.max_msg_size = 7;
+        let routes = Routes::new(&[limited, stream(&["b.>"])]);
+        let limits = ["a.x", "b.x", "c"].map(|subject| routes.max_msg_size(subject));
+        assert_eq!(limits, [7, usize::MAX, usize::MAX]);
     }
 
     #[test]

@@ -75,6 +75,11 @@ impl EventSpans {
         self.size() - self.subject.len as usize
     }
 
+    /// Bytes of the id.
+    pub fn id_len(&self) -> usize {
+        self.id.len as usize
+    }
+
     /// The same event, given up.
     pub fn lost(self) -> EventSpans {
         EventSpans {

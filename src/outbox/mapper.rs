@@ -1453,6 +1453,8 @@ mod tests {
         [event.subject, event.id, event.headers, &body].map(str::to_string)
     }
 
+    type Edit<'a> = &'a dyn Fn(&mut Mapping);
+
     fn with(change: impl FnOnce(&mut Mapping)) -> Mapping {
         let mut mapping = Mapping::new("events");
         mapping.message_prefix = Some("slot".to_string());
@@ -1553,7 +1555,7 @@ mod tests {
         let place = |mapping: &mut Mapping| mapping.position_headers = true;
         let ce = "\r\nce-specversion: 1.0\r\nce-id: 1\r\nce-source: /shop\r\nce-type: {}\r\n\
                   ce-time: 2026-11-24T12:00:00.000001Z\r\nce-datacontenttype: application/json";
-        let cases: [(&dyn Fn(&mut Mapping), _, &str); 9] = [
+        let cases: [(Edit<'_>, _, &str); 9] = [
             (&|_| {}, row(null, null, null, null), ""),
             (
                 &|_| {},
@@ -1632,7 +1634,7 @@ mod tests {
             row
         };
         let many = format!(r#"{{"x":"{}"}}"#, "x".repeat(header::MAX_LEN));
-        let cases: [(&dyn Fn(&mut Mapping), _, [&str; 4]); 9] = [
+        let cases: [(Edit<'_>, _, [&str; 4]); 9] = [
             (
                 &poison,
                 changed(0, Value::Null),

@@ -112,6 +112,13 @@ pub fn write_headers(own: &str, cause: &str, home: &str, out: &mut Vec<u8>) {
     }
 }
 
+/// Why a parked event is parked, by its header lines.
+pub fn cause(headers: &str) -> &str {
+    let mut lines = headers.split("\r\n");
+    let cause = lines.find_map(|line| line.strip_prefix(PARKED)?.strip_prefix(": "));
+    cause.unwrap_or_default()
+}
+
 /// A header that the server acts on, and may have refused the event for.
 fn is_acted_on(line: &str) -> bool {
     line.get(..5)
@@ -203,6 +210,7 @@ mod tests {
         assert_eq!((parked.id, parked.table), (event.id, event.table));
         assert_eq!((parked.fate, parked.position), (Fate::Park, event.position));
         assert_eq!(parked.home, "events.a.b");
+        assert_eq!(cause(parked.headers), "too%0Alarge");
         (
             parked.subject.to_string(),
             parked.headers.to_string(),

@@ -13,7 +13,8 @@ use crate::jetstream::ack::{AckError, PubAck};
 use crate::jetstream::chain::{Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
-use crate::outbox::batch::{Batch, Change, EventSpans};
+use crate::jetstream::wire;
+use crate::outbox::batch::{Batch, Change, EventSpans, Fate, OutboxEvent};
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 use std::collections::{HashSet, VecDeque};
@@ -49,6 +50,15 @@ pub enum Next {
         seq: u64,
         /// To be handed back.
         token: u64,
+    },
+    /// The event is larger than the server takes: call [`Core::replace`] or [`Core::give_up`], or halt.
+    TooLarge {
+        /// Names the event.
+        token: u64,
+        /// Its size as the server counts it.
+        size: usize,
+        /// What the server takes.
+        limit: usize,
     },
     /// Nothing now: the window is full or empty.
     Nothing,
@@ -224,6 +234,10 @@ pub struct Tally {
     pub skipped: u64,
     /// Events dropped because an earlier event had used their id.
     pub dropped: u64,
+    /// Of the published, those that were parked.
+    pub parked: u64,
+    /// Events given up.
+    pub lost: u64,
     /// Events published behind later ones, because somebody else's message had let those pass.
     pub late: u64,
 }
@@ -291,6 +305,17 @@ impl Stream {
         self.replicas <= 1 || !others || self.chain.is_settled()
     }
 
+    /// The size that an event has as this stream's next.
+    fn wire_size(&self, spans: &EventSpans, position_source_len: usize) -> usize {
+        let previous = self.previous.as_ref().filter(|_| self.replicas == 1);
+        wire::size(
+            spans,
+            Some(self.chain.predicted()),
+            previous.map(|(_, last)| last.id_len()),
+            position_source_len,
+        )
+    }
+
     /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
     /// one that was published late settles, later ones stand before it: only once these are settled too, nothing
     /// behind the position stands at or before the sequence.
@@ -329,6 +354,12 @@ pub struct Core {
     waiting: usize,
     waiting_since: Option<Instant>,
     subjects: HashSet<Box<str>>,
+    /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else
+    /// was. So in whichever stream one of the two is found, it proves that the other is stored, also to a relay
+    /// with other settings.
+    parking: bool,
+    max_payload: usize,
+    position_source_len: usize,
     offered: Position,
     start: Lsn,
     youngest: Option<Instant>,
@@ -369,6 +400,9 @@ impl Core {
             waiting: 0,
             waiting_since: None,
             subjects: HashSet::new(),
+            parking: false,
+            max_payload: usize::MAX,
+            position_source_len: 0,
             offered: Position::default(),
             start: Lsn::INVALID,
             youngest: None,
@@ -483,6 +517,54 @@ impl Core {
         Ok(())
     }
 
+    /// What the server of the new connection takes, and the length of what begins the position header.
+    pub fn takes(&mut self, max_payload: usize, position_source_len: usize) {
+        (self.max_payload, self.position_source_len) = (max_payload, position_source_len);
+    }
+
+    /// How many bytes of id, headers and body may go to `subject`.
+    pub fn room(&self, subject: &str) -> usize {
+        let limit = self.max_payload.min(self.routes.max_msg_size(subject));
+        wire::room(limit, self.position_source_len)
+    }
+
+    /// The event that waits under this token.
+    pub fn event(&self, token: u64) -> Option<OutboxEvent<'_>> {
+        let index = token.checked_sub(self.first_token)? as usize;
+        match self.window.get(index)? {
+            Entry::Event(pending) => Some(pending.batch.event(&pending.spans)),
+            Entry::Boundary(_) => None,
+        }
+    }
+
+    /// Another form of the event under this token, at its position, is to be published in its place. Only of one
+    /// that is not on its way.
+    pub fn replace(&mut self, token: u64, batch: Batch, spans: EventSpans) {
+        self.put(token, |pending| {
+            assert_eq!(spans.position, pending.spans.position);
+            pending.batch = Arc::new(batch);
+            pending.spans = spans;
+        });
+    }
+
+    /// The event under this token is not published at all. Only of one that is not on its way.
+    pub fn give_up(&mut self, token: u64) {
+        self.put(token, |pending| pending.spans = pending.spans.lost());
+    }
+
+    fn put(&mut self, token: u64, change: impl FnOnce(&mut Pending)) {
+        let index = token.checked_sub(self.first_token);
+        let entry = index.and_then(|index| self.window.get_mut(index as usize));
+        if let Some(Entry::Event(pending)) = entry {
+            assert_eq!(
+                pending.state,
+                State::Unsent,
+                "its answer would count for another"
+            );
+            change(pending);
+        }
+    }
+
     /// The connection is gone. What is not settled will be asked of the streams, also what was acknowledged: where
     /// messages are consumed away, each event must answer for one sequence.
     pub fn disconnected(&mut self) {
@@ -504,6 +586,7 @@ impl Core {
         (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
         self.waiting_since = None;
         self.subjects.clear();
+        self.parking = false;
     }
 
     /// Another batch is wanted: everything that came so far was handed on.
@@ -558,6 +641,10 @@ impl Core {
     /// The next thing to do; to be called until it says [`Next::Nothing`].
     pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
         while self.connected {
+            if self.parking && self.waiting > 0 {
+                break;
+            }
+            self.parking = false;
             let token = self.first_token + self.unsent as u64;
             let Some(entry) = self.window.get(self.unsent) else {
                 break;
@@ -576,10 +663,36 @@ impl Core {
                 self.hold(size);
                 continue;
             }
+            if event.fate == Fate::Lose {
+                self.tally.lost += u64::from(!pending.counted);
+                let state = State::Stored {
+                    stream: None,
+                    seq: 0,
+                    at: None,
+                };
+                self.set_state(self.unsent, state);
+                self.hold(size);
+                continue;
+            }
+            let spans = pending.spans;
+            let too_large = |stream: Option<&Stream>| {
+                let size = stream.map_or_else(
+                    || wire::size(&spans, None, None, self.position_source_len),
+                    |stream| stream.wire_size(&spans, self.position_source_len),
+                );
+                (size > self.max_payload).then_some(Next::TooLarge {
+                    token,
+                    size,
+                    limit: self.max_payload,
+                })
+            };
             let next = match self.delivery {
                 Delivery::AtLeastOnce => {
                     if self.subjects.contains(event.subject) {
                         break;
+                    }
+                    if let Some(too_large) = too_large(None) {
+                        return Ok(too_large);
                     }
                     self.subjects.insert(event.subject.into());
                     State::Sent {
@@ -588,6 +701,19 @@ impl Core {
                     }
                 }
                 Delivery::ExactlyOnce => {
+                    let park = event.fate == Fate::Park;
+                    if park && self.waiting > 0 {
+                        break;
+                    }
+                    // the stream that tells of this event besides the one it goes to: nothing passes a parked event, and
+                    // it passes nothing, so what is found behind its place proves that it is stored
+                    let witness = match park {
+                        true => self.routes.route(event.home),
+                        false => self.routes.parked(),
+                    };
+                    let witness = witness.and_then(|route| self.routed.get(route));
+                    let witness = witness.and_then(|index| self.streams.get(*index));
+                    let passed = witness.is_some_and(|w| w.tail.reaches(event.position));
                     let routed = self
                         .routes
                         .route(event.subject)
@@ -602,7 +728,19 @@ impl Core {
                     if !stream.has_room(now) {
                         break;
                     }
-                    match stream.tail.verdict(event.position, event.id) {
+                    let verdict = match (park, passed) {
+                        (true, true) => Verdict::Stored(None),
+                        _ => stream.tail.verdict(event.position, event.id),
+                    };
+                    match verdict {
+                        Verdict::Publish | Verdict::Missing if passed => {
+                            self.tally.skipped += u64::from(!pending.counted);
+                            State::Stored {
+                                stream: Some(index),
+                                seq: 0,
+                                at: Some(now),
+                            }
+                        }
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
                                 stream: stream.name.clone(),
@@ -640,10 +778,15 @@ impl Core {
                                     token,
                                 });
                             }
-                            None => State::Sent {
-                                stream: index,
-                                expected: stream.chain.extend(),
-                            },
+                            None => {
+                                if let Some(too_large) = too_large(Some(stream)) {
+                                    return Ok(too_large);
+                                }
+                                State::Sent {
+                                    stream: index,
+                                    expected: stream.chain.extend(),
+                                }
+                            }
                         },
                     }
                 }
@@ -665,6 +808,7 @@ impl Core {
             self.set_state(self.unsent, next);
             self.hold(size);
             if let Some(publication) = publication {
+                self.parking = publication.event.fate == Fate::Park;
                 self.waiting += 1;
                 self.waiting_since.get_or_insert(now);
                 return Ok(Next::Publish(publication));
@@ -731,6 +875,7 @@ impl Core {
         };
         self.tally.published += 1;
         self.tally.published_bytes += event.body.len() as u64;
+        self.tally.parked += u64::from(event.fate == Fate::Park);
         pending.state = stored;
         self.waiting -= 1;
         self.waiting_since = (self.waiting > 0).then_some(now);

@@ -58,7 +58,12 @@ pub enum Error {
         limit: usize,
     },
     /// A stream will never take the event.
-    Refused(AckError),
+    Refused {
+        /// Table, id and position.
+        event: String,
+        /// What it says.
+        error: AckError,
+    },
     /// No working session to NATS for `--max-outage`; the last reason.
     GaveUp(String),
     /// A stream lost what it had acknowledged; the slot still has it.
@@ -116,7 +121,7 @@ impl Error {
                 Verdict::Exit(Exit::Configuration)
             }
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
-            Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => {
+            Error::Map(_) | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
             }
             Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => {
@@ -165,12 +170,13 @@ impl fmt::Display for Error {
             Error::TooLarge { event, size, limit } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise max_payload of the server (and max_msg_size of the stream), then start the relay again"
+                 raise max_payload of the server (and max_msg_size of the stream), then start the relay again, or park such events \
+                 with --on-poison"
             ),
-            Error::Refused(error) => write!(
+            Error::Refused { event, error } => write!(
                 f,
-                "publish an event: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
-                 limit, then start the relay again"
+                "publish {event}: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
+                 limit, then start the relay again, or park such events with --on-poison"
             ),
             Error::GaveUp(reason) => write!(
                 f,

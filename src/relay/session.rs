@@ -124,6 +124,7 @@ impl<'a> Session<'a> {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }
+        core.takes(link.max_payload(), lineage.source.to_string().len());
         core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
         if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {

@@ -12,6 +12,7 @@ mod faults_scenario;
 mod faults_streams;
 mod mapping;
 mod operation;
+mod park;
 mod payloads;
 mod rig;
 mod secrets;

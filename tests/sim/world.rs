@@ -415,6 +415,7 @@ impl World {
                     let dropped = session.core.looked_up(token, used, now);
                     trace!(self, "looked at {seq} of {stream}, dropped {dropped:?}");
                 }
+                Ok(Next::TooLarge { .. }) => unreachable!("no limit was set"),
                 Ok(Next::Nothing) => break,
                 Err(trouble) => return Ok(Err(trouble)),
             }
