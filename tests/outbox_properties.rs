@@ -8,6 +8,7 @@ use jetstream_outbox::outbox::percent::{MAX_LEN, decode};
 use jetstream_outbox::outbox::subject::{MAX_SUBJECT_LEN, validate_prefix};
 use jetstream_outbox::outbox::template::Template;
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 use std::convert::Infallible;
 
 /// Any text, leaning on the characters that have a rule, and of lengths around the bound.
@@ -73,6 +74,15 @@ fn is_illegal(c: char) -> bool {
     matches!(c, '*' | '>' | '\u{feff}') || c.is_whitespace() || c.is_control()
 }
 
+/// Failures are kept beside the tests, and are tried first from then on.
+fn config() -> ProptestConfig {
+    let file = FileFailurePersistence::Direct("tests/regressions/outbox_properties.txt");
+    ProptestConfig {
+        failure_persistence: Some(Box::new(file)),
+        ..ProptestConfig::with_cases(1_000)
+    }
+}
+
 fn is_shortened(encoded: &str) -> bool {
     encoded.contains("%~")
 }
@@ -85,7 +95,7 @@ fn token_count(value: &str) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1_000) })]
+    #![proptest_config(config())]
 
     #[test]
     fn a_subject_is_legal(aggregatetype in value(), aggregateid in value()) {
@@ -188,7 +198,7 @@ fn read_back(lines: &str) -> Vec<String> {
         .skip(1)
         .map(|line| line.split_once(": ").expect("a name and a value"))
         .collect();
-    let encoded = pairs.iter().any(|pair| *pair == (ENCODED, "X"));
+    let encoded = pairs.contains(&(ENCODED, "X"));
     let values = pairs.iter().filter(|(name, _)| *name == "X");
     values
         .map(|(_, value)| match encoded {
@@ -219,7 +229,7 @@ fn is_legal_block(lines: &str) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1_000) })]
+    #![proptest_config(config())]
 
     #[test]
     fn any_template_makes_legal_subjects(template in template(), values in prop::collection::vec(value(), 8)) {
@@ -332,7 +342,7 @@ fn json() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1_000) })]
+    #![proptest_config(config())]
 
     #[test]
     fn json_keeps_its_meaning_and_every_other_byte(json in json()) {

@@ -4,6 +4,7 @@
 use jetstream_outbox::outbox::mapper::{ColumnInfo, Mapper};
 use jetstream_outbox::outbox::mapping::{Mapping, NamedTable, TableMapping, TableName};
 use jetstream_outbox::postgres::Lsn;
+use log::kv::Key;
 use std::sync::Mutex;
 
 static WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -18,7 +19,8 @@ impl log::Log for Warnings {
     fn log(&self, record: &log::Record<'_>) {
         if record.level() <= log::Level::Warn {
             let mut warnings = WARNINGS.lock().expect("no test panics while it logs");
-            warnings.push(record.args().to_string());
+            let table = record.key_values().get(Key::from("table"));
+            warnings.push(table.expect("the table is named").to_string());
         }
     }
 
@@ -39,13 +41,10 @@ fn a_table_that_is_no_outbox_is_warned_of_once() {
         mapping: TableMapping::default(),
     };
     for (tables, expected) in [
-        (
-            vec![],
-            vec!["table=\"public.users\"", "table=\"a b.\\n\\\"x\""],
-        ),
+        (vec![], vec!["public.users", "a b.\n\"x"]),
         (vec![named("outbox")], vec![]),
         // an outbox that is left out loses events, if it was not meant to be
-        (vec![named("other")], vec!["table=\"public.outbox\""]),
+        (vec![named("other")], vec!["public.outbox"]),
     ] {
         let mut mapper = Mapper::new(&Mapping {
             tables,
@@ -64,10 +63,6 @@ fn a_table_that_is_no_outbox_is_warned_of_once() {
             }
         }
         let warnings = std::mem::take(&mut *WARNINGS.lock().expect("as above"));
-        let tables: Vec<&str> = warnings
-            .iter()
-            .filter_map(|line| line.split(" msg=").next())
-            .collect();
-        assert_eq!(tables, expected);
+        assert_eq!(warnings, expected);
     }
 }

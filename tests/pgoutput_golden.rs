@@ -2,7 +2,7 @@
 //!
 //! `data/pgoutput/<version>.hex` holds messages of that version, one a line, and `<version>.decoded` what
 //! each says. The live test sends the same work to a server of this machine and compares what comes back.
-//! To capture anew: `PG_BINDIR=<its bin folder> PGOUTPUT_CAPTURE=<version> cargo test --test pgoutput_golden`,
+//! To capture anew: `PG_BIN=<its bin folder> PGOUTPUT_CAPTURE=<version> cargo test --test pgoutput_golden`,
 //! then read the difference.
 
 use jetstream_outbox::postgres::pgoutput::{Message, OldTuple, Tuple, TupleValue, decode};
@@ -347,10 +347,8 @@ fn borrowed_bytes(message: Message<'_>) -> usize {
 
 #[test]
 fn a_live_server_sends_what_the_golden_one_sent() {
-    let Some(bin) = server_binaries() else {
-        eprintln!("no PostgreSQL server on this machine: install postgresql-15 or set PG_BINDIR");
-        return;
-    };
+    let bin = server_binaries()
+        .expect("no PostgreSQL server on this machine: install postgresql-15 or set PG_BIN");
     let mut server = Server::start(&bin);
     let has_messages = server.version >= 140_000;
     let messages = server.capture(has_messages);
@@ -572,9 +570,9 @@ fn user_instead_of_root(folder: &Path) -> Option<(u32, u32)> {
     (owner == 0).then(|| (id("-u"), id("-g")))
 }
 
-/// `PG_BINDIR`, or the newest of Debian's.
+/// `PG_BIN`, or the newest of Debian's.
 fn server_binaries() -> Option<PathBuf> {
-    if let Some(bin) = std::env::var_os("PG_BINDIR") {
+    if let Some(bin) = std::env::var_os("PG_BIN") {
         return Some(bin.into());
     }
     let folder = Path::new("/usr/lib/postgresql");

@@ -1,7 +1,8 @@
 //! Whether a stream can carry the promises, from its configuration. Pure.
 
 use super::Delivery;
-use super::streams::StreamInfo;
+use super::probe::ServerInfo;
+use super::streams::{StreamConfig, StreamInfo};
 
 /// The first release whose replicated streams neither answer false duplicates nor poison refused ids.
 const REPLICATED: (u32, u32) = (2, 12);
@@ -15,51 +16,88 @@ pub struct Preflight {
     pub warnings: Vec<String>,
 }
 
-/// Judges a stream on a server of `version` (such as `2.12.3`).
-pub fn preflight(info: &StreamInfo, version: &str, delivery: Delivery) -> Preflight {
-    let config = &info.config;
-    let name = &config.name;
-    let refused = if config.no_ack {
-        Some("acknowledges nothing (no_ack), so nothing can be known to be stored; set no_ack to false".to_string())
-    } else if config.sealed {
-        Some(
+/// Judges a stream on a server.
+pub fn preflight(info: &StreamInfo, server: &ServerInfo, delivery: Delivery) -> Preflight {
+    Preflight {
+        refused: refusal(&info.config, server, delivery)
+            .map(|why| format!("check the stream: {} {why}", info.config.name)),
+        warnings: warnings(&info.config, server, delivery),
+    }
+}
+
+/// Why it cannot carry the promises, and what to do.
+fn refusal(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> Option<String> {
+    let exactly_once = delivery == Delivery::ExactlyOnce;
+    let transform = config.subject_transform.as_ref();
+    if config.no_ack {
+        return Some("acknowledges nothing (no_ack), so nothing can be known to be stored; set no_ack to false".into());
+    }
+    if config.sealed {
+        return Some(
             "is sealed, so nothing can be added; name another stream's subjects with -prefix"
-                .to_string(),
-        )
-    } else if config.persist_mode == "async" {
-        Some(
+                .into(),
+        );
+    }
+    if config.persist_mode == "async" {
+        return Some(
             "acknowledges before it has written (persist_mode async), so acknowledged events can be lost; use the default \
              mode"
-                .to_string(),
-        )
-    } else if delivery == Delivery::ExactlyOnce
-        && config.num_replicas > 1
-        && release(version) < REPLICATED
-    {
-        Some(format!(
-            "is replicated on nats-server {version}, which answers false duplicates (2.10) and blocks refused ids (2.10, 2.11); \
-             upgrade the servers to 2.12, use one replica, or pass -delivery at-least-once"
-        ))
-    } else {
-        None
-    };
+                .into(),
+        );
+    }
+    if exactly_once && transform.is_some_and(|transform| !transform.dest.is_empty()) {
+        return Some(
+            "stores events under other subjects (subject_transform), so they are not found when it is read back; take the \
+             transform out, or pass -delivery at-least-once"
+                .into(),
+        );
+    }
+    if exactly_once && config.num_replicas > 1 && release(&server.version) < REPLICATED {
+        return Some(format!(
+            "is replicated on nats-server {}, which answers false duplicates (2.10) and blocks refused ids (2.10, 2.11); \
+             upgrade the servers to 2.12, use one replica, or pass -delivery at-least-once",
+            server.version
+        ));
+    }
+    None
+}
+
+/// What an operator should know of a stream that can be used.
+fn warnings(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> Vec<String> {
     let mut warnings = Vec::new();
     if config.storage == "memory" {
-        warnings.push("it is kept in memory: a restart of the server loses it".to_string());
+        warnings.push("it is kept in memory: a restart of the server loses it".into());
     }
-    if config.discard == "new" && (config.max_msgs > 0 || config.max_bytes > 0) {
-        warnings.push("it refuses new messages at its limit (discard new): the relay then waits until there is room".to_string());
+    if config.num_replicas == 1 && server.cluster.is_some() {
+        warnings.push(
+            "it has one replica in a cluster: while its server is away the relay waits, and with its disk it is lost".into(),
+        );
+    }
+    let full = config.max_msgs > 0 || config.max_bytes > 0;
+    let per_subject = config.max_msgs_per_subject > 0;
+    if config.discard == "new" {
+        if full || per_subject && config.discard_new_per_subject {
+            warnings.push("it refuses new messages at its limit (discard new): the relay then waits until there is room".into());
+        }
+    } else if full {
+        warnings.push(
+            "it drops its oldest messages at its limit (max_msgs or max_bytes, discard old), consumed or not".into(),
+        );
+    }
+    if let Ok(limit @ 1..) = usize::try_from(config.max_msg_size)
+        && limit < server.max_payload
+    {
+        warnings.push(format!(
+            "it takes messages of up to {limit} bytes with their headers (max_msg_size), the server {}: a larger event stops the relay",
+            server.max_payload
+        ));
     }
     if config.duplicate_window == 0 && delivery == Delivery::AtLeastOnce {
         warnings.push(
-            "it does not look for duplicates (duplicate_window 0): repeats will stand in it"
-                .to_string(),
+            "it does not look for duplicates (duplicate_window 0): repeats will stand in it".into(),
         );
     }
-    Preflight {
-        refused: refused.map(|why| format!("check the stream: {name} {why}")),
-        warnings,
-    }
+    warnings
 }
 
 /// Major and minor; 0 where the text has none.
@@ -71,27 +109,42 @@ fn release(version: &str) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jetstream::streams::{StreamConfig, StreamState};
+    use crate::jetstream::streams::{StreamState, SubjectTransform};
+    use Delivery::*;
 
-    fn check(
-        config: StreamConfig,
-        version: &str,
-        delivery: Delivery,
-        refused: Option<&str>,
-        warnings: usize,
-    ) {
-        let config = StreamConfig {
+    fn stream() -> StreamConfig {
+        StreamConfig {
             name: "EV".into(),
-            ..config
-        };
+            storage: "file".into(),
+            discard: "old".into(),
+            num_replicas: 1,
+            max_msgs: -1,
+            max_bytes: -1,
+            max_msg_size: -1,
+            max_msgs_per_subject: -1,
+            duplicate_window: 1,
+            ..StreamConfig::default()
+        }
+    }
+
+    fn judge(config: StreamConfig, version: &str, cluster: &str, delivery: Delivery) -> Preflight {
         let info = StreamInfo {
             config,
             state: StreamState::default(),
             created: String::new(),
             ts: String::new(),
         };
-        let found = preflight(&info, version, delivery);
-        assert_eq!(found.warnings.len(), warnings, "{found:?}");
+        let server = format!(
+            r#"{{"version": "{version}", "max_payload": 1000, "cluster": {}}}"#,
+            if cluster.is_empty() { "null" } else { cluster }
+        );
+        preflight(&info, &serde_json::from_str(&server).unwrap(), delivery)
+    }
+
+    #[track_caller]
+    fn refuses(config: StreamConfig, version: &str, delivery: Delivery, refused: Option<&str>) {
+        let found = judge(config, version, "", delivery);
+        assert_eq!(found.warnings, [""; 0]);
         match (refused, &found.refused) {
             (None, None) => {}
             (Some(word), Some(why)) => assert!(why.contains(word) && why.contains("EV"), "{why}"),
@@ -101,44 +154,31 @@ mod tests {
 
     #[test]
     fn what_cannot_carry_the_promise_is_refused() {
-        use Delivery::*;
-        let base = || StreamConfig {
-            storage: "file".into(),
-            num_replicas: 1,
-            duplicate_window: 1,
-            ..StreamConfig::default()
-        };
-        check(base(), "2.10.1", ExactlyOnce, None, 0);
-        check(
-            StreamConfig {
+        refuses(stream(), "2.10.1", ExactlyOnce, None);
+        for delivery in [ExactlyOnce, AtLeastOnce] {
+            let no_ack = StreamConfig {
                 no_ack: true,
-                ..base()
-            },
-            "2.15.1",
-            AtLeastOnce,
-            Some("no_ack"),
-            0,
-        );
-        check(
-            StreamConfig {
+                ..stream()
+            };
+            refuses(no_ack, "2.15.1", delivery, Some("no_ack"));
+            let sealed = StreamConfig {
                 sealed: true,
-                ..base()
-            },
-            "2.15.1",
-            AtLeastOnce,
-            Some("sealed"),
-            0,
-        );
-        check(
-            StreamConfig {
+                ..stream()
+            };
+            refuses(sealed, "2.15.1", delivery, Some("sealed"));
+            let fast = StreamConfig {
                 persist_mode: "async".into(),
-                ..base()
-            },
-            "2.15.1",
-            ExactlyOnce,
-            Some("async"),
-            0,
-        );
+                ..stream()
+            };
+            refuses(fast, "2.15.1", delivery, Some("async"));
+        }
+        let transformed = |dest: &str| StreamConfig {
+            subject_transform: Some(SubjectTransform { dest: dest.into() }),
+            ..stream()
+        };
+        refuses(transformed("x.>"), "2.15.1", ExactlyOnce, Some("transform"));
+        refuses(transformed("x.>"), "2.15.1", AtLeastOnce, None);
+        refuses(transformed(""), "2.15.1", ExactlyOnce, None);
         for (version, refused) in [
             ("2.10.25", Some("2.12")),
             ("2.11.0", Some("2.12")),
@@ -146,68 +186,75 @@ mod tests {
             ("2.15.1", None),
             ("3.0", None),
         ] {
-            check(
-                StreamConfig {
-                    num_replicas: 3,
-                    ..base()
-                },
-                version,
-                ExactlyOnce,
-                refused,
-                0,
-            );
-            check(
-                StreamConfig {
-                    num_replicas: 3,
-                    ..base()
-                },
-                version,
-                AtLeastOnce,
-                None,
-                0,
-            );
+            let replicated = || StreamConfig {
+                num_replicas: 3,
+                ..stream()
+            };
+            refuses(replicated(), version, ExactlyOnce, refused);
+            refuses(replicated(), version, AtLeastOnce, None);
         }
-        check(
-            StreamConfig {
-                storage: "memory".into(),
-                ..base()
-            },
-            "2.15.1",
-            ExactlyOnce,
-            None,
-            1,
-        );
-        check(
-            StreamConfig {
-                discard: "new".into(),
-                max_msgs: 5,
-                ..base()
-            },
-            "2.15.1",
-            ExactlyOnce,
-            None,
-            1,
-        );
-        check(
-            StreamConfig {
-                discard: "new".into(),
-                max_msgs: -1,
-                ..base()
-            },
-            "2.15.1",
-            ExactlyOnce,
-            None,
-            0,
-        );
-        check(
-            StreamConfig {
-                duplicate_window: 0,
-                ..base()
-            },
-            "2.15.1",
-            AtLeastOnce,
-            None,
-            1,
-        );
+    }
+
+    #[track_caller]
+    fn warns(config: StreamConfig, cluster: &str, delivery: Delivery, word: Option<&str>) {
+        let found = judge(config, "2.15.1", cluster, delivery);
+        assert_eq!(found.refused, None);
+        match (word, &found.warnings[..]) {
+            (None, []) => {}
+            (Some(word), [warning]) => assert!(warning.contains(word), "{warning}"),
+            _ => panic!("{word:?} {found:?}"),
+        }
+    }
+
+    #[test]
+    fn what_has_limits_is_warned_of() {
+        let limit = |discard: &str, max_msgs, max_bytes, max_msgs_per_subject| StreamConfig {
+            discard: discard.into(),
+            max_msgs,
+            max_bytes,
+            max_msgs_per_subject,
+            ..stream()
+        };
+        let refuses_per_subject = StreamConfig {
+            discard_new_per_subject: true,
+            ..limit("new", -1, -1, 5)
+        };
+        let of_size = |max_msg_size| StreamConfig {
+            max_msg_size,
+            ..stream()
+        };
+        let in_memory = StreamConfig {
+            storage: "memory".into(),
+            ..stream()
+        };
+        for (config, word) in [
+            (stream(), None),
+            (in_memory, Some("memory")),
+            (limit("new", 5, -1, -1), Some("discard new")),
+            (limit("new", -1, 5, -1), Some("discard new")),
+            (limit("new", -1, -1, 5), None),
+            (refuses_per_subject, Some("discard new")),
+            (limit("new", -1, -1, -1), None),
+            (limit("old", 5, -1, -1), Some("discard old")),
+            (limit("old", -1, 5, -1), Some("discard old")),
+            (limit("old", -1, -1, 5), None),
+            (of_size(999), Some("up to 999 bytes")),
+            (of_size(1000), None),
+            (of_size(0), None),
+        ] {
+            warns(config, "", ExactlyOnce, word);
+        }
+        warns(stream(), r#""C""#, ExactlyOnce, Some("one replica"));
+        let replicated = StreamConfig {
+            num_replicas: 3,
+            ..stream()
+        };
+        warns(replicated, r#""C""#, ExactlyOnce, None);
+        let forgetful = || StreamConfig {
+            duplicate_window: 0,
+            ..stream()
+        };
+        warns(forgetful(), "", AtLeastOnce, Some("duplicate_window"));
+        warns(forgetful(), "", ExactlyOnce, None);
     }
 }

@@ -31,6 +31,9 @@ pub struct ServerInfo {
     /// JetStream is enabled on the server (an account may still lack it).
     #[serde(default)]
     pub jetstream: bool,
+    /// The cluster it is part of.
+    #[serde(default)]
+    pub cluster: Option<String>,
     /// The JetStream domain, if the server has one.
     #[serde(default)]
     pub domain: Option<String>,
@@ -214,6 +217,7 @@ mod tests {
                 max_payload: 1_048_576,
                 headers: true,
                 jetstream: true,
+                cluster: None,
                 domain: Some("d".into()),
                 tls_required: false,
                 tls_available: false,

@@ -102,16 +102,6 @@ pub enum Verdict {
 }
 
 impl Tail {
-    /// Whether the event at `position`, or one behind it, is known to stand here.
-    pub fn reaches(&self, position: Position) -> bool {
-        let reached = |stored: &Checkpoint| stored.position >= position;
-        self.between.is_none()
-            && self
-                .switch_point
-                .is_none_or(|lsn| position.commit_lsn < lsn)
-            && self.stored.as_ref().is_some_and(reached)
-    }
-
     /// Takes in what was read of the stretch before the tail.
     pub fn look_between(&mut self, between: Between) {
         if let (Some((position, _)), Some(stored)) = (between.stored.last(), &mut self.stored)
@@ -283,6 +273,21 @@ impl Lineage {
             && at.source.system_id == self.source.system_id
             && (at.source.timeline == self.source.timeline
                 || branch.is_some_and(|(_, lsn)| at.position.commit_lsn < *lsn))
+    }
+
+    /// How far a position of ours reaches into this server's log: not beyond where the two parted, and not at
+    /// all if they have nothing in common.
+    pub fn reach(&self, at: &SourcePosition) -> Option<Lsn> {
+        let lsn = at.position.commit_lsn;
+        if at.source.slot != self.source.slot || at.source.system_id != self.source.system_id {
+            return None;
+        }
+        if at.source.timeline == self.source.timeline {
+            return Some(lsn);
+        }
+        let mut branches = self.switch_points.iter();
+        let branch = branches.find(|(timeline, _)| *timeline == at.source.timeline);
+        branch.map(|(_, switch_point)| lsn.min(*switch_point))
     }
 
     /// What a search says about the stream, seen from this server.

@@ -62,12 +62,26 @@ pub struct StreamConfig {
     pub max_bytes: i64,
     /// Messages are dropped at this age in nanoseconds; 0 for never.
     pub max_age: i64,
+    /// At most so many messages of one subject; −1 for no limit.
+    pub max_msgs_per_subject: i64,
+    /// With `discard: new` a subject at its own limit refuses, too.
+    pub discard_new_per_subject: bool,
+    /// Messages are stored under another subject than they were published on.
+    pub subject_transform: Option<SubjectTransform>,
     /// For how many nanoseconds message ids are remembered.
     pub duplicate_window: i64,
     /// Reads may be answered by any replica.
     pub allow_direct: bool,
     /// `async` acknowledges before the store has written; absent or `default` otherwise.
     pub persist_mode: String,
+}
+
+/// How the subject of a published message becomes that of the stored one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct SubjectTransform {
+    /// What the stored subject is made of; empty: it stays as it is.
+    pub dest: String,
 }
 
 /// What a stream holds.
@@ -339,10 +353,8 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     routes: Vec<(Pattern, usize)>,
-    /// The largest message that each stream takes.
-    limits: Vec<usize>,
-    /// The stream that has parked events and no others.
-    parked: Option<usize>,
+    /// The largest message of each stream that has such a limit.
+    max_msg_sizes: Vec<(usize, usize)>,
 }
 
 #[derive(Clone, Debug)]
@@ -365,34 +377,27 @@ impl Routes {
             let subjects = stream.config.subjects.iter();
             subjects.map(move |subject| (pattern(subject), index))
         });
-        let limit = |stream: &StreamInfo| match usize::try_from(stream.config.max_msg_size) {
-            Ok(limit) if limit > 0 => limit,
-            _ => usize::MAX,
-        };
+        let limited = streams.iter().enumerate().filter_map(|(index, stream)| {
+            let limit = usize::try_from(stream.config.max_msg_size).ok()?;
+            (limit > 0).then_some((index, limit))
+        });
         Routes {
             routes: routes.collect(),
-            limits: streams.iter().map(limit).collect(),
-            parked: None,
+            max_msg_sizes: limited.collect(),
         }
     }
 
-    /// The same, where the stream at `index`, if any, has parked events and no others.
-    pub fn parked_in(self, index: Option<usize>) -> Routes {
-        Routes {
-            parked: index,
-            ..self
+    /// The `max_msg_size` of the stream that captures `subject`, if it has one.
+    pub fn max_msg_size(&self, subject: &str) -> Option<usize> {
+        if self.max_msg_sizes.is_empty() {
+            return None;
         }
-    }
-
-    /// The stream that has parked events and no others.
-    pub fn parked(&self) -> Option<usize> {
-        self.parked
-    }
-
-    /// The largest message, headers included, that the stream of `subject` took when it was looked at.
-    pub fn max_msg_size(&self, subject: &str) -> usize {
-        let limit = self.route(subject).and_then(|index| self.limits.get(index));
-        limit.copied().unwrap_or(usize::MAX)
+        let stream = self.route(subject)?;
+        let of_it = |(index, _): &&(usize, usize)| *index == stream;
+        self.max_msg_sizes
+            .iter()
+            .find(of_it)
+            .map(|(_, limit)| *limit)
     }
 
     /// The index of the stream that captures `subject`, a legal one without wildcards.
@@ -474,11 +479,30 @@ mod tests {
             assert_eq!(routes.route(subject), expected, "{subject}");
         }
         assert_eq!(Routes::default().route("a"), None);
-        let mut limited = stream(&["a.>"]);
-        limited.config.max_msg_size = 7;
-        let routes = Routes::new(&[limited, stream(&["b.>"])]);
-        let limits = ["a.x", "b.x", "c"].map(|subject| routes.max_msg_size(subject));
-        assert_eq!(limits, [7, usize::MAX, usize::MAX]);
+    }
+
+    #[test]
+    fn each_subject_has_the_size_limit_of_its_stream() {
+        let limited = |subject, max_msg_size| {
+            let mut stream = stream(&[subject]);
+            stream.config.max_msg_size = max_msg_size;
+            stream
+        };
+        let routes = Routes::new(&[
+            limited("a.>", -1),
+            limited("b.>", 100),
+            limited("c.>", 0),
+            limited("d.>", 50),
+        ]);
+        for (subject, expected) in [
+            ("a.1", None),
+            ("b.1", Some(100)),
+            ("c.1", None),
+            ("d.1", Some(50)),
+            ("e.1", None),
+        ] {
+            assert_eq!(routes.max_msg_size(subject), expected, "{subject}");
+        }
     }
 
     #[test]
@@ -499,6 +523,7 @@ mod tests {
                     max_msg_size: 100,
                     max_msgs: -1,
                     max_bytes: -1,
+                    max_msgs_per_subject: -1,
                     duplicate_window: 120_000_000_000,
                     ..StreamConfig::default()
                 },

@@ -54,7 +54,6 @@ pub struct EventSpans {
     /// What is to be done with it.
     pub fate: Fate,
     subject: Span,
-    home: Span,
     id: Span,
     headers: Span,
     body: Span,
@@ -96,8 +95,6 @@ pub struct OutboxEvent<'a> {
     pub fate: Fate,
     /// The NATS subject, already legal on the wire.
     pub subject: &'a str,
-    /// Of a parked event: the subject it would have had; empty where none can be told.
-    pub home: &'a str,
     /// The row's id as text; becomes `Nats-Msg-Id`.
     pub id: &'a str,
     /// Header lines beside the relay's own, each `\r\nName: value`; legal as they are, and mostly none.
@@ -204,7 +201,6 @@ impl Batch {
                 position,
                 fate,
                 subject: Span::default(),
-                home: Span::default(),
                 id: Span::default(),
                 headers: Span::default(),
                 body: Span::default(),
@@ -248,7 +244,6 @@ impl Batch {
         OutboxEvent {
             fate: spans.fate,
             subject: text(spans.subject),
-            home: text(spans.home),
             id: text(spans.id),
             headers: text(spans.headers),
             body: self.slice(spans.body),
@@ -291,12 +286,6 @@ impl Draft<'_> {
         write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
     ) -> Result<(), E> {
         self.spans.subject = self.part(write)?;
-        Ok(())
-    }
-
-    /// The subject that a parked event would have had.
-    pub fn home<E>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
-        self.spans.home = self.part(write)?;
         Ok(())
     }
 

@@ -243,8 +243,8 @@ impl fmt::Display for MapError {
                     let behind = Lsn(at.0.saturating_add(1));
                     write!(
                         f,
-                        "; park such events with --on-poison, or publish this transaction's events otherwise and move the slot \
-                         past it: SELECT pg_replication_slot_advance('<slot>', '{behind}');"
+                        "; park such events with --on-poison, or publish this transaction's events otherwise, then move the slot \
+                         past it: SELECT pg_replication_slot_advance('<slot>', '{behind}'); and then pass --resume-anyway once"
                     )?;
                 }
                 Ok(())
@@ -507,11 +507,9 @@ impl Mapper {
         );
         if mapping.is_none() {
             if !wanted.missing.is_empty() {
-                log::debug!("table={label:?} msg=\"not named by --table, ignored\"");
+                log::debug!(table = label.as_str(); "not named by -table, ignored");
             } else if before.is_none() {
-                log::warn!(
-                    "table={label:?} msg=\"has the columns of an outbox and is not named by --table, ignored\""
-                );
+                log::warn!(table = label.as_str(); "has the columns of an outbox and is not named by -table, ignored");
             }
             self.relations.insert(id, Relation::Other);
             return Ok(());
@@ -537,9 +535,7 @@ impl Mapper {
             });
         }
         if before.is_none() {
-            log::warn!(
-                "table={label:?} msg=\"in the publication without the columns of an outbox, ignored\""
-            );
+            log::warn!(table = label.as_str(); "in the publication without the columns of an outbox, ignored");
         }
         self.relations.insert(id, Relation::Other);
         Ok(())
@@ -712,7 +708,6 @@ impl Mapper {
                 let headers = String::from_utf8_lossy(&headers);
                 let write = |draft: &mut Draft<'_>| -> Result<(), Infallible> {
                     draft.subject(|out| append(policy.park_subject.as_bytes(), out))?;
-                    draft.home(|out| append(home.as_bytes(), out))?;
                     draft.id(|out| {
                         let start = out.len();
                         if plan.write_id(picked, out).is_err() {

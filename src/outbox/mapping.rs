@@ -153,6 +153,17 @@ impl TableMapping {
         }
     }
 
+    /// The columns that a table must have.
+    pub fn needed_columns(&self) -> Vec<&str> {
+        let mut needed = vec![self.id.as_str(), &self.payload];
+        needed.extend(self.subject.columns().map(|name| self.column(name)));
+        needed.extend(self.headers.iter().map(|header| header.column.as_str()));
+        needed.extend(self.headers_column.as_deref());
+        needed.sort_unstable();
+        needed.dedup();
+        needed
+    }
+
     /// The settings that differ from those of `default`, as `--table` takes them: `id=event_id,payload=body`.
     pub fn differences(&self, default: &TableMapping) -> String {
         let mut pairs = Vec::new();

@@ -143,12 +143,11 @@ pub fn parked(
     room: usize,
 ) -> (Batch, EventSpans) {
     let again = event.fate == Fate::Park;
-    let home = if again { event.home } else { event.subject };
     let mut headers = Vec::new();
     if again {
         headers.extend_from_slice(event.headers.as_bytes());
     } else {
-        write_headers(event.headers, cause, home, &mut headers);
+        write_headers(event.headers, cause, event.subject, &mut headers);
     }
     let mut len = event.body.len();
     if event.id.len() + headers.len() + len > room {
@@ -171,7 +170,6 @@ pub fn parked(
     let mut batch = Batch::default();
     let Ok(()) = batch.draft(event.table, event.position, Fate::Park, |draft| {
         draft.subject(|out| append(subject.as_bytes(), out))?;
-        draft.home(|out| append(home.as_bytes(), out))?;
         draft.id(|out| append(event.id.as_bytes(), out))?;
         draft.headers(|out| append(&headers, out))?;
         draft.body(|out| append(event.body.get(..len).unwrap_or_default(), out))
@@ -194,7 +192,6 @@ mod tests {
         OutboxEvent {
             fate: Fate::Publish,
             subject: "events.a.b",
-            home: "",
             id: "7",
             headers,
             body: body.as_bytes(),
@@ -209,7 +206,6 @@ mod tests {
         let parked = batch.event(&spans);
         assert_eq!((parked.id, parked.table), (event.id, event.table));
         assert_eq!((parked.fate, parked.position), (Fate::Park, event.position));
-        assert_eq!(parked.home, "events.a.b");
         assert_eq!(cause(parked.headers), "too%0Alarge");
         (
             parked.subject.to_string(),
@@ -270,7 +266,7 @@ mod tests {
         let again = again.event(&spans);
         assert!(again.headers.starts_with(first.headers) && !again.headers.contains("second"));
         assert!(again.headers.ends_with("\r\nOutbox-Body-Cut: 100"));
-        assert_eq!((again.body.len(), again.home), (7, "events.a.b"));
+        assert_eq!(again.body.len(), 7);
         assert_eq!(
             again.id.len() + again.headers.len() + again.body.len(),
             first.headers.len() + 30

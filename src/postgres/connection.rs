@@ -208,10 +208,8 @@ impl Connection {
                 Ok(())
             }
             Message::NoticeResponse(body) => {
-                log::info!(
-                    "notice={:?}",
-                    ServerError::from_fields(body.fields())?.to_string()
-                );
+                let notice = ServerError::from_fields(body.fields())?;
+                log::info!(notice:% = notice; "postgres says");
                 Ok(())
             }
             Message::NotificationResponse(_) => Ok(()),
@@ -478,6 +476,7 @@ fn start_session(
             return Err(Error::Tls {
                 doing: "ask for TLS".into(),
                 source: "the server does not offer it, but sslmode requires it".into(),
+                lasting: true,
             });
         }
     };
@@ -592,10 +591,22 @@ fn start_tls(
         Error::Closed { doing } => Error::Tls {
             doing: doing.into(),
             source: "the server closed the connection".into(),
+            lasting: false,
         },
+        // what is not the system's own is a host's name that no certificate can bear
         Error::Io { doing, source } => Error::Tls {
             doing: doing.into(),
+            lasting: source.raw_os_error().is_none(),
             source: source.into(),
+        },
+        Error::Tls {
+            doing,
+            source,
+            lasting,
+        } => Error::Tls {
+            doing,
+            source: tls::explain(source),
+            lasting,
         },
         error => error,
     })

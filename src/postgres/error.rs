@@ -32,6 +32,8 @@ pub enum Error {
         doing: String,
         /// Why it failed.
         source: Cause,
+        /// It stays so until somebody changes a file, a setting or a certificate.
+        lasting: bool,
     },
     /// The server asks for, or offers, an authentication that cannot be used.
     Auth(AuthError),
@@ -80,11 +82,17 @@ impl Error {
                 .get_ref()
                 .is_some_and(|cause| cause.is::<rustls::Error>()) =>
             {
+                let source = source
+                    .into_inner()
+                    .expect("get_ref has just found the cause");
+                let refused = matches!(
+                    source.downcast_ref(),
+                    Some(rustls::Error::InvalidCertificate(_))
+                );
                 Error::Tls {
                     doing: doing.to_string(),
-                    source: source
-                        .into_inner()
-                        .expect("get_ref has just found the cause"),
+                    source,
+                    lasting: refused,
                 }
             }
             _ => Error::Io { doing, source },
@@ -98,7 +106,7 @@ impl fmt::Display for Error {
             Error::Io { doing, source } => write!(f, "{doing}: {source}"),
             Error::Server(error) => write!(f, "{error}"),
             Error::Protocol(what) => write!(f, "read from the server: {what}"),
-            Error::Tls { doing, source } => write!(f, "{doing}: {source}"),
+            Error::Tls { doing, source, .. } => write!(f, "{doing}: {source}"),
             Error::Auth(error) => write!(f, "{error}"),
             Error::Timeout { doing, after } => {
                 write!(f, "{doing}: no answer within {} s", after.as_secs_f32())

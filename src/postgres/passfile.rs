@@ -16,10 +16,7 @@ pub(super) fn look_up(info: &ConnInfo, host: &Host) -> Option<String> {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => {
-            log::warn!(
-                "password file ignored path={path:?} cause={:?}",
-                error.to_string()
-            );
+            log::warn!(path:% = path.display(), cause:% = error; "password file ignored");
             return None;
         }
     };

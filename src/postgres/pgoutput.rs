@@ -507,6 +507,7 @@ impl std::error::Error for DecodeError {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use proptest::test_runner::FileFailurePersistence;
 
     /// Writes what `decode` reads.
     #[derive(Default)]
@@ -582,7 +583,18 @@ mod tests {
 
     const NAME: &str = "[^\0]{0,20}";
 
+    /// Failures are kept with the tests, and are tried first from then on.
+    fn config() -> ProptestConfig {
+        let file = FileFailurePersistence::Direct("tests/regressions/pgoutput.txt");
+        ProptestConfig {
+            failure_persistence: Some(Box::new(file)),
+            ..ProptestConfig::default()
+        }
+    }
+
     proptest! {
+        #![proptest_config(config())]
+
         #[test]
         fn relations_come_out_as_they_went_in(
             id: u32,

@@ -5,7 +5,7 @@
 //! Sources: <https://www.postgresql.org/docs/current/libpq-ssl.html>, RFC 5929 section 4.1.
 
 use super::conninfo::{ConnInfo, OptionalFile, Roots, SslMode, TlsInfo, TlsVersion};
-use super::error::Error;
+use super::error::{Cause, Error};
 use super::limits::MAX_FILE_BYTES;
 use super::stream::Deadlined;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -73,16 +73,13 @@ pub(super) fn handshake(
         Err(error) => return Err(std::io::Error::other(error)),
     };
     let mut session = ClientConnection::new(config, name).map_err(std::io::Error::other)?;
-    session
-        .complete_io(&mut Deadlined { socket, deadline })
-        .map_err(explain)?;
+    session.complete_io(&mut Deadlined { socket, deadline })?;
     Ok(session)
 }
 
 /// Adds what to do, where the library's words do not say it.
-fn explain(error: std::io::Error) -> std::io::Error {
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
-    let hint = match cause {
+pub(super) fn explain(error: Cause) -> Cause {
+    let hint = match error.downcast_ref() {
         Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
             "no certificate in sslrootcert has signed the server's"
         }
@@ -93,7 +90,7 @@ fn explain(error: std::io::Error) -> std::io::Error {
         }
         _ => return error,
     };
-    std::io::Error::other(format!("{error}: {hint}"))
+    format!("{error}: {hint}").into()
 }
 
 /// The hash of the server's certificate that `tls-server-end-point` asks for; `None` if its signature
@@ -127,6 +124,7 @@ fn failed(
     Error::Tls {
         doing: doing.into(),
         source: source.into(),
+        lasting: true,
     }
 }
 

@@ -80,6 +80,11 @@ impl Confirm {
         upto.sequences.extend(sequences);
     }
 
+    /// Everything up to `lsn` is known to be stored and old enough, whatever waits here.
+    pub fn proven(&mut self, lsn: Lsn) {
+        self.confirmable.lsn = self.confirmable.lsn.max(lsn);
+    }
+
     /// What may be confirmed at `now`.
     pub fn confirmable(&mut self, now: Instant) -> &Confirmable {
         while let Some(first) = self.young.front() {
@@ -87,7 +92,8 @@ impl Confirm {
                 break;
             }
             if let Some(first) = self.young.pop_front() {
-                self.confirmable = first.upto;
+                let lsn = first.upto.lsn.max(self.confirmable.lsn);
+                self.confirmable = Confirmable { lsn, ..first.upto };
             }
         }
         &self.confirmable

@@ -57,8 +57,10 @@ pub enum Next {
         token: u64,
         /// Its size as the server counts it.
         size: usize,
-        /// What the server takes.
+        /// What may go.
         limit: usize,
+        /// The setting that says so.
+        setting: &'static str,
     },
     /// Nothing now: the window is full or empty.
     Nothing,
@@ -161,7 +163,24 @@ pub struct StreamAtConnect {
 
 /// What outlives a session: how far each stream was seen to be.
 #[derive(Clone, Debug, Default)]
-pub struct Memory(Vec<Remembered>);
+pub struct Memory {
+    streams: Vec<Remembered>,
+    /// See [`Marks::reached`].
+    pub reached: Lsn,
+}
+
+/// What is worth keeping over a restart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// How far each stream is known to be.
+    pub streams: Vec<Mark>,
+    /// The highest LSN that was ever settled (as a position, with ordinal 0). Nothing is confirmed before it has
+    /// stood here for the hold-back: a slot that is beyond was moved by somebody else, also when the streams, and
+    /// the checkpoint with them, were put back to where they were within the hold-back.
+    pub reached: Option<SourcePosition>,
+    /// Up to here everything is stored, as far as this session has come.
+    pub settled: Lsn,
+}
 
 #[derive(Clone, Debug)]
 struct Remembered {
@@ -173,7 +192,7 @@ struct Remembered {
     confirmed_seq: u64,
 }
 
-/// How far a stream is known to be: what is worth keeping over a restart.
+/// How far a stream is known to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The stream's name.
@@ -184,6 +203,8 @@ pub struct Mark {
     pub last: Option<(u64, SourcePosition)>,
     /// Others were seen to write to it.
     pub shared: bool,
+    /// The sequence that [`Marks::settled`] rests on.
+    pub settled_seq: u64,
     /// The sequence that the confirmed LSN rests on.
     pub confirmed_seq: u64,
 }
@@ -191,7 +212,7 @@ pub struct Mark {
 impl Memory {
     /// The last event known to stand in a stream: from there its tail is searched.
     pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
-        self.0
+        self.streams
             .iter()
             .find(|remembered| remembered.name == stream)?
             .last
@@ -202,7 +223,8 @@ impl Memory {
     /// prove nothing about it, and are passed over.
     pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) {
         for mark in marks {
-            let known = self.0.iter().any(|remembered| remembered.name == mark.name);
+            let mut known = self.streams.iter().map(|known| &known.name);
+            let known = known.any(|name| *name == mark.name);
             let shared = |(_, at): &(u64, SourcePosition)| lineage.shares(at);
             if !known && mark.last.as_ref().is_none_or(shared) {
                 let last = mark.last.map(|(seq, at)| Checkpoint {
@@ -210,7 +232,7 @@ impl Memory {
                     position: at.position,
                     id: None,
                 });
-                self.0.push(Remembered {
+                self.streams.push(Remembered {
                     name: mark.name,
                     created: mark.created,
                     acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
@@ -305,15 +327,10 @@ impl Stream {
         self.replicas <= 1 || !others || self.chain.is_settled()
     }
 
-    /// The size that an event has as this stream's next.
-    fn wire_size(&self, spans: &EventSpans, position_source_len: usize) -> usize {
+    /// The length of the id that the next publish names, where it names one.
+    fn last_id_len(&self) -> Option<usize> {
         let previous = self.previous.as_ref().filter(|_| self.replicas == 1);
-        wire::size(
-            spans,
-            Some(self.chain.predicted()),
-            previous.map(|(_, last)| last.id_len()),
-            position_source_len,
-        )
+        previous.map(|(_, last)| last.id_len())
     }
 
     /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
@@ -354,14 +371,24 @@ pub struct Core {
     waiting: usize,
     waiting_since: Option<Instant>,
     subjects: HashSet<Box<str>>,
-    /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else
-    /// was. So in whichever stream one of the two is found, it proves that the other is stored, also to a relay
-    /// with other settings.
+    /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else was.
+    /// Between two streams there is no other order, and which of them an event belongs to may only be known
+    /// once one has refused it: it must not be found behind a tail by then.
     parking: bool,
     max_payload: usize,
     position_source_len: usize,
+    puts_aside: bool,
     offered: Position,
     start: Lsn,
+    /// Up to here everything is known to be stored and old enough; told once it was received. 0/0: nothing is.
+    proven: Lsn,
+    /// See [`Marks`].
+    reached: Lsn,
+    settled: Lsn,
+    /// Confirmed is what the checkpoint has held for the hold-back; without one, what was acknowledged so long ago.
+    checkpoint: bool,
+    /// What the checkpoint holds of `settled`.
+    kept: Lsn,
     youngest: Option<Instant>,
     confirm: Confirm,
     tally: Tally,
@@ -391,7 +418,7 @@ impl Core {
             connected: false,
             routes: Routes::default(),
             routed: Vec::new(),
-            streams: memory.0.into_iter().map(stream).collect(),
+            streams: memory.streams.into_iter().map(stream).collect(),
             window: VecDeque::new(),
             first_token: 0,
             unsent: 0,
@@ -403,13 +430,16 @@ impl Core {
             parking: false,
             max_payload: usize::MAX,
             position_source_len: 0,
+            puts_aside: false,
             offered: Position::default(),
             start: Lsn::INVALID,
+            proven: Lsn::INVALID,
+            reached: memory.reached,
+            settled: Lsn::INVALID,
+            checkpoint: false,
+            kept: Lsn::INVALID,
             youngest: None,
-            confirm: Confirm::new(match delivery {
-                Delivery::ExactlyOnce => limits.hold_back,
-                Delivery::AtLeastOnce => Duration::ZERO,
-            }),
+            confirm: Confirm::new(limits.hold_back),
             tally: Tally::default(),
         }
     }
@@ -424,11 +454,14 @@ impl Core {
             shared: s.shared,
             confirmed_seq: s.confirmed_seq,
         };
-        Memory(self.streams.into_iter().map(remember).collect())
+        Memory {
+            streams: self.streams.into_iter().map(remember).collect(),
+            reached: self.reached,
+        }
     }
 
-    /// How far each stream is known to be.
-    pub fn marks(&self, source: &Source) -> Vec<Mark> {
+    /// What is worth keeping over a restart.
+    pub fn marks(&self, source: &Source) -> Marks {
         let at = |position: Position| SourcePosition {
             source: source.clone(),
             position,
@@ -441,9 +474,18 @@ impl Core {
                 .as_ref()
                 .map(|last| (last.seq, at(last.position))),
             shared: stream.shared,
+            settled_seq: stream.settled_seq,
             confirmed_seq: stream.confirmed_seq,
         };
-        self.streams.iter().map(mark).collect()
+        let reached = Position {
+            commit_lsn: self.reached,
+            ordinal: 0,
+        };
+        Marks {
+            streams: self.streams.iter().map(mark).collect(),
+            reached: Some(at(reached)),
+            settled: self.settled,
+        }
     }
 
     /// The last event known to stand in a stream: from there its tail is searched.
@@ -517,15 +559,26 @@ impl Core {
         Ok(())
     }
 
-    /// What the server of the new connection takes, and the length of what begins the position header.
-    pub fn takes(&mut self, max_payload: usize, position_source_len: usize) {
+    /// What the server of the new connection takes, and the length of what begins the position header. `puts_aside`: what
+    /// is too large is replaced or given up, and does not halt the relay.
+    pub fn takes(&mut self, max_payload: usize, position_source_len: usize, puts_aside: bool) {
         (self.max_payload, self.position_source_len) = (max_payload, position_source_len);
+        self.puts_aside = puts_aside;
     }
 
     /// How many bytes of id, headers and body may go to `subject`.
     pub fn room(&self, subject: &str) -> usize {
-        let limit = self.max_payload.min(self.routes.max_msg_size(subject));
-        wire::room(limit, self.position_source_len)
+        wire::room(self.limit(subject).0, self.position_source_len)
+    }
+
+    /// The largest message that may go to `subject`, and the setting that says so.
+    fn limit(&self, subject: &str) -> (usize, &'static str) {
+        match self.routes.max_msg_size(subject) {
+            Some(of_stream) if of_stream <= self.max_payload => {
+                (of_stream, "max_msg_size of the stream")
+            }
+            _ => (self.max_payload, "max_payload of the server"),
+        }
     }
 
     /// The event that waits under this token.
@@ -594,6 +647,26 @@ impl Core {
         self.connected && self.unsent == self.window.len() && self.has_room(0)
     }
 
+    /// There is a checkpoint. It has held `ripe` for the hold-back already.
+    pub fn has_checkpoint(&mut self, ripe: Option<Lsn>) {
+        self.checkpoint = true;
+        self.proven = ripe.unwrap_or_default();
+    }
+
+    /// The checkpoint can no longer be written.
+    pub fn has_no_checkpoint(&mut self) {
+        self.checkpoint = false;
+    }
+
+    /// The checkpoint holds `marks` now.
+    pub fn kept(&mut self, marks: &Marks, now: Instant) {
+        self.kept = marks.settled;
+        if self.checkpoint && self.kept > Lsn::INVALID {
+            let sequences = marks.streams.iter().map(|mark| mark.settled_seq);
+            self.confirm.boundary(self.kept, Some(now), sequences);
+        }
+    }
+
     /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps
     /// not for the hold-back: a keepalive from in there confirms nothing, and what comes next waits if
     /// any stream may hold something skipped that is too young.
@@ -608,12 +681,19 @@ impl Core {
         if start > Lsn::INVALID && !old {
             self.youngest = Some(now);
         }
+        if !self.checkpoint {
+            let aged = self.routed.iter().map(|i| {
+                let aged = self.streams.get(*i).and_then(|stream| stream.aged);
+                aged.map_or(Lsn::INVALID, |aged| aged.commit_lsn)
+            });
+            self.proven = aged.min().unwrap_or_default();
+        }
     }
 
     /// Takes the next changes of the copy stream.
     pub fn offer(&mut self, batch: Arc<Batch>) {
         for change in batch.changes() {
-            self.window.push_back(match *change {
+            let entry = match *change {
                 Change::Event(spans) => {
                     assert!(
                         spans.position > self.offered,
@@ -628,10 +708,19 @@ impl Core {
                         counted: false,
                     })
                 }
-                Change::Commit { end_lsn, .. } => Entry::Boundary(end_lsn),
-                Change::Keepalive { wal_end } if wal_end <= self.start => continue,
-                Change::Keepalive { wal_end } => Entry::Boundary(wal_end),
-            });
+                Change::Commit { end_lsn, .. } => {
+                    self.prove(end_lsn);
+                    Entry::Boundary(end_lsn)
+                }
+                Change::Keepalive { wal_end } => {
+                    self.prove(wal_end);
+                    if wal_end <= self.start {
+                        continue;
+                    }
+                    Entry::Boundary(wal_end)
+                }
+            };
+            self.window.push_back(entry);
         }
         if self.unsent == 0 {
             self.settle();
@@ -674,16 +763,15 @@ impl Core {
                 self.hold(size);
                 continue;
             }
+            let (limit, setting) = self.limit(event.subject);
             let spans = pending.spans;
-            let too_large = |stream: Option<&Stream>| {
-                let size = stream.map_or_else(
-                    || wire::size(&spans, None, None, self.position_source_len),
-                    |stream| stream.wire_size(&spans, self.position_source_len),
-                );
-                (size > self.max_payload).then_some(Next::TooLarge {
+            let too_large = |expected: Option<u64>, last_id_len: Option<usize>| {
+                let size = wire::size(&spans, expected, last_id_len, self.position_source_len);
+                (size > limit).then_some(Next::TooLarge {
                     token,
                     size,
-                    limit: self.max_payload,
+                    limit,
+                    setting,
                 })
             };
             let next = match self.delivery {
@@ -691,7 +779,7 @@ impl Core {
                     if self.subjects.contains(event.subject) {
                         break;
                     }
-                    if let Some(too_large) = too_large(None) {
+                    if let Some(too_large) = too_large(None, None) {
                         return Ok(too_large);
                     }
                     self.subjects.insert(event.subject.into());
@@ -701,19 +789,15 @@ impl Core {
                     }
                 }
                 Delivery::ExactlyOnce => {
-                    let park = event.fate == Fate::Park;
-                    if park && self.waiting > 0 {
+                    if event.fate == Fate::Park && self.waiting > 0 {
                         break;
                     }
-                    // the stream that tells of this event besides the one it goes to: nothing passes a parked event, and
-                    // it passes nothing, so what is found behind its place proves that it is stored
-                    let witness = match park {
-                        true => self.routes.route(event.home),
-                        false => self.routes.parked(),
-                    };
-                    let witness = witness.and_then(|route| self.routed.get(route));
-                    let witness = witness.and_then(|index| self.streams.get(*index));
-                    let passed = witness.is_some_and(|w| w.tail.reaches(event.position));
+                    // what fits nowhere in this stream is not in it, wherever its tail is
+                    if self.puts_aside
+                        && let Some(too_large) = too_large(Some(0), None)
+                    {
+                        return Ok(too_large);
+                    }
                     let routed = self
                         .routes
                         .route(event.subject)
@@ -728,19 +812,7 @@ impl Core {
                     if !stream.has_room(now) {
                         break;
                     }
-                    let verdict = match (park, passed) {
-                        (true, true) => Verdict::Stored(None),
-                        _ => stream.tail.verdict(event.position, event.id),
-                    };
-                    match verdict {
-                        Verdict::Publish | Verdict::Missing if passed => {
-                            self.tally.skipped += u64::from(!pending.counted);
-                            State::Stored {
-                                stream: Some(index),
-                                seq: 0,
-                                at: Some(now),
-                            }
-                        }
+                    match stream.tail.verdict(event.position, event.id) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
                                 stream: stream.name.clone(),
@@ -779,7 +851,9 @@ impl Core {
                                 });
                             }
                             None => {
-                                if let Some(too_large) = too_large(Some(stream)) {
+                                let expected = stream.chain.predicted();
+                                let last_id_len = stream.last_id_len();
+                                if let Some(too_large) = too_large(Some(expected), last_id_len) {
                                     return Ok(too_large);
                                 }
                                 State::Sent {
@@ -980,14 +1054,24 @@ impl Core {
     pub fn confirmable(&mut self, now: Instant) -> Lsn {
         let Confirmable { lsn, sequences } = self.confirm.confirmable(now);
         for (stream, seq) in self.streams.iter_mut().zip(sequences) {
-            stream.confirmed_seq = *seq;
+            stream.confirmed_seq = stream.confirmed_seq.max(*seq);
         }
         *lsn
     }
 
-    /// Something is stored but too young to be confirmed.
+    /// Everything up to `received` has come from Postgres: what was proven before it came may be confirmed.
+    fn prove(&mut self, received: Lsn) {
+        if self.proven > Lsn::INVALID && self.proven <= received {
+            self.confirm.proven(self.proven);
+            self.settled = self.settled.max(self.proven);
+            self.reached = self.reached.max(self.proven);
+            self.proven = Lsn::INVALID;
+        }
+    }
+
+    /// Something is stored but too young to be confirmed, or not in the checkpoint yet.
     pub fn is_holding_back(&self) -> bool {
-        self.confirm.is_waiting()
+        self.confirm.is_waiting() || self.checkpoint && self.kept < self.settled
     }
 
     /// Nothing waits: every event that was offered is settled.
@@ -1035,7 +1119,7 @@ impl Core {
             return Ok(());
         };
         let acked_seq = stream.acked_seq;
-        if last_seq >= acked_seq {
+        if self.delivery == Delivery::AtLeastOnce || last_seq >= acked_seq {
             return Ok(());
         }
         let backwards = Backwards {
@@ -1090,8 +1174,13 @@ impl Core {
                     self.held_bytes -= spans.size();
                 }
                 Some(Entry::Boundary(lsn)) => {
-                    let sequences = self.streams.iter().map(|stream| stream.settled_seq);
-                    self.confirm.boundary(*lsn, self.youngest.take(), sequences);
+                    self.settled = self.settled.max(*lsn);
+                    self.reached = self.reached.max(*lsn);
+                    let acked = self.youngest.take();
+                    if !self.checkpoint {
+                        let sequences = self.streams.iter().map(|stream| stream.settled_seq);
+                        self.confirm.boundary(*lsn, acked, sequences);
+                    }
                 }
                 _ => return,
             }

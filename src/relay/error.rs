@@ -1,6 +1,8 @@
 //! What ends a session, whether another may follow, and what a person reads.
 
+use super::checkpoint::WITHOUT;
 use super::core::{Backwards, Cause, Halt, Trouble};
+use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
@@ -21,6 +23,8 @@ pub enum Error {
     Nats(jetstream::Error),
     /// No stream captures the prefix, or what was to be published.
     NoStream(String),
+    /// The server's permissions do not allow the checkpoint, and it has said so by ending the connection.
+    WithoutCheckpoint(String),
     /// Another process holds the slot.
     SlotInUse {
         /// Its name.
@@ -28,10 +32,26 @@ pub enum Error {
         /// The server process that serves the other one.
         pid: Option<i32>,
     },
+    /// The slot was moved or made anew by somebody else.
+    SlotMoved {
+        /// Its name.
+        slot: String,
+        /// Where it stands.
+        confirmed: Lsn,
+        /// What the relay has confirmed at most.
+        reached: Lsn,
+    },
     /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
     Setup(String),
-    /// Postgres 18 says only in a notice that the publication is missing, and leaves its rows out.
+    /// What Postgres says of the log that comes next: the publication was missing when it was written.
     PublicationSkipped(String),
+    /// The publication publishes less than before.
+    Narrowed {
+        /// Its name.
+        publication: String,
+        /// What it lacks.
+        narrowed: Narrowed,
+    },
     /// pgoutput sent what cannot be read.
     Decode {
         /// Why.
@@ -56,6 +76,8 @@ pub enum Error {
         size: usize,
         /// What is allowed.
         limit: usize,
+        /// By which setting.
+        setting: &'static str,
     },
     /// A stream will never take the event.
     Refused {
@@ -101,25 +123,16 @@ impl Error {
     pub fn verdict(&self) -> Verdict {
         match self {
             Error::SlotInUse { .. } => Verdict::WaitForSlot,
-            Error::Postgres(error) => match (error.sqlstate(), error) {
-                // invalid authorization or password, no such database, no privilege, no such object,
-                // object not in the state (slot lost, wal_level too low), feature not supported
-                (
-                    Some(
-                        "28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000"
-                        | "42601",
-                    ),
-                    _,
-                ) => Verdict::Exit(Exit::Configuration),
-                (None, postgres::Error::Auth(_)) => Verdict::Exit(Exit::Configuration),
-                (None, postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
-                _ => Verdict::Retry,
-            },
-            Error::Nats(_) | Error::NoStream(_) => Verdict::Retry,
+            Error::Postgres(postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
+            Error::Postgres(error) if needs_a_person(error) => Verdict::Exit(Exit::Configuration),
+            Error::Postgres(_) => Verdict::Retry,
+            Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
-            Error::Setup(_) | Error::PublicationSkipped(_) | Error::Conflict { .. } => {
-                Verdict::Exit(Exit::Configuration)
-            }
+            Error::Setup(_)
+            | Error::SlotMoved { .. }
+            | Error::PublicationSkipped(_)
+            | Error::Narrowed { .. }
+            | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
             Error::Map(_) | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
@@ -141,6 +154,9 @@ impl fmt::Display for Error {
                 "find the stream of {subject}: no stream captures it; create one with this subject (nats stream add --subjects), \
                  the relay goes on by itself"
             ),
+            Error::WithoutCheckpoint(reason) => {
+                write!(f, "going on without the checkpoint: {reason}; {WITHOUT}")
+            }
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;
                 if let Some(pid) = pid {
@@ -151,11 +167,33 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
+            Error::SlotMoved {
+                slot,
+                confirmed,
+                reached,
+            } => write!(
+                f,
+                "check the slot: {slot} stands at {confirmed}, but this relay has confirmed {reached} at most: the slot was dropped and \
+                 made anew, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
+                 copy; what was committed between the two may be missing in the stream and must be published by hand; then \
+                 pass --resume-anyway once"
+            ),
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped(notice) => write!(
                 f,
-                "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed: \
-                 create the publication, or name the right one with -publication"
+                "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed. \
+                 Name the right publication with -publication; or, if this one was dropped for a while, make it anew, publish by \
+                 hand what the stream lacks, and move the slot past that time: \
+                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn()); and then pass -resume-anyway once"
+            ),
+            Error::Narrowed {
+                publication,
+                narrowed,
+            } => write!(
+                f,
+                "check the publication: {publication} {narrowed}; rows that were committed since may be missing, and the slot \
+                 cannot send them: Postgres reads its log with the publication of that time. Put it back, compare the table with \
+                 the stream, publish what is missing, and pass -resume-anyway once to go on"
             ),
             Error::Decode { error, at } => {
                 write!(f, "decode the pgoutput message at {at}: {error}")
@@ -167,11 +205,15 @@ impl fmt::Display for Error {
                 )
             }
             Error::Map(error) => write!(f, "{error}"),
-            Error::TooLarge { event, size, limit } => write!(
+            Error::TooLarge {
+                event,
+                size,
+                limit,
+                setting,
+            } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise max_payload of the server (and max_msg_size of the stream), then start the relay again, or park such events \
-                 with --on-poison"
+                 raise {setting}, then start the relay again, or park such events with --on-poison"
             ),
             Error::Refused { event, error } => write!(
                 f,
@@ -241,8 +283,31 @@ impl std::error::Error for Error {
     }
 }
 
-/// What to do about an error of Postgres that ends the relay.
+/// Whether nothing that passes by itself is to blame. Of several hosts one that may come back is enough.
+fn needs_a_person(error: &postgres::Error) -> bool {
+    match error {
+        postgres::Error::Connect(attempts) => {
+            !attempts.is_empty() && attempts.iter().all(|(_, error)| needs_a_person(error))
+        }
+        postgres::Error::Auth(_) => true,
+        postgres::Error::Tls { lasting, .. } => *lasting,
+        // invalid authorization or password, no such database, no privilege, no such object, object not
+        // in the state (slot lost, wal_level too low), feature not supported, syntax
+        error => matches!(
+            error.sqlstate(),
+            Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601")
+        ),
+    }
+}
+
+/// What to do about an error of Postgres that ends the relay, where the error itself does not say it.
 fn remedy(error: &postgres::Error) -> &'static str {
+    if let postgres::Error::Connect(attempts) = error {
+        return attempts.last().map_or("", |(_, error)| remedy(error));
+    }
+    if let postgres::Error::Tls { lasting: true, .. } = error {
+        return "; check sslmode, sslrootcert, sslcert and sslkey of -db, and the server's certificate";
+    }
     match error.sqlstate() {
         Some("28P01") => "; check the password of -db (or PGPASSWORD, ~/.pgpass)",
         Some("28000") => "; check pg_hba.conf: the relay connects with replication=database",
@@ -325,5 +390,65 @@ impl From<jetstream::Error> for Error {
 impl From<MapError> for Error {
     fn from(error: MapError) -> Error {
         Error::Map(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::error::{AuthError, ServerError};
+    use std::io;
+
+    fn refused() -> postgres::Error {
+        postgres::Error::Io {
+            doing: "open the connection",
+            source: io::ErrorKind::ConnectionRefused.into(),
+        }
+    }
+
+    fn server(code: &str) -> postgres::Error {
+        postgres::Error::Server(Box::new(ServerError {
+            code: code.to_string(),
+            ..ServerError::default()
+        }))
+    }
+
+    fn tls(lasting: bool) -> postgres::Error {
+        postgres::Error::Tls {
+            doing: "agree on TLS".into(),
+            source: "because".into(),
+            lasting,
+        }
+    }
+
+    fn no_password() -> postgres::Error {
+        postgres::Error::Auth(AuthError::NoPassword)
+    }
+
+    #[test]
+    fn only_what_no_host_can_mend_ends_the_relay() {
+        let garbage = || postgres::Error::Protocol("garbage".into());
+        for (hosts, ends) in [
+            (vec![no_password()], true),
+            (vec![tls(true)], true),
+            (vec![server("28P01")], true),
+            (vec![tls(false)], false),
+            (vec![refused()], false),
+            (vec![server("57P03")], false),
+            // a proxy without a server behind it says anything
+            (vec![garbage()], false),
+            (vec![refused(), no_password()], false),
+            (vec![tls(true), refused()], false),
+            (vec![tls(true), server("28P01")], true),
+            (vec![], false),
+        ] {
+            let hosts = hosts.into_iter().map(|error| ("h:1".to_string(), error));
+            let error = Error::Postgres(postgres::Error::Connect(hosts.collect()));
+            let expected = match ends {
+                true => Verdict::Exit(Exit::Configuration),
+                false => Verdict::Retry,
+            };
+            assert_eq!(error.verdict(), expected, "{error}");
+        }
     }
 }

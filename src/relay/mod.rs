@@ -3,7 +3,7 @@
 //! [`session`] connects both sides and starts the three threads: [`reader`], [`publisher`], [`feedback`].
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`], what
 //! may be confirmed in [`confirm`]. [`slot`] and [`rejoin`] read what each side holds before a
-//! start, [`checkpoint`] what an earlier process has left.
+//! start, [`checkpoint`] what an earlier process has left; [`publication`] sees whether rows are left out.
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
 pub mod checkpoint;
@@ -13,6 +13,7 @@ pub mod error;
 pub mod feedback;
 pub mod outage;
 pub mod progress;
+pub mod publication;
 pub mod publisher;
 pub mod reader;
 pub mod rejoin;

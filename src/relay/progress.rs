@@ -4,7 +4,7 @@
 //! confirmable = flush and apply.
 
 use crate::postgres::Lsn;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// The shared positions of one session. They only ever grow.
@@ -17,6 +17,8 @@ pub struct Progress {
     reading_since: AtomicU64,
     /// The same for the publisher.
     sending_since: AtomicU64,
+    /// Nothing more is confirmed.
+    held: AtomicBool,
 }
 
 impl Default for Progress {
@@ -27,6 +29,7 @@ impl Default for Progress {
             confirmable: AtomicU64::new(0),
             reading_since: AtomicU64::new(0),
             sending_since: AtomicU64::new(0),
+            held: AtomicBool::new(false),
         }
     }
 }
@@ -39,7 +42,14 @@ impl Progress {
 
     /// Publisher: everything up to `lsn` is stored, and old enough.
     pub fn confirmable(&self, lsn: Lsn) {
-        self.confirmable.fetch_max(lsn.0, Ordering::Release);
+        if !self.held.load(Ordering::Acquire) {
+            self.confirmable.fetch_max(lsn.0, Ordering::Release);
+        }
+    }
+
+    /// From here on nothing more is confirmed, whatever becomes confirmable.
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::Release);
     }
 
     /// Feedback: (write, flush) of a standby status update.
@@ -108,6 +118,16 @@ mod tests {
         progress.confirmable(Lsn(7));
         progress.confirmable(Lsn(3));
         assert_eq!(progress.status(), (Lsn(10), Lsn(7)));
+    }
+
+    #[test]
+    fn nothing_is_confirmed_after_hold() {
+        let progress = Progress::default();
+        progress.received(Lsn(10));
+        progress.confirmable(Lsn(3));
+        progress.hold();
+        progress.confirmable(Lsn(7));
+        assert_eq!(progress.status(), (Lsn(10), Lsn(3)));
     }
 
     #[test]

@@ -14,7 +14,6 @@ use super::repeated::Repeated;
 use super::report::Report;
 use super::stop::Stop;
 use crate::config::Config;
-use crate::jetstream::Delivery;
 use crate::jetstream::ack::AckError;
 use crate::jetstream::client::{Incoming, Link, Publish};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
@@ -27,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// So long outstanding acks are waited for when the session ends before everything is settled.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// So long the last write of the checkpoint is waited for; without it the next start reads back more.
+const KEEP_LIMIT: Duration = Duration::from_secs(2);
 /// While something is held back, the confirmable position is looked at this often.
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// Names the answers to writes of the checkpoint; the others are named by the stream's index.
@@ -54,6 +55,8 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
+    /// At the end the checkpoint is waited for until then.
+    keep_until: Option<Instant>,
     /// Of the tally's `late`, what was warned of.
     told_late: u64,
 }
@@ -65,7 +68,7 @@ enum Closing {
     No,
     /// They do not; what is in the window has until then, and this connection.
     By(Instant),
-    /// They do not; the window is settled however long it takes (`--drain`).
+    /// They do not; the window is settled however long it takes (`--drain`), unless the relay is to stop.
     WhenSettled,
 }
 
@@ -73,6 +76,8 @@ enum Closing {
 pub struct Left {
     /// Why it ended.
     pub result: Result<(), Error>,
+    /// Everything that was read is stored.
+    pub settled: bool,
     /// What it got done.
     pub tally: Tally,
     /// How far the streams were.
@@ -124,6 +129,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            keep_until: None,
             told_late: 0,
         }
     }
@@ -134,12 +140,14 @@ impl<'a> Publisher<'a> {
         self.progress
             .confirmable(self.core.confirmable(Instant::now()));
         self.report.finish(&self.core, self.progress);
-        if !self.core.is_settled() {
+        let settled = self.core.is_settled();
+        if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
         }
         let tally = self.core.tally();
         Left {
             result,
+            settled,
             tally,
             memory: self.core.into_memory(),
             store: self.store,
@@ -186,12 +194,14 @@ impl<'a> Publisher<'a> {
             self.publish(link, now)?;
             self.look(link, now);
             self.tell_late(now);
-            let (core, lineage) = (&self.core, self.lineage);
+            let settled = self.is_settled(now);
+            let confirmable = self.core.confirmable(now);
+            self.progress.confirmable(confirmable);
+            let marks = || self.core.marks(&self.lineage.source);
             self.store
-                .write(link, || core.marks(&lineage.source), CHECKPOINT_TOKEN, now);
-            self.progress.confirmable(self.core.confirmable(now));
+                .write(link, marks, confirmable, CHECKPOINT_TOKEN, now, settled);
             self.report.tick(now, &self.core, self.progress);
-            if self.is_finished(now) {
+            if settled && self.is_kept(now) {
                 return Ok(());
             }
             let changes = if !self.drained && self.core.wants_batch() {
@@ -200,10 +210,9 @@ impl<'a> Publisher<'a> {
                 &idle
             };
             let wake = self.wake(now);
-            let stop = if self.closing == Closing::No {
-                self.stop.channel()
-            } else {
-                &never_stops
+            let stop = match self.closing {
+                Closing::No | Closing::WhenSettled => self.stop.channel(),
+                Closing::By(_) => &never_stops,
             };
             select! {
                 recv(link.messages()) -> message => match message {
@@ -214,8 +223,7 @@ impl<'a> Publisher<'a> {
                     let Ok(error) = error else {
                         return Err(Interrupt::Reconnect("the connection to NATS ended".to_string()));
                     };
-                    self.store.lost(&error);
-                    return Err(Interrupt::Reconnect(error.to_string()));
+                    return Err(Interrupt::Reconnect(self.store.lost(error).to_string()));
                 }
                 recv(changes) -> batch => match batch {
                     Ok(batch) => self.core.offer(Arc::new(batch)),
@@ -238,12 +246,19 @@ impl<'a> Publisher<'a> {
         };
     }
 
-    fn is_finished(&self, now: Instant) -> bool {
+    /// Everything that is to be published is, or has had its time.
+    fn is_settled(&self, now: Instant) -> bool {
         match self.closing {
             Closing::No => false,
             Closing::WhenSettled => self.core.is_settled(),
             Closing::By(deadline) => self.drained && self.core.is_settled() || now >= deadline,
         }
+    }
+
+    /// The checkpoint holds what was settled, or has had its time.
+    fn is_kept(&mut self, now: Instant) -> bool {
+        let until = *self.keep_until.get_or_insert(now + KEEP_LIMIT);
+        now >= until || self.store.holds(&self.core.marks(&self.lineage.source))
     }
 
     /// How long nothing needs to be done unless something comes.
@@ -254,6 +269,9 @@ impl<'a> Publisher<'a> {
         }
         if let Closing::By(deadline) = self.closing {
             wake = wake.min(deadline);
+        }
+        if let Some(until) = self.keep_until {
+            wake = wake.min(until);
         }
         let wait = wake.saturating_duration_since(now);
         if self.core.is_holding_back() {
@@ -285,7 +303,11 @@ impl<'a> Publisher<'a> {
                 token: CHECKPOINT_TOKEN,
                 result,
             }) => match self.store.written(result) {
-                Ok(()) => Ok(()),
+                Ok(Some(marks)) => {
+                    self.core.kept(marks, now);
+                    Ok(())
+                }
+                Ok(None) => Ok(()),
                 Err(Overtaken) => Err(Interrupt::Reconnect(
                     "another relay has written the checkpoint of this slot".to_string(),
                 )),
@@ -343,12 +365,21 @@ impl<'a> Publisher<'a> {
                         batch: publication.batch.clone(),
                     });
                 }
-                Ok(Next::TooLarge { token, size, limit }) => {
+                Ok(Next::TooLarge {
+                    token,
+                    size,
+                    limit,
+                    setting,
+                }) => {
                     let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
                     if !self.put_aside(token, &cause) {
                         let event = self.describe(token);
-                        let error = Error::TooLarge { event, size, limit };
-                        self.postponed = Some(Interrupt::End(error));
+                        self.postponed = Some(Interrupt::End(Error::TooLarge {
+                            event,
+                            size,
+                            limit,
+                            setting,
+                        }));
                         break Ok(());
                     }
                 }
@@ -421,6 +452,8 @@ impl<'a> Publisher<'a> {
                 .map(|position| position.to_string())
                 .unwrap_or_default();
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
+            // the stream answers, and the window moves on
+            self.outage.worked();
         }
         Ok(())
     }
@@ -468,13 +501,9 @@ impl<'a> Publisher<'a> {
             if self.said.is_new(&reason, now) {
                 log::warn!(reason = reason.as_str(); "connecting to NATS again; Postgres keeps what is not stored");
             }
-            if self.closing == Closing::No {
-                self.stop.wait(pause);
-                if self.stop.is_stopping() {
-                    self.close(Instant::now());
-                }
-            } else {
-                std::thread::sleep(pause);
+            self.stop.wait(pause);
+            if self.stop.is_stopping() {
+                self.close(Instant::now());
             }
             if matches!(self.closing, Closing::By(_)) {
                 // what is not acknowledged comes again; nobody is to wait for a server that is away
@@ -498,12 +527,10 @@ impl<'a> Publisher<'a> {
 
     fn rejoin(&mut self) -> Result<Link, Error> {
         let found = rejoin::find(self.config, &mut self.said)?;
-        if self.config.delivery == Delivery::ExactlyOnce {
-            self.store.open(
-                &found.link,
-                found.replicas(),
-                self.config.nats.request_timeout,
-            )?;
+        let timeout = self.config.nats.request_timeout;
+        self.store.open(&found.link, found.replicas(), timeout)?;
+        if !self.store.is_kept() {
+            self.core.has_no_checkpoint();
         }
         let joined = found.join(self.config, self.lineage, |stream| {
             self.core.last_known(stream)
@@ -517,10 +544,13 @@ impl<'a> Publisher<'a> {
         self.core
             .connected(routes, streams, Instant::now())
             .map_err(Error::from)?;
-        self.core.takes(link.max_payload(), self.source.len());
+        let puts_aside = self.config.mapping.policy.on_poison != OnPoison::Stop;
+        self.core
+            .takes(link.max_payload(), self.source.len(), puts_aside);
         let marks = self.core.marks(&self.lineage.source);
-        self.store
-            .begin(&link, marks, self.config.nats.request_timeout)?;
+        if let Some(marks) = self.store.begin(&link, marks, timeout)? {
+            self.core.kept(marks, Instant::now());
+        }
         Ok(link)
     }
 }

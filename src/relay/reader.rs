@@ -12,9 +12,9 @@ use super::stop::Stop;
 use crate::outbox::batch::{Batch, Change};
 use crate::outbox::mapper::{ColumnInfo, Mapper, Place, Value};
 use crate::outbox::position::Position;
-use crate::postgres::Lsn;
 use crate::postgres::pgoutput::{self, Message, TupleValue};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
+use crate::postgres::{self, Lsn};
 use crossbeam_channel::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -61,6 +61,15 @@ pub enum Ended {
     Drained,
     /// Postgres ended the stream.
     ByServer,
+}
+
+/// Up to 17 Postgres ends the stream when the publication was missing at what it decodes (undefined_object);
+/// from 18 on it says so in a notice, and leaves the rows out.
+fn publication_missing(error: postgres::Error) -> Error {
+    match error.sqlstate() {
+        Some("42704") => Error::PublicationSkipped(error.to_string()),
+        _ => Error::Postgres(error),
+    }
 }
 
 /// The transaction that is being read.
@@ -127,7 +136,7 @@ impl Reader<'_> {
             self.progress.reading(!stream.has_buffered());
             let message = stream.read();
             self.progress.reading(false);
-            match message? {
+            match message.map_err(publication_missing)? {
                 None => return Ok(Ended::ByServer),
                 Some(ReplicationMessage::Notice(notice)) => {
                     if notice.message.contains("skipped loading publication") {

@@ -1,6 +1,6 @@
 //! Connects to JetStream and reads back what its streams hold: at the start and after each lost connection.
 
-use super::core::StreamAtConnect;
+use super::core::{Mark, StreamAtConnect};
 use super::error::Error;
 use super::repeated::Repeated;
 use crate::config::Config;
@@ -87,14 +87,13 @@ pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
     let mut infos: Vec<StreamInfo> = Vec::new();
     let mut filters_of: Vec<Vec<String>> = Vec::new();
     let policy = &config.mapping.policy;
-    // also where nothing is to be parked now: what was parked earlier must not be published besides
-    let filters = [
-        (format!("{}.>", config.prefix), true),
-        (policy.park_subject.clone(), policy.parks()),
-    ];
-    for (filter, needed) in filters {
+    let mut filters = vec![format!("{}.>", config.prefix)];
+    if policy.parks() {
+        filters.push(policy.park_subject.clone());
+    }
+    for filter in filters {
         let found = streams::list(&link, &filter, config.nats.request_timeout)?;
-        if found.is_empty() && needed {
+        if found.is_empty() {
             return Err(Error::NoStream(filter));
         }
         for info in found {
@@ -109,7 +108,7 @@ pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
         }
     }
     for info in &infos {
-        let judged = preflight(info, &link.server_info().version, config.delivery);
+        let judged = preflight(info, link.server_info(), config.delivery);
         if let Some(why) = judged.refused {
             return Err(Error::Setup(why));
         }
@@ -134,6 +133,17 @@ impl Found {
             .map(|info| info.config.num_replicas)
             .max()
             .unwrap_or(1)
+    }
+
+    /// The stream is the one that the mark was made of, and has lost nothing since.
+    pub fn has_kept(&self, mark: &Mark) -> bool {
+        let mut infos = self.infos.iter();
+        infos
+            .find(|info| info.config.name == mark.name)
+            .is_none_or(|info| {
+                let seq = mark.last.as_ref().map_or(0, |(seq, _)| *seq);
+                info.created == mark.created && info.state.last_seq >= seq.max(mark.confirmed_seq)
+            })
     }
 
     /// Reads the tails, from the last known event of each stream.
@@ -173,12 +183,7 @@ impl Found {
             });
         }
         Ok(Joined {
-            routes: Routes::new(&self.infos).parked_in(
-                // the streams of the prefix come first
-                self.filters
-                    .iter()
-                    .position(|filters| *filters == [config.mapping.policy.park_subject.clone()]),
-            ),
+            routes: Routes::new(&self.infos),
             streams: found,
             link: self.link,
         })

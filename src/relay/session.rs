@@ -8,6 +8,7 @@ use super::core::{Core, Limits, Memory, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
 use super::progress::Progress;
+use super::publication::{self, Narrowed, Published, WATCH_INTERVAL, Watch};
 use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
 use super::rejoin::{self, Joined};
@@ -19,7 +20,8 @@ use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
-use crate::outbox::position::Source;
+use crate::outbox::park::OnPoison;
+use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
 use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
@@ -57,8 +59,12 @@ pub struct Session<'a> {
     memory: Memory,
     store: CheckpointStore,
     said: Repeated,
-    /// The checkpoint was read, at the first session; from then on `memory` knows better.
+    /// The checkpoint's marks were read, at the first session; from then on `memory` knows better.
     learned: bool,
+    /// See [`Marks::reached`](super::core::Marks::reached); as of the last session.
+    reached: Option<SourcePosition>,
+    /// What the publication published when it was last seen.
+    published: Option<Published>,
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     worked: bool,
@@ -75,6 +81,8 @@ impl<'a> Session<'a> {
             store: CheckpointStore::new(&config.checkpoint, &config.slot),
             said: Repeated::default(),
             learned: false,
+            reached: None,
+            published: None,
             upto: None,
             worked: false,
         }
@@ -87,6 +95,14 @@ impl<'a> Session<'a> {
 
     /// Runs one session to its end.
     pub fn run(&mut self) -> Result<Ended, Error> {
+        let outcome = self.connect_and_run();
+        if let Err(Error::Backwards(_)) = outcome {
+            self.store.unripe();
+        }
+        outcome
+    }
+
+    fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
@@ -95,15 +111,29 @@ impl<'a> Session<'a> {
         }
         let lineage = lineage(&mut connection, &config.slot)?;
         let found = rejoin::find(config, &mut self.said)?;
-        if config.delivery == Delivery::ExactlyOnce {
-            let marks =
-                self.store
-                    .open(&found.link, found.replicas(), config.nats.request_timeout)?;
-            if !self.learned && !config.resume_anyway {
-                self.memory.learn(marks, &lineage);
-            }
-            self.learned = true;
+        let timeout = config.nats.request_timeout;
+        let marks = self.store.open(&found.link, found.replicas(), timeout)?;
+        let resume_anyway = config.resume_anyway && !self.learned;
+        // another relay may have confirmed more since our last session
+        let reached = [&self.reached, &marks.reached].into_iter().flatten();
+        let reached = reached.filter_map(|at| lineage.reach(at)).max();
+        if let Some(reached) = reached.filter(|lsn| *lsn < slot.confirmed_flush_lsn)
+            && !resume_anyway
+        {
+            return Err(Error::SlotMoved {
+                slot: config.slot.clone(),
+                confirmed: slot.confirmed_flush_lsn,
+                reached,
+            });
         }
+        self.memory.reached = reached.unwrap_or_default().max(slot.confirmed_flush_lsn);
+        if !self.learned {
+            let mut marks = marks.streams;
+            marks.retain(|mark| !resume_anyway || found.has_kept(mark));
+            self.memory.learn(marks, &lineage);
+        }
+        self.learned = true;
+        let published = self.check_publication(&mut connection)?;
         let joined = found.join(config, &lineage, |stream| self.memory.last_known(stream))?;
         joined.tell_foreign(&mut self.said);
         let start = joined.start_position();
@@ -113,23 +143,39 @@ impl<'a> Session<'a> {
             streams,
         } = joined;
 
+        // at least once there is nothing to compare with what a stream has lost
+        let hold_back = match config.delivery {
+            Delivery::ExactlyOnce => config.hold_back,
+            Delivery::AtLeastOnce => Duration::ZERO,
+        };
         let limits = Limits {
             inflight: config.inflight,
             inflight_bytes: INFLIGHT_BYTES,
             ack_timeout: config.ack_timeout,
-            hold_back: config.hold_back,
+            hold_back,
         };
         let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
         if let Err(trouble) = core.connected(routes, streams, Instant::now()) {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }
-        core.takes(link.max_payload(), lineage.source.to_string().len());
+        core.takes(
+            link.max_payload(),
+            lineage.source.to_string().len(),
+            config.mapping.policy.on_poison != OnPoison::Stop,
+        );
+        if self.store.is_kept() {
+            core.has_checkpoint(self.store.ripe(&lineage, hold_back));
+        }
         core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
-        if let Err(error) = self.store.begin(&link, marks, config.nats.request_timeout) {
-            self.memory = core.into_memory();
-            return Err(error.into());
+        match self.store.begin(&link, marks, timeout) {
+            Ok(Some(marks)) => core.kept(marks, Instant::now()),
+            Ok(None) => {}
+            Err(error) => {
+                self.memory = core.into_memory();
+                return Err(error);
+            }
         }
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
@@ -147,6 +193,12 @@ impl<'a> Session<'a> {
             .iter()
             .map(|(name, value)| (*name, value.as_str()))
             .collect();
+        let watch = Watch::new(
+            config,
+            connection.peer(),
+            published,
+            self.store.publication(),
+        );
         let started = replication::start_replication(connection, &config.slot, start, &options);
         let (stream, writer) = match started {
             Ok(halves) => halves,
@@ -163,11 +215,50 @@ impl<'a> Session<'a> {
             status_interval: feedback::status_interval(slot.wal_sender_timeout),
         };
         let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
-        let outcome = threads.run(stream, &writer, link, core, store, &mut self.mapper);
-        self.worked = outcome.left.tally.published + outcome.left.tally.skipped > 0;
+        let mapper = &mut self.mapper;
+        let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
+        self.published = Some(outcome.published);
+        self.worked = outcome.left.tally != Tally::default();
         self.memory = outcome.left.memory;
+        self.reached = Some(SourcePosition {
+            source: lineage.source,
+            position: Position {
+                commit_lsn: self.memory.reached,
+                ordinal: 0,
+            },
+        });
         self.store = outcome.left.store;
         outcome.result
+    }
+}
+
+impl Session<'_> {
+    /// Sees that the publication is all that it was when an earlier session, or an earlier process, saw it.
+    fn check_publication(&mut self, connection: &mut Connection) -> Result<Published, Error> {
+        let config = self.config;
+        let seen = self.store.publication();
+        let remembered = || Published::from_text(&seen.get()?);
+        let accept = self.published.is_none() && config.resume_anyway;
+        let before = self.published.clone().or_else(remembered);
+        let (name, mapping) = (&config.publication, &config.mapping);
+        let now = publication::read(connection, name, mapping, before.as_ref())?;
+        let narrowed = match (&before, &now) {
+            (Some(before), now) => before.narrowed_to(now.as_ref()),
+            (None, None) => Some(Narrowed::Dropped),
+            (None, Some(_)) => None,
+        };
+        match (narrowed, now) {
+            (None, Some(now)) => Ok(self.published.insert(now).clone()),
+            (Some(narrowed), Some(now)) if accept => {
+                log::warn!(publication = name.as_str(); "going on although the publication {narrowed} (-resume-anyway)");
+                Ok(self.published.insert(now).clone())
+            }
+            (narrowed, _) => Err(Error::Narrowed {
+                publication: name.clone(),
+                narrowed: narrowed.unwrap_or(Narrowed::Dropped),
+            }),
+        }
+        .inspect(|published| seen.set(Some(published.to_text())))
     }
 }
 
@@ -220,18 +311,19 @@ struct Threads<'a> {
 struct Outcome {
     result: Result<Ended, Error>,
     left: Left,
+    published: Published,
 }
 
 impl Threads<'_> {
     /// Starts them, waits until one ends or the relay is asked to stop, and ends the others in order.
     fn run(
         &self,
-        mut stream: ReplicationReader,
-        writer: &ReplicationWriter,
+        (mut stream, writer): (ReplicationReader, &ReplicationWriter),
         link: Link,
         core: Core,
         store: CheckpointStore,
         mapper: &mut Mapper,
+        mut watch: Watch,
     ) -> Outcome {
         let progress = &Progress::default();
         // ends this session alone; `self.stop` ends the relay
@@ -256,7 +348,7 @@ impl Threads<'_> {
             mapper,
             upto: self.upto,
         };
-        let (read, published, fed_back, shuts_down) = thread::scope(|scope| {
+        let (read, published, fed_back, first) = thread::scope(|scope| {
             let source = &mut stream;
             let reader = spawn(scope, READER, &ended_sender, move || reader.run(source));
             let publisher = spawn(scope, "publisher", &ended_sender, move || {
@@ -266,27 +358,33 @@ impl Threads<'_> {
                 feedback::run(writer, progress, &asks, self.status_interval)
             });
 
-            let mut first = self.wait(&ended, &asks_sender, progress);
+            let mut wait = || self.wait(&ended, &asks_sender, progress, &mut watch);
+            let mut first = wait();
             if first == First::Ended(READER) {
                 // the publisher finds the channel closed when it has taken all that was read
-                first = self.wait(&ended, &asks_sender, progress);
+                first = wait();
             }
-            let shuts_down = first == First::ServerShutsDown;
+            if let First::Narrowed(narrowed) = &first {
+                progress.hold();
+                log::warn!("the publication {narrowed}: stopping; nothing more is confirmed");
+            }
             session_stop.begin();
             wake(&reader, progress, writer, &asks_sender);
             let read = reader.join();
             let published = publisher.join();
             drop(asks_sender);
-            (read, published, feedback.join(), shuts_down)
+            (read, published, feedback.join(), first)
         });
 
         // a panic of the publisher takes the memory of the streams with it: they are read back as at a start
         let left = published.unwrap_or_else(|_| Left {
             result: Err(PANICKED),
+            settled: false,
             tally: Tally::default(),
             memory: Memory::default(),
             store: CheckpointStore::new("", &self.config.slot),
         });
+        let shuts_down = first == First::ServerShutsDown;
         let result = match (left.result, read, fed_back) {
             (Err(error), _, _) => Err(error),
             (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
@@ -295,8 +393,16 @@ impl Threads<'_> {
             (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
             _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
-            (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Drained),
+            (_, Ok(Ok(reader::Ended::Drained)), _) if left.settled => Ok(Ended::Drained),
+            (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Stopped),
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
+        };
+        let result = match first {
+            First::Narrowed(narrowed) => Err(Error::Narrowed {
+                publication: self.config.publication.clone(),
+                narrowed,
+            }),
+            _ => result,
         };
         // whatever ended the session: what is stored by now is told to Postgres if it still listens
         let told = feedback::last(writer, progress).and_then(|()| stream.finish(GOODBYE_LIMIT));
@@ -307,7 +413,11 @@ impl Threads<'_> {
             result: Ok(()),
             ..left
         };
-        Outcome { result, left }
+        Outcome {
+            result,
+            left,
+            published: watch.into_published(),
+        }
     }
 
     /// Waits for what ends the session.
@@ -316,6 +426,7 @@ impl Threads<'_> {
         ended: &Receiver<&'static str>,
         asks: &Sender<Ask>,
         progress: &Progress,
+        watch: &mut Watch,
     ) -> First {
         let pings = if self.upto.is_some() {
             tick(DRAIN_PING)
@@ -323,6 +434,7 @@ impl Threads<'_> {
             never()
         };
         let looks = tick(SHUTDOWN_LOOK);
+        let watches = tick(WATCH_INTERVAL);
         loop {
             select! {
                 recv(ended) -> name => return First::Ended(name.unwrap_or_default()),
@@ -331,6 +443,12 @@ impl Threads<'_> {
                     // a full channel: a status update is about to be sent anyway
                     let _ = asks.try_send(Ask::Ping);
                 }
+                recv(watches) -> _ => watch.ask(),
+                recv(watch.looks()) -> look => match look.map(|now| watch.take(now)) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(narrowed)) => return First::Narrowed(narrowed),
+                    Err(_) => watch.end(),
+                },
                 recv(looks) -> _ => {
                     if progress.back_pressure() > SHUTDOWN_LOOK && shuts_down(&self.config.db) {
                         return First::ServerShutsDown;
@@ -342,7 +460,7 @@ impl Threads<'_> {
 }
 
 /// What comes first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum First {
     /// The thread of that name ended.
     Ended(&'static str),
@@ -350,6 +468,8 @@ enum First {
     StopAsked,
     /// Postgres is seen to shut down.
     ServerShutsDown,
+    /// The publication is seen to publish less than before.
+    Narrowed(Narrowed),
 }
 
 /// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing

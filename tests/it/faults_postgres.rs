@@ -118,10 +118,8 @@ fn stops_while_jetstream_stands_still(backlog: fn(&Scenario)) {
 
 #[track_caller]
 fn assert_stops_in_time(pg: &Postgres) {
-    assert!(
-        pg.slot_active(NAME),
-        "there must be a walsender to wait for"
-    );
+    // events of which no writer knows that they are committed can have ended the wait for the relay
+    eventually("a walsender to wait for", secs(60), || pg.slot_active(NAME));
     let start = Instant::now();
     pg.stop_fast();
     let took = start.elapsed();

@@ -19,7 +19,7 @@ use jetstream_outbox::postgres::Lsn;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,13 +59,27 @@ struct Confirmed {
 }
 
 /// What the end of a scenario tells beyond that all was right.
-#[derive(Debug)]
 pub struct Outcome {
     /// The end of the first transaction with events, and of the last.
     pub first_end_lsn: Lsn,
     pub last_end_lsn: Lsn,
     /// What the slot's consumer had confirmed at the end.
     pub confirmed: Lsn,
+    /// What the relay said that was ended in order.
+    pub log: Vec<String>,
+}
+
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the events end at {} to {}, {} is confirmed; the relay said\n{}",
+            self.first_end_lsn,
+            self.last_end_lsn,
+            self.confirmed,
+            self.log.join("\n")
+        )
+    }
 }
 
 impl Outcome {
@@ -276,7 +290,11 @@ impl Scenario {
             self.read_on(name, messages)
                 .expect("read the rest of the stream");
         }
-        self.judge(&truth, &stored)
+        let outcome = self.judge(&truth, &stored);
+        Outcome {
+            log: relay.log(),
+            ..outcome
+        }
     }
 
     /// Judges messages that were read in another way; the relay must have ended.
@@ -320,6 +338,7 @@ impl Scenario {
             first_end_lsn: end(truth.first()),
             last_end_lsn: end(truth.last()),
             confirmed: self.pg.confirmed_flush_lsn(NAME),
+            log: Vec::new(),
         }
     }
 

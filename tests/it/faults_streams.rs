@@ -10,13 +10,14 @@ use serde_json::{Value, json};
 use std::time::Duration;
 
 /// Copies the store, lets events flow, and puts the copy back: what a power loss does to unsynced writes.
-fn put_back(nats: &Nats, run: &Scenario) {
+fn put_back(nats: &Nats, run: &Scenario, until: impl FnOnce()) {
     nats.stop();
     let copy = nats.snapshot_store();
     nats.start_again();
     run.wait_for_relay("the copy of the store");
     run.wait_for_commits(300);
     run.wait_for_relay("events behind the copy");
+    until();
     nats.kill();
     nats.restore_store(&copy);
     nats.start_again();
@@ -29,7 +30,7 @@ fn a_store_put_back_within_the_hold_back_is_filled_again_in_order() {
     let relay = run.relay(&[]);
     for _ in 0..3 {
         run.wait_for_relay("the start");
-        put_back(&nats, &run);
+        put_back(&nats, &run, || {});
         run.wait_for_relay("the store put back");
     }
     run.finish(relay).assert_held_back();
@@ -62,7 +63,12 @@ fn a_store_put_back_beyond_what_the_slot_keeps_halts_the_relay() {
     let run = Scenario::start(&nats);
     let mut relay = run.relay(&["--hold-back", "0"]);
     run.wait_for_relay("the start");
-    put_back(&nats, &run);
+    put_back(&nats, &run, || {
+        let behind = run.pg.current_wal_lsn();
+        eventually("the slot to forget", secs(60), || {
+            run.pg.confirmed_flush_lsn(NAME) >= behind
+        });
+    });
     halts(&mut relay, 65, "restore the stream");
 }
 

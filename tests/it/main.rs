@@ -3,6 +3,7 @@
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
 mod drain;
+mod failover;
 mod faults_cluster;
 mod faults_nats;
 mod faults_network;
@@ -14,9 +15,11 @@ mod mapping;
 mod operation;
 mod park;
 mod payloads;
+mod publication;
 mod rig;
 mod secrets;
 mod seed;
+mod slot;
 mod smoke;
 mod stops;
 mod subjects;

@@ -6,6 +6,7 @@ use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
 use crate::support::wait::eventually;
 use rustix::process::Signal;
+use serde_json::{Value, json};
 
 #[test]
 fn sigterm_and_sigint_leave_nothing_unconfirmed_and_nothing_to_repeat() {
@@ -46,26 +47,15 @@ fn sigterm_and_sigint_leave_nothing_unconfirmed_and_nothing_to_repeat() {
 }
 
 #[test]
-fn a_second_signal_ends_a_relay_that_waits_and_sighup_does_not() {
+fn sighup_does_not_end_the_relay() {
     let rig = Rig::start();
-    let mut relay = rig.relay(&[]);
+    let relay = rig.relay(&[]);
     relay.wait_for_log("msg=\"connected\"", DEADLINE);
     relay.signal(Signal::HUP);
     relay.wait_for_log("ignored SIGHUP", DEADLINE);
-    rig.nats.freeze();
     rig.commit_event(1, "a");
-    eventually("the relay to notice", DEADLINE, || {
-        relay.log().iter().any(|line| line.contains("level=warn"))
-    });
-    relay.term();
-    relay.wait_for_log("stopping: waiting", DEADLINE);
-    relay.signal(Signal::INT);
-    let code = relay.wait_exit(DEADLINE);
-    // at once by the second signal, or the orderly end was as quick
-    assert!(code == 130 || code == 0, "{code}");
-    rig.nats.thaw();
-    rig.drain(&[]);
-    assert_eq!(rig.messages().len(), 1);
+    rig.wait_for_messages(1);
+    assert!(relay.is_running());
 }
 
 #[test]
@@ -147,6 +137,120 @@ fn what_is_missing_or_wrong_in_postgres_is_named_with_what_to_do() {
     }
 }
 
+/// They are refused before there is a session, where an outage would be, too.
+#[test]
+fn what_authentication_and_tls_lack_ends_the_relay_unless_another_host_may_come_back() {
+    let rig = Rig::start_with(Postgres::builder().hba(
+        "host all by_scram 127.0.0.1/32 scram-sha-256
+         host all by_gss 127.0.0.1/32 gss",
+    ));
+    rig.pg.execute(
+        "CREATE ROLE by_scram LOGIN REPLICATION PASSWORD 'x'; CREATE ROLE by_gss LOGIN REPLICATION",
+    );
+    let (scram, gss) = (
+        rig.pg.url("by_scram", "postgres"),
+        rig.pg.url("by_gss", "postgres"),
+    );
+    let no_tls = rig.pg.url("postgres", "postgres?sslmode=require");
+    let missing = rig.pg.url(
+        "postgres",
+        "postgres?sslmode=verify-full&sslrootcert=/nonexistent",
+    );
+    let here = format!("127.0.0.1:{}", rig.pg.port());
+    let one_is_away = scram.replace(&here, &format!("127.0.0.1:1,{here}"));
+    for (db, code, words) in [
+        (&scram, 78, &["none was given", "PGPASSWORD"][..]),
+        (&gss, 78, &["GSSAPI", "pg_hba.conf"]),
+        (&no_tls, 78, &["does not offer", "sslmode"]),
+        (&missing, 78, &["/nonexistent", "sslrootcert"]),
+        (&one_is_away, 69, &["refused", "none was given"]),
+    ] {
+        let (found, log) = rig.run(&["-db", db, "--max-outage", "2s"]);
+        let last = log.last().cloned().unwrap_or_default();
+        assert_eq!(found, code, "{db}: {last}");
+        for word in words {
+            assert!(last.contains(word), "{db}: {word:?} is not in {last}");
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_cannot_carry_the_promises_is_refused_and_one_with_limits_warned_of_once() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    };
+    rig.pg.seed_setup();
+    rig.commit_event(1, "a");
+    // nats-server removes the folder of all streams with the last of them, and at its leisure: so one stays,
+    // and each has another name
+    rig.nats.client().add_stream("STAYS", &["stays"]);
+    for (number, (settings, updates, refused, word)) in (1..).zip([
+        (json!({ "no_ack": true }), json!(null), true, "no_ack"),
+        (json!({}), json!({ "sealed": true }), true, "sealed"),
+        (
+            json!({ "persist_mode": "async" }),
+            json!(null),
+            true,
+            "persist_mode async",
+        ),
+        (
+            json!({ "subject_transform": { "src": "events.>", "dest": "other.>" } }),
+            json!(null),
+            true,
+            "subject_transform",
+        ),
+        (json!({ "storage": "memory" }), json!(null), false, "memory"),
+        (
+            json!({ "max_msgs": 100 }),
+            json!(null),
+            false,
+            "discard old",
+        ),
+        (
+            json!({ "max_bytes": 100_000, "discard": "new" }),
+            json!(null),
+            false,
+            "discard new",
+        ),
+        (
+            json!({ "max_msg_size": 2_000 }),
+            json!(null),
+            false,
+            "max_msg_size",
+        ),
+    ]) {
+        let name = format!("S{number}");
+        let mut nats = rig.nats.client();
+        let mut config = json!({ "name": name, "subjects": ["events.>"] });
+        let fields = |value: &Value| value.as_object().cloned().unwrap_or_default();
+        let merge = |config: &mut Value, more: &Value| {
+            for (name, value) in fields(more) {
+                config[name] = value;
+            }
+        };
+        merge(&mut config, &settings);
+        nats.add_stream_with(config.clone());
+        if !updates.is_null() {
+            merge(&mut config, &updates);
+            nats.api(&format!("STREAM.UPDATE.{name}"), &config);
+        }
+        let (code, log) = rig.run(&["--drain", "--hold-back", "150s", "--checkpoint", "none"]);
+        let said: Vec<_> = log
+            .iter()
+            .filter(|line| line.contains("level=warn") || line.contains("level=error"))
+            .collect();
+        assert_eq!(said.len(), 1, "{settings}: {log:?}");
+        assert!(
+            said.iter().all(|line| line.contains(word)),
+            "{settings}: {said:?}"
+        );
+        assert_eq!(code, if refused { 78 } else { 0 }, "{settings}: {said:?}");
+        assert_eq!(nats.message_count(&name), u64::from(!refused), "{settings}");
+        nats.api(&format!("STREAM.DELETE.{name}"), &json!({}));
+    }
+}
+
 #[test]
 fn what_is_missing_in_nats_is_waited_for_and_named() {
     let rig = Rig {
@@ -163,6 +267,42 @@ fn what_is_missing_in_nats_is_waited_for_and_named() {
     );
     rig.nats.client().add_seed_stream();
     rig.wait_for_messages(1);
+}
+
+#[test]
+fn a_checkpoint_that_is_not_allowed_is_told_of_in_one_line() {
+    for forbidden in ["$JS.API.STREAM.CREATE.KV_jetstream_outbox", "$KV.>"] {
+        let rig = Rig {
+            pg: Postgres::start(),
+            nats: Nats::builder()
+                .config(&format!(
+                    "no_auth_user: relay
+                     authorization {{ users: [
+                         {{ user: admin, password: p }}
+                         {{ user: relay, password: p, permissions {{ publish {{ deny: \"{forbidden}\" }} }} }}
+                     ] }}"
+                ))
+                .client_options(json!({ "user": "admin", "pass": "p" }))
+                .build(),
+        };
+        rig.pg.seed_setup();
+        rig.nats.client().add_seed_stream();
+        rig.commit_event(1, "a");
+        let log = rig.drain(&[]);
+        let warnings: Vec<_> = log
+            .iter()
+            .filter(|line| line.contains("level=warn"))
+            .collect();
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert!(
+            warnings
+                .iter()
+                .all(|line| line.contains("going on without the checkpoint")
+                    && line.contains("Permissions Violation")),
+            "{warnings:?}"
+        );
+        assert_eq!(rig.messages().len(), 1);
+    }
 }
 
 #[test]
@@ -280,7 +420,7 @@ fn an_idle_outbox_confirms_while_another_database_is_busy() {
     let mut busy = rig.pg.client_of("busy").expect("the busy database");
     busy.batch_execute("CREATE TABLE t (x text)")
         .expect("its table");
-    let _relay = rig.relay(&[]);
+    let _relay = rig.relay(&["--hold-back", "1s"]);
     for _ in 0..3 {
         busy.batch_execute("INSERT INTO t SELECT repeat('x', 1000) FROM generate_series(1, 1000)")
             .expect("work");

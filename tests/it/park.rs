@@ -176,8 +176,9 @@ fn a_value_that_is_not_to_be_encoded_is_parked_or_stops_the_relay() {
         assert_eq!(code, 65, "{last}");
         assert!(last.contains(cause), "{last}");
     }
+    insert(&rig, "'4'", "'good'", "'x'");
     rig.drain(&["--on-bad-subject", "park", "--on-bad-header", "park"]);
-    assert_eq!(ids(&rig.messages()), ["1"]);
+    assert_eq!(ids(&rig.messages()), ["1", "4"]);
     let parked = rig.nats.client().read_all(PARKED);
     assert_eq!(ids(&parked), ["2", "3"]);
     assert_eq!(
@@ -185,9 +186,9 @@ fn a_value_that_is_not_to_be_encoded_is_parked_or_stops_the_relay() {
         Some("events.t.not%20good")
     );
     assert_eq!(parked[1].header("k"), Some("%0A"));
-    // by now both are stored, whatever is to be done with such events
+    // what stands before a stored event is stored, whatever is to be done with such events now
     rig.drain(&[]);
-    assert_eq!(ids(&rig.messages()), ["1"]);
+    assert_eq!(ids(&rig.messages()), ["1", "4"]);
 }
 
 #[test]
@@ -247,7 +248,7 @@ fn what_a_stream_refuses_for_good_is_parked() {
     let rig = rig(true);
     update_stream(&rig, STREAM, "events.>", 2_000);
     update_stream(&rig, PARKED, "jetstream_outbox.parked", 3_000);
-    for n in 1..=30 {
+    for n in 1..=31 {
         let payload = if n % 10 == 0 {
             "repeat('x', 4000)"
         } else {
@@ -257,7 +258,7 @@ fn what_a_stream_refuses_for_good_is_parked() {
     }
     let check = || {
         let messages = rig.messages();
-        let expected: Vec<_> = (1..=30)
+        let expected: Vec<_> = (1..=31)
             .filter(|n| n % 10 != 0)
             .map(|n| n.to_string())
             .collect();
@@ -267,7 +268,7 @@ fn what_a_stream_refuses_for_good_is_parked() {
         for message in &parked {
             let cause = message.header("Outbox-Parked").expect("a cause");
             assert!(
-                cause.starts_with("message size exceeds maximum allowed"),
+                cause.ends_with("bytes are more than the 2000 that NATS accepts"),
                 "{cause}"
             );
             assert_eq!(message.header("Outbox-Body-Cut"), Some("4000"));
@@ -286,6 +287,38 @@ fn what_a_stream_refuses_for_good_is_parked() {
     rig.drain(&PARK);
     rig.drain(&[]);
     check();
+}
+
+#[test]
+fn a_limit_that_is_lowered_while_the_relay_runs_is_noticed_by_the_refusal() {
+    let rig = rig(true);
+    let mut relay = rig.relay(&PARK);
+    insert(&rig, "'1'", "'a'", "repeat('x', 4000)");
+    rig.wait_for_messages(1);
+    update_stream(&rig, STREAM, "events.>", 2_000);
+    rig.pg.execute(
+        "INSERT INTO outbox SELECT n::text, 't', 'a', CASE WHEN n IN (5, 9) THEN repeat('x', 4000) ELSE 'x' END
+         FROM generate_series(2, 10) AS n",
+    );
+    rig.wait_for_messages(8);
+    relay.term();
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+    assert_eq!(
+        ids(&rig.messages()),
+        ["1", "2", "3", "4", "6", "7", "8", "10"]
+    );
+    assert_eq!(ids(&rig.nats.client().read_all(PARKED)), ["5", "9"]);
+    let log = relay.log();
+    let refused = "JetStream refused row 5 of public.outbox at ";
+    assert!(
+        log.iter().any(|line| line.contains(refused)),
+        "{}",
+        log.join("\n")
+    );
+    assert!(
+        !log.iter().any(|line| line.contains("refused row 9")),
+        "the limit is known by then"
+    );
 }
 
 #[test]

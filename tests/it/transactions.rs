@@ -27,13 +27,24 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
     let rig = Rig::start_with(Postgres::builder().setting("logical_decoding_work_mem", "64kB"));
     let mut relay = rig.relay(&[]);
     rig.pg.execute("BEGIN; INSERT INTO outbox VALUES (gen_random_uuid(), 'account', 'aborted', '{}'); ROLLBACK");
-    rig.pg
-        .execute(&format!("BEGIN; {} ROLLBACK", insert(1, 50_000)));
-    rig.pg.execute(&format!(
-        "BEGIN; {} SAVEPOINT a; {} SAVEPOINT b; {} ROLLBACK TO a; {} SAVEPOINT c; {} RELEASE c; {} COMMIT",
+    // Postgres 18 spills nothing of which it knows already that it was rolled back: so it is decoded before
+    let mut session = rig.pg.client();
+    let mut run = |sql: String| session.batch_execute(&sql).expect("write");
+    let decoded = |number: u64, messages: u64| {
+        rig.pg.execute(&insert(number, number));
+        rig.wait_for_messages(messages);
+    };
+    run(format!("BEGIN; {}", insert(1, 50_000)));
+    decoded(800_001, 1);
+    run(format!(
+        "ROLLBACK; BEGIN; {} SAVEPOINT a; {} SAVEPOINT b; {}",
         insert(100_001, 100_003),
         insert(200_001, 210_000),
         insert(300_001, 310_000),
+    ));
+    decoded(800_002, 2);
+    run(format!(
+        "ROLLBACK TO a; {} SAVEPOINT c; {} RELEASE c; {} COMMIT",
         insert(400_001, 400_003),
         insert(500_001, 500_100),
         insert(600_001, 600_001),
@@ -47,6 +58,8 @@ fn what_is_rolled_back_never_arrives_although_postgres_spilled_it() {
     rig.pg.execute(&insert(700_001, 700_001));
     let mut expected = Expected::new();
     for (from, to) in [
+        (800_001, 800_001),
+        (800_002, 800_002),
         (100_001, 100_003),
         (400_001, 400_003),
         (500_001, 500_100),

@@ -1,6 +1,7 @@
 //! `sslmode` against certificates that fit and ones that do not, and servers that do not keep to TLS.
 
 use crate::cluster::{Cluster, connect, primary};
+use jetstream_outbox::postgres::Error;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::process::Command;
@@ -79,11 +80,20 @@ fn sslmode_decides_what_of_the_certificate_counts() {
                 }
                 (Err(error), expected) => {
                     assert!(error.to_string().contains(expected), "{text}\n{error}");
+                    assert!(is_lasting(&error), "{text}\n{error}");
                 }
                 (Ok(_), expected) => panic!("{text}: expected {expected}"),
             }
         }
     }
+}
+
+/// Whether the only host failed in a way that no second try mends.
+fn is_lasting(error: &Error) -> bool {
+    let Error::Connect(attempts) = error else {
+        panic!("{error}")
+    };
+    matches!(&attempts[..], [(_, Error::Tls { lasting: true, .. })])
 }
 
 /// A server that answers the request for TLS with `answer` and then waits for the client to say more; with
@@ -108,20 +118,30 @@ fn scripted(answer: &'static [u8]) -> u16 {
 
 #[test]
 fn a_server_without_tls_is_told_apart() {
-    for (answer, expected) in [
-        (&b"N"[..], "does not offer it, but sslmode requires it"),
-        (b"E....", "answered the request for TLS with something else"),
-        (b"", "closed the connection"),
+    for (answer, lasting, expected) in [
+        (
+            &b"N"[..],
+            true,
+            "does not offer it, but sslmode requires it",
+        ),
+        (
+            b"E....",
+            false,
+            "answered the request for TLS with something else",
+        ),
+        (b"", false, "closed the connection"),
         // CVE-2021-23222: AuthenticationOk put behind the answer must not count as the server's word
         (
             b"SR\0\0\0\x08\0\0\0\0Z\0\0\0\x05I",
+            false,
             "agree on TLS: received corrupt message",
         ),
     ] {
         let port = scripted(answer);
         let text = format!("host=127.0.0.1 port={port} user=u sslmode=require connect_timeout=3");
-        let error = connect(&text).unwrap_err().to_string();
-        assert!(error.contains(expected), "{answer:?}: {error}");
+        let error = connect(&text).unwrap_err();
+        assert!(error.to_string().contains(expected), "{answer:?}: {error}");
+        assert_eq!(is_lasting(&error), lasting, "{answer:?}: {error}");
     }
 }
 

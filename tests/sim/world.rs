@@ -12,7 +12,9 @@ use jetstream_outbox::jetstream::streams::{Routes, StreamConfig, StreamInfo, Str
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
 use jetstream_outbox::postgres::Lsn;
-use jetstream_outbox::relay::core::{Core, Limits, Mark, Memory, Next, StreamAtConnect, Trouble};
+use jetstream_outbox::relay::core::{
+    Core, Limits, Mark, Marks, Memory, Next, StreamAtConnect, Trouble,
+};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -67,14 +69,17 @@ pub struct World {
     /// The committed events of each stream, in order.
     committed: Vec<Vec<Event>>,
     /// The values of the checkpoint's key.
-    bucket: Vec<(Instant, Vec<Mark>)>,
+    bucket: Vec<(Instant, Marks)>,
+    /// Whether the relay may write there.
+    checkpoint: bool,
     lineage: Lineage,
     session: Option<Session>,
     connection: Option<Connection>,
     zombies: Vec<Connection>,
     memory: Memory,
     learned: bool,
-    written: Vec<Mark>,
+    written: Marks,
+    reached: Option<SourcePosition>,
     next_write: Instant,
     next_look: Instant,
     /// What [`Rule::TailRead`] falsifies.
@@ -122,6 +127,9 @@ impl World {
             Kind::Foreign | Kind::ReusedIds => 0,
         };
         let hold_back = Duration::from_secs([0, 10, 30][rng.usize(shortest..3)]);
+        // consumed messages, and others on a replicated stream, are not coped with without one
+        let needed = kind == Kind::Consumed || kind == Kind::Foreign && replicated;
+        let checkpoint = needed || rng.bool();
         let now = Instant::now();
         let source = Source {
             slot: "slot".to_string(),
@@ -139,7 +147,8 @@ impl World {
             postgres: Postgres::default(),
             committed: streams.iter().map(|_| Vec::new()).collect(),
             streams,
-            bucket: vec![(now, Vec::new())],
+            bucket: vec![(now, Marks::default())],
+            checkpoint,
             lineage: Lineage {
                 source,
                 switch_points: Vec::new(),
@@ -149,7 +158,8 @@ impl World {
             zombies: Vec::new(),
             memory: Memory::default(),
             learned: false,
-            written: Vec::new(),
+            written: Marks::default(),
+            reached: None,
             next_write: now,
             next_look: now,
             old_tails: Vec::new(),
@@ -157,7 +167,7 @@ impl World {
         };
         trace!(
             world,
-            "{kind:?}, {} streams, replicated: {replicated}, ids kept {window:?}, hold-back {hold_back:?}",
+            "{kind:?}, {} streams, replicated: {replicated}, ids kept {window:?}, hold-back {hold_back:?}, checkpoint: {checkpoint}",
             captures.len()
         );
         world
@@ -204,6 +214,7 @@ impl World {
                 self.lose_connection();
                 self.session = None;
                 self.memory = Memory::default();
+                self.reached = None;
                 self.learned = false;
             }
             92 if self.kind == Kind::Rollback => self.roll_back(),
@@ -484,8 +495,14 @@ impl World {
         Ok(())
     }
 
-    fn write_checkpoint(&mut self, marks: Vec<Mark>) {
+    fn write_checkpoint(&mut self, marks: Marks) {
+        if !self.checkpoint {
+            return;
+        }
         self.written = marks.clone();
+        if let Some(session) = &mut self.session {
+            session.core.kept(&marks, self.now);
+        }
         if !self.is_off(Rule::Checkpoint) {
             self.bucket.push((self.now, marks));
         }
@@ -507,12 +524,22 @@ impl World {
     }
 
     fn start_session(&mut self) -> Outcome {
+        let kept = self
+            .bucket
+            .last()
+            .map_or(Marks::default(), |(_, m)| m.clone());
         if !self.learned {
-            let marks = self.bucket.last().map_or(Vec::new(), |(_, m)| m.clone());
-            self.written = marks.clone();
-            self.memory.learn(marks, &self.lineage);
+            self.memory.learn(kept.streams.clone(), &self.lineage);
             self.learned = true;
         }
+        let reached = [&self.reached, &kept.reached].into_iter().flatten();
+        let reached = reached.filter_map(|at| self.lineage.reach(at)).max();
+        self.written = kept;
+        let confirmed = self.postgres.confirmed;
+        if reached.is_some_and(|reached| reached < confirmed) {
+            return Err(format!("the slot is at {confirmed}, behind {reached:?}"));
+        }
+        self.memory.reached = reached.unwrap_or_default().max(confirmed);
         let memory = std::mem::take(&mut self.memory);
         let found = self.read_streams(|stream| memory.last_known(stream).cloned());
         let position = |stream: &StreamAtConnect| match &stream.tail {
@@ -556,8 +583,12 @@ impl World {
         );
         self.join(found)?;
         if let Some(session) = &mut self.session {
+            if self.checkpoint {
+                session.core.has_checkpoint(None);
+            }
             session.core.starts_at(start, self.now);
         }
+        self.begin_checkpoint();
         Ok(())
     }
 
@@ -596,15 +627,26 @@ impl World {
         if let Err(trouble) = session.core.connected(Routes::new(&infos), found, self.now) {
             return self.handle(Ok(Err(trouble)));
         }
+        self.begin_checkpoint();
+        Ok(())
+    }
+
+    fn begin_checkpoint(&mut self) {
+        let Some(session) = &self.session else {
+            return;
+        };
         let marks = session.core.marks(&self.lineage.source);
         let known = |mark: &Mark| {
-            let old = self.written.iter().find(|old| old.name == mark.name);
+            let old = self
+                .written
+                .streams
+                .iter()
+                .find(|old| old.name == mark.name);
             old.is_some_and(|old| old.shared == mark.shared)
         };
-        if !marks.iter().all(known) {
+        if self.written.reached != marks.reached || !marks.streams.iter().all(known) {
             self.write_checkpoint(marks);
         }
-        Ok(())
     }
 
     /// `rejoin::Found::join`.
@@ -834,6 +876,13 @@ impl World {
             true => Memory::default(),
             false => session.core.into_memory(),
         };
+        self.reached = Some(SourcePosition {
+            source: self.lineage.source.clone(),
+            position: Position {
+                commit_lsn: self.memory.reached,
+                ordinal: 0,
+            },
+        });
     }
 
     /// The servers lose what they had not synced: connections to them end, or a replica takes over.
@@ -874,7 +923,7 @@ impl World {
             self.zombies.clear();
             // the bucket is on the same disk
             self.bucket
-                .retain(|(time, marks)| marks.is_empty() || now - *time >= age);
+                .retain(|(time, marks)| *marks == Marks::default() || now - *time >= age);
         }
     }
 

@@ -248,6 +248,18 @@ impl Nats {
     /// Copies the store of a stopped server: a backup, for [`Nats::restore_store`].
     pub fn snapshot_store(&self) -> TempDir {
         self.assert_stopped();
+        self.copy_store()
+    }
+
+    /// Copies the store of a running server, which is frozen meanwhile: what a power loss would leave of it.
+    pub fn snapshot_store_frozen(&self) -> TempDir {
+        self.freeze();
+        let snapshot = self.copy_store();
+        self.thaw();
+        snapshot
+    }
+
+    fn copy_store(&self) -> TempDir {
         let snapshot = temp_dir("nats-backup-");
         copy_folder(&self.store_dir(), &snapshot.path().join("store"));
         snapshot

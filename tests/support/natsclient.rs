@@ -382,13 +382,26 @@ impl NatsClient {
         }
     }
 
-    /// Through an ephemeral consumer that needs no acks, so nothing in the stream changes. A stream with
-    /// work-queue retention refuses such a consumer.
+    /// The same, of a server that may not answer.
     pub fn try_read_from(
         &mut self,
         stream: &str,
         start_seq: u64,
     ) -> io::Result<Vec<StreamMessage>> {
+        let mut messages = Vec::new();
+        self.try_visit_from(stream, start_seq, |message| messages.push(message))?;
+        Ok(messages)
+    }
+
+    /// Shows `visit` every message of the stream from a sequence on, in order, and keeps none: for streams that
+    /// are larger than the memory of a test. Through an ephemeral consumer that needs no acks, so nothing in the
+    /// stream changes. A stream with work-queue retention refuses such a consumer.
+    pub fn try_visit_from(
+        &mut self,
+        stream: &str,
+        start_seq: u64,
+        mut visit: impl FnMut(StreamMessage),
+    ) -> io::Result<()> {
         let consumer = self.try_api(
             &format!("CONSUMER.CREATE.{stream}"),
             &json!({ "stream_name": stream, "config": {
@@ -399,9 +412,8 @@ impl NatsClient {
         )?;
         let name = consumer["name"].as_str().unwrap_or_default().to_string();
         let mut pending = consumer["num_pending"].as_u64().unwrap_or(0);
-        let mut messages = Vec::with_capacity(usize::try_from(pending).unwrap_or(0));
         while pending > 0 {
-            let before = messages.len();
+            let mut delivered = 0;
             let inbox = self.new_inbox();
             let fetch =
                 json!({ "batch": FETCH_MESSAGES, "max_bytes": FETCH_BYTES, "no_wait": true });
@@ -420,7 +432,8 @@ impl NatsClient {
                 let (seq, time_ns, left) = consumer_reply(&reply)
                     .ok_or_else(|| broken(format!("not a consumer's reply subject: {reply}")))?;
                 pending = left;
-                messages.push(StreamMessage {
+                delivered += 1;
+                visit(StreamMessage {
                     seq,
                     time_ns,
                     subject: message.subject,
@@ -428,14 +441,14 @@ impl NatsClient {
                     body: message.body,
                 });
             }
-            if messages.len() == before {
+            if delivered == 0 {
                 return Err(broken(format!(
                     "{pending} messages pending, none delivered"
                 )));
             }
         }
         self.try_api(&format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null)?;
-        Ok(messages)
+        Ok(())
     }
 }
 

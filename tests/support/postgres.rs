@@ -82,6 +82,16 @@ static BIN: LazyLock<PathBuf> = LazyLock::new(|| {
     find_bin().expect("no Postgres server found (PG_BIN, /usr/lib/postgresql/*/bin, pg_config --bindir): run scripts/test, it gets one")
 });
 
+static MAJOR_VERSION: LazyLock<u32> = LazyLock::new(|| {
+    let output = program("postgres").arg("--version").output();
+    let output = output.expect("run postgres --version").stdout;
+    let text = String::from_utf8_lossy(&output).into_owned();
+    let number = text.split(' ').nth(2).and_then(|v| v.split('.').next());
+    number
+        .and_then(|number| number.trim().parse().ok())
+        .unwrap_or_else(|| panic!("read the version of Postgres: {text:?}"))
+});
+
 static TEMPLATE: LazyLock<TempDir> = LazyLock::new(|| {
     let dir = server_dir();
     initdb(&dir.path().join("data"));
@@ -189,6 +199,34 @@ impl Builder {
         self.start_in(dir)
     }
 
+    /// Makes it a standby of `primary`, which is stopped and started again for it: the copy of a stopped server
+    /// needs no pg_basebackup, which the packages of the newer versions do not have. It streams through a physical
+    /// slot of its own and, from 17 on, keeps the primary's failover slots synchronized.
+    pub fn build_standby_of(self, primary: &Postgres, slot: &str) -> Postgres {
+        primary.add_standby_slot(slot);
+        let dir = server_dir();
+        let data = dir.path().join("data");
+        primary.stop_fast();
+        copy_folder(&primary.data_dir(), &data);
+        primary.start_again();
+        // the primary's slots are not the standby's
+        for slot in fs::read_dir(data.join("pg_replslot")).expect("read the folder of slots") {
+            let slot = slot.expect("read the folder of slots").path();
+            fs::remove_dir_all(slot).expect("remove a slot");
+        }
+        write_private(&data.join("standby.signal"), b"");
+        let mut standby = self
+            .setting("primary_conninfo", &primary.conninfo())
+            .setting("primary_slot_name", slot)
+            .setting("hot_standby_feedback", "on")
+            // or the walreceiver waits 5 s when it comes before its primary
+            .setting("wal_retrieve_retry_interval", "200ms");
+        if Postgres::major_version() >= 17 {
+            standby = standby.setting("sync_replication_slots", "on");
+        }
+        standby.start_in(dir)
+    }
+
     /// Configures and starts the cluster whose data folder is in `dir` already.
     fn start_in(self, dir: TempDir) -> Postgres {
         let data = dir.path().join("data");
@@ -254,6 +292,11 @@ impl Postgres {
     /// Where Postgres' own programs are: `pg_recvlogical`, `pg_basebackup`, `psql`.
     pub fn bin() -> &'static Path {
         &BIN
+    }
+
+    /// The first number of its version.
+    pub fn major_version() -> u32 {
+        *MAJOR_VERSION
     }
 
     /// The TCP port on 127.0.0.1; it stays the same over restarts.
@@ -348,6 +391,48 @@ impl Postgres {
         text.expect("one row")
             .parse()
             .expect("Postgres prints LSNs")
+    }
+
+    /// Waits until the standby has replayed all that this primary has written.
+    #[track_caller]
+    pub fn wait_for_standby(&self, standby: &Postgres) {
+        let target = self.current_wal_lsn();
+        let replayed = format!("SELECT coalesce(pg_last_wal_replay_lsn() >= '{target}', false)");
+        eventually("the standby to catch up", START_DEADLINE, || {
+            standby.scalar::<bool>(&replayed) == Some(true)
+        });
+    }
+
+    /// A physical slot, which holds the log for a standby.
+    pub fn add_standby_slot(&self, slot: &str) {
+        self.execute(&format!(
+            "SELECT pg_create_physical_replication_slot('{slot}', true)"
+        ));
+    }
+
+    /// Has this standby follow another server.
+    pub fn follow(&self, primary: &Postgres) {
+        self.execute(&format!(
+            "ALTER SYSTEM SET primary_conninfo = '{}'",
+            primary.conninfo()
+        ));
+        self.execute("SELECT pg_reload_conf()");
+    }
+
+    /// How a standby reaches it.
+    fn conninfo(&self) -> String {
+        format!(
+            "host={} port={} user=postgres dbname=postgres",
+            self.socket_dir().display(),
+            self.port()
+        )
+    }
+
+    /// Makes this standby a primary on a new timeline.
+    #[track_caller]
+    pub fn promote(&self) {
+        let promoted = self.scalar::<bool>("SELECT pg_promote(true, 60)");
+        assert_eq!(promoted, Some(true), "promote the standby");
     }
 
     /// Ends every replication session from the server's side, and says how many there were.

@@ -131,6 +131,11 @@ impl Relay {
         status.code().unwrap_or_else(signal)
     }
 
+    /// Whether it ends by itself within `deadline`.
+    pub fn ends_within(&self, deadline: Duration) -> bool {
+        lock(&self.process).ends_within(deadline)
+    }
+
     /// The largest resident set so far, in KiB: VmHWM. `None` once it has ended.
     pub fn rss_peak_kb(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).ok()?;

@@ -77,6 +77,11 @@ pub fn throughout<O: Outcome>(what: &str, span: Duration, mut condition: impl Fn
     }
 }
 
+/// Lets time pass where that is the point: how long a fault lasts, how fast a writer writes. Never for a condition.
+pub fn pause(span: Duration) {
+    thread::sleep(span);
+}
+
 /// Shorthand for deadlines.
 pub const fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)

@@ -1,0 +1,177 @@
+//! The relays that run: one as a rule, two around a takeover. They may end by our signals only.
+
+use crate::support::process::{Signal, lock};
+use crate::support::relay::Relay;
+use crate::support::wait::secs;
+use crate::world::World;
+use std::fs;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// What SIGTERM may take: the relay's own limit is 10 s.
+const STOP_LIMIT: Duration = secs(30);
+
+/// How much of its log a relay that ended by itself is told with.
+const TAIL_LINES: usize = 12;
+
+/// What a relay is started with.
+#[derive(Clone, Copy)]
+pub struct Settings {
+    inflight: &'static str,
+    ack_timeout: &'static str,
+}
+
+impl Settings {
+    /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a long
+    /// one outlives a freeze.
+    pub fn any(random: &mut fastrand::Rng) -> Settings {
+        Settings {
+            inflight: ["4", "64", "1024", "4096"][random.usize(0..4)],
+            ack_timeout: ["500ms", "2s", "5s"][random.usize(0..3)],
+        }
+    }
+}
+
+pub struct Fleet<'a> {
+    world: &'a World,
+    hold_back: String,
+    relays: Mutex<Vec<(u32, Relay)>>,
+    started: AtomicU32,
+}
+
+impl<'a> Fleet<'a> {
+    pub fn new(world: &'a World, hold_back: Duration) -> Fleet<'a> {
+        Fleet {
+            world,
+            hold_back: format!("{}ms", hold_back.as_millis()),
+            relays: Mutex::default(),
+            started: AtomicU32::new(0),
+        }
+    }
+
+    pub fn started(&self) -> u32 {
+        self.started.load(Ordering::Relaxed)
+    }
+
+    /// Starts one and returns its number.
+    pub fn start(&self, settings: Settings) -> u32 {
+        let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
+        let db = format!(
+            "postgres://postgres@127.0.0.1:{}/postgres",
+            self.world.to_pg.port()
+        );
+        let servers: Vec<String> = self
+            .world
+            .to_nats
+            .iter()
+            .map(|proxy| format!("127.0.0.1:{}", proxy.port()))
+            .collect();
+        let servers = servers.join(",");
+        let Settings {
+            inflight,
+            ack_timeout,
+        } = settings;
+        let args = ["-db", &db, "-nats", &servers, "-hold-back", &self.hold_back];
+        let more = ["-ack-timeout", ack_timeout, "-inflight", inflight];
+        let relay = Relay::run(&[&args[..], &more].concat(), &[]);
+        let id = relay.id();
+        self.world.note(&format!(
+            "relay {number} started as process {id} with -inflight {inflight} -ack-timeout {ack_timeout}"
+        ));
+        lock(&self.relays).push((number, relay));
+        number
+    }
+
+    /// The relay that has run longest.
+    pub fn oldest(&self) -> Option<u32> {
+        lock(&self.relays).first().map(|(number, _)| *number)
+    }
+
+    pub fn signal(&self, number: u32, signal: Signal) {
+        for (_, relay) in lock(&self.relays).iter().filter(|(n, _)| *n == number) {
+            relay.signal(signal);
+        }
+    }
+
+    pub fn kill(&self, number: u32) {
+        if let Some(relay) = self.take(number) {
+            relay.kill();
+            self.save_log(number, relay, "killed");
+        }
+    }
+
+    /// SIGTERM, and sees that it ends with 0.
+    pub fn term(&self, number: u32) {
+        let Some(mut relay) = self.take(number) else {
+            return;
+        };
+        relay.term();
+        if !relay.ends_within(STOP_LIMIT) {
+            let tail = tail(&relay);
+            self.world.violation(
+                "did not end on SIGTERM",
+                format!("relay {number} in {STOP_LIMIT:?}\n{tail}"),
+            );
+        } else {
+            let code = relay.wait_exit(secs(1));
+            if code != 0 {
+                let example = format!("relay {number} with {code}\n{}", tail(&relay));
+                self.world
+                    .violation("ended on SIGTERM otherwise than with 0", example);
+            }
+        }
+        self.save_log(number, relay, "terminated");
+    }
+
+    /// Reports every relay that has ended by itself; the torture is over then.
+    pub fn check(&self) {
+        let ended: Vec<u32> = lock(&self.relays)
+            .iter()
+            .filter(|(_, relay)| !relay.is_running())
+            .map(|(number, _)| *number)
+            .collect();
+        for number in ended {
+            let Some(mut relay) = self.take(number) else {
+                continue;
+            };
+            let code = relay.wait_exit(secs(10));
+            let example = format!("relay {number} with {code}\n{}", tail(&relay));
+            self.world.violation("ended by itself", example);
+            self.world.give_up();
+            self.save_log(number, relay, "ended by itself");
+        }
+    }
+
+    /// SIGTERM to all, at the end.
+    pub fn term_all(&self) {
+        while let Some(number) = self.oldest() {
+            self.term(number);
+        }
+    }
+
+    fn take(&self, number: u32) -> Option<Relay> {
+        let mut relays = lock(&self.relays);
+        let index = relays.iter().position(|(n, _)| *n == number)?;
+        Some(relays.remove(index).1)
+    }
+
+    fn save_log(&self, number: u32, relay: Relay, how: &str) {
+        self.world.note(&format!("relay {number} {how}"));
+        let path = self.world.folder.join(format!("relay-{number}.log"));
+        fs::write(path, relay.log().join("\n")).expect("write the log of a relay");
+    }
+}
+
+fn tail(relay: &Relay) -> String {
+    let log = relay.log();
+    log[log.len().saturating_sub(TAIL_LINES)..].join("\n")
+}
+
+impl Drop for Fleet<'_> {
+    fn drop(&mut self) {
+        while let Some(number) = self.oldest() {
+            self.kill(number);
+        }
+    }
+}

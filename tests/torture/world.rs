@@ -1,0 +1,218 @@
+//! The servers under torture, the proxies between them and the relay, and what is noted on the way.
+
+use crate::ledger::{Confirmed, Violations};
+use crate::support::nats::{Nats, NatsCluster};
+use crate::support::natsclient::NatsClient;
+use crate::support::postgres::Postgres;
+use crate::support::process::lock;
+use crate::support::proxy::Proxy;
+use crate::support::wait::secs;
+use jetstream_outbox::postgres::Lsn;
+use serde_json::{Value, json};
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tempfile::TempDir;
+
+/// The relay's slot, and the stream.
+pub const NAME: &str = "jetstream_outbox";
+
+/// JetStream's own deduplication forgets so soon that it hides nothing.
+pub const DUPLICATE_WINDOW: Duration = Duration::from_millis(200);
+
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A flag that ends pauses.
+#[derive(Default)]
+pub struct Stop {
+    set: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Stop {
+    pub fn set(&self) {
+        *lock(&self.set) = true;
+        self.changed.notify_all();
+    }
+
+    pub fn is_set(&self) -> bool {
+        *lock(&self.set)
+    }
+
+    /// Returns after `span`, or when the flag is set.
+    pub fn pause(&self, span: Duration) {
+        let waited = self
+            .changed
+            .wait_timeout_while(lock(&self.set), span, |set| !*set);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Where the stream is.
+pub enum JetStream {
+    Single(Box<Nats>),
+    Cluster(Box<NatsCluster>),
+}
+
+/// A copy of the store, for a single server to be put back to.
+pub struct Copy {
+    pub store: TempDir,
+    pub taken: Instant,
+}
+
+pub struct World {
+    pub pg: Postgres,
+    pub jetstream: JetStream,
+    pub to_pg: Proxy,
+    pub to_nats: Vec<Proxy>,
+    pub copy: Mutex<Option<Copy>>,
+    pub violations: Mutex<Violations>,
+    /// Something is so wrong that more faults tell nothing.
+    pub broken: AtomicBool,
+    /// Logs of the relays and of the faults.
+    pub folder: PathBuf,
+    began: Instant,
+}
+
+impl World {
+    pub fn start(cluster: bool) -> World {
+        // a walsender gives up a dead connection before the relay is back
+        let pg = Postgres::builder()
+            .setting("wal_sender_timeout", "10s")
+            .build();
+        pg.seed_setup();
+        crate::ledger::Ledger::set_up(&pg);
+        let mut stream = json!({
+            "name": NAME, "subjects": ["events.>"], "duplicate_window": DUPLICATE_WINDOW.as_nanos() as u64,
+        });
+        let jetstream = if cluster {
+            let cluster = NatsCluster::start();
+            stream["num_replicas"] = json!(3);
+            cluster.nodes[0].client().add_stream_with(stream);
+            JetStream::Cluster(Box::new(cluster))
+        } else {
+            let nats = Nats::start();
+            nats.client().add_stream_with(stream);
+            JetStream::Single(Box::new(nats))
+        };
+        // not among the folders that go with this program: it stays when something was wrong
+        let folder = tempfile::Builder::new()
+            .prefix("torture-")
+            .tempdir()
+            .expect("create a temporary folder")
+            .keep();
+        World {
+            to_pg: Proxy::start(pg.port()),
+            to_nats: jetstream
+                .nodes()
+                .iter()
+                .map(|node| Proxy::start(node.port()))
+                .collect(),
+            pg,
+            jetstream,
+            copy: Mutex::new(None),
+            violations: Mutex::default(),
+            broken: AtomicBool::new(false),
+            folder,
+            began: Instant::now(),
+        }
+    }
+
+    pub fn violation(&self, kind: &'static str, example: String) {
+        self.note(&format!("VIOLATION {kind}: {example}"));
+        lock(&self.violations).add(kind, example);
+    }
+
+    /// A line in the log of the faults.
+    pub fn note(&self, what: &str) {
+        let now = jiff::Timestamp::now();
+        let at = self.began.elapsed().as_secs_f32();
+        let line = format!("{now:.6} {at:8.3} {what}\n");
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.folder.join("faults.log"));
+        let written = log.and_then(|mut log| log.write_all(line.as_bytes()));
+        written.expect("write the log of the faults");
+    }
+
+    /// How many messages the stream has ever stored.
+    pub fn stored(&self) -> io::Result<u64> {
+        let mut client = self.jetstream.client()?;
+        let info = client.try_api(&format!("STREAM.INFO.{NAME}"), &Value::Null)?;
+        Ok(info["state"]["last_seq"].as_u64().unwrap_or(0))
+    }
+
+    /// Notes each change of `confirmed_flush_lsn` until stopped.
+    pub fn watch_confirmations(&self, stop: &Stop) -> Vec<Confirmed> {
+        let sql = format!(
+            "SELECT confirmed_flush_lsn::text, pg_postmaster_start_time()::text \
+             FROM pg_replication_slots WHERE slot_name = '{NAME}'"
+        );
+        let mut session = None;
+        let mut seen: Vec<Confirmed> = Vec::new();
+        let mut started = String::new();
+        while !stop.is_set() {
+            stop.pause(POLL_INTERVAL);
+            let Some(client) = &mut session else {
+                session = self.pg.try_client().ok();
+                continue;
+            };
+            let Ok(row) = client.query_one(&sql, &[]) else {
+                session = None;
+                continue;
+            };
+            let lsn: Lsn = row
+                .get::<_, String>(0)
+                .parse()
+                .expect("Postgres prints LSNs");
+            let start: String = row.get(1);
+            let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+            let time_ns = since_1970.expect("it is after 1970").as_nanos() as u64;
+            if let Some(last) = seen.last() {
+                // a crash takes the slot back to its last checkpoint
+                if lsn < last.lsn && start == started {
+                    let example = format!("from {} to {lsn}", last.lsn);
+                    self.violation("confirmed_flush_lsn moved back", example);
+                }
+            }
+            if seen.last().is_none_or(|last| last.lsn != lsn) {
+                seen.push(Confirmed { lsn, time_ns });
+            }
+            started = start;
+        }
+        seen
+    }
+
+    pub fn give_up(&self) {
+        self.broken.store(true, Ordering::SeqCst);
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
+    }
+}
+
+impl JetStream {
+    pub fn nodes(&self) -> &[Nats] {
+        match self {
+            JetStream::Single(nats) => std::slice::from_ref(nats),
+            JetStream::Cluster(cluster) => &cluster.nodes,
+        }
+    }
+
+    /// A connection to a node that answers.
+    pub fn client(&self) -> io::Result<NatsClient> {
+        let mut last = Err(io::ErrorKind::NotFound.into());
+        for node in self.nodes() {
+            last = NatsClient::try_connect_within(node.port(), &json!({}), secs(2));
+            if last.is_ok() {
+                break;
+            }
+        }
+        last
+    }
+}
