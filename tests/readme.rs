@@ -46,10 +46,7 @@ fn the_table_of_flags_is_that_of_help() {
 #[test]
 fn the_function_is_the_one_that_set_up_makes() {
     let function = jetstream_outbox::outbox::message::publish_function("jetstream_outbox");
-    let indented: Vec<String> = function
-        .lines()
-        .map(|line| format!("    {line}"))
-        .collect();
+    let indented: Vec<String> = function.lines().map(|line| format!("    {line}")).collect();
     let readme = include_str!("../README.md");
     assert!(readme.contains(&indented.join("\n")), "{function}");
 }
