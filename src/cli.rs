@@ -73,9 +73,57 @@ pub struct Cli {
     /// publication (default: the slot's name)
     #[argh(option)]
     pub publication: Option<String>,
-    /// relay this table only; repeatable, or separated by commas (default: every table of the publication that has the columns)
+    /// relay this table only, name or name:key=value,...; repeatable, or separated by commas (default: every table of the publication that has the columns)
     #[argh(option)]
     pub table: Vec<String>,
+    /// column of the message id (default id)
+    #[argh(option)]
+    pub id_column: Option<String>,
+    /// column behind {aggregatetype} (default aggregatetype)
+    #[argh(option)]
+    pub aggregatetype_column: Option<String>,
+    /// column behind {aggregateid} (default aggregateid)
+    #[argh(option)]
+    pub aggregateid_column: Option<String>,
+    /// column of the body (default payload)
+    #[argh(option)]
+    pub payload_column: Option<String>,
+    /// template of the subject (default {prefix}.{aggregatetype}.{aggregateid})
+    #[argh(option)]
+    pub subject: Option<String>,
+    /// what cannot stand in a subject as it is: encode, park or stop (default encode)
+    #[argh(option)]
+    pub on_bad_subject: Option<String>,
+    /// a column that becomes a header, column or column=Name; repeatable, or separated by commas (default none)
+    #[argh(option)]
+    pub header: Vec<String>,
+    /// json or jsonb column whose members become headers (default: headers, if there is one)
+    #[argh(option)]
+    pub headers_column: Option<String>,
+    /// what cannot stand in a header as it is: encode, park or stop (default encode)
+    #[argh(option)]
+    pub on_bad_header: Option<String>,
+    /// send each event as a CloudEvent in binary mode, with this source (default none)
+    #[argh(option)]
+    pub cloudevents: Option<String>,
+    /// add the commit time and the transaction id to each event (default off)
+    #[argh(switch)]
+    pub position_headers: bool,
+    /// prefix of the transactional messages that are events, Postgres 14 and later (default: the slot's name)
+    #[argh(option)]
+    pub message_prefix: Option<String>,
+    /// take no messages, only rows (default off)
+    #[argh(switch)]
+    pub no_messages: bool,
+    /// an event that can never be published: stop, park or skip (default stop)
+    #[argh(option)]
+    pub on_poison: Option<String>,
+    /// subject of the events that are parked (default: the slot's name and .parked)
+    #[argh(option)]
+    pub park_subject: Option<String>,
+    /// needed by --on-poison skip (default off)
+    #[argh(switch)]
+    pub yes_lose_events: bool,
     /// publishes that may be unacknowledged at a time, 1 to 65536 (default 1024)
     #[argh(option)]
     pub inflight: Option<String>,

@@ -9,18 +9,22 @@ use crate::exit::Exit;
 use crate::jetstream::Delivery;
 use crate::jetstream::options::{Options, parse_servers};
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
-use crate::outbox::mapper::TableName;
+use crate::outbox::header::is_schedule;
+use crate::outbox::mapping::{Mapping, TableMapping};
+use crate::outbox::park::{OnBad, OnPoison, Policy};
 use crate::outbox::subject::validate_prefix;
+use crate::outbox::template::TemplateError;
 use crate::postgres::ConnInfo;
 use log::LevelFilter;
-use source::{Origin, Sources, variable};
+use source::{DEFAULTS, Origin, Sources, variable};
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 use value::{
-    ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_publication, check_slot, check_subject, parse_bucket,
-    parse_duration_within, parse_inflight, parse_tables,
+    ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_column, check_publication, check_slot, check_source,
+    check_subject, parse_bucket, parse_duration_within, parse_headers, parse_inflight,
+    parse_tables,
 };
 
 #[cfg(feature = "admin")]
@@ -40,8 +44,8 @@ pub struct Config {
     pub slot: String,
     /// The publication, as it is stored in `pg_publication`: quote it where it becomes SQL.
     pub publication: String,
-    /// The tables to relay; empty: every table of the publication that has the columns.
-    pub tables: Vec<TableName>,
+    /// Which rows and messages become events, and how.
+    pub mapping: Mapping,
     /// Publishes that may be unacknowledged at a time.
     pub inflight: usize,
     /// How long to wait for an acknowledgement before the NATS session counts as dead.
@@ -203,6 +207,88 @@ impl Config {
             ));
         }
 
+        let prefix = from
+            .text("prefix", cli.prefix)
+            .check(|prefix| validate_prefix(prefix).map_err(|error| error.to_string()))?;
+        let delivery = from
+            .text("delivery", cli.delivery)
+            .one_of(&[Delivery::ExactlyOnce, Delivery::AtLeastOnce])?;
+        let list = |values: Vec<String>| Some(values.join(",")).filter(|list| !list.is_empty());
+        let columns = TableMapping {
+            id: from.text("id-column", cli.id_column).check(check_column)?,
+            aggregatetype: from
+                .text("aggregatetype-column", cli.aggregatetype_column)
+                .check(check_column)?,
+            aggregateid: from
+                .text("aggregateid-column", cli.aggregateid_column)
+                .check(check_column)?,
+            payload: from
+                .text("payload-column", cli.payload_column)
+                .check(check_column)?,
+            subject: from.text("subject", cli.subject).parse(|text| {
+                text.parse()
+                    .map_err(|error: TemplateError| error.to_string())
+            })?,
+            headers: from.text("header", list(cli.header)).parse(parse_headers)?,
+            headers_column: from
+                .text("headers-column", cli.headers_column)
+                .optional(check_column)?,
+        };
+        let on_bad = [OnBad::Encode, OnBad::Park, OnBad::Stop];
+        let policy = Policy {
+            on_poison: from.text("on-poison", cli.on_poison).one_of(&[
+                OnPoison::Stop,
+                OnPoison::Park,
+                OnPoison::Skip,
+            ])?,
+            on_bad_subject: from
+                .text("on-bad-subject", cli.on_bad_subject)
+                .one_of(&on_bad)?,
+            on_bad_header: from
+                .text("on-bad-header", cli.on_bad_header)
+                .one_of(&on_bad)?,
+            park_subject: from
+                .text("park-subject", cli.park_subject)
+                .optional(|subject| validate_prefix(subject).map_err(|error| error.to_string()))?
+                .unwrap_or_else(|| format!("{slot}.parked")),
+        };
+        if policy.on_poison == OnPoison::Skip
+            && !from.switch("yes-lose-events", cli.yes_lose_events)?
+        {
+            return Err(ConfigError::Together(
+                "-on-poison skip gives events up for good; say -yes-lose-events as well, or park them",
+            ));
+        }
+        let message_prefix = from
+            .text("message-prefix", cli.message_prefix)
+            .optional(|_| Ok(()))?
+            .unwrap_or_else(|| slot.clone());
+        let messages = !from.switch("no-messages", cli.no_messages)?;
+        let mapping = Mapping {
+            prefix: prefix.clone(),
+            tables: from
+                .text("table", list(cli.table))
+                .parse(|text| parse_tables(text, &columns))?,
+            default: columns,
+            message_prefix: messages.then_some(message_prefix),
+            cloudevents: from
+                .text("cloudevents", cli.cloudevents)
+                .optional(check_source)?,
+            position_headers: from.switch("position-headers", cli.position_headers)?,
+            policy,
+        };
+        let mut headers = mapping
+            .tables
+            .iter()
+            .flat_map(|named| &named.mapping.headers)
+            .chain(&mapping.default.headers);
+        if delivery == Delivery::ExactlyOnce && headers.any(|header| is_schedule(&header.name)) {
+            return Err(ConfigError::Together(
+                "a header Nats-Schedule… makes the server store copies that bear the event's position, by which -delivery \
+                 exactly-once resumes; use -delivery at-least-once for them",
+            ));
+        }
+
         Ok(Config {
             nats: Options {
                 servers,
@@ -218,12 +304,8 @@ impl Config {
                 ..Options::default()
             },
             db,
-            prefix: from
-                .text("prefix", cli.prefix)
-                .check(|prefix| validate_prefix(prefix).map_err(|error| error.to_string()))?,
-            tables: from
-                .text("table", Some(cli.table.join(",")).filter(|t| !t.is_empty()))
-                .parse(parse_tables)?,
+            prefix,
+            mapping,
             inflight: from.text("inflight", cli.inflight).parse(parse_inflight)?,
             ack_timeout: from
                 .text("ack-timeout", cli.ack_timeout)
@@ -236,9 +318,7 @@ impl Config {
                 })?,
             no_wait: from.switch("no-wait", cli.no_wait)?,
             drain: from.switch("drain", cli.drain)?,
-            delivery: from
-                .text("delivery", cli.delivery)
-                .one_of(&[Delivery::ExactlyOnce, Delivery::AtLeastOnce])?,
+            delivery,
             hold_back: from
                 .text("hold-back", cli.hold_back)
                 .parse(|text| parse_duration_within(text, HOLD_BACK))?,
@@ -284,10 +364,7 @@ impl Config {
             ("prefix", Some(self.prefix.clone())),
             ("slot", Some(self.slot.clone())),
             ("publication", Some(self.publication.clone())),
-            (
-                "table",
-                list(self.tables.iter().map(TableName::to_string).collect()),
-            ),
+            ("table", list(self.shown_tables())),
             ("inflight", Some(self.inflight.to_string())),
             ("ack-timeout", Some(format!("{:?}", self.ack_timeout))),
             (
@@ -317,8 +394,61 @@ impl Config {
             ("log-format", Some(self.log.format.to_string())),
         ]
         .into_iter()
+        .chain(self.shown_mapping())
         .filter_map(|(name, value)| Some((name, value?)))
         .collect()
+    }
+
+    fn shown_tables(&self) -> Vec<String> {
+        let default = &self.mapping.default;
+        let tables = self.mapping.tables.iter();
+        tables
+            .map(|named| match named.mapping.differences(default).as_str() {
+                "" => named.table.to_string(),
+                settings => format!("{}:{settings}", named.table),
+            })
+            .collect()
+    }
+
+    /// What of the mapping is not the default.
+    fn shown_mapping(&self) -> Vec<(&'static str, Option<String>)> {
+        let Mapping {
+            default: columns,
+            policy,
+            ..
+        } = &self.mapping;
+        let differs = |flag: &'static str, value: String| {
+            let default = DEFAULTS.iter().find(|(name, _)| *name == flag);
+            let is_default = default.is_some_and(|(_, default)| *default == value);
+            (flag, (!is_default).then_some(value))
+        };
+        let headers = columns.headers.iter().map(ToString::to_string);
+        let headers = headers.collect::<Vec<_>>().join(",");
+        let prefix = self.mapping.message_prefix.as_ref();
+        let on = |on: bool| on.then(|| "true".to_string());
+        vec![
+            differs("id-column", columns.id.clone()),
+            differs("aggregatetype-column", columns.aggregatetype.clone()),
+            differs("aggregateid-column", columns.aggregateid.clone()),
+            differs("payload-column", columns.payload.clone()),
+            differs("subject", columns.subject.to_string()),
+            differs("on-bad-subject", policy.on_bad_subject.to_string()),
+            ("header", Some(headers).filter(|list| !list.is_empty())),
+            ("headers-column", columns.headers_column.clone()),
+            differs("on-bad-header", policy.on_bad_header.to_string()),
+            ("cloudevents", self.mapping.cloudevents.clone()),
+            ("position-headers", on(self.mapping.position_headers)),
+            (
+                "message-prefix",
+                prefix.filter(|prefix| **prefix != self.slot).cloned(),
+            ),
+            ("no-messages", on(prefix.is_none())),
+            differs("on-poison", policy.on_poison.to_string()),
+            (
+                "park-subject",
+                policy.parks().then(|| policy.park_subject.clone()),
+            ),
+        ]
     }
 
     /// Logs the start-up line and the warnings.
@@ -355,7 +485,6 @@ fn libpq_names_a_database(env: &dyn Fn(&str) -> Option<String>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::source::DEFAULTS;
     use super::*;
     use crate::cli::{self, Invocation};
     use argh::ArgsInfo;
@@ -393,7 +522,9 @@ mod tests {
                 .map(|flag| flag.description)
                 .collect();
             assert_eq!(help.len(), 1, "{name}");
-            assert!(help[0].ends_with(&format!("(default {default})")), "{name}");
+            // argh doubles braces, and prints them as they were
+            let help = help[0].replace("{{", "{").replace("}}", "}");
+            assert!(help.ends_with(&format!("(default {default})")), "{name}");
         }
         assert_eq!(
             load(&[], &["PGHOST=h", "PGUSER=u"])
@@ -420,7 +551,20 @@ mod tests {
             ("prefix", "PREFIX", "a", "b.c"),
             ("slot", "SLOT", "a", "b"),
             ("publication", "PUBLICATION", "a", "b"),
-            ("table", "TABLE", "\"a\"", "\"b\""),
+            ("table", "TABLE", "\"a\"", "\"b\":id=x,header=y=Z"),
+            ("id-column", "ID_COLUMN", "a", "B"),
+            ("aggregatetype-column", "AGGREGATETYPE_COLUMN", "a", "B"),
+            ("aggregateid-column", "AGGREGATEID_COLUMN", "a", "B"),
+            ("payload-column", "PAYLOAD_COLUMN", "a", "B"),
+            ("subject", "SUBJECT", "{prefix}.{a}", "{prefix}.b.{c:lower}"),
+            ("on-bad-subject", "ON_BAD_SUBJECT", "park", "stop"),
+            ("header", "HEADER", "a=b", "c=D,e=f"),
+            ("headers-column", "HEADERS_COLUMN", "a", "b"),
+            ("on-bad-header", "ON_BAD_HEADER", "park", "stop"),
+            ("cloudevents", "CLOUDEVENTS", "/a", "https://b"),
+            ("message-prefix", "MESSAGE_PREFIX", "a", "b"),
+            ("on-poison", "ON_POISON", "skip", "park"),
+            ("park-subject", "PARK_SUBJECT", "a.b", "c"),
             ("inflight", "INFLIGHT", "1", "65536"),
             ("ack-timeout", "ACK_TIMEOUT", "1s", "2s"),
             ("max-outage", "MAX_OUTAGE", "60s", "never"),
@@ -441,7 +585,14 @@ mod tests {
             };
             let variable = format!("JETSTREAM_OUTBOX_{variable}={}", given(first));
             let check = |args: &[&str], env: &[&str], expect: &str| {
-                let config = load(args, env).unwrap();
+                // a subject to park under matters where events may be parked
+                let also = ["-yes-lose-events", "-on-bad-header=park"];
+                let also = if flag == "on-bad-header" {
+                    &also[..1]
+                } else {
+                    &also
+                };
+                let config = load(&[also, args].concat(), env).unwrap();
                 assert_eq!(setting(&config, flag), Some(shown(expect)), "{args:?}");
             };
             let env = [variable.as_str(), "PGHOST=h"];
@@ -452,12 +603,17 @@ mod tests {
             let name = flag.long.trim_start_matches('-');
             let covered = DEFAULTS.iter().any(|(known, _)| *known == name)
                 || ["db", "creds", "nats-nkey", "publication", "table"].contains(&name)
+                || ["header", "headers-column", "cloudevents"].contains(&name)
+                || ["message-prefix", "park-subject"].contains(&name)
                 || name.starts_with("nats-tls-")
                 || [
                     "drain",
                     "no-wait",
                     "resume-anyway",
                     "accept-new-system",
+                    "position-headers",
+                    "no-messages",
+                    "yes-lose-events",
                     "version",
                     "help",
                 ]
@@ -564,6 +720,23 @@ mod tests {
             ("table", "\"a", "not closed"),
             ("table", "\"\"", "empty name"),
             ("table", &long, "63 bytes"),
+            ("table", "a:id", "key=value"),
+            ("table", "a:x=y", "the key"),
+            ("id-column", "", "63 bytes"),
+            ("payload-column", &long, "63 bytes"),
+            ("subject", "", "begin with {prefix}."),
+            ("subject", "events.{a}", "begin with {prefix}."),
+            ("subject", "{prefix}.{a", "brace"),
+            ("on-bad-subject", "skip", "encode, park, stop"),
+            ("on-bad-header", "drop", "encode, park, stop"),
+            ("header", "a=Nats-Msg-Id", "NATS acts on"),
+            ("header", "a=Outbox-X", "relay's own"),
+            ("header", "a=b c", "header's name"),
+            ("header", "a,", "names no column"),
+            ("cloudevents", "a b", "not a URI"),
+            ("on-poison", "ignore", "stop, park, skip"),
+            ("park-subject", "a..b", "empty token"),
+            ("park-subject", "$JS.x", "belong to NATS"),
         ] {
             let argument = format!("-{flag}={value}");
             let Err(error) = with(&[&argument]) else {
@@ -604,9 +777,19 @@ mod tests {
             &["-creds=/dev/null", "-nats-nkey=/dev/null"][..],
             &["-nats-tls-cert=/dev/null"],
             &["-nats-tls-key=/dev/null"],
+            &["-on-poison=skip"],
+            &["-header=a=Nats-Schedule"],
+            &["-table=t:header=a=nats-schedule-ttl"],
         ] {
             let error = with(args).unwrap_err();
             assert!(matches!(error, ConfigError::Together(_)), "{error}");
+        }
+        for args in [
+            &["-on-poison=skip", "-yes-lose-events"][..],
+            &["-header=a=Nats-Schedule", "-delivery=at-least-once"],
+            &["-header=a=Nats-TTL"],
+        ] {
+            assert!(with(args).is_ok(), "{args:?}");
         }
     }
 

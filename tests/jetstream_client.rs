@@ -6,6 +6,7 @@ use jetstream_outbox::jetstream::client::{Incoming, Link, Publish};
 use jetstream_outbox::jetstream::error::Error;
 use jetstream_outbox::jetstream::options::{Options, ServerUrl};
 use jetstream_outbox::jetstream::streams::{self, Routes};
+use jetstream_outbox::jetstream::wire;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
@@ -620,8 +621,13 @@ fn a_message_has_the_size_that_the_server_counts() {
     let server = Server::start();
     let link = server.connect();
     let mut publishes = events(1, 1, 100);
-    let size = publishes[0].wire_size();
-    assert!(size <= publishes[0].size_bound());
+    let Publish {
+        event,
+        expected_last_sequence,
+        position_source,
+        ..
+    } = &publishes[0];
+    let size = wire::size(event, *expected_last_sequence, None, position_source.len());
     let limit = |call: &str, limit: usize| {
         let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
         link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)

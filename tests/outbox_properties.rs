@@ -1,12 +1,15 @@
-//! What holds for every value a row may have: the rules of `outbox::{subject, message_id, json}` can be
+//! What holds for every value a row may have: the rules of `outbox::{subject, message_id, header, json}` can be
 //! undone, let nothing illegal through, and keep different values apart.
 
+use jetstream_outbox::outbox::header::{ENCODED, Lines};
 use jetstream_outbox::outbox::json::compact_into;
 use jetstream_outbox::outbox::message_id::write_message_id;
 use jetstream_outbox::outbox::percent::{MAX_LEN, decode};
-use jetstream_outbox::outbox::subject::{MAX_SUBJECT_LEN, validate_prefix, write_subject};
+use jetstream_outbox::outbox::subject::{MAX_SUBJECT_LEN, validate_prefix};
+use jetstream_outbox::outbox::template::Template;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
+use std::convert::Infallible;
 
 /// Any text, leaning on the characters that have a rule, and of lengths around the bound.
 fn value() -> impl Strategy<Value = String> {
@@ -34,10 +37,22 @@ fn pair() -> impl Strategy<Value = (String, String)> {
     ]
 }
 
-fn subject(aggregatetype: &str, aggregateid: &str) -> String {
+/// The subject that a template makes, whose first column has the first value, and so on.
+fn subject_by(template: &Template, prefix: &str, values: &[&str]) -> (String, bool) {
+    let mut slots = 0..;
+    let compiled = template.compile(prefix, |_| slots.next().expect("they do not end"));
     let mut out = Vec::new();
-    write_subject("events", aggregatetype, aggregateid, &mut out);
-    String::from_utf8(out).expect("a subject is UTF-8")
+    let Ok(plain) = compiled.write(|slot| Ok::<_, Infallible>(values[slot]), &mut out);
+    (String::from_utf8(out).expect("a subject is UTF-8"), plain)
+}
+
+fn subject(aggregatetype: &str, aggregateid: &str) -> String {
+    subject_by(
+        &Template::default(),
+        "events",
+        &[aggregatetype, aggregateid],
+    )
+    .0
 }
 
 fn message_id(id: &str) -> String {
@@ -147,12 +162,132 @@ proptest! {
     #[test]
     fn a_prefix_that_passes_makes_legal_subjects(prefix in value()) {
         if validate_prefix(&prefix).is_ok() {
-            let mut out = Vec::new();
-            write_subject(&prefix, "a", "b", &mut out);
-            let subject = String::from_utf8(out).expect("a subject is UTF-8");
+            let (subject, _) = subject_by(&Template::default(), &prefix, &["a", "b"]);
             prop_assert!(!subject.contains(is_illegal));
             prop_assert!(subject.split('.').all(|token| !token.is_empty()));
         }
+    }
+}
+
+/// A text that may be a template.
+fn template() -> impl Strategy<Value = String> {
+    let piece = prop::sample::select(vec![
+        "{a}",
+        "{b:lower}",
+        "{prefix}",
+        ".",
+        "..",
+        "x",
+        "é",
+        "%",
+        " ",
+        "{",
+        "}",
+        "*",
+        ":",
+        "{}",
+        "{c d}",
+    ]);
+    prop::collection::vec(piece, 0..8).prop_map(|pieces| format!("{{prefix}}.{}", pieces.concat()))
+}
+
+/// The values of the headers called `X`, read back as a consumer would.
+fn read_back(lines: &str) -> Vec<String> {
+    let pairs: Vec<(&str, &str)> = lines
+        .split("\r\n")
+        .skip(1)
+        .map(|line| line.split_once(": ").expect("a name and a value"))
+        .collect();
+    let encoded = pairs.contains(&(ENCODED, "X"));
+    let values = pairs.iter().filter(|(name, _)| *name == "X");
+    values
+        .map(|(_, value)| match encoded {
+            true if !value.is_empty() => decode(value).expect("it can be decoded"),
+            _ => value.to_string(),
+        })
+        .collect()
+}
+
+fn header_lines(write: impl FnOnce(&mut Lines<'_>)) -> String {
+    let mut out = Vec::new();
+    let mut lines = Lines::new(&mut out, true, false);
+    write(&mut lines);
+    lines.finish();
+    String::from_utf8(out).expect("headers are UTF-8")
+}
+
+fn is_legal_block(lines: &str) -> bool {
+    lines.split("\r\n").skip(1).all(|line| {
+        let (name, value) = line.split_once(": ").expect("a name and a value");
+        !name.is_empty()
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_graphic() && byte != b':')
+            && value.trim() == value
+            && !value.contains(|c: char| c.is_control() || (c.is_whitespace() && c != ' '))
+    })
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn any_template_makes_legal_subjects(template in template(), values in prop::collection::vec(value(), 8)) {
+        if let Ok(parsed) = template.parse::<Template>() {
+            prop_assert_eq!(parsed.to_string(), template);
+            let values: Vec<&str> = values.iter().map(String::as_str).collect();
+            let (subject, plain) = subject_by(&parsed, "events", &values);
+            prop_assert!(subject.starts_with("events.") && subject.len() <= MAX_SUBJECT_LEN);
+            prop_assert!(!subject.contains(is_illegal));
+            prop_assert!(subject.split('.').all(|token| !token.is_empty()));
+            prop_assert!(!plain || !subject.contains('%'));
+        }
+    }
+
+    #[test]
+    fn a_subject_is_plain_when_nothing_in_it_is_encoded(aggregatetype in value(), aggregateid in value()) {
+        let (subject, plain) = subject_by(&Template::default(), "events", &[&aggregatetype, &aggregateid]);
+        prop_assert_eq!(plain, subject == format!("events.{aggregatetype}.{aggregateid}"));
+    }
+
+    #[test]
+    fn a_header_can_be_read_back(value in value()) {
+        let lines = header_lines(|lines| lines.add("X", &value).expect("it is encoded"));
+        prop_assert!(is_legal_block(&lines), "{lines:?}");
+        prop_assert_eq!(read_back(&lines), vec![value]);
+    }
+
+    #[test]
+    fn repeated_headers_can_be_read_back(values in prop::collection::vec(value(), 0..4)) {
+        let json = serde_json::json!({ "X": values, "Y": "1%" }).to_string();
+        let lines = header_lines(|lines| lines.add_object(&json, |_| false).expect("an object"));
+        prop_assert!(is_legal_block(&lines), "{lines:?}");
+        prop_assert_eq!(read_back(&lines), values);
+        prop_assert!(lines.contains("\r\nY: 1%"));
+    }
+
+    #[test]
+    fn the_name_of_a_header_can_be_read_back(name in value()) {
+        let json = serde_json::json!({ &name: "v" }).to_string();
+        let lines = header_lines(|lines| lines.add_object(&json, |_| false).expect("an object"));
+        prop_assert!(is_legal_block(&lines), "{lines:?}");
+        let written = lines.strip_prefix("\r\n").and_then(|line| line.strip_suffix(": v"));
+        let written = written.expect("one line");
+        prop_assert_eq!(decode(written), Some(name));
+        let lower = written.to_ascii_lowercase();
+        prop_assert!(!lower.starts_with("nats-") && !lower.starts_with("outbox-"));
+    }
+
+    #[test]
+    fn any_json_makes_legal_headers(json in json()) {
+        let mut out = Vec::new();
+        let mut lines = Lines::new(&mut out, true, true);
+        let added = lines.add_object(&json, |_| false);
+        lines.finish();
+        let lines = String::from_utf8(out).expect("headers are UTF-8");
+        let is_object = json.trim_start().starts_with('{');
+        prop_assert_eq!(added.is_ok(), is_object);
+        prop_assert!(!is_object || is_legal_block(&lines), "{lines:?}");
     }
 }
 

@@ -1,7 +1,8 @@
 //! A table of the publication that is no outbox is mentioned once, however often it is described. In a
 //! process of its own, since a logger can be set only once.
 
-use jetstream_outbox::outbox::mapper::{ColumnInfo, Mapper, TableName};
+use jetstream_outbox::outbox::mapper::{ColumnInfo, Mapper};
+use jetstream_outbox::outbox::mapping::{Mapping, NamedTable, TableMapping, TableName};
 use jetstream_outbox::postgres::Lsn;
 use log::kv::Key;
 use std::sync::Mutex;
@@ -31,15 +32,24 @@ fn a_table_that_is_no_outbox_is_warned_of_once() {
     log::set_logger(&Warnings).expect("the only test of this process");
     log::set_max_level(log::LevelFilter::Trace);
     let outbox = ["id", "aggregatetype", "aggregateid", "payload"];
-    let named = TableName {
-        schema: None,
-        name: "outbox".to_string(),
+    let named = |name: &str| NamedTable {
+        table: TableName {
+            schema: None,
+            name: name.to_string(),
+            and_longer: false,
+        },
+        mapping: TableMapping::default(),
     };
     for (tables, expected) in [
         (vec![], vec!["public.users", "a b.\n\"x"]),
-        (vec![named], vec![]),
+        (vec![named("outbox")], vec![]),
+        // an outbox that is left out loses events, if it was not meant to be
+        (vec![named("other")], vec!["public.outbox"]),
     ] {
-        let mut mapper = Mapper::new("events", &tables);
+        let mut mapper = Mapper::new(&Mapping {
+            tables,
+            ..Mapping::new("events")
+        });
         for _ in 0..3 {
             for (id, schema, name, columns) in [
                 (1, "public", "users", &outbox[..1]),

@@ -47,13 +47,14 @@ fn command_table() -> String {
 }
 
 /// From a description of the form `what it is (default this)`.
-fn meaning_and_default(flag: &FlagInfo<'static>) -> (&'static str, &'static str) {
-    let (meaning, default) = flag
-        .description
+fn meaning_and_default(flag: &FlagInfo<'static>) -> (String, String) {
+    // argh doubles braces, and prints them as they were
+    let description = flag.description.replace("{{", "{").replace("}}", "}");
+    let (meaning, default) = description
         .split_once(" (default")
         .expect("every flag names its default last");
     let default = default.trim_start_matches(':').trim_end_matches(')').trim();
-    (meaning, default)
+    (meaning.to_string(), default.to_string())
 }
 
 fn value(flag: &FlagInfo<'_>) -> &'static str {
@@ -72,4 +73,12 @@ fn the_tables_of_flags_are_those_of_help() {
             "README.md must have this table:\n{table}"
         );
     }
+}
+
+#[test]
+fn the_function_is_the_one_that_set_up_makes() {
+    let function = jetstream_outbox::outbox::message::publish_function("jetstream_outbox");
+    let indented: Vec<String> = function.lines().map(|line| format!("    {line}")).collect();
+    let readme = include_str!("../README.md");
+    assert!(readme.contains(&indented.join("\n")), "{function}");
 }

@@ -16,7 +16,7 @@ use crate::jetstream::Delivery;
 use crate::jetstream::preflight::preflight;
 use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, matches};
-use crate::outbox::mapper::TableName;
+use crate::outbox::mapping::TableName;
 use std::time::Duration;
 
 /// `pg_create_logical_replication_slot` has the parameter since.

@@ -4,7 +4,7 @@
 use crate::config::Config;
 use crate::config::operation::{DEFAULT_WINDOW, Setup};
 use crate::jetstream::streams::{Request, create_bucket_request};
-use crate::outbox::mapper::TableName;
+use crate::outbox::mapping::TableName;
 use crate::postgres::connection::quote_literal;
 use serde_json::json;
 use std::time::Duration;
@@ -34,12 +34,13 @@ pub fn table_name(table: &TableName) -> String {
 
 /// The tables that `-table` names, or `outbox`.
 pub fn tables(config: &Config) -> Vec<TableName> {
-    match config.tables.as_slice() {
+    match config.mapping.tables.as_slice() {
         [] => vec![TableName {
+            and_longer: false,
             schema: None,
             name: "outbox".into(),
         }],
-        tables => tables.to_vec(),
+        tables => tables.iter().map(|it| it.table.clone()).collect(),
     }
 }
 

@@ -2,16 +2,25 @@
 //! counts as none.
 
 use super::ConfigError;
+use crate::outbox::template;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 /// What a flag is when neither it nor its variable is given; a flag that is not here is then off or absent.
-pub(super) const DEFAULTS: [(&str, &str); 12] = [
+pub(super) const DEFAULTS: [(&str, &str); 20] = [
     ("nats", "localhost"),
     ("nats-api-prefix", "$JS.API"),
     ("prefix", "events"),
     ("slot", "jetstream_outbox"),
+    ("id-column", "id"),
+    ("aggregatetype-column", "aggregatetype"),
+    ("aggregateid-column", "aggregateid"),
+    ("payload-column", "payload"),
+    ("subject", template::DEFAULT),
+    ("on-bad-subject", "encode"),
+    ("on-bad-header", "encode"),
+    ("on-poison", "stop"),
     ("inflight", "1024"),
     ("ack-timeout", "5s"),
     ("max-outage", "never"),
@@ -147,6 +156,17 @@ impl Setting {
         check: fn(&str) -> Result<(), String>,
     ) -> Result<String, ConfigError> {
         self.parse(|text| check(text).map(|()| text.to_string()))
+    }
+
+    /// As [`Setting::check`], of a setting that may be absent: `None` when it is neither given nor has a default.
+    pub(super) fn optional(
+        self,
+        check: fn(&str) -> Result<(), String>,
+    ) -> Result<Option<String>, ConfigError> {
+        match self.value.as_str() {
+            "" => Ok(None),
+            _ => self.check(check).map(Some),
+        }
     }
 
     /// Picks the choice that is displayed as the text, in lower case.

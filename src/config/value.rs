@@ -1,7 +1,8 @@
 //! What the values of settings must look like. Each function takes the text as typed; its error completes a
 //! sentence that begins with that text.
 
-use crate::outbox::mapper::TableName;
+use crate::outbox::mapping::{HeaderColumn, NamedTable, TableMapping, TableName};
+use crate::outbox::template::Template;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -125,44 +126,143 @@ pub(super) fn parse_duration_within(
     }
 }
 
-/// Table names as SQL spells them, separated by commas: `outbox, shop."Outbox"`.
-pub(super) fn parse_tables(list: &str) -> Result<Vec<TableName>, String> {
+/// Tables as SQL spells them, separated by commas, each with what differs in its mapping from `default`:
+/// `outbox, shop."Outbox":id=event_id,payload=body, events_*`.
+pub(super) fn parse_tables(list: &str, default: &TableMapping) -> Result<Vec<NamedTable>, String> {
     let mut tables = Vec::new();
     let mut rest = list.trim_start();
     while !rest.is_empty() {
-        let (first, tail) = identifier(rest)?;
-        let (table, tail) = match tail.strip_prefix('.') {
-            None => (
-                TableName {
-                    schema: None,
-                    name: first,
-                },
-                tail,
-            ),
-            Some(tail) => {
-                let (name, tail) = identifier(tail.trim_start())?;
-                (
-                    TableName {
-                        schema: Some(first),
-                        name,
-                    },
-                    tail,
-                )
-            }
+        let (table, tail) = table_name(rest)?;
+        let mut mapping = default.clone();
+        rest = match tail.strip_prefix(':') {
+            Some(pairs) => table_settings(pairs, &mut mapping)?,
+            None => tail,
         };
-        tables.push(table);
-        rest = match tail.strip_prefix(',') {
+        tables.push(NamedTable { table, mapping });
+        rest = match rest.strip_prefix(',') {
             Some(tail) if !tail.trim_start().is_empty() => tail.trim_start(),
-            None if tail.is_empty() => tail,
+            None if rest.is_empty() => rest,
             _ => {
                 return Err(
-                    "is not a list of tables like outbox, shop.outbox or \"My Schema\".\"Outbox\""
+                    "is not a list of tables like outbox, shop.outbox, \"My Schema\".\"Outbox\" or outbox:id=event_id"
                         .to_string(),
                 );
             }
         };
     }
     Ok(tables)
+}
+
+/// Takes a table's name, a last `*` and the blanks behind it off the front.
+fn table_name(text: &str) -> Result<(TableName, &str), String> {
+    let (first, tail) = identifier(text)?;
+    let (schema, name, tail) = match tail.strip_prefix('.') {
+        None => (None, first, tail),
+        Some(tail) => {
+            let (name, tail) = identifier(tail.trim_start())?;
+            (Some(first), name, tail)
+        }
+    };
+    let (and_longer, tail) = match tail.strip_prefix('*') {
+        Some(tail) => (true, tail.trim_start()),
+        None => (false, tail),
+    };
+    let table = TableName {
+        schema,
+        name,
+        and_longer,
+    };
+    Ok((table, tail))
+}
+
+/// Takes `key=value` pairs off the front, up to a comma that is followed by something else.
+fn table_settings<'a>(pairs: &'a str, mapping: &mut TableMapping) -> Result<&'a str, String> {
+    let mut rest = pairs;
+    let mut first = true;
+    // `--header` of the default is replaced by the first of the table's own, and these add up
+    let mut own_headers = false;
+    loop {
+        let text = if first {
+            rest
+        } else {
+            rest.strip_prefix(',').unwrap_or("")
+        };
+        let (pair, after) = match text.find(',') {
+            Some(comma) => text.split_at_checked(comma).unwrap_or((text, "")),
+            None => (text, ""),
+        };
+        let (key, value) = match pair.split_once('=') {
+            Some((key, value)) if key.trim().bytes().all(|b| b.is_ascii_lowercase()) => {
+                (key.trim(), value.trim())
+            }
+            _ if first => return Err("has no key=value behind a colon".to_string()),
+            // another table
+            _ => return Ok(rest),
+        };
+        let column = || match value {
+            "" => Err(format!("has no column for {key}")),
+            name => Ok(name.to_string()),
+        };
+        match key {
+            "id" => mapping.id = column()?,
+            "aggregatetype" => mapping.aggregatetype = column()?,
+            "aggregateid" => mapping.aggregateid = column()?,
+            "payload" => mapping.payload = column()?,
+            "headers" => mapping.headers_column = Some(column()?),
+            "subject" => {
+                let template = value.parse::<Template>();
+                mapping.subject =
+                    template.map_err(|error| format!("has a subject that {error}"))?;
+            }
+            "header" => {
+                if !std::mem::replace(&mut own_headers, true) {
+                    mapping.headers.clear();
+                }
+                let header = HeaderColumn::parse(value);
+                mapping
+                    .headers
+                    .push(header.map_err(|error| format!("has a header that {error}"))?);
+            }
+            _ => {
+                return Err(format!(
+                    "has the key {key:?}, which is none of id, aggregatetype, aggregateid, payload, subject, header, headers"
+                ));
+            }
+        }
+        first = false;
+        rest = after;
+        if rest.is_empty() {
+            return Ok(rest);
+        }
+    }
+}
+
+/// `column` or `column=Name`, separated by commas.
+pub(super) fn parse_headers(list: &str) -> Result<Vec<HeaderColumn>, String> {
+    if list.is_empty() {
+        return Ok(Vec::new());
+    }
+    list.split(',').map(HeaderColumn::parse).collect()
+}
+
+pub(super) fn check_column(name: &str) -> Result<(), String> {
+    if (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains('\0') {
+        Ok(())
+    } else {
+        Err("is not a column's name: 1 to 63 bytes".to_string())
+    }
+}
+
+/// The source of a CloudEvent is a URI reference that is not empty.
+pub(super) fn check_source(source: &str) -> Result<(), String> {
+    if !source.is_empty() && source.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(())
+    } else {
+        Err(
+            "is not a URI: visible ASCII characters, like /shop or https://example.com/shop"
+                .to_string(),
+        )
+    }
 }
 
 /// Takes one SQL identifier and the blanks behind it off the front. Unquoted ones fold to lower case.
@@ -258,6 +358,19 @@ mod tests {
         let name = |schema: Option<&str>, name: &str| TableName {
             schema: schema.map(str::to_string),
             name: name.to_string(),
+            and_longer: false,
+        };
+        let longer = |table| TableName {
+            and_longer: true,
+            ..table
+        };
+        let tables = |list: &str| -> Vec<TableName> {
+            let found = parse_tables(list, &TableMapping::default());
+            found
+                .unwrap()
+                .into_iter()
+                .map(|named| named.table)
+                .collect()
         };
         for (list, expect) in [
             ("", vec![]),
@@ -269,11 +382,65 @@ mod tests {
                 vec![name(Some("My Schema"), "t,\".x")],
             ),
             ("Ärger$1", vec![name(None, "Ärger$1")]),
+            (
+                "a_*, b.\"C\"*",
+                vec![longer(name(None, "a_")), longer(name(Some("b"), "C"))],
+            ),
         ] {
-            let found = parse_tables(list).unwrap();
-            assert_eq!(found, expect, "{list:?}");
-            let shown: Vec<String> = found.iter().map(TableName::to_string).collect();
-            assert_eq!(parse_tables(&shown.join(",")).unwrap(), expect, "{list:?}");
+            assert_eq!(tables(list), expect, "{list:?}");
+            let shown: Vec<String> = expect.iter().map(TableName::to_string).collect();
+            assert_eq!(tables(&shown.join(",")), expect, "{list:?}");
+        }
+    }
+
+    #[test]
+    fn a_table_may_have_a_mapping_of_its_own() {
+        let default = TableMapping {
+            headers: vec![HeaderColumn::parse("tenant").unwrap()],
+            ..TableMapping::default()
+        };
+        for (list, expected) in [
+            ("a", &["a"][..]),
+            ("a:id=ID", &["a id=ID"]),
+            (
+                "a:id=event id,payload=body,b,c*:subject={prefix}.{x:lower},header=h=X,header=i, d",
+                &[
+                    "a id=event id,payload=body",
+                    "b",
+                    "c* subject={prefix}.{x:lower},header=h=X,header=i=i",
+                    "d",
+                ],
+            ),
+            ("a:id=x,b:id=y", &["a id=x", "b id=y"]),
+            (
+                "a:aggregatetype=t,aggregateid=i,headers=meta,\"b=c\"",
+                &["a aggregatetype=t,aggregateid=i,headers=meta", "b=c"],
+            ),
+        ] {
+            let found = parse_tables(list, &default).unwrap();
+            let shown: Vec<String> = found
+                .iter()
+                .map(|named| {
+                    let table = named.table.to_string().replace('"', "");
+                    let differences = named.mapping.differences(&default);
+                    format!("{table} {differences}").trim_end().to_string()
+                })
+                .collect();
+            assert_eq!(shown, expected, "{list}");
+        }
+        for (list, reason) in [
+            ("a:", "no key=value"),
+            ("a:id", "no key=value"),
+            ("a:id=", "no column for id"),
+            ("a:ids=x", "the key \"ids\""),
+            ("a:id=x,ids=y", "the key \"ids\""),
+            ("a:subject={a}", "begin with {prefix}."),
+            ("a:header=x=Nats-Msg-Id", "header that"),
+            ("a:id=x,", "list of tables"),
+            ("a**", "list of tables"),
+        ] {
+            let error = parse_tables(list, &default).unwrap_err();
+            assert!(error.contains(reason), "{list}: {error}");
         }
     }
 }

@@ -53,6 +53,8 @@ pub enum AckErrorKind {
     DuplicateInProcess,
     /// Larger than the stream, or the limit on headers, allows. Trying again cannot help.
     MessageTooLarge,
+    /// A header of the message asks for a lifetime or a schedule that the server cannot read. Trying again cannot help.
+    BadHeader,
     /// A limit of the stream with `discard: new`: messages, bytes, or messages per subject.
     StreamFull,
     /// Storage or memory of the server or the account is used up, or its disk failed.
@@ -84,6 +86,7 @@ impl ApiError {
             10164 => AckErrorKind::WrongLastSequence(None),
             10158 => AckErrorKind::DuplicateInProcess,
             10054 | 10097 => AckErrorKind::MessageTooLarge,
+            10165 | 10189..=10192 | 10203 | 10212 | 10223 => AckErrorKind::BadHeader,
             10109 => AckErrorKind::Sealed,
             10039 | 10076 => AckErrorKind::NotEnabled,
             10059 => AckErrorKind::NoStream,
@@ -95,6 +98,16 @@ impl ApiError {
             _ if self.code == 429 => AckErrorKind::Busy,
             _ => AckErrorKind::Other,
         }
+    }
+}
+
+impl AckErrorKind {
+    /// The stream refuses this very message, and will whenever it comes.
+    pub fn is_for_good(self) -> bool {
+        matches!(
+            self,
+            AckErrorKind::MessageTooLarge | AckErrorKind::BadHeader
+        )
     }
 }
 

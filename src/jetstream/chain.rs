@@ -43,6 +43,11 @@ impl Chain {
         }
     }
 
+    /// What the next link will be.
+    pub fn predicted(&self) -> u64 {
+        self.predicted
+    }
+
     /// The next link: what the publish has to carry as its expected last sequence.
     pub fn extend(&mut self) -> u64 {
         let expected = self.predicted;

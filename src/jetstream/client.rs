@@ -28,6 +28,7 @@ use super::error::Error;
 use super::options::{Options, ServerUrl, UrlAuth};
 use super::probe::{ServerInfo, probe};
 use super::tunnel;
+use super::wire;
 use crate::outbox::batch::{Batch, EventSpans, OutboxEvent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
 use std::cell::RefCell;
@@ -75,26 +76,6 @@ pub struct Publish {
     pub expected_last: Option<(Arc<Batch>, EventSpans)>,
     /// `<slot> <system id> <timeline>`: the source of `Outbox-Position`.
     pub position_source: Arc<str>,
-}
-
-impl Publish {
-    /// The message's size as the server counts it against `max_payload`, and a stream against
-    /// `max_msg_size`: headers and body.
-    pub fn wire_size(&self) -> usize {
-        let event = self.batch.event(&self.event);
-        let headers = "NATS/1.0\r\nNats-Msg-Id:\r\n\r\n".len() + header_lines(&event, self).len();
-        headers + event.body.len()
-    }
-
-    /// At least [`wire_size`](Self::wire_size), without writing the headers.
-    pub fn size_bound(&self) -> usize {
-        /// `NATS/1.0`, the four names, line ends, and the longest sequence, LSN and ordinal.
-        const FIXED: usize = 200;
-        let event = self.batch.event(&self.event);
-        let last = self.expected_last.as_ref();
-        let last_id_len = last.map_or(0, |(batch, event)| batch.event(event).id.len());
-        FIXED + last_id_len + event.id.len() + self.position_source.len() + event.body.len()
-    }
 }
 
 /// What came back.
@@ -900,27 +881,11 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
             ),
         });
     }
+    let last = publish.expected_last.as_ref();
+    let last = last.map(|(batch, last)| batch.event(last).id);
+    let sequence = publish.expected_last_sequence;
+    let lines = wire::lines(event, sequence, last, &publish.position_source);
     let mut headers = nats::HeaderMap::new();
-    headers.insert("Nats-Msg-Id", header_lines(event, publish));
+    headers.insert(wire::MSG_ID, lines);
     Ok(headers)
-}
-
-/// The value of `Nats-Msg-Id`, and the lines of the other headers.
-fn header_lines(event: &OutboxEvent<'_>, publish: &Publish) -> String {
-    let mut lines = String::with_capacity(event.id.len() + publish.position_source.len() + 200);
-    lines.push_str(event.id);
-    // writing to a String cannot fail
-    if let Some(seq) = publish.expected_last_sequence {
-        let _ = write!(lines, "\r\nNats-Expected-Last-Sequence: {seq}");
-    }
-    if let Some((batch, last)) = &publish.expected_last {
-        let _ = write!(
-            lines,
-            "\r\nNats-Expected-Last-Msg-Id: {}",
-            batch.event(last).id
-        );
-    }
-    let (source, position) = (&publish.position_source, event.position);
-    let _ = write!(lines, "\r\nOutbox-Position: {source} {position}");
-    lines
 }

@@ -16,7 +16,7 @@ pub struct Span {
 /// One step of the replication stream, in the order Postgres sent it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// A row to publish.
+    /// A row, or a message without a table, to publish.
     Event(EventSpans),
     /// The end of a transaction: once everything before it is stored, `end_lsn` may be confirmed.
     Commit {
@@ -34,34 +34,71 @@ pub enum Change {
     },
 }
 
+/// What is to be done with an event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fate {
+    /// It is published.
+    #[default]
+    Publish,
+    /// It cannot be published as it is: its subject is the park subject.
+    Park,
+    /// It cannot be published, and is given up. It keeps its place in the order of positions.
+    Lose,
+}
+
 /// Where the parts of an event stand in its batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventSpans {
     /// Where the event stands in Postgres.
     pub position: Position,
+    /// What is to be done with it.
+    pub fate: Fate,
     subject: Span,
     id: Span,
+    headers: Span,
     body: Span,
     table: Span,
 }
 
 impl EventSpans {
-    /// Bytes of subject, id and body: what the event costs while it waits.
+    /// Bytes of subject, id, headers and body: what the event costs while it waits.
     pub fn size(&self) -> usize {
-        [self.subject, self.id, self.body]
+        [self.subject, self.id, self.headers, self.body]
             .iter()
             .map(|span| span.len as usize)
             .sum()
+    }
+
+    /// Bytes of id, headers and body: what of it counts against the server's limits.
+    pub fn wire_len(&self) -> usize {
+        self.size() - self.subject.len as usize
+    }
+
+    /// Bytes of the id.
+    pub fn id_len(&self) -> usize {
+        self.id.len as usize
+    }
+
+    /// The same event, given up.
+    pub fn lost(self) -> EventSpans {
+        EventSpans {
+            fate: Fate::Lose,
+            ..self
+        }
     }
 }
 
 /// A view of one event.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct OutboxEvent<'a> {
+    /// What is to be done with it.
+    pub fate: Fate,
     /// The NATS subject, already legal on the wire.
     pub subject: &'a str,
     /// The row's id as text; becomes `Nats-Msg-Id`.
     pub id: &'a str,
+    /// Header lines beside the relay's own, each `\r\nName: value`; legal as they are, and mostly none.
+    pub headers: &'a str,
     /// The message body.
     pub body: &'a [u8],
     /// `schema.table`, for messages to a person.
@@ -74,8 +111,10 @@ impl std::fmt::Debug for OutboxEvent<'_> {
     /// Names the event; the payload never reaches a log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("OutboxEvent")
+            .field("fate", &self.fate)
             .field("subject", &self.subject)
             .field("id", &self.id)
+            .field("headers_len", &self.headers.len())
             .field("body_len", &self.body.len())
             .field("position", &self.position)
             .finish()
@@ -139,8 +178,50 @@ impl Batch {
         self.changes.truncate(self.changes.len() - open);
     }
 
-    /// Adds an event whose subject, id and body `write` appends one after the other; each of its three
-    /// steps gets the buffer. What a failing step has written is taken back.
+    /// Adds an event whose parts `write` appends, in any order and each at most once. What a failing `write`
+    /// has written is taken back.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    pub fn draft<E>(
+        &mut self,
+        table: &str,
+        position: Position,
+        fate: Fate,
+        write: impl FnOnce(&mut Draft<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let before = self.bytes.len();
+        if self.bytes.get(self.table.range()) != Some(table.as_bytes()) {
+            self.bytes.extend_from_slice(table.as_bytes());
+            self.table = span(before, self.bytes.len());
+        }
+        let mut draft = Draft {
+            bytes: &mut self.bytes,
+            spans: EventSpans {
+                position,
+                fate,
+                subject: Span::default(),
+                id: Span::default(),
+                headers: Span::default(),
+                body: Span::default(),
+                table: self.table,
+            },
+        };
+        let outcome = write(&mut draft);
+        let spans = draft.spans;
+        match outcome {
+            Ok(()) => self.changes.push(Change::Event(spans)),
+            Err(_) => {
+                self.bytes.truncate(before);
+                if self.table.range().end > before {
+                    self.table = Span::default();
+                }
+            }
+        }
+        outcome
+    }
+
+    /// As [`draft`](Self::draft), of an event that has no headers of its own.
     pub fn push_event<E>(
         &mut self,
         table: &str,
@@ -149,44 +230,22 @@ impl Batch {
         id: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
         body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let before = self.bytes.len();
-        let write = || {
-            if self.bytes.get(self.table.range()) != Some(table.as_bytes()) {
-                self.table = span(&mut self.bytes, |bytes| {
-                    bytes.extend_from_slice(table.as_bytes());
-                    Ok::<(), E>(())
-                })?;
-            }
-            Ok(EventSpans {
-                position,
-                table: self.table,
-                subject: span(&mut self.bytes, subject)?,
-                id: span(&mut self.bytes, id)?,
-                body: span(&mut self.bytes, body)?,
-            })
-        };
-        match write() {
-            Ok(event) => {
-                self.changes.push(Change::Event(event));
-                Ok(())
-            }
-            Err(error) => {
-                self.bytes.truncate(before);
-                if self.table.range().end > before {
-                    self.table = Span::default();
-                }
-                Err(error)
-            }
-        }
+        self.draft(table, position, Fate::Publish, |draft| {
+            draft.subject(subject)?;
+            draft.id(id)?;
+            draft.body(body)
+        })
     }
 
     /// The event that `spans`, one of this batch's, describes.
     pub fn event(&self, spans: &EventSpans) -> OutboxEvent<'_> {
-        // the mapper checks that both are UTF-8, so nothing is lost here
+        // the mapper checks that they are UTF-8, so nothing is lost here
         let text = |span: Span| std::str::from_utf8(self.slice(span)).unwrap_or_default();
         OutboxEvent {
+            fate: spans.fate,
             subject: text(spans.subject),
             id: text(spans.id),
+            headers: text(spans.headers),
             body: self.slice(spans.body),
             table: text(spans.table),
             position: spans.position,
@@ -204,19 +263,58 @@ impl Span {
     }
 }
 
-fn span<E>(
-    bytes: &mut Vec<u8>,
-    write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
-) -> Result<Span, E> {
-    let start = bytes.len();
-    write(bytes)?;
+fn span(start: usize, end: usize) -> Span {
     let fits = |n: usize| {
         u32::try_from(n).expect("a batch stays below 4 GiB: the reader sends it on long before")
     };
-    Ok(Span {
+    Span {
         start: fits(start),
-        len: fits(bytes.len() - start),
-    })
+        len: fits(end - start),
+    }
+}
+
+/// An event that is being written. Each part gets the batch's buffer and appends to it.
+pub struct Draft<'a> {
+    bytes: &'a mut Vec<u8>,
+    spans: EventSpans,
+}
+
+impl Draft<'_> {
+    /// The subject.
+    pub fn subject<E>(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.spans.subject = self.part(write)?;
+        Ok(())
+    }
+
+    /// The message id.
+    pub fn id<E>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
+        self.spans.id = self.part(write)?;
+        Ok(())
+    }
+
+    /// Header lines, as [`super::header::Lines`] makes them.
+    pub fn headers<E>(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.spans.headers = self.part(write)?;
+        Ok(())
+    }
+
+    /// The body.
+    pub fn body<E>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
+        self.spans.body = self.part(write)?;
+        Ok(())
+    }
+
+    fn part<E>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<Span, E> {
+        let start = self.bytes.len();
+        write(self.bytes)?;
+        Ok(span(start, self.bytes.len()))
+    }
 }
 
 #[cfg(test)]

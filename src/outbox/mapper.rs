@@ -1,45 +1,70 @@
 //! From the rows of an outbox table to the events of a [`Batch`].
 //!
 //! Takes what pgoutput tells of tables and inserted rows (`postgres::pgoutput` decodes it) and decides three
-//! things: which tables are outboxes, which of their columns are the four that matter, and what each of
+//! things: which tables are outboxes, which of their columns matter ([`Mapping`] says so), and what each of
 //! these becomes on the wire.
 //!
 //! | column | becomes | when NULL |
 //! | --- | --- | --- |
 //! | `id`, of any type | the message id, its text by the rule of [`super::message_id`] | an error, as when empty |
-//! | `aggregatetype`, `aggregateid` | the subject, by the rule of [`super::subject`] | an error |
+//! | those that the template names | the subject, by the rule of [`super::subject`] | an error |
 //! | `payload`, `json` or `jsonb` | the body, compacted by [`super::json`] | `null` |
 //! | `payload`, `bytea` | the body, the raw bytes | an empty body |
 //! | `payload`, any other type | the body, its text as it is | an empty body |
+//! | those of `--header`, `traceparent`, `tracestate` | a header each, by the rule of [`super::header`] | no header |
+//! | `headers`, `json` or `jsonb` | a header a member | no header |
 //!
-//! A table with `aggregatetype` or `aggregateid` is meant as an outbox: it has all four columns or is an
+//! A table with a column of the template's is meant as an outbox: it has all columns that are needed or is an
 //! error, so that a renamed column cannot make events vanish. A domain over `json`, `jsonb` or `bytea` counts
 //! as "any other type": pgoutput tells the domain's own oid and not what it is over.
 //!
-//! Whatever fails here is a row or a table that the relay must not skip; none of it passes by trying again.
+//! What the writer wrote and cannot be published is parked, given up or an error, as [`Policy`](super::park::Policy)
+//! says. Whatever else fails here is a row or a table that the relay must not skip; none of it passes by trying again.
 
-use super::batch::Batch;
+use super::batch::{Batch, Draft, Fate};
+use super::header::{self, Lines, NotPlain, ObjectError};
+use super::mapping::{Mapping, TableMapping, TableName};
+use super::park::{self, OnBad, OnPoison};
 use super::position::Position;
-use super::{json, message_id, subject};
+use super::template::Subject;
+use super::{json, message, message_id};
 use crate::postgres::Lsn;
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
-
-/// The columns of an outbox table, in the order of `OutboxTable::columns`.
-const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
 
 // src/include/catalog/pg_type.dat
 const BYTEA_OID: u32 = 17;
 const JSON_OID: u32 = 114;
 const JSONB_OID: u32 = 3802;
 
-/// A table as `pg_class` and `pg_namespace` spell it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TableName {
-    /// `None`: in any schema.
-    pub schema: Option<String>,
-    /// The table.
-    pub name: String,
+/// Columns of one table that may take part in an event.
+pub const MAX_COLUMNS: usize = 32;
+/// So many take part in the default set-up; that path takes no more room than they need.
+const FEW_COLUMNS: usize = 4;
+/// No column of the table's is this one.
+const UNUSED: u8 = u8::MAX;
+
+/// The trace context of <https://www.w3.org/TR/trace-context/>: columns of these names are passed on.
+const TRACE_CONTEXT: [&str; 2] = ["traceparent", "tracestate"];
+/// The column that becomes `ce-type`.
+const TYPE: &str = "type";
+/// The object whose members become headers, unless another is named.
+const HEADERS: &str = "headers";
+
+/// The commit's time and the transaction's id, where the operator wants them.
+const COMMIT_TIME: &str = "Outbox-Commit-Time";
+const TRANSACTION: &str = "Outbox-Transaction";
+
+/// Where an event stands, and what is told of its transaction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The event's position.
+    pub position: Position,
+    /// Microseconds since 2000-01-01 00:00 UTC, as Postgres counts.
+    pub commit_time_us: i64,
+    /// The transaction's id.
+    pub xid: u32,
 }
 
 /// A column of a relation message.
@@ -76,6 +101,24 @@ impl fmt::Debug for Value<'_> {
     }
 }
 
+/// What an event is written in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EventSource {
+    /// A row of this table.
+    Row(TableName),
+    /// A message with this prefix.
+    Message(String),
+}
+
+impl fmt::Display for EventSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            EventSource::Row(table) => write!(f, "row of {table}"),
+            EventSource::Message(prefix) => write!(f, "message {prefix:?}"),
+        }
+    }
+}
+
 /// What a table or a row cannot be mapped for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MapError {
@@ -89,9 +132,16 @@ pub enum MapError {
         /// The table.
         table: TableName,
         /// The columns it lacks.
-        columns: Vec<&'static str>,
+        columns: Vec<String>,
+        /// The columns it needs.
+        needed: Vec<String>,
         /// Where the relation message stood.
         at: Lsn,
+    },
+    /// More columns of one table are named than [`MAX_COLUMNS`].
+    TooManyColumns {
+        /// The table.
+        table: TableName,
     },
     /// The row has not as many values as its table has columns.
     ValueCount {
@@ -104,15 +154,15 @@ pub enum MapError {
         /// The commit of the row's transaction.
         at: Lsn,
     },
-    /// A value of the row cannot become part of an event.
+    /// A part of the event cannot be published.
     Value {
-        /// The table.
-        table: TableName,
-        /// The column.
-        column: &'static str,
+        /// What it was written in.
+        source: EventSource,
+        /// The part: a column, a member, a header, the subject.
+        part: String,
         /// What is wrong with it.
         problem: ValueProblem,
-        /// The commit of the row's transaction.
+        /// The commit of the transaction.
         at: Lsn,
     },
 }
@@ -128,20 +178,20 @@ pub enum ValueProblem {
     UnchangedToast,
     /// It came in binary form.
     Binary,
-    /// It is an id or an aggregate column and not UTF-8.
+    /// It is part of a subject, an id or a header, and not UTF-8.
     NotUtf8,
     /// It is neither of the two text forms of a `bytea`.
     NotBytea,
-}
-
-impl fmt::Display for TableName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let quoted = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
-        if let Some(schema) = &self.schema {
-            write!(f, "{}.", quoted(schema))?;
-        }
-        f.write_str(&quoted(&self.name))
-    }
+    /// It is to hold headers, and is no JSON object.
+    NoObject,
+    /// It cannot stand in a subject as it is, and is not to be encoded.
+    BadSubject,
+    /// It cannot stand in a header as it is, and is not to be encoded.
+    BadHeader,
+    /// The headers are more than a message may have.
+    ManyHeaders,
+    /// It is a message, and no JSON object.
+    Malformed,
 }
 
 impl fmt::Display for MapError {
@@ -151,11 +201,22 @@ impl fmt::Display for MapError {
                 f,
                 "map row of relation {relation_id}: the server did not describe that relation before; restart the relay"
             ),
-            MapError::MissingColumns { table, columns, at } => write!(
+            MapError::MissingColumns {
+                table,
+                columns,
+                needed,
+                at,
+            } => write!(
                 f,
-                "map table {table} at {at}: it lacks {}; an outbox has the columns id, aggregatetype, aggregateid and payload, \
-                 all in the publication's column list if it has one; if this is no outbox, name those that are with --table",
-                columns.join(", ")
+                "map table {table} at {at}: it lacks {}; an outbox has the columns {}, all in the publication's column \
+                 list if it has one; if they are called otherwise, say so with --id-column, --subject and the like; if this is \
+                 no outbox, name those that are with --table",
+                columns.join(", "),
+                needed.join(", ")
+            ),
+            MapError::TooManyColumns { table } => write!(
+                f,
+                "map table {table}: more than {MAX_COLUMNS} of its columns take part in an event; name fewer with --header"
             ),
             MapError::ValueCount {
                 table,
@@ -167,19 +228,23 @@ impl fmt::Display for MapError {
                 "map row of {table} at {at}: it has {values} values where the server described {columns} columns; restart the relay"
             ),
             MapError::Value {
-                table,
-                column,
+                source,
+                part,
                 problem,
                 at,
             } => {
-                write!(f, "map row of {table} at {at}: column {column} {problem}")?;
+                write!(
+                    f,
+                    "map {source} at {at}: {part} {problem}; {}",
+                    problem.advice()
+                )?;
                 if problem.is_the_writers() {
                     // Postgres skips a transaction whose commit record begins before the slot's position
                     let behind = Lsn(at.0.saturating_add(1));
                     write!(
                         f,
-                        "; publish this transaction's events otherwise, then move the slot past it: \
-                         SELECT pg_replication_slot_advance('<slot>', '{behind}'); and then pass --resume-anyway once"
+                        "; park such events with --on-poison, or publish this transaction's events otherwise, then move the slot \
+                         past it: SELECT pg_replication_slot_advance('<slot>', '{behind}'); and then pass --resume-anyway once"
                     )?;
                 }
                 Ok(())
@@ -189,33 +254,66 @@ impl fmt::Display for MapError {
 }
 
 impl ValueProblem {
-    /// The row was written so, and will be read so at every attempt.
-    fn is_the_writers(&self) -> bool {
+    /// The event was written so, and will be read so at every attempt.
+    fn is_the_writers(self) -> bool {
         match self {
-            ValueProblem::Null | ValueProblem::Empty | ValueProblem::NotUtf8 => true,
+            ValueProblem::Null
+            | ValueProblem::Empty
+            | ValueProblem::NotUtf8
+            | ValueProblem::NoObject
+            | ValueProblem::BadSubject
+            | ValueProblem::BadHeader
+            | ValueProblem::ManyHeaders
+            | ValueProblem::Malformed => true,
             ValueProblem::UnchangedToast | ValueProblem::Binary | ValueProblem::NotBytea => false,
+        }
+    }
+
+    fn advice(self) -> &'static str {
+        match self {
+            ValueProblem::Null => "declare it NOT NULL",
+            ValueProblem::Empty => "add a CHECK",
+            ValueProblem::UnchangedToast => "restart the relay",
+            ValueProblem::Binary | ValueProblem::NotBytea => {
+                "check what stands between the relay and the server"
+            }
+            ValueProblem::NotUtf8 => {
+                "use a database encoding that Postgres converts to UTF-8, which SQL_ASCII is not"
+            }
+            ValueProblem::NoObject => "add a CHECK (jsonb_typeof(headers) = 'object')",
+            ValueProblem::BadSubject => "--on-bad-subject encode would let it through",
+            ValueProblem::BadHeader => "--on-bad-header encode would let it through",
+            ValueProblem::ManyHeaders => "put what is large into the payload",
+            ValueProblem::Malformed => "emit it with the function outbox_publish",
         }
     }
 }
 
 impl fmt::Display for ValueProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            ValueProblem::Null => "is NULL; declare it NOT NULL",
-            ValueProblem::Empty => "is empty, which JetStream takes for no id; add a CHECK",
+        match self {
+            ValueProblem::Null => f.write_str("is NULL"),
+            ValueProblem::Empty => f.write_str("is empty, which JetStream takes for no id"),
             ValueProblem::UnchangedToast => {
-                "was not sent (unchanged TOAST), which an insert never leaves out; restart the relay"
+                f.write_str("was not sent (unchanged TOAST), which an insert never leaves out")
             }
             ValueProblem::Binary => {
-                "came in binary form, which the relay never asks for; check what stands between it and the server"
+                f.write_str("came in binary form, which the relay never asks for")
             }
-            ValueProblem::NotUtf8 => {
-                "is not UTF-8; use a database encoding that Postgres converts to UTF-8, which SQL_ASCII is not"
+            ValueProblem::NotUtf8 => f.write_str("is not UTF-8"),
+            ValueProblem::NotBytea => f.write_str("is no bytea in hex or escape form"),
+            ValueProblem::NoObject => f.write_str("is no JSON object"),
+            ValueProblem::BadSubject => f.write_str("cannot stand in a subject as it is"),
+            ValueProblem::BadHeader => f.write_str("cannot stand in a header as it is"),
+            ValueProblem::ManyHeaders => {
+                write!(
+                    f,
+                    "are more than the {} bytes of headers that an event may have",
+                    header::MAX_LEN
+                )
             }
-            ValueProblem::NotBytea => {
-                "is no bytea in hex or escape form; check what stands between the relay and the server"
-            }
-        })
+            ValueProblem::Malformed => f.write_str("is no JSON object in UTF-8"),
+        }
     }
 }
 
@@ -224,51 +322,154 @@ impl std::error::Error for MapError {}
 /// Knows the tables of the publication and writes their rows into batches.
 #[derive(Debug)]
 pub struct Mapper {
-    prefix: String,
-    tables: Vec<TableName>,
+    mapping: Mapping,
     relations: BTreeMap<u32, Relation>,
+    messages: Option<Plan>,
 }
 
 #[derive(Debug)]
 enum Relation {
-    Outbox(OutboxTable),
+    Outbox(Plan),
     Other,
 }
 
+/// How the rows of one table, or messages, become events. A *slot* is an index into `names`, and into the values that
+/// were picked for them.
 #[derive(Debug)]
-struct OutboxTable {
-    name: TableName,
+struct Plan {
+    source: EventSource,
     /// `schema.table`, as events bear it.
     label: String,
-    /// Which value of a row is the one of each of [`COLUMNS`].
-    columns: [usize; 4],
-    column_count: usize,
+    /// For each column of a row its slot, or [`UNUSED`].
+    slots: Vec<u8>,
+    /// The columns that take part.
+    names: Vec<String>,
+    id: usize,
+    payload: usize,
+    subject: Subject,
     body: Body,
+    extras: Option<Box<Extras>>,
+}
+
+/// The headers beside the relay's own.
+#[derive(Debug, Default)]
+struct Extras {
+    /// Header and slot.
+    columns: Vec<(String, usize)>,
+    /// The slot of the object whose members are headers.
+    object: Option<usize>,
+    cloud_event: Option<CloudEvent>,
+    position: bool,
+}
+
+#[derive(Debug)]
+struct CloudEvent {
+    source: String,
+    /// The slots of the type, and of what stands for it where there is none.
+    types: [Option<usize>; 2],
 }
 
 /// How a payload becomes a body.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Body {
     CompactJson,
     RawBytes,
     Text,
 }
 
+impl Body {
+    fn of_type(type_id: u32) -> Body {
+        match type_id {
+            JSON_OID | JSONB_OID => Body::CompactJson,
+            BYTEA_OID => Body::RawBytes,
+            _ => Body::Text,
+        }
+    }
+
+    fn content_type(self) -> &'static str {
+        match self {
+            Body::CompactJson => "application/json",
+            Body::RawBytes => "application/octet-stream",
+            Body::Text => "text/plain",
+        }
+    }
+}
+
+/// The columns of a table, and which of them take part: found by name.
+struct Wanted<'a> {
+    has: &'a dyn Fn(&str) -> bool,
+    names: Vec<String>,
+    missing: Vec<String>,
+    needed: Vec<String>,
+}
+
+impl Wanted<'_> {
+    /// The slot of a column that there must be.
+    fn need(&mut self, name: &str) -> usize {
+        if !self.needed.iter().any(|known| known == name) {
+            self.needed.push(name.to_string());
+            if !(self.has)(name) {
+                self.missing.push(name.to_string());
+            }
+        }
+        self.slot(name)
+    }
+
+    /// The slot of a column, if the table has it.
+    fn find(&mut self, name: &str) -> Option<usize> {
+        (self.has)(name).then(|| self.slot(name))
+    }
+
+    fn slot(&mut self, name: &str) -> usize {
+        let known = self.names.iter().position(|known| known == name);
+        known.unwrap_or_else(|| {
+            self.names.push(name.to_string());
+            self.names.len() - 1
+        })
+    }
+}
+
+/// Why a row cannot be an event.
+struct Flaw {
+    part: Part,
+    problem: ValueProblem,
+}
+
+enum Part {
+    Slot(usize),
+    Subject,
+    Header(String),
+    Headers,
+    Content,
+}
+
 impl Mapper {
-    /// A mapper that knows no relation yet. `prefix` has passed [`subject::validate_prefix`]; `tables` are
-    /// the only ones to relay, none meaning all that are outboxes.
-    pub fn new(prefix: &str, tables: &[TableName]) -> Mapper {
+    /// A mapper that knows no relation yet.
+    pub fn new(mapping: &Mapping) -> Mapper {
+        let messages = mapping.message_prefix.as_ref().map(|prefix| {
+            let source = EventSource::Message(prefix.clone());
+            let label = format!("message {prefix}");
+            let object = Some(HEADERS.to_string());
+            let table = TableMapping {
+                headers_column: object,
+                ..mapping.of_messages()
+            };
+            // whatever is named is looked for in each message
+            let (plan, _) = Plan::new(mapping, &table, source, label, &|_| true, |_| JSON_OID);
+            plan
+        });
         Mapper {
-            prefix: prefix.to_string(),
-            tables: tables.to_vec(),
+            mapping: mapping.clone(),
             relations: BTreeMap::new(),
+            messages,
         }
     }
 
     /// Takes a relation message, the first or another one of its table: `columns` in the order of the values
     /// in its rows, `at` its place in the log.
     ///
-    /// A table that is no outbox is ignored; unless `tables` leaves it out, one warning says so.
+    /// A table that is no outbox is ignored; unless `--table` leaves it out, one warning says so. So it does of an
+    /// outbox that is left out.
     ///
     /// # Errors
     /// [`MapError::MissingColumns`] when the table is an outbox by name, by one of its columns, or was one
@@ -281,67 +482,55 @@ impl Mapper {
         columns: impl Iterator<Item = ColumnInfo<'a>>,
         at: Lsn,
     ) -> Result<(), MapError> {
-        let mut found = [None; 4];
-        let mut payload_type = 0;
-        let mut column_count = 0;
-        for (index, column) in columns.enumerate() {
-            column_count += 1;
-            for (slot, wanted) in found.iter_mut().zip(COLUMNS) {
-                if column.name == wanted {
-                    *slot = Some(index);
-                }
-            }
-            if column.name == "payload" {
-                payload_type = column.type_id;
-            }
-        }
-
-        let named = self.tables.iter().any(|table| {
-            table.name == name && table.schema.as_deref().is_none_or(|s| s == namespace)
-        });
+        let columns: Vec<ColumnInfo<'a>> = columns.collect();
+        let has = |name: &str| columns.iter().any(|column| column.name == name);
+        let type_id = |name: &str| {
+            let found = columns.iter().find(|column| column.name == name);
+            found.map_or(0, |column| column.type_id)
+        };
         let label = format!("{namespace}.{name}");
-        if !named && !self.tables.is_empty() {
-            log::debug!(table = label.as_str(); "not named by -table, ignored");
-            self.relations.insert(id, Relation::Other);
-            return Ok(());
-        }
         let table = TableName {
             schema: Some(namespace.to_string()),
             name: name.to_string(),
+            and_longer: false,
         };
-        if let [
-            Some(id_at),
-            Some(aggregatetype_at),
-            Some(aggregateid_at),
-            Some(payload_at),
-        ] = found
-        {
-            let outbox = OutboxTable {
-                name: table,
-                label,
-                columns: [id_at, aggregatetype_at, aggregateid_at, payload_at],
-                column_count,
-                body: match payload_type {
-                    JSON_OID | JSONB_OID => Body::CompactJson,
-                    BYTEA_OID => Body::RawBytes,
-                    _ => Body::Text,
-                },
-            };
-            self.relations.insert(id, Relation::Outbox(outbox));
+        let before = self.relations.get(&id);
+        let mapping = self.mapping.of_table(namespace, name);
+        let source = EventSource::Row(table.clone());
+        let (mut plan, wanted) = Plan::new(
+            &self.mapping,
+            mapping.unwrap_or(&self.mapping.default),
+            source,
+            label.clone(),
+            &has,
+            type_id,
+        );
+        if mapping.is_none() {
+            if !wanted.missing.is_empty() {
+                log::debug!(table = label.as_str(); "not named by -table, ignored");
+            } else if before.is_none() {
+                log::warn!(table = label.as_str(); "has the columns of an outbox and is not named by -table, ignored");
+            }
+            self.relations.insert(id, Relation::Other);
             return Ok(());
         }
 
-        let [_, aggregatetype, aggregateid, _] = found;
-        let before = self.relations.get(&id);
-        if named
-            || aggregatetype.is_some()
-            || aggregateid.is_some()
+        if wanted.missing.is_empty() {
+            if plan.names.len() > MAX_COLUMNS {
+                return Err(MapError::TooManyColumns { table });
+            }
+            plan.find_columns(columns.iter().map(|column| column.name));
+            self.relations.insert(id, Relation::Outbox(plan));
+            return Ok(());
+        }
+        if !self.mapping.tables.is_empty()
+            || mapping.is_some_and(|mapping| mapping.is_meant(has))
             || matches!(before, Some(Relation::Outbox(_)))
         {
-            let missing = found.iter().zip(COLUMNS).filter(|(at, _)| at.is_none());
             return Err(MapError::MissingColumns {
                 table,
-                columns: missing.map(|(_, column)| column).collect(),
+                columns: wanted.missing,
+                needed: wanted.needed,
                 at,
             });
         }
@@ -357,18 +546,18 @@ impl Mapper {
     /// # Errors
     /// [`MapError::UnknownRelation`].
     pub fn is_outbox(&self, relation_id: u32) -> Result<bool, MapError> {
-        Ok(self.outbox(relation_id)?.is_some())
+        Ok(self.plan(relation_id)?.is_some())
     }
 
-    fn outbox(&self, relation_id: u32) -> Result<Option<&OutboxTable>, MapError> {
+    fn plan(&self, relation_id: u32) -> Result<Option<&Plan>, MapError> {
         match self.relations.get(&relation_id) {
-            Some(Relation::Outbox(outbox)) => Ok(Some(outbox)),
+            Some(Relation::Outbox(plan)) => Ok(Some(plan)),
             Some(Relation::Other) => Ok(None),
             None => Err(MapError::UnknownRelation { relation_id }),
         }
     }
 
-    /// Adds an inserted row to `batch`, as the event at `position`; `false` when its table is no outbox.
+    /// Adds an inserted row to `batch`, as the event at `place`; `false` when its table is no outbox.
     ///
     /// # Errors
     /// Every [`MapError`] but [`MapError::MissingColumns`]; `batch` is then as it was.
@@ -376,63 +565,456 @@ impl Mapper {
         &self,
         relation_id: u32,
         values: impl Iterator<Item = Value<'a>>,
-        position: Position,
+        place: Place,
         batch: &mut Batch,
     ) -> Result<bool, MapError> {
-        let Some(outbox) = self.outbox(relation_id)? else {
+        let Some(plan) = self.plan(relation_id)? else {
             return Ok(false);
         };
-        let at = position.commit_lsn;
-        let mut found = [Value::Null; 4];
+        if plan.names.len() <= FEW_COLUMNS {
+            let picked = plan.pick::<FEW_COLUMNS>(values, place)?;
+            self.write(plan, &picked, place, batch)?;
+        } else {
+            let picked = plan.pick::<MAX_COLUMNS>(values, place)?;
+            self.write(plan, &picked, place, batch)?;
+        }
+        Ok(true)
+    }
+
+    /// Adds a transactional message to `batch`, as the event at `place`; `false` when its prefix is not the one
+    /// of events.
+    ///
+    /// # Errors
+    /// [`MapError::Value`]; `batch` is then as it was.
+    pub fn message(
+        &self,
+        prefix: &str,
+        content: &[u8],
+        place: Place,
+        batch: &mut Batch,
+    ) -> Result<bool, MapError> {
+        let Some(plan) = &self.messages else {
+            return Ok(false);
+        };
+        if !matches!(&plan.source, EventSource::Message(own) if own == prefix) {
+            return Ok(false);
+        }
+        let raw = |slot| slot == plan.payload || plan.object() == Some(slot);
+        match message::read(content, &plan.names, raw) {
+            Ok(members) => {
+                let texts = members.iter().map(|text| text.as_deref());
+                let picked: Vec<Value<'_>> = texts
+                    .map(|text| text.map_or(Value::Null, |text| Value::Text(text.as_bytes())))
+                    .collect();
+                self.write(plan, &picked, place, batch)?;
+            }
+            Err(problem) => {
+                let flaw = Flaw {
+                    part: Part::Content,
+                    problem,
+                };
+                let body = |out: &mut Vec<u8>| out.extend_from_slice(content);
+                self.unpublishable(plan, &[], flaw, body, place, batch)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn write(
+        &self,
+        plan: &Plan,
+        picked: &[Value<'_>],
+        place: Place,
+        batch: &mut Batch,
+    ) -> Result<(), MapError> {
+        let written = batch.draft(&plan.label, place.position, Fate::Publish, |draft| {
+            draft.id(|out| plan.write_id(picked, out))?;
+            draft.subject(|out| {
+                let plain = plan.write_subject(picked, out)?;
+                if plain || self.mapping.policy.on_bad_subject == OnBad::Encode {
+                    return Ok(());
+                }
+                Err(Flaw {
+                    part: Part::Subject,
+                    problem: ValueProblem::BadSubject,
+                })
+            })?;
+            if let Some(extras) = &plan.extras {
+                let encode = self.mapping.policy.on_bad_header == OnBad::Encode;
+                draft.headers(|out| plan.write_headers(extras, picked, place, encode, out))?;
+            }
+            draft.body(|out| plan.write_body(picked, out))
+        });
+        match written {
+            Ok(()) => Ok(()),
+            Err(flaw) => {
+                // what can be had of it
+                let body = |out: &mut Vec<u8>| {
+                    let _ = plan.write_body(picked, out);
+                };
+                self.unpublishable(plan, picked, flaw, body, place, batch)
+            }
+        }
+    }
+
+    /// Does with an event what the operator wants done with those that cannot be published.
+    fn unpublishable(
+        &self,
+        plan: &Plan,
+        picked: &[Value<'_>],
+        flaw: Flaw,
+        body: impl FnOnce(&mut Vec<u8>),
+        place: Place,
+        batch: &mut Batch,
+    ) -> Result<(), MapError> {
+        let policy = &self.mapping.policy;
+        let at = place.position.commit_lsn;
+        let part = plan.name_of(flaw.part);
+        let todo = match flaw.problem {
+            problem if !problem.is_the_writers() => OnPoison::Stop,
+            ValueProblem::BadSubject => on_bad(policy.on_bad_subject),
+            ValueProblem::BadHeader => on_bad(policy.on_bad_header),
+            _ => policy.on_poison,
+        };
+        let cause = format!("{}: {part} {}", plan.source, flaw.problem);
+        match todo {
+            OnPoison::Stop => Err(MapError::Value {
+                source: plan.source.clone(),
+                part,
+                problem: flaw.problem,
+                at,
+            }),
+            OnPoison::Skip => {
+                log::warn!(position:% = place.position; "gave up an event that cannot be published: {cause}");
+                let Ok(()) = batch.draft(&plan.label, place.position, Fate::Lose, |_| {
+                    Ok::<(), Infallible>(())
+                });
+                Ok(())
+            }
+            OnPoison::Park => {
+                let (mut home, mut headers) = (Vec::new(), Vec::new());
+                if plan.write_subject(picked, &mut home).is_err() {
+                    home.clear();
+                }
+                if let Some(extras) = &plan.extras
+                    && plan
+                        .write_headers(extras, picked, place, true, &mut headers)
+                        .is_err()
+                {
+                    headers.clear();
+                }
+                // both were written from texts
+                let home = String::from_utf8_lossy(&home);
+                let headers = String::from_utf8_lossy(&headers);
+                let write = |draft: &mut Draft<'_>| -> Result<(), Infallible> {
+                    draft.subject(|out| append(policy.park_subject.as_bytes(), out))?;
+                    draft.id(|out| {
+                        let start = out.len();
+                        if plan.write_id(picked, out).is_err() {
+                            out.truncate(start);
+                            let Position {
+                                commit_lsn,
+                                ordinal,
+                            } = place.position;
+                            let id = format!("parked-{commit_lsn}-{ordinal}");
+                            out.extend_from_slice(id.as_bytes());
+                        }
+                        Ok::<(), Infallible>(())
+                    })?;
+                    draft.headers(|out| {
+                        park::write_headers(&headers, &cause, &home, out);
+                        Ok::<(), Infallible>(())
+                    })?;
+                    draft.body(|out| {
+                        body(out);
+                        Ok(())
+                    })
+                };
+                let Ok(()) = batch.draft(&plan.label, place.position, Fate::Park, write);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn append(part: &[u8], out: &mut Vec<u8>) -> Result<(), Infallible> {
+    out.extend_from_slice(part);
+    Ok(())
+}
+
+fn on_bad(policy: OnBad) -> OnPoison {
+    match policy {
+        OnBad::Park => OnPoison::Park,
+        OnBad::Stop | OnBad::Encode => OnPoison::Stop,
+    }
+}
+
+impl TableMapping {
+    /// Whether a table with these columns is meant as an outbox: it has one that only an outbox has.
+    fn is_meant(&self, has: impl Fn(&str) -> bool) -> bool {
+        let of_subject = self.subject.columns().map(|name| self.column(name));
+        [self.aggregatetype.as_str(), &self.aggregateid]
+            .into_iter()
+            .chain(of_subject)
+            .filter(|&name| name != self.id && name != self.payload)
+            .any(has)
+    }
+}
+
+impl Plan {
+    /// The plan for a table with the columns for which `has` holds, and which of them were looked for. Of no use when
+    /// some are missing.
+    fn new<'a>(
+        mapping: &Mapping,
+        table: &TableMapping,
+        source: EventSource,
+        label: String,
+        has: &'a dyn Fn(&str) -> bool,
+        type_id: impl Fn(&str) -> u32,
+    ) -> (Plan, Wanted<'a>) {
+        let mut wanted = Wanted {
+            has,
+            names: Vec::new(),
+            missing: Vec::new(),
+            needed: Vec::new(),
+        };
+        let id = wanted.need(&table.id);
+        let subject = table
+            .subject
+            .compile(&mapping.prefix, |name| wanted.need(table.column(name)));
+        let payload = wanted.need(&table.payload);
+
+        let mut columns: Vec<(String, usize)> = Vec::new();
+        for header in &table.headers {
+            columns.push((header.name.clone(), wanted.need(&header.column)));
+        }
+        for name in TRACE_CONTEXT {
+            let mapped = table.headers.iter().any(|header| header.column == name);
+            if let Some(slot) = wanted.find(name).filter(|_| !mapped) {
+                columns.push((name.to_string(), slot));
+            }
+        }
+        let is_json = |name: &str| matches!(type_id(name), JSON_OID | JSONB_OID);
+        let object = match &table.headers_column {
+            Some(name) => Some(wanted.need(name)),
+            None if is_json(HEADERS) => wanted.find(HEADERS),
+            None => None,
+        };
+        let cloud_event = mapping.cloudevents.as_ref().map(|source| {
+            let types = [wanted.find(TYPE), wanted.find(&table.aggregatetype)];
+            if types == [None, None] {
+                wanted.need(TYPE);
+            }
+            CloudEvent {
+                source: source.clone(),
+                types,
+            }
+        });
+        let extras = Extras {
+            columns,
+            object,
+            cloud_event,
+            position: mapping.position_headers,
+        };
+        let any = !extras.columns.is_empty()
+            || extras.object.is_some()
+            || extras.cloud_event.is_some()
+            || extras.position;
+        let plan = Plan {
+            source,
+            label,
+            slots: Vec::new(),
+            names: wanted.names.clone(),
+            id,
+            payload,
+            subject,
+            body: Body::of_type(type_id(&table.payload)),
+            extras: any.then(|| Box::new(extras)),
+        };
+        (plan, wanted)
+    }
+
+    /// Says where in a row the columns stand.
+    fn find_columns<'a>(&mut self, columns: impl Iterator<Item = &'a str>) {
+        let slot = |name: &str| {
+            let found = self.names.iter().position(|wanted| wanted == name);
+            found.and_then(|slot| u8::try_from(slot).ok())
+        };
+        self.slots = columns.map(|name| slot(name).unwrap_or(UNUSED)).collect();
+    }
+
+    /// The values that take part, of a row that has one for each column.
+    fn pick<'a, const N: usize>(
+        &self,
+        values: impl Iterator<Item = Value<'a>>,
+        place: Place,
+    ) -> Result<[Value<'a>; N], MapError> {
+        let mut picked = [Value::Null; N];
+        let mut slots = self.slots.iter();
         let mut count = 0;
         for value in values {
-            for (slot, &index) in found.iter_mut().zip(&outbox.columns) {
-                if index == count {
-                    *slot = value;
-                }
+            let slot = slots.next().copied().unwrap_or(UNUSED);
+            if let Some(place) = picked.get_mut(usize::from(slot)) {
+                *place = value;
             }
             count += 1;
         }
-        if count != outbox.column_count {
-            return Err(MapError::ValueCount {
-                table: outbox.name.clone(),
-                columns: outbox.column_count,
+        match (&self.source, count == self.slots.len()) {
+            (EventSource::Row(table), false) => Err(MapError::ValueCount {
+                table: table.clone(),
+                columns: self.slots.len(),
                 values: count,
-                at,
+                at: place.position.commit_lsn,
+            }),
+            _ => Ok(picked),
+        }
+    }
+
+    fn object(&self) -> Option<usize> {
+        self.extras.as_ref()?.object
+    }
+
+    /// What a person calls a part of the event.
+    fn name_of(&self, part: Part) -> String {
+        let kind = match self.source {
+            EventSource::Row(_) => "column",
+            EventSource::Message(_) => "member",
+        };
+        match part {
+            Part::Slot(slot) => {
+                let name = self.names.get(slot).map_or("", String::as_str);
+                format!("{kind} {name}")
+            }
+            Part::Subject => "its subject".to_string(),
+            Part::Header(name) => format!("header {name:?}"),
+            Part::Headers => "its headers".to_string(),
+            Part::Content => "its content".to_string(),
+        }
+    }
+
+    fn write_id(&self, picked: &[Value<'_>], out: &mut Vec<u8>) -> Result<(), Flaw> {
+        let id = text_at(picked, self.id)?;
+        if id.is_empty() {
+            return Err(Flaw {
+                part: Part::Slot(self.id),
+                problem: ValueProblem::Empty,
             });
         }
-
-        let failed = |column, problem| MapError::Value {
-            table: outbox.name.clone(),
-            column,
-            problem,
-            at,
-        };
-        let [id, aggregatetype, aggregateid, payload] = found;
-        let required = |column, value| text(value).map_err(|problem| failed(column, problem));
-        let id = required("id", id)?;
-        let aggregatetype = required("aggregatetype", aggregatetype)?;
-        let aggregateid = required("aggregateid", aggregateid)?;
-        if id.is_empty() {
-            return Err(failed("id", ValueProblem::Empty));
-        }
-        batch.push_event(
-            &outbox.label,
-            position,
-            |out| {
-                subject::write_subject(&self.prefix, aggregatetype, aggregateid, out);
-                Ok(())
-            },
-            |out| {
-                message_id::write_message_id(id, out);
-                Ok(())
-            },
-            |out| {
-                write_body(payload, outbox.body, out).map_err(|problem| failed("payload", problem))
-            },
-        )?;
-        Ok(true)
+        message_id::write_message_id(id, out);
+        Ok(())
     }
+
+    fn write_subject(&self, picked: &[Value<'_>], out: &mut Vec<u8>) -> Result<bool, Flaw> {
+        self.subject.write(|slot| text_at(picked, slot), out)
+    }
+
+    fn write_body(&self, picked: &[Value<'_>], out: &mut Vec<u8>) -> Result<(), Flaw> {
+        let payload = value_at(picked, self.payload);
+        write_body(payload, self.body, out).map_err(|problem| Flaw {
+            part: Part::Slot(self.payload),
+            problem,
+        })
+    }
+
+    fn write_headers(
+        &self,
+        extras: &Extras,
+        picked: &[Value<'_>],
+        place: Place,
+        encode: bool,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Flaw> {
+        let start = out.len();
+        let mut lines = Lines::new(out, encode, extras.cloud_event.is_some());
+        if let Some(event) = &extras.cloud_event {
+            lines.add_attribute("ce-specversion", "1.0");
+            lines.add_attribute("ce-id", text_at(picked, self.id)?);
+            lines.add_attribute("ce-source", &event.source);
+            let given = event.types.iter().flatten();
+            let first = given
+                .copied()
+                .find(|&slot| value_at(picked, slot) != Value::Null);
+            match (first, event.types) {
+                (Some(slot), _) => lines.add_attribute("ce-type", text_at(picked, slot)?),
+                (None, [Some(slot), _] | [None, Some(slot)]) => {
+                    text_at(picked, slot)?;
+                }
+                (None, [None, None]) => {}
+            }
+            lines.add_plain("ce-time", format_args!("{}", time(place.commit_time_us)));
+            lines.add_attribute("ce-datacontenttype", self.body.content_type());
+        }
+        if extras.position {
+            lines.add_plain(COMMIT_TIME, format_args!("{}", time(place.commit_time_us)));
+            lines.add_plain(TRANSACTION, format_args!("{}", place.xid));
+        }
+        let bad = |NotPlain { name }| Flaw {
+            part: Part::Header(name),
+            problem: ValueProblem::BadHeader,
+        };
+        for (name, slot) in &extras.columns {
+            if value_at(picked, *slot) != Value::Null {
+                lines.add(name, text_at(picked, *slot)?).map_err(bad)?;
+            }
+        }
+        if let Some(slot) = extras.object
+            && value_at(picked, slot) != Value::Null
+        {
+            let object = text_at(picked, slot)?;
+            lines
+                .add_object(object, |name| extras.gives(name))
+                .map_err(|error| match error {
+                    ObjectError::NotPlain(error) => bad(error),
+                    ObjectError::NoObject => Flaw {
+                        part: Part::Slot(slot),
+                        problem: ValueProblem::NoObject,
+                    },
+                })?;
+        }
+        lines.finish();
+        if out.len() - start > header::MAX_LEN {
+            return Err(Flaw {
+                part: Part::Headers,
+                problem: ValueProblem::ManyHeaders,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Extras {
+    /// Whether there is a header of this name beside those of the object.
+    fn gives(&self, name: &str) -> bool {
+        const OF_CLOUD_EVENT: [&str; 6] = [
+            "ce-specversion",
+            "ce-id",
+            "ce-source",
+            "ce-type",
+            "ce-time",
+            "ce-datacontenttype",
+        ];
+        let is = |other: &str| name.eq_ignore_ascii_case(other);
+        self.columns.iter().any(|(own, _)| is(own))
+            || self.cloud_event.is_some() && OF_CLOUD_EVENT.into_iter().any(is)
+    }
+}
+
+/// A time of Postgres as RFC 3339 has it, in UTC.
+fn time(since_2000_us: i64) -> jiff::Timestamp {
+    const UNIX_TO_2000_US: i64 = 946_684_800_000_000;
+    let since_1970_us = since_2000_us.saturating_add(UNIX_TO_2000_US);
+    jiff::Timestamp::from_microsecond(since_1970_us).unwrap_or_default()
+}
+
+fn value_at<'a>(picked: &[Value<'a>], slot: usize) -> Value<'a> {
+    picked.get(slot).copied().unwrap_or(Value::Null)
+}
+
+fn text_at<'a>(picked: &[Value<'a>], slot: usize) -> Result<&'a str, Flaw> {
+    text(value_at(picked, slot)).map_err(|problem| Flaw {
+        part: Part::Slot(slot),
+        problem,
+    })
 }
 
 fn text(value: Value<'_>) -> Result<&str, ValueProblem> {
@@ -504,6 +1086,7 @@ fn digit(byte: u8, radix: u32) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::super::batch::Change;
+    use super::super::mapping::{HeaderColumn, NamedTable};
     use super::*;
 
     const TABLE: u32 = 16_385;
@@ -513,6 +1096,12 @@ mod tests {
         commit_lsn: Lsn(0x16B3748),
         ordinal: 1,
     };
+    const PLACE: Place = Place {
+        position: AT,
+        commit_time_us: 848_836_800_000_001,
+        xid: 7,
+    };
+    const SEED: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
 
     /// The seed's table, its payload of type `payload_type`.
     fn seed(payload_type: u32) -> [(&'static str, u32); 4] {
@@ -541,10 +1130,10 @@ mod tests {
         columns: &[(&str, u32)],
         row: &[Value<'_>],
     ) -> Result<(String, String, Vec<u8>), MapError> {
-        let mut mapper = Mapper::new("events", &[]);
+        let mut mapper = Mapper::new(&Mapping::new("events"));
         describe(&mut mapper, "outbox", columns)?;
         let mut batch = Batch::default();
-        let pushed = mapper.insert(TABLE, row.iter().copied(), AT, &mut batch);
+        let pushed = mapper.insert(TABLE, row.iter().copied(), PLACE, &mut batch);
         if let Err(error) = pushed {
             assert_eq!((batch.len_bytes(), batch.is_empty()), (0, true));
             return Err(error);
@@ -570,6 +1159,18 @@ mod tests {
         TableName {
             schema: schema.map(str::to_string),
             name: name.to_string(),
+            and_longer: false,
+        }
+    }
+
+    fn only(tables: &[TableName]) -> Mapping {
+        let named = |table: &TableName| NamedTable {
+            table: table.clone(),
+            mapping: TableMapping::default(),
+        };
+        Mapping {
+            tables: tables.iter().map(named).collect(),
+            ..Mapping::new("events")
         }
     }
 
@@ -684,8 +1285,8 @@ mod tests {
             assert_eq!(
                 map(&seed(payload_type), &row),
                 Err(MapError::Value {
-                    table: name(Some("public"), "outbox"),
-                    column: COLUMNS[index],
+                    source: EventSource::Row(name(Some("public"), "outbox")),
+                    part: format!("column {}", SEED[index]),
                     problem,
                     at: AT.commit_lsn
                 }),
@@ -713,14 +1314,16 @@ mod tests {
     #[test]
     fn which_tables_are_outboxes() {
         let all = seed(JSONB_OID);
-        let missing = |columns: &[&'static str]| {
+        let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        let missing = |columns: &[&str]| {
             Err(MapError::MissingColumns {
                 table: name(Some("public"), "outbox"),
-                columns: columns.to_vec(),
+                columns: owned(columns),
+                needed: owned(&SEED),
                 at: AT.commit_lsn,
             })
         };
-        let only = |schema| vec![name(None, "x"), name(schema, "outbox")];
+        let here = |schema| vec![name(None, "x"), name(schema, "outbox")];
         for (tables, columns, expected) in [
             (vec![], &all[..], Ok(true)),
             (vec![], &[("id", 23), ("payload", 25)], Ok(false)),
@@ -732,14 +1335,14 @@ mod tests {
                 missing(&["id", "aggregateid", "payload"]),
             ),
             (vec![], &all[2..], missing(&["id", "aggregatetype"])),
-            (only(None), &all, Ok(true)),
-            (only(Some("public")), &all, Ok(true)),
-            (only(Some("Public")), &all, Ok(false)),
+            (here(None), &all, Ok(true)),
+            (here(Some("public")), &all, Ok(true)),
+            (here(Some("Public")), &all, Ok(false)),
             (vec![name(None, "Outbox")], &all, Ok(false)),
             (vec![name(None, "other")], &all[..3], Ok(false)),
-            (only(None), &[("id", 23)], missing(&COLUMNS[1..])),
+            (here(None), &[("id", 23)], missing(&SEED[1..])),
         ] {
-            let mut mapper = Mapper::new("events", &tables);
+            let mut mapper = Mapper::new(&only(&tables));
             assert_eq!(
                 describe(&mut mapper, "outbox", columns),
                 expected,
@@ -748,7 +1351,7 @@ mod tests {
             if expected == Ok(false) {
                 let mut batch = Batch::default();
                 let row = [Value::Null].into_iter();
-                assert_eq!(mapper.insert(TABLE, row, AT, &mut batch), Ok(false));
+                assert_eq!(mapper.insert(TABLE, row, PLACE, &mut batch), Ok(false));
                 assert!(batch.is_empty());
             }
         }
@@ -756,7 +1359,7 @@ mod tests {
 
     #[test]
     fn a_relation_described_again_is_looked_up_again() {
-        let mut mapper = Mapper::new("events", &[]);
+        let mut mapper = Mapper::new(&Mapping::new("events"));
         let mut batch = Batch::default();
         describe(&mut mapper, "outbox", &seed(JSONB_OID)).unwrap();
         let mut columns = seed(TEXT_OID);
@@ -764,7 +1367,7 @@ mod tests {
         describe(&mut mapper, "outbox", &columns).unwrap();
         let row = [t("{ }"), t("b"), t("a"), t("1")];
         assert_eq!(
-            mapper.insert(TABLE, row.into_iter(), AT, &mut batch),
+            mapper.insert(TABLE, row.into_iter(), PLACE, &mut batch),
             Ok(true)
         );
         let [Change::Event(spans)] = batch.changes() else {
@@ -780,12 +1383,12 @@ mod tests {
 
     #[test]
     fn a_relation_that_was_not_described_is_an_error() {
-        let mapper = Mapper::new("events", &[]);
+        let mapper = Mapper::new(&Mapping::new("events"));
         let unknown = MapError::UnknownRelation { relation_id: 9 };
         assert_eq!(mapper.is_outbox(9), Err(unknown.clone()));
         let row = std::iter::empty();
         assert_eq!(
-            mapper.insert(9, row, AT, &mut Batch::default()),
+            mapper.insert(9, row, PLACE, &mut Batch::default()),
             Err(unknown)
         );
     }
@@ -811,5 +1414,421 @@ mod tests {
             format!("{:?}", [t("secret"), Value::Null]),
             "[Text(6 bytes), Null]"
         );
+    }
+
+    /// What a row becomes, or a message for a `TABLE` of no columns: subject, id, headers and body as text; or why not.
+    fn event(
+        mapping: &Mapping,
+        columns: &[(&str, u32)],
+        row: &[Value<'_>],
+    ) -> Result<[String; 4], String> {
+        let mut mapper = Mapper::new(mapping);
+        describe(&mut mapper, "outbox", columns).map_err(|error| error.to_string())?;
+        let mut batch = Batch::default();
+        mapper
+            .insert(TABLE, row.iter().copied(), PLACE, &mut batch)
+            .map_err(|error| error.to_string())?;
+        Ok(written(&batch))
+    }
+
+    fn message(mapping: &Mapping, content: &[u8]) -> Result<[String; 4], String> {
+        let mut batch = Batch::default();
+        let taken = Mapper::new(mapping).message("slot", content, PLACE, &mut batch);
+        assert!(taken.map_err(|error| error.to_string())?);
+        Ok(written(&batch))
+    }
+
+    fn written(batch: &Batch) -> [String; 4] {
+        let [Change::Event(spans)] = batch.changes() else {
+            panic!("not one event")
+        };
+        let event = batch.event(spans);
+        assert_eq!(event.position, AT);
+        let body = String::from_utf8_lossy(event.body);
+        [event.subject, event.id, event.headers, &body].map(str::to_string)
+    }
+
+    type Edit<'a> = &'a dyn Fn(&mut Mapping);
+
+    fn with(change: impl FnOnce(&mut Mapping)) -> Mapping {
+        let mut mapping = Mapping::new("events");
+        mapping.message_prefix = Some("slot".to_string());
+        mapping.policy.park_subject = "slot.parked".to_string();
+        change(&mut mapping);
+        mapping
+    }
+
+    fn parts(subject: &str, id: &str, headers: &str, body: &str) -> Result<[String; 4], String> {
+        Ok([subject, id, headers, body].map(str::to_string))
+    }
+
+    #[test]
+    fn columns_may_be_called_otherwise() {
+        let mapping = with(|mapping| {
+            let columns = &mut mapping.default;
+            columns.id = "event_id".to_string();
+            columns.aggregatetype = "Topic".to_string();
+            columns.aggregateid = "key".to_string();
+            columns.payload = "body".to_string();
+            columns.subject = "{prefix}.{tenant:lower}.{aggregatetype}.{id}"
+                .parse()
+                .unwrap();
+        });
+        let columns = [
+            ("body", TEXT_OID),
+            ("tenant", TEXT_OID),
+            ("event_id", 20),
+            ("id", 20),
+            ("Topic", TEXT_OID),
+        ];
+        let row = [t("b"), t("ACME"), t("7"), t("8"), t("order")];
+        assert_eq!(
+            event(&mapping, &columns, &row),
+            parts("events.acme.order.7", "7", "", "b")
+        );
+        // the aggregate's id is not part of this subject, so it is not needed
+        let error = event(&mapping, &columns[..3], &row[..3]).unwrap_err();
+        assert!(error.contains("it lacks Topic; "), "{error}");
+        assert!(
+            error.contains("the columns event_id, tenant, Topic, body,"),
+            "{error}"
+        );
+        // what only an outbox has tells one that is not whole
+        assert_eq!(
+            describe(
+                &mut Mapper::new(&mapping),
+                "other",
+                &[("event_id", 20), ("body", 20)]
+            ),
+            Ok(false)
+        );
+        assert!(describe(&mut Mapper::new(&mapping), "other", &[("key", 20)]).is_err());
+    }
+
+    #[test]
+    fn tables_have_mappings_of_their_own() {
+        let mut mapping = only(&[name(None, "x"), name(None, "out")]);
+        mapping.tables[1].table.and_longer = true;
+        mapping.tables[1].mapping.payload = "aggregateid".to_string();
+        let row = [t("1"), t("a"), t("b"), t("c")];
+        assert_eq!(
+            event(&mapping, &seed(TEXT_OID), &row),
+            parts("events.a.b", "1", "", "b")
+        );
+    }
+
+    #[test]
+    fn headers_come_from_columns() {
+        let columns = [
+            ("id", 20),
+            ("aggregatetype", TEXT_OID),
+            ("aggregateid", TEXT_OID),
+            ("payload", JSONB_OID),
+            ("traceparent", TEXT_OID),
+            ("headers", JSONB_OID),
+            ("tenant", TEXT_OID),
+            ("type", TEXT_OID),
+        ];
+        let row = |trace, headers, tenant, kind| {
+            [
+                t("1"),
+                t("a"),
+                t("b"),
+                t("{ }"),
+                trace,
+                headers,
+                tenant,
+                kind,
+            ]
+        };
+        let null = Value::Null;
+        let tenant = |mapping: &mut Mapping| {
+            mapping.default.headers = vec![HeaderColumn::parse("tenant=X-Tenant").unwrap()];
+        };
+        let cloud = |mapping: &mut Mapping| mapping.cloudevents = Some("/shop".to_string());
+        let other = |mapping: &mut Mapping| mapping.default.headers_column = Some("tenant".into());
+        let place = |mapping: &mut Mapping| mapping.position_headers = true;
+        let ce = "\r\nce-specversion: 1.0\r\nce-id: 1\r\nce-source: /shop\r\nce-type: {}\r\n\
+                  ce-time: 2026-11-24T12:00:00.000001Z\r\nce-datacontenttype: application/json";
+        let cases: [(Edit<'_>, _, &str); 9] = [
+            (&|_| {}, row(null, null, null, null), ""),
+            (
+                &|_| {},
+                row(
+                    t("00-1-2-01"),
+                    t(r#"{"a": 1, "TraceParent": 2}"#),
+                    t("x"),
+                    null,
+                ),
+                "\r\ntraceparent: 00-1-2-01\r\na: 1",
+            ),
+            (
+                &tenant,
+                row(null, null, t("é\n"), null),
+                "\r\nX-Tenant: é%0A\r\nOutbox-Encoded: X-Tenant",
+            ),
+            (&tenant, row(null, null, null, null), ""),
+            (
+                &other,
+                row(null, t(r#"{"a": 1}"#), t(r#"{"b": 2}"#), null),
+                "\r\nb: 2",
+            ),
+            (
+                &place,
+                row(null, null, null, null),
+                "\r\nOutbox-Commit-Time: 2026-11-24T12:00:00.000001Z\r\nOutbox-Transaction: 7",
+            ),
+            (
+                &cloud,
+                row(null, null, null, t("order placed")),
+                &ce.replace("{}", "order%20placed"),
+            ),
+            (&cloud, row(null, null, null, null), &ce.replace("{}", "a")),
+            (
+                &cloud,
+                row(null, t(r#"{"CE-ID": 1, "ce-x": "a b"}"#), null, null),
+                &(ce.replace("{}", "a") + "\r\nce-x: a%20b"),
+            ),
+        ];
+        for (change, row, headers) in cases {
+            assert_eq!(
+                event(&with(change), &columns, &row),
+                parts("events.a.b", "1", headers, "{}")
+            );
+        }
+        // a headers column of another type is just a column, unless it is named
+        let mut columns = columns;
+        columns[5].1 = TEXT_OID;
+        let row = row(null, t("x"), null, null);
+        assert_eq!(
+            event(&with(|_| {}), &columns, &row),
+            parts("events.a.b", "1", "", "{}")
+        );
+        let error = event(&with(tenant), &columns[..6], &row[..6]).unwrap_err();
+        assert!(error.contains("it lacks tenant;"), "{error}");
+        let error = event(&with(other), &columns[..6], &row[..6]).unwrap_err();
+        assert!(error.contains("it lacks tenant;"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_published_is_stopped_at_parked_or_given_up() {
+        let columns = [
+            ("id", 20),
+            ("aggregatetype", TEXT_OID),
+            ("aggregateid", TEXT_OID),
+            ("payload", JSONB_OID),
+            ("headers", JSONB_OID),
+        ];
+        let poison = |mapping: &mut Mapping| mapping.policy.on_poison = OnPoison::Park;
+        let subject = |mapping: &mut Mapping| mapping.policy.on_bad_subject = OnBad::Park;
+        let header = |mapping: &mut Mapping| mapping.policy.on_bad_header = OnBad::Park;
+        let good = [t("1"), t("a"), t("b"), t("{ }"), t("{}")];
+        let changed = |index: usize, value| {
+            let mut row = good;
+            row[index] = value;
+            row
+        };
+        let many = format!(r#"{{"x":"{}"}}"#, "x".repeat(header::MAX_LEN));
+        let cases: [(Edit<'_>, _, [&str; 4]); 9] = [
+            (
+                &poison,
+                changed(0, Value::Null),
+                [
+                    "parked-0/16B3748-1",
+                    "column id is NULL",
+                    "events.a.b",
+                    "{}",
+                ],
+            ),
+            (
+                &poison,
+                changed(0, t("")),
+                [
+                    "parked-0/16B3748-1",
+                    "column id is empty, which JetStream takes for no id",
+                    "events.a.b",
+                    "{}",
+                ],
+            ),
+            (
+                &poison,
+                changed(1, Value::Null),
+                ["1", "column aggregatetype is NULL", "", "{}"],
+            ),
+            (
+                &poison,
+                changed(2, Value::Text(b"\xff")),
+                ["1", "column aggregateid is not UTF-8", "", "{}"],
+            ),
+            (
+                &poison,
+                changed(4, t("[]")),
+                ["1", "column headers is no JSON object", "events.a.b", "{}"],
+            ),
+            (
+                &poison,
+                changed(4, t(&many)),
+                [
+                    "1",
+                    "its headers are more than the 60000 bytes of headers that an event may have",
+                    "events.a.b",
+                    "{}",
+                ],
+            ),
+            (
+                &subject,
+                changed(2, t("b c")),
+                [
+                    "1",
+                    "its subject cannot stand in a subject as it is",
+                    "events.a.b%20c",
+                    "{}",
+                ],
+            ),
+            (
+                &header,
+                changed(4, t(r#"{"k": "\n"}"#)),
+                [
+                    "1",
+                    "header \"k\" cannot stand in a header as it is",
+                    "events.a.b",
+                    "{}",
+                ],
+            ),
+            (
+                &header,
+                changed(4, t(r#"{"nats-x": "y"}"#)),
+                [
+                    "1",
+                    "header \"nats-x\" cannot stand in a header as it is",
+                    "events.a.b",
+                    "{}",
+                ],
+            ),
+        ];
+        for (index, (change, row, [id, cause, home, body])) in cases.into_iter().enumerate() {
+            let [subject, parked_id, headers, parked_body] =
+                event(&with(change), &columns, &row).unwrap();
+            assert_eq!((subject.as_str(), parked_id.as_str()), ("slot.parked", id));
+            let told = format!("\r\nOutbox-Parked: row of \"public\".\"outbox\": {cause}");
+            let home = match home {
+                "" => String::new(),
+                home => format!("\r\nOutbox-Original-Subject: {home}"),
+            };
+            assert!(headers.ends_with(&(told + &home)), "{headers}");
+            assert_eq!(parked_body, body);
+            // as it came, it stops the relay, and nothing of the payload is told
+            let stop = with(|mapping| {
+                change(mapping);
+                let policy = &mut mapping.policy;
+                policy.on_poison = OnPoison::Stop;
+                for bad in [&mut policy.on_bad_subject, &mut policy.on_bad_header] {
+                    *bad = if *bad == OnBad::Park {
+                        OnBad::Stop
+                    } else {
+                        OnBad::Encode
+                    };
+                }
+            });
+            let error = event(&stop, &columns, &row).unwrap_err();
+            assert!(
+                error.contains(cause) && error.contains("'0/16B3749'"),
+                "{error}"
+            );
+            let lost = with(|mapping| mapping.policy.on_poison = OnPoison::Skip);
+            if index < 6 {
+                assert_eq!(event(&lost, &columns, &row), parts("", "", "", ""));
+            }
+        }
+        // what is not the writer's doing always stops the relay
+        for policy in [OnPoison::Park, OnPoison::Skip] {
+            let mapping = with(|mapping| mapping.policy.on_poison = policy);
+            for (index, value) in [(0, Value::UnchangedToast), (3, Value::Binary(b"x"))] {
+                assert!(event(&mapping, &columns, &changed(index, value)).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn messages_are_events_without_a_table() {
+        let id = r#""id":"7","aggregatetype":"a","aggregateid":"b""#;
+        let tenant = with(|mapping| {
+            mapping.default.id = "event_id".to_string();
+            mapping.default.subject = "{prefix}.{tenant}.{aggregateid}".parse().unwrap();
+            mapping.default.headers = vec![HeaderColumn::parse("tenant=X").unwrap()];
+        });
+        for (mapping, content, expected) in [
+            (
+                with(|_| {}),
+                format!(r#"{{{id},"payload":{{"z": 1.0, "a": 12345678901234567890}} }}"#),
+                parts(
+                    "events.a.b",
+                    "7",
+                    "",
+                    r#"{"z":1.0,"a":12345678901234567890}"#,
+                ),
+            ),
+            (
+                with(|_| {}),
+                format!("{{{id}}}"),
+                parts("events.a.b", "7", "", "null"),
+            ),
+            (
+                with(|_| {}),
+                format!(
+                    r#"{{{id},"headers":{{"k": [1, "x"]}},"payload":"text","traceparent":"00"}}"#
+                ),
+                parts(
+                    "events.a.b",
+                    "7",
+                    "\r\ntraceparent: 00\r\nk: 1\r\nk: x",
+                    "\"text\"",
+                ),
+            ),
+            (
+                tenant,
+                format!(r#"{{{id},"tenant":"\u00e9","event_id":"9"}}"#),
+                parts("events.é.b", "7", "\r\nX: é", "null"),
+            ),
+        ] {
+            assert_eq!(message(&mapping, content.as_bytes()), expected, "{content}");
+        }
+        let mapper = Mapper::new(&with(|mapping| mapping.message_prefix = None));
+        let mut batch = Batch::default();
+        assert_eq!(mapper.message("slot", b"{}", PLACE, &mut batch), Ok(false));
+        let mapper = Mapper::new(&with(|_| {}));
+        assert_eq!(mapper.message("other", b"{}", PLACE, &mut batch), Ok(false));
+        assert!(batch.is_empty());
+    }
+
+    #[test]
+    fn a_message_that_is_no_event_is_poison() {
+        let park = with(|mapping| mapping.policy.on_poison = OnPoison::Park);
+        for (content, cause) in [
+            (&b"{"[..], "its content is no JSON object in UTF-8"),
+            (b"\xff", "its content is no JSON object in UTF-8"),
+            (b"[1]", "its content is no JSON object in UTF-8"),
+            (
+                br#"{"aggregatetype":"a","aggregateid":"b"}"#,
+                "member id is NULL",
+            ),
+            (
+                br#"{"id":1,"aggregatetype":null,"aggregateid":"b"}"#,
+                "member aggregatetype is NULL",
+            ),
+            (
+                br#"{"id":1,"aggregatetype":"a","aggregateid":"b","headers":[]}"#,
+                "member headers is no JSON object",
+            ),
+        ] {
+            let error = message(&with(|_| {}), content).unwrap_err();
+            let begin = format!("map message \"slot\" at 0/16B3748: {cause}; ");
+            assert!(error.starts_with(&begin), "{error}");
+            let [subject, _, headers, body] = message(&park, content).unwrap();
+            assert_eq!(subject, "slot.parked");
+            assert!(headers.contains(cause), "{headers}");
+            let whole = String::from_utf8_lossy(content);
+            assert!(body == whole || body == "null", "{body}");
+        }
     }
 }

@@ -13,11 +13,12 @@ pub fn write_message_id(id: &str, out: &mut Vec<u8>) {
     if id.len() <= percent::MAX_LEN && !id.is_empty() && id.bytes().all(plain) {
         out.extend_from_slice(id.as_bytes());
     } else {
-        percent::write(id, must_escape, out);
+        percent::write(id, percent::MAX_LEN, must_escape, out);
     }
 }
 
-fn must_escape(before: Option<char>, c: char, after: Option<char>) -> bool {
+/// What no header line carries unchanged.
+pub(super) fn must_escape(before: Option<char>, c: char, after: Option<char>) -> bool {
     match c {
         ' ' => before.is_none() || after.is_none(),
         _ => percent::is_space_or_control(c),

@@ -1,13 +1,19 @@
-//! What a row of the outbox table becomes: an event with a subject, an id, a body and a position.
+//! What a row of the outbox table becomes: an event with a subject, an id, headers, a body and a position.
 //!
-//! [`mapper`] finds the columns and writes events into a [`batch`]; [`subject`], [`message_id`] and [`json`]
-//! hold the rules for what goes on the wire, the first two over [`percent`]; [`position`] says where an
-//! event stands in Postgres.
+//! [`mapping`] is what the operator says about the tables, [`template`] the subjects of it. [`mapper`] finds the
+//! columns and writes events into a [`batch`]; [`subject`], [`message_id`], [`header`] and [`json`] hold the rules
+//! for what goes on the wire, over [`percent`]. [`message`] is the event without a table; [`park`] is what an
+//! event becomes that cannot be published as it is. [`position`] says where an event stands in Postgres.
 
 pub mod batch;
+pub mod header;
 pub mod json;
 pub mod mapper;
+pub mod mapping;
+pub mod message;
 pub mod message_id;
+pub mod park;
 pub mod percent;
 pub mod position;
 pub mod subject;
+pub mod template;

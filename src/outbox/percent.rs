@@ -5,7 +5,7 @@
 //! forms use a `%` that no escape begins with:
 //!
 //! - an empty value is a single `%`;
-//! - a value whose encoded form exceeds [`MAX_LEN`] bytes keeps its beginning and ends in `%~` and the
+//! - a value whose encoded form exceeds its bound ([`MAX_LEN`] bytes, mostly) keeps its beginning and ends in `%~` and the
 //!   SHA-256 of the whole value in hexadecimal: it cannot be read back, but the event is delivered, and
 //!   different values stay different.
 //!
@@ -19,8 +19,8 @@ use ring::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 /// stands there. A `varchar(255)` of up to 75 non-ASCII white space characters fits, whatever the others are.
 pub const MAX_LEN: usize = 1_400;
 
-/// What of a value that is too long is kept in front of `%~` and the hash.
-const KEPT_LEN: usize = MAX_LEN - 2 - 2 * SHA256_OUTPUT_LEN;
+/// What takes the place of the end of a value that is too long: `%~` and the hash.
+const MARK_LEN: usize = 2 + 2 * SHA256_OUTPUT_LEN;
 
 const HEX: &[u8; 16] = b"0123456789ABCDEF";
 
@@ -33,9 +33,11 @@ pub(super) fn is_space_or_control(c: char) -> bool {
 }
 
 /// Appends `value` with every `%` escaped, and every character for which `must_escape` holds; that
-/// gets the character before, the character, and the one after.
+/// gets the character before, the character, and the one after. What is longer than `max_len` so written is
+/// shortened.
 pub(super) fn write(
     value: &str,
+    max_len: usize,
     must_escape: impl Fn(Option<char>, char, Option<char>) -> bool,
     out: &mut Vec<u8>,
 ) {
@@ -43,11 +45,12 @@ pub(super) fn write(
         return out.push(b'%');
     }
     let start = out.len();
+    let kept_len = max_len.saturating_sub(MARK_LEN);
     let mut cut = start;
     let mut before = None;
     let mut chars = value.chars().peekable();
     while let Some(c) = chars.next() {
-        if out.len() - start <= KEPT_LEN {
+        if out.len() - start <= kept_len {
             cut = out.len();
         }
         let mut utf8 = [0; 4];
@@ -60,7 +63,7 @@ pub(super) fn write(
         } else {
             out.extend_from_slice(utf8);
         }
-        if out.len() - start > MAX_LEN {
+        if out.len() - start > max_len {
             out.truncate(cut);
             out.extend_from_slice(b"%~");
             for &byte in digest(&SHA256, value.as_bytes()).as_ref() {
@@ -103,10 +106,13 @@ pub fn decode(encoded: &str) -> Option<String> {
 mod tests {
     use super::*;
 
+    const KEPT_LEN: usize = MAX_LEN - MARK_LEN;
+
     fn encoded(value: &str) -> String {
         let mut out = b"kept".to_vec();
         write(
             value,
+            MAX_LEN,
             |_, c, _| c == '!' || is_space_or_control(c),
             &mut out,
         );

@@ -1,4 +1,5 @@
-//! The subject an event is published under: `prefix.aggregatetype.aggregateid`.
+//! What stands in the subject that an event is published under: `prefix.aggregatetype.aggregateid`, or as
+//! [`super::template`] says.
 //!
 //! The rule, which [`super::percent::decode`] or any percent-decoder undoes for each value:
 //!
@@ -20,14 +21,14 @@ use std::fmt;
 /// The longest prefix, in bytes.
 pub const MAX_PREFIX_LEN: usize = 255;
 
-/// The longest subject that [`write_subject`] makes, in bytes.
+/// The longest subject that a [`super::template::Subject`] makes, in bytes.
 ///
 /// The server takes 4,096 bytes for a whole `HPUB` line (`max_control_line`), and the `nats` crate reads no
 /// longer one. What is left is for the longest of: our reply inbox; a consumer's `$JS.ACK.` reply subject and
 /// a `$JS.API.CONSUMER.CREATE.` request, either with a stream's and a consumer's name of 255 bytes.
 pub const MAX_SUBJECT_LEN: usize = MAX_PREFIX_LEN + 2 * (1 + percent::MAX_LEN);
 
-/// Why a prefix cannot begin a subject.
+/// Why a prefix cannot begin a subject. Display completes a sentence that begins with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SubjectError {
     /// It is empty, begins or ends with a dot, or has two in a row.
@@ -51,21 +52,20 @@ pub enum SubjectError {
 
 impl fmt::Display for SubjectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("check prefix: ")?;
         match self {
             SubjectError::EmptyToken => f.write_str(
-                "it has an empty token; give words with single dots between them, like events.shop",
+                "has an empty token; give words with single dots between them, like events.shop",
             ),
             SubjectError::Illegal { character } => write!(
                 f,
-                "{character:?} cannot stand in a subject; use neither wildcards, white space nor control characters"
+                "holds {character:?}, which cannot stand in a subject; use neither wildcards, white space nor control characters"
             ),
             SubjectError::Reserved { token } => write!(
                 f,
-                "subjects under {token} belong to NATS itself; begin with another word"
+                "begins with {token}, under which subjects belong to NATS itself; begin with another word"
             ),
             SubjectError::TooLong { len } => {
-                write!(f, "it is {len} bytes long; use at most {MAX_PREFIX_LEN}")
+                write!(f, "is {len} bytes long; use at most {MAX_PREFIX_LEN}")
             }
         }
     }
@@ -92,20 +92,19 @@ pub fn validate_prefix(prefix: &str) -> Result<(), SubjectError> {
     }
 }
 
-/// Appends the subject of an event to `out`; the values may be anything, `prefix` is a valid one.
-pub fn write_subject(prefix: &str, aggregatetype: &str, aggregateid: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(prefix.as_bytes());
-    for value in [aggregatetype, aggregateid] {
-        out.push(b'.');
-        if value.len() <= percent::MAX_LEN && is_legal(value.as_bytes()) {
-            out.extend_from_slice(value.as_bytes());
-        } else {
-            percent::write(value, must_escape, out);
-        }
+/// Appends a value, which may be anything, in at most `max_len` bytes. Tells whether it stands there as it is.
+pub(super) fn write_value(value: &str, max_len: usize, out: &mut Vec<u8>) -> bool {
+    if value.len() <= max_len && is_legal(value.as_bytes()) {
+        out.extend_from_slice(value.as_bytes());
+        return true;
     }
+    let start = out.len();
+    percent::write(value, max_len, must_escape, out);
+    out.get(start..) == Some(value.as_bytes())
 }
 
-fn is_illegal(c: char) -> bool {
+/// What can stand nowhere in a subject.
+pub(super) fn is_illegal(c: char) -> bool {
     matches!(c, '*' | '>') || percent::is_space_or_control(c)
 }
 
@@ -138,11 +137,16 @@ fn is_legal(value: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::template::Template;
     use super::*;
+    use std::convert::Infallible;
 
     fn subject(aggregatetype: &str, aggregateid: &str) -> String {
+        let values = [aggregatetype, aggregateid];
+        let slot = |name: &str| usize::from(name == "aggregateid");
+        let compiled = Template::default().compile("events", slot);
         let mut out = Vec::new();
-        write_subject("events", aggregatetype, aggregateid, &mut out);
+        let Ok(_) = compiled.write(|slot| Ok::<_, Infallible>(values[slot]), &mut out);
         String::from_utf8(out).unwrap()
     }
 

@@ -13,7 +13,8 @@ use crate::jetstream::ack::{AckError, PubAck};
 use crate::jetstream::chain::{Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
-use crate::outbox::batch::{Batch, Change, EventSpans};
+use crate::jetstream::wire;
+use crate::outbox::batch::{Batch, Change, EventSpans, Fate, OutboxEvent};
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 use std::collections::{HashSet, VecDeque};
@@ -49,6 +50,17 @@ pub enum Next {
         seq: u64,
         /// To be handed back.
         token: u64,
+    },
+    /// The event is larger than the server takes: call [`Core::replace`] or [`Core::give_up`], or halt.
+    TooLarge {
+        /// Names the event.
+        token: u64,
+        /// Its size as the server counts it.
+        size: usize,
+        /// What may go.
+        limit: usize,
+        /// The setting that says so.
+        setting: &'static str,
     },
     /// Nothing now: the window is full or empty.
     Nothing,
@@ -293,6 +305,10 @@ pub struct Tally {
     pub skipped: u64,
     /// Events dropped because an earlier event had used their id.
     pub dropped: u64,
+    /// Of the published, those that were parked.
+    pub parked: u64,
+    /// Events given up.
+    pub lost: u64,
     /// Events published behind later ones, because somebody else's message had let those pass.
     pub late: u64,
 }
@@ -360,6 +376,12 @@ impl Stream {
         self.replicas <= 1 || !others || self.chain.is_settled()
     }
 
+    /// The length of the id that the next publish names, where it names one.
+    fn last_id_len(&self) -> Option<usize> {
+        let previous = self.previous.as_ref().filter(|_| self.replicas == 1);
+        previous.map(|(_, last)| last.id_len())
+    }
+
     /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
     /// one that was published late settles, later ones stand before it: only once these are settled too, nothing
     /// behind the position stands at or before the sequence.
@@ -400,6 +422,13 @@ pub struct Core {
     waiting: usize,
     waiting_since: Option<Instant>,
     subjects: HashSet<Box<str>>,
+    /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else was.
+    /// Between two streams there is no other order, and which of them an event belongs to may only be known
+    /// once one has refused it: it must not be found behind a tail by then.
+    parking: bool,
+    max_payload: usize,
+    position_source_len: usize,
+    puts_aside: bool,
     offered: Position,
     start: Lsn,
     /// Up to here everything is known to be stored and old enough; told once it was received. 0/0: nothing is.
@@ -450,6 +479,10 @@ impl Core {
             waiting: 0,
             waiting_since: None,
             subjects: HashSet::new(),
+            parking: false,
+            max_payload: usize::MAX,
+            position_source_len: 0,
+            puts_aside: false,
             offered: Position::default(),
             start: Lsn::INVALID,
             proven: Lsn::INVALID,
@@ -579,6 +612,65 @@ impl Core {
         Ok(())
     }
 
+    /// What the server of the new connection takes, and the length of what begins the position header. `puts_aside`: what
+    /// is too large is replaced or given up, and does not halt the relay.
+    pub fn takes(&mut self, max_payload: usize, position_source_len: usize, puts_aside: bool) {
+        (self.max_payload, self.position_source_len) = (max_payload, position_source_len);
+        self.puts_aside = puts_aside;
+    }
+
+    /// How many bytes of id, headers and body may go to `subject`.
+    pub fn room(&self, subject: &str) -> usize {
+        wire::room(self.limit(subject).0, self.position_source_len)
+    }
+
+    /// The largest message that may go to `subject`, and the setting that says so.
+    fn limit(&self, subject: &str) -> (usize, &'static str) {
+        match self.routes.max_msg_size(subject) {
+            Some(of_stream) if of_stream <= self.max_payload => {
+                (of_stream, "max_msg_size of the stream")
+            }
+            _ => (self.max_payload, "max_payload of the server"),
+        }
+    }
+
+    /// The event that waits under this token.
+    pub fn event(&self, token: u64) -> Option<OutboxEvent<'_>> {
+        let index = token.checked_sub(self.first_token)? as usize;
+        match self.window.get(index)? {
+            Entry::Event(pending) => Some(pending.batch.event(&pending.spans)),
+            Entry::Boundary(_) => None,
+        }
+    }
+
+    /// Another form of the event under this token, at its position, is to be published in its place. Only of one
+    /// that is not on its way.
+    pub fn replace(&mut self, token: u64, batch: Batch, spans: EventSpans) {
+        self.put(token, |pending| {
+            assert_eq!(spans.position, pending.spans.position);
+            pending.batch = Arc::new(batch);
+            pending.spans = spans;
+        });
+    }
+
+    /// The event under this token is not published at all. Only of one that is not on its way.
+    pub fn give_up(&mut self, token: u64) {
+        self.put(token, |pending| pending.spans = pending.spans.lost());
+    }
+
+    fn put(&mut self, token: u64, change: impl FnOnce(&mut Pending)) {
+        let index = token.checked_sub(self.first_token);
+        let entry = index.and_then(|index| self.window.get_mut(index as usize));
+        if let Some(Entry::Event(pending)) = entry {
+            assert_eq!(
+                pending.state,
+                State::Unsent,
+                "its answer would count for another"
+            );
+            change(pending);
+        }
+    }
+
     /// The connection is gone. What is not settled will be asked of the streams, also what was acknowledged: where
     /// messages are consumed away, each event must answer for one sequence.
     pub fn disconnected(&mut self) {
@@ -600,6 +692,7 @@ impl Core {
         (self.unsent, self.held, self.held_bytes, self.waiting) = (0, 0, 0, 0);
         self.waiting_since = None;
         self.subjects.clear();
+        self.parking = false;
     }
 
     /// Another batch is wanted: everything that came so far was handed on.
@@ -687,14 +780,13 @@ impl Core {
         }
     }
 
-    /// The largest message that the stream of `subject` takes, if it says so.
-    pub fn max_msg_size(&self, subject: &str) -> Option<usize> {
-        self.routes.max_msg_size(subject)
-    }
-
     /// The next thing to do; to be called until it says [`Next::Nothing`].
     pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
         while self.connected {
+            if self.parking && self.waiting > 0 {
+                break;
+            }
+            self.parking = false;
             let token = self.first_token + self.unsent as u64;
             let Some(entry) = self.window.get(self.unsent) else {
                 break;
@@ -713,10 +805,35 @@ impl Core {
                 self.hold(size);
                 continue;
             }
+            if event.fate == Fate::Lose {
+                self.tally.lost += u64::from(!pending.counted);
+                let state = State::Stored {
+                    stream: None,
+                    seq: 0,
+                    at: None,
+                };
+                self.set_state(self.unsent, state);
+                self.hold(size);
+                continue;
+            }
+            let (limit, setting) = self.limit(event.subject);
+            let spans = pending.spans;
+            let too_large = |expected: Option<u64>, last_id_len: Option<usize>| {
+                let size = wire::size(&spans, expected, last_id_len, self.position_source_len);
+                (size > limit).then_some(Next::TooLarge {
+                    token,
+                    size,
+                    limit,
+                    setting,
+                })
+            };
             let next = match self.delivery {
                 Delivery::AtLeastOnce => {
                     if self.subjects.contains(event.subject) {
                         break;
+                    }
+                    if let Some(too_large) = too_large(None, None) {
+                        return Ok(too_large);
                     }
                     self.subjects.insert(event.subject.into());
                     State::Sent {
@@ -725,6 +842,15 @@ impl Core {
                     }
                 }
                 Delivery::ExactlyOnce => {
+                    if event.fate == Fate::Park && self.waiting > 0 {
+                        break;
+                    }
+                    // what fits nowhere in this stream is not in it, wherever its tail is
+                    if self.puts_aside
+                        && let Some(too_large) = too_large(Some(0), None)
+                    {
+                        return Ok(too_large);
+                    }
                     let routed = self
                         .routes
                         .route(event.subject)
@@ -777,10 +903,17 @@ impl Core {
                                     token,
                                 });
                             }
-                            None => State::Sent {
-                                stream: index,
-                                expected: stream.chain.extend(),
-                            },
+                            None => {
+                                let expected = stream.chain.predicted();
+                                let last_id_len = stream.last_id_len();
+                                if let Some(too_large) = too_large(Some(expected), last_id_len) {
+                                    return Ok(too_large);
+                                }
+                                State::Sent {
+                                    stream: index,
+                                    expected: stream.chain.extend(),
+                                }
+                            }
                         },
                     }
                 }
@@ -802,6 +935,7 @@ impl Core {
             self.set_state(self.unsent, next);
             self.hold(size);
             if let Some(publication) = publication {
+                self.parking = publication.event.fate == Fate::Park;
                 self.waiting += 1;
                 self.waiting_since.get_or_insert(now);
                 return Ok(Next::Publish(publication));
@@ -868,6 +1002,7 @@ impl Core {
         };
         self.tally.published += 1;
         self.tally.published_bytes += event.body.len() as u64;
+        self.tally.parked += u64::from(event.fate == Fate::Park);
         pending.state = stored;
         self.waiting -= 1;
         self.waiting_since = (self.waiting > 0).then_some(now);

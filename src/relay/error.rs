@@ -80,7 +80,12 @@ pub enum Error {
         setting: &'static str,
     },
     /// A stream will never take the event.
-    Refused(AckError),
+    Refused {
+        /// Table, id and position.
+        event: String,
+        /// What it says.
+        error: AckError,
+    },
     /// No working session to NATS for `--max-outage`; the last reason.
     GaveUp(String),
     /// A stream lost what it had acknowledged; the slot still has it.
@@ -129,7 +134,7 @@ impl Error {
             | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
-            Error::Map(_) | Error::TooLarge { .. } | Error::Refused(_) | Error::Halt(_) => {
+            Error::Map(_) | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
             }
             Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => {
@@ -208,12 +213,12 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise {setting}, then start the relay again"
+                 raise {setting}, then start the relay again, or park such events with --on-poison"
             ),
-            Error::Refused(error) => write!(
+            Error::Refused { event, error } => write!(
                 f,
-                "publish an event: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
-                 limit, then start the relay again"
+                "publish {event}: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
+                 limit, then start the relay again, or park such events with --on-poison"
             ),
             Error::GaveUp(reason) => write!(
                 f,

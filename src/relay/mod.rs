@@ -62,7 +62,7 @@ pub fn run(config: Config) -> Exit {
 
 /// One session after another, until one ends for good.
 fn supervise(config: &Config, stop: &Stop) -> Result<Ended, (Error, Exit)> {
-    let mut session = Session::new(config, stop, Mapper::new(&config.prefix, &config.tables));
+    let mut session = Session::new(config, stop, Mapper::new(&config.mapping));
     let mut outage = Outage::new(config.max_outage);
     let mut said = Repeated::default();
     loop {

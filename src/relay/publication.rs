@@ -11,7 +11,7 @@
 
 use super::checkpoint::SeenPublication;
 use crate::config::Config;
-use crate::outbox::mapper::TableName;
+use crate::outbox::mapping::Mapping;
 use crate::postgres::connection::{Rows, quote_literal};
 use crate::postgres::{self, ConnInfo, Connection};
 use crossbeam_channel::{Receiver, Sender, bounded, never};
@@ -209,21 +209,35 @@ impl Table {
     }
 }
 
-/// Reads what `publication` publishes; `None` if there is none. `relayed`: the tables that `-table` names, or
-/// none for all that are outboxes. `before`: what it published when it was last read.
+/// Reads what `publication` publishes; `None` if there is none. `mapping` tells which tables are relayed. `before`:
+/// what it published when it was last read.
 pub fn read(
     connection: &mut Connection,
     publication: &str,
-    relayed: &[TableName],
+    mapping: &Mapping,
     before: Option<&Published>,
 ) -> Result<Option<Published>, postgres::Error> {
-    let sql = sql(connection.server_version_num(), publication, before);
+    let columns = mapping.default.needed_columns();
+    let sql = sql(
+        connection.server_version_num(),
+        publication,
+        &columns,
+        before,
+    );
     let rows = connection.simple_query_within(&sql, LOOK_LIMIT)?;
-    Ok(parse(&rows, relayed))
+    Ok(parse(&rows, mapping))
 }
 
 /// Statements whose rows begin with a word that says what they are.
-fn sql(server_version_num: u32, publication: &str, before: Option<&Published>) -> String {
+fn sql(
+    server_version_num: u32,
+    publication: &str,
+    needed: &[&str],
+    before: Option<&Published>,
+) -> String {
+    let count = needed.len();
+    let needed: Vec<String> = needed.iter().map(|column| quote_literal(column)).collect();
+    let needed = needed.join(", ");
     let name = quote_literal(publication);
     let since = |version, column| match server_version_num >= version {
         true => column,
@@ -238,7 +252,7 @@ fn sql(server_version_num: u32, publication: &str, before: Option<&Published>) -
         "SELECT 'publication', oid, pubinsert, puballtables, {via_root} FROM pg_catalog.pg_publication WHERE pubname = {name};
          SELECT 'table', c.oid, n.nspname, c.relname, {filter}, {columns},
              (SELECT count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped
-              AND a.attname IN ('id', 'aggregatetype', 'aggregateid', 'payload')) = 4
+              AND a.attname IN ({needed})) = {count}
          FROM pg_catalog.pg_publication p JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid
          JOIN pg_catalog.pg_class c ON c.oid = r.prrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE p.pubname = {name} ORDER BY c.oid;"
@@ -265,7 +279,7 @@ fn sql(server_version_num: u32, publication: &str, before: Option<&Published>) -
     sql
 }
 
-fn parse(rows: &Rows, relayed: &[TableName]) -> Option<Published> {
+fn parse(rows: &Rows, mapping: &Mapping) -> Option<Published> {
     let mut published = None;
     let (mut tables, mut schemas, mut existing) = (Vec::new(), Vec::new(), Vec::new());
     for row in rows {
@@ -285,16 +299,13 @@ fn parse(rows: &Rows, relayed: &[TableName]) -> Option<Published> {
             }
             Some("table") => {
                 let (schema, name) = (text(2), text(3));
-                let named = |table: &TableName| {
-                    table.name == name && table.schema.as_ref().is_none_or(|s| *s == schema)
-                };
                 tables.push(Table {
                     oid,
                     filter: cell(4).map(str::to_string),
                     columns: cell(5).map(str::to_string),
-                    relayed: match relayed {
-                        [] => is(6),
-                        relayed => relayed.iter().any(named),
+                    relayed: match mapping.tables.is_empty() {
+                        true => is(6),
+                        false => mapping.of_table(&schema, &name).is_some(),
                     },
                     schema,
                     name,
@@ -336,7 +347,7 @@ impl Watch {
             db: config.db.without_replication(),
             peer: peer.to_string(),
             publication: config.publication.clone(),
-            relayed: config.tables.clone(),
+            mapping: config.mapping.clone(),
         };
         let answer = move || {
             let mut failures = 0;
@@ -411,7 +422,7 @@ struct Look {
     db: ConnInfo,
     peer: String,
     publication: String,
-    relayed: Vec<TableName>,
+    mapping: Mapping,
 }
 
 impl Look {
@@ -424,7 +435,7 @@ impl Look {
         read(
             &mut connection,
             &self.publication,
-            &self.relayed,
+            &self.mapping,
             Some(before),
         )
     }
@@ -433,6 +444,7 @@ impl Look {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::outbox::mapping::{NamedTable, TableMapping, TableName};
 
     fn table(oid: u32, name: &str) -> Table {
         Table {
@@ -589,16 +601,24 @@ mod tests {
             row("schema|5|s"),
             row("existing|10|public|outbox"),
         ];
-        let of = |schema: Option<&str>, name: &str| TableName {
-            schema: schema.map(str::to_string),
-            name: name.into(),
+        let of = |schema: Option<&str>, name: &str| NamedTable {
+            table: TableName {
+                schema: schema.map(str::to_string),
+                name: name.into(),
+                and_longer: false,
+            },
+            mapping: TableMapping::default(),
         };
-        for (relayed, expected) in [
+        for (tables, expected) in [
             (vec![], [true, false]),
             (vec![of(None, "users")], [false, true]),
             (vec![of(Some("shop"), "outbox")], [false, false]),
         ] {
-            let found = parse(&rows, &relayed).unwrap();
+            let mapping = Mapping {
+                tables,
+                ..Mapping::new("events")
+            };
+            let found = parse(&rows, &mapping).unwrap();
             assert_eq!(
                 (found.oid, found.inserts, found.all_tables),
                 (7, true, false)
@@ -607,6 +627,6 @@ mod tests {
             let relayed: Vec<_> = found.tables.iter().map(|table| table.relayed).collect();
             assert_eq!(relayed, expected);
         }
-        assert_eq!(parse(&vec![], &[]), None);
+        assert_eq!(parse(&vec![], &Mapping::new("events")), None);
     }
 }

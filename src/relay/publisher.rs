@@ -14,11 +14,12 @@ use super::repeated::Repeated;
 use super::report::Report;
 use super::stop::Stop;
 use crate::config::Config;
-use crate::jetstream::ack::AckErrorKind;
+use crate::jetstream::ack::AckError;
 use crate::jetstream::client::{Incoming, Link, Publish};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
 use crate::jetstream::streams;
-use crate::outbox::batch::Batch;
+use crate::outbox::batch::{Batch, Fate};
+use crate::outbox::park::{self, OnPoison};
 use crossbeam_channel::{Receiver, never, select};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -51,7 +52,8 @@ pub struct Publisher<'a> {
     closing: Closing,
     /// The reader has ended, and all it has read was taken.
     drained: bool,
-    postponed: Option<Postponed>,
+    /// Waits until what was published before it is answered.
+    postponed: Option<Interrupt>,
     next_look: Instant,
     /// At the end the checkpoint is waited for until then.
     keep_until: Option<Instant>,
@@ -84,17 +86,17 @@ pub struct Left {
     pub store: CheckpointStore,
 }
 
-/// An interrupt that waits until what was published before it is answered.
-struct Postponed {
-    interrupt: Interrupt,
-    /// Events that count as waiting and were never published.
-    held: usize,
-}
-
 /// Why [`Publisher::serve`] left a connection.
 enum Interrupt {
     /// It is replaced, for this reason.
     Reconnect(String),
+    /// The same, after an event that the stream will never take as it is.
+    Refused {
+        /// Names the event.
+        token: u64,
+        /// What the stream says.
+        error: AckError,
+    },
     /// The session ends.
     End(Error),
 }
@@ -159,6 +161,15 @@ impl<'a> Publisher<'a> {
                 Ok(()) => return Ok(()),
                 Err(Interrupt::End(error)) => return Err(error),
                 Err(Interrupt::Reconnect(reason)) => reason,
+                Err(Interrupt::Refused { token, error }) => {
+                    self.core.disconnected();
+                    let event = self.describe(token);
+                    let reason = format!("JetStream refused {event}: {error}");
+                    if !self.put_aside(token, &error.to_string()) {
+                        return Err(Error::Refused { event, error });
+                    }
+                    reason
+                }
             };
             self.core.disconnected();
             drop(link);
@@ -275,8 +286,14 @@ impl<'a> Publisher<'a> {
         match incoming {
             Some(Incoming::Ack { token, result }) => {
                 let stored = result.is_ok();
-                let outcome = self.core.answer(token, result, now);
-                self.trouble(outcome)?;
+                match self.core.answer(token, result, now) {
+                    Err(Trouble::Reconnect(Cause::Refused(error)))
+                        if error.kind().is_for_good() =>
+                    {
+                        return Err(Interrupt::Refused { token, error });
+                    }
+                    outcome => self.trouble(outcome)?,
+                }
                 if stored {
                     self.outage.worked();
                 }
@@ -319,7 +336,7 @@ impl<'a> Publisher<'a> {
             self.publish_burst(link, now)?;
         }
         match self.postponed.take() {
-            Some(postponed) if self.core.waiting() <= postponed.held => Err(postponed.interrupt),
+            Some(interrupt) if self.core.waiting() == 0 => Err(interrupt),
             postponed => {
                 self.postponed = postponed;
                 Ok(())
@@ -333,38 +350,38 @@ impl<'a> Publisher<'a> {
             match self.core.next(now) {
                 Ok(Next::Publish(publication)) => {
                     let event = publication.batch.event(&publication.event);
-                    let publish = Publish {
+                    if event.fate == Fate::Park {
+                        log::warn!(
+                            id = event.id, table = event.table, position:% = event.position, cause = park::cause(event.headers);
+                            "parked an event that cannot be published"
+                        );
+                    }
+                    burst.push(Publish {
                         event: publication.event,
                         token: publication.token,
                         expected_last_sequence: publication.expected_last_sequence,
                         expected_last: publication.expected_last,
                         position_source: self.source.clone(),
                         batch: publication.batch.clone(),
-                    };
-                    let max_msg_size = self.core.max_msg_size(event.subject);
-                    let limit = link.max_payload().min(max_msg_size.unwrap_or(usize::MAX));
-                    if publish.size_bound() > limit && publish.wire_size() > limit {
-                        let error = Error::TooLarge {
-                            event: format!(
-                                "row {} of {} at {}",
-                                event.id, event.table, event.position
-                            ),
-                            size: publish.wire_size(),
+                    });
+                }
+                Ok(Next::TooLarge {
+                    token,
+                    size,
+                    limit,
+                    setting,
+                }) => {
+                    let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
+                    if !self.put_aside(token, &cause) {
+                        let event = self.describe(token);
+                        self.postponed = Some(Interrupt::End(Error::TooLarge {
+                            event,
+                            size,
                             limit,
-                            setting: match max_msg_size {
-                                Some(of_stream) if of_stream == limit => {
-                                    "max_msg_size of the stream"
-                                }
-                                _ => "max_payload of the server",
-                            },
-                        };
-                        self.postponed = Some(Postponed {
-                            interrupt: Interrupt::End(error),
-                            held: 1,
-                        });
+                            setting,
+                        }));
                         break Ok(());
                     }
-                    burst.push(publish);
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
                     if let Err(error) = self.look_up(link, &stream, seq, token) {
@@ -373,8 +390,7 @@ impl<'a> Publisher<'a> {
                 }
                 Ok(Next::Nothing) => break Ok(()),
                 Err(trouble) => {
-                    let interrupt = self.trouble(Err(trouble)).err();
-                    self.postponed = interrupt.map(|interrupt| Postponed { interrupt, held: 0 });
+                    self.postponed = self.trouble(Err(trouble)).err();
                     break Ok(());
                 }
             }
@@ -383,6 +399,42 @@ impl<'a> Publisher<'a> {
             link.publish(burst);
         }
         outcome
+    }
+
+    /// Does with an event that is not on its way, and never can be, what the operator wants done with it; `false`:
+    /// the relay is to halt.
+    fn put_aside(&mut self, token: u64, cause: &str) -> bool {
+        let policy = &self.config.mapping.policy;
+        let Some(event) = self.core.event(token) else {
+            return false;
+        };
+        match (event.fate, policy.on_poison) {
+            // cut already, and still not taken
+            (Fate::Park, _) if event.headers.contains(park::BODY_CUT) => false,
+            (Fate::Park, _) | (_, OnPoison::Park) => {
+                let subject = &policy.park_subject;
+                let (batch, spans) = park::parked(&event, subject, cause, self.core.room(subject));
+                self.core.replace(token, batch, spans);
+                true
+            }
+            (_, OnPoison::Skip) => {
+                log::warn!(
+                    id = event.id, table = event.table, position:% = event.position, cause;
+                    "gave up an event that cannot be published"
+                );
+                self.core.give_up(token);
+                true
+            }
+            (_, OnPoison::Stop) => false,
+        }
+    }
+
+    fn describe(&self, token: u64) -> String {
+        let event = self.core.event(token);
+        event.map_or_else(
+            || "an event".to_string(),
+            |event| format!("row {} of {} at {}", event.id, event.table, event.position),
+        )
     }
 
     /// An event was taken for a duplicate although it is not stored: by whom its id was used is told.
@@ -432,11 +484,6 @@ impl<'a> Publisher<'a> {
     fn trouble(&mut self, outcome: Result<(), Trouble>) -> Result<(), Interrupt> {
         Err(match outcome {
             Ok(()) => return Ok(()),
-            Err(Trouble::Reconnect(Cause::Refused(error)))
-                if error.kind() == AckErrorKind::MessageTooLarge =>
-            {
-                Interrupt::End(Error::Refused(error))
-            }
             Err(Trouble::Reconnect(cause)) => Interrupt::Reconnect(cause.to_string()),
             Err(Trouble::Backwards(backwards)) => Interrupt::End(Error::Backwards(backwards)),
             Err(Trouble::Halt(halt)) => Interrupt::End(Error::Halt(halt)),
@@ -497,6 +544,9 @@ impl<'a> Publisher<'a> {
         self.core
             .connected(routes, streams, Instant::now())
             .map_err(Error::from)?;
+        let puts_aside = self.config.mapping.policy.on_poison != OnPoison::Stop;
+        self.core
+            .takes(link.max_payload(), self.source.len(), puts_aside);
         let marks = self.core.marks(&self.lineage.source);
         if let Some(marks) = self.store.begin(&link, marks, timeout)? {
             self.core.kept(marks, Instant::now());

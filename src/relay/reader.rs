@@ -10,7 +10,7 @@ use super::feedback::Ask;
 use super::progress::Progress;
 use super::stop::Stop;
 use crate::outbox::batch::{Batch, Change};
-use crate::outbox::mapper::{ColumnInfo, Mapper, Value};
+use crate::outbox::mapper::{ColumnInfo, Mapper, Place, Value};
 use crate::outbox::position::Position;
 use crate::postgres::pgoutput::{self, Message, TupleValue};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
@@ -75,7 +75,23 @@ fn publication_missing(error: postgres::Error) -> Error {
 /// The transaction that is being read.
 struct Transaction {
     commit_lsn: Lsn,
+    commit_time_us: i64,
+    xid: u32,
     events: u32,
+}
+
+impl Transaction {
+    /// Where its next event stands.
+    fn next_place(&self) -> Place {
+        Place {
+            position: Position {
+                commit_lsn: self.commit_lsn,
+                ordinal: self.events + 1,
+            },
+            commit_time_us: self.commit_time_us,
+            xid: self.xid,
+        }
+    }
 }
 
 impl Reader<'_> {
@@ -172,9 +188,15 @@ impl Reader<'_> {
         batch: &mut Batch,
     ) -> Result<Option<Lsn>, Error> {
         match message {
-            Message::Begin { final_lsn, .. } => {
+            Message::Begin {
+                final_lsn,
+                commit_time_us,
+                xid,
+            } => {
                 *transaction = Some(Transaction {
                     commit_lsn: final_lsn,
+                    commit_time_us,
+                    xid,
                     events: 0,
                 });
             }
@@ -224,24 +246,39 @@ impl Reader<'_> {
                         at,
                     });
                 };
-                let position = Position {
-                    commit_lsn: transaction.commit_lsn,
-                    ordinal: transaction.events + 1,
-                };
+                let place = transaction.next_place();
                 let values = tuple.iter().map(|value| match value {
                     TupleValue::Null => Value::Null,
                     TupleValue::UnchangedToast => Value::UnchangedToast,
                     TupleValue::Text(text) => Value::Text(text),
                     TupleValue::Binary(bytes) => Value::Binary(bytes),
                 });
-                if self.mapper.insert(relation_id, values, position, batch)? {
+                if self.mapper.insert(relation_id, values, place, batch)? {
                     transaction.events += 1;
                 }
             }
             Message::Update { relation_id, .. } => log::debug!(relation_id; "ignored an update"),
             Message::Delete { relation_id, .. } => log::trace!(relation_id; "ignored a delete"),
             Message::Truncate { .. } => log::debug!("ignored a truncate"),
-            Message::Origin { .. } | Message::Type { .. } | Message::Message { .. } => {}
+            Message::Message {
+                transactional: true,
+                prefix,
+                content,
+                ..
+            } => {
+                let Some(transaction) = transaction else {
+                    return Err(Error::OutOfPlace {
+                        message: "Message",
+                        at,
+                    });
+                };
+                let place = transaction.next_place();
+                if self.mapper.message(prefix, content.0, place, batch)? {
+                    transaction.events += 1;
+                }
+            }
+            // one that is not transactional may come from a transaction that rolled back
+            Message::Message { .. } | Message::Origin { .. } | Message::Type { .. } => {}
         }
         Ok(None)
     }

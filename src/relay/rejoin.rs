@@ -40,7 +40,8 @@ pub struct Found {
     /// The connection.
     pub link: Link,
     infos: Vec<StreamInfo>,
-    filter: String,
+    /// Of each stream, the subjects under which our events may stand in it.
+    filters: Vec<Vec<String>>,
 }
 
 impl Joined {
@@ -78,13 +79,31 @@ impl Joined {
     }
 }
 
-/// Connects and finds the streams that capture the prefix.
+/// Connects and finds the streams that capture the prefix and the park subject.
 pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
     let link = Link::connect(&config.nats)?;
-    let filter = format!("{}.>", config.prefix);
-    let infos = streams::list(&link, &filter, config.nats.request_timeout)?;
-    if infos.is_empty() {
-        return Err(Error::NoStream(filter));
+    let mut infos: Vec<StreamInfo> = Vec::new();
+    let mut filters_of: Vec<Vec<String>> = Vec::new();
+    let policy = &config.mapping.policy;
+    let mut filters = vec![format!("{}.>", config.prefix)];
+    if policy.parks() {
+        filters.push(policy.park_subject.clone());
+    }
+    for filter in filters {
+        let found = streams::list(&link, &filter, config.nats.request_timeout)?;
+        if found.is_empty() {
+            return Err(Error::NoStream(filter));
+        }
+        for info in found {
+            let known = infos.iter().position(|i| i.config.name == info.config.name);
+            match known.and_then(|index| filters_of.get_mut(index)) {
+                Some(filters) => filters.push(filter.clone()),
+                None => {
+                    infos.push(info);
+                    filters_of.push(vec![filter.clone()]);
+                }
+            }
+        }
     }
     for info in &infos {
         let judged = preflight(info, link.server_info(), config.delivery);
@@ -100,7 +119,7 @@ pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
     Ok(Found {
         link,
         infos,
-        filter,
+        filters: filters_of,
     })
 }
 
@@ -134,7 +153,7 @@ impl Found {
     ) -> Result<Joined, Error> {
         let timeout = config.nats.request_timeout;
         let mut found = Vec::with_capacity(self.infos.len());
-        for info in &mut self.infos {
+        for (info, filters) in self.infos.iter_mut().zip(&self.filters) {
             let known = last_known(&info.config.name);
             if let Some(known) = known {
                 catch_up(&self.link, info, known.seq, timeout)?;
@@ -142,7 +161,7 @@ impl Found {
             let stream = Stream {
                 link: &self.link,
                 info,
-                filter: &self.filter,
+                filters,
                 timeout,
             };
             let (tail, aged) = match config.delivery {
@@ -195,8 +214,8 @@ fn catch_up(
 struct Stream<'a> {
     link: &'a Link,
     info: &'a StreamInfo,
-    /// The prefix with a wildcard.
-    filter: &'a str,
+    /// The subjects of ours, with wildcards.
+    filters: &'a [String],
     timeout: Duration,
 }
 
@@ -213,7 +232,11 @@ impl Stream<'_> {
     ) -> Result<(Tail, Option<Position>), Error> {
         let name = &self.info.config.name;
         let state = &self.info.state;
-        let newest = self.get(streams::last_message_request(name, self.filter))?;
+        let mut newest: Option<StoredMessage> = None;
+        for filter in self.filters {
+            let last = self.get(streams::last_message_request(name, filter))?;
+            newest = newest.into_iter().chain(last).max_by_key(|m| m.seq);
+        }
         let extent = Extent {
             first_seq: state.first_seq,
             last_seq: state.last_seq,
@@ -285,11 +308,12 @@ impl Stream<'_> {
         let mut aged = None;
         while old + 1 < young {
             let middle = old + (young - old) / 2;
-            let next = self.get(streams::next_message_request(
-                &self.info.config.name,
-                middle,
-                self.filter,
-            ))?;
+            let mut next: Option<StoredMessage> = None;
+            for filter in self.filters {
+                let name = &self.info.config.name;
+                let found = self.get(streams::next_message_request(name, middle, filter))?;
+                next = next.into_iter().chain(found).min_by_key(|m| m.seq);
+            }
             match next.filter(|message| time(&message.time).is_some_and(|time| time <= limit)) {
                 Some(message) => {
                     let position = message

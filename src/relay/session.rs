@@ -20,6 +20,7 @@ use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
+use crate::outbox::park::OnPoison;
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
 use crate::postgres::{ConnInfo, Connection, Lsn};
@@ -162,6 +163,11 @@ impl<'a> Session<'a> {
             self.memory = core.into_memory();
             return Err(trouble.into());
         }
+        core.takes(
+            link.max_payload(),
+            lineage.source.to_string().len(),
+            config.mapping.policy.on_poison != OnPoison::Stop,
+        );
         if self.store.is_kept() {
             core.has_checkpoint(self.store.ripe(&lineage, hold_back));
         }
@@ -182,7 +188,11 @@ impl<'a> Session<'a> {
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
-        let options = slot::pgoutput_options(connection.server_version_num(), &config.publication);
+        let options = slot::pgoutput_options(
+            connection.server_version_num(),
+            &config.publication,
+            config.mapping.message_prefix.is_some(),
+        );
         let options: Vec<(&str, &str)> = options
             .iter()
             .map(|(name, value)| (*name, value.as_str()))
@@ -234,8 +244,8 @@ impl Session<'_> {
         let remembered = || Published::from_text(&seen.get()?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
-        let (name, tables) = (&config.publication, &config.tables);
-        let now = publication::read(connection, name, tables, before.as_ref())?;
+        let (name, mapping) = (&config.publication, &config.mapping);
+        let now = publication::read(connection, name, mapping, before.as_ref())?;
         let narrowed = match (&before, &now) {
             (Some(before), now) => before.narrowed_to(now.as_ref()),
             (None, None) => Some(Narrowed::Dropped),

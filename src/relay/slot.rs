@@ -131,8 +131,12 @@ fn check_publication(connection: &mut Connection, publication: &str) -> Result<(
     }
 }
 
-/// pgoutput's options for a server of this version.
-pub fn pgoutput_options(server_version_num: u32, publication: &str) -> Vec<(&'static str, String)> {
+/// pgoutput's options for a server of this version; `messages`: those without a table are wanted.
+pub fn pgoutput_options(
+    server_version_num: u32,
+    publication: &str,
+    messages: bool,
+) -> Vec<(&'static str, String)> {
     // publication_names is a list of identifiers
     let quoted = format!("\"{}\"", publication.replace('"', "\"\""));
     let mut options = vec![
@@ -140,7 +144,7 @@ pub fn pgoutput_options(server_version_num: u32, publication: &str) -> Vec<(&'st
         ("publication_names", quoted),
     ];
     if server_version_num >= MESSAGES {
-        options.push(("messages", "false".to_string()));
+        options.push(("messages", messages.to_string()));
     }
     options
 }
@@ -194,9 +198,12 @@ mod tests {
 
     #[test]
     fn the_publication_is_an_identifier() {
-        let options = pgoutput_options(120_000, "we\"ird, name");
+        let options = pgoutput_options(120_000, "we\"ird, name", true);
         assert_eq!(options[1].1, "\"we\"\"ird, name\"");
         assert_eq!(options.len(), 2);
-        assert_eq!(pgoutput_options(150_000, "p").len(), 3);
+        for messages in [true, false] {
+            let options = pgoutput_options(150_000, "p", messages);
+            assert_eq!(options[2], ("messages", messages.to_string()));
+        }
     }
 }

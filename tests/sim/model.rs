@@ -19,6 +19,8 @@ pub struct Event {
     pub nth: usize,
     /// An earlier event had the id already: this one may be dropped.
     pub reused: bool,
+    /// It is parked, and meant for this stream, which it is too large for.
+    pub too_large_for: Option<usize>,
 }
 
 pub struct Transaction {

@@ -27,6 +27,8 @@ pub enum Rule {
     Look,
     /// On a replicated stream that others write to, what stands before the tail is read back.
     Between,
+    /// What is too large for its stream is parked before that one's tail is asked.
+    Limits,
     /// The copy stream starts at the oldest of the tails.
     OldestTail,
     /// What is known of the streams outlives a session.
@@ -35,7 +37,7 @@ pub enum Rule {
     Checkpoint,
 }
 
-pub const ALL: [Rule; 15] = [
+pub const ALL: [Rule; 16] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -48,6 +50,7 @@ pub const ALL: [Rule; 15] = [
     Rule::Replay,
     Rule::Look,
     Rule::Between,
+    Rule::Limits,
     Rule::OldestTail,
     Rule::Memory,
     Rule::Checkpoint,

@@ -9,7 +9,8 @@ use jetstream_outbox::jetstream::Delivery;
 use jetstream_outbox::jetstream::ack::{AckError, PubAck};
 use jetstream_outbox::jetstream::resume::{Between, Checkpoint, Extent, Lineage, Tail, find_tail};
 use jetstream_outbox::jetstream::streams::{Routes, StreamConfig, StreamInfo, StreamState};
-use jetstream_outbox::outbox::batch::{Batch, Change};
+use jetstream_outbox::outbox::batch::{Batch, Change, Fate};
+use jetstream_outbox::outbox::park;
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::core::{
@@ -24,6 +25,10 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// The channel between reader and publisher.
 const CHANNEL_BATCHES: usize = 4;
+/// What the streams of events take, and what is too large for them.
+const MAX_MSG_SIZE: i64 = 1_000;
+const TOO_LARGE: usize = 1_500;
+const PARK_SUBJECT: &str = "parked";
 
 /// What may go wrong in a run beside what always may. What excludes each other is not promised together;
 /// see the header of `main.rs`.
@@ -65,7 +70,10 @@ pub struct World {
     begun: Instant,
     healed: bool,
     postgres: Postgres,
+    /// In runs with parked events the last one is theirs.
     streams: Vec<Stream>,
+    /// Chooses what is parked, so that runs without are as they were.
+    parking: Option<fastrand::Rng>,
     /// The committed events of each stream, in order.
     committed: Vec<Vec<Event>>,
     /// The values of the checkpoint's key.
@@ -121,7 +129,11 @@ impl World {
         let stream = |(name, subjects): &(&'static str, &'static str)| {
             Stream::new(name, subjects, replicated, window)
         };
-        let streams: Vec<Stream> = captures.iter().map(stream).collect();
+        let mut streams: Vec<Stream> = captures.iter().map(stream).collect();
+        let parking = (seed % 5 == 2).then(|| fastrand::Rng::with_seed(!seed));
+        if parking.is_some() {
+            streams.push(stream(&("PARKED", PARK_SUBJECT)));
+        }
         let shortest = match kind {
             Kind::Rollback | Kind::Consumed => 1,
             Kind::Foreign | Kind::ReusedIds => 0,
@@ -147,6 +159,7 @@ impl World {
             postgres: Postgres::default(),
             committed: streams.iter().map(|_| Vec::new()).collect(),
             streams,
+            parking,
             bucket: vec![(now, Marks::default())],
             checkpoint,
             lineage: Lineage {
@@ -268,10 +281,22 @@ impl World {
         Ok(())
     }
 
+    /// How many streams are for events that are not parked.
+    fn homes(&self) -> usize {
+        self.streams.len() - usize::from(self.parking.is_some())
+    }
+
     fn commit(&mut self) {
         let mut events = Vec::new();
         for _ in 0..self.rng.usize(..5) {
-            let stream = self.rng.usize(..self.streams.len());
+            let mut stream = self.rng.usize(..self.homes());
+            let mut too_large_for = None;
+            if let Some(rng) = &mut self.parking
+                && rng.u32(..5) == 0
+            {
+                too_large_for = rng.bool().then_some(stream);
+                stream = self.streams.len() - 1;
+            }
             let nth = self.committed[stream].len();
             let again = self.kind == Kind::ReusedIds && nth > 0 && self.one_in(6);
             let id = match again {
@@ -287,6 +312,7 @@ impl World {
                 stream,
                 nth,
                 reused: again,
+                too_large_for,
             };
             self.committed[stream].push(event.clone());
             events.push(event);
@@ -307,6 +333,7 @@ impl World {
     fn walsender(&mut self) {
         let (keepalive, many) = (self.one_in(4), self.rng.usize(1..4));
         let split = self.rng.bool();
+        let homes = self.homes();
         let Some(session) = &mut self.session else {
             return;
         };
@@ -331,16 +358,26 @@ impl World {
                 if split && i == 2 {
                     session.channel.push_back(std::mem::take(&mut batch));
                 }
-                let subject = format!("events.{}.x", event.stream);
-                let write = |text: &str| {
-                    let text = text.to_string();
-                    move |bytes: &mut Vec<u8>| {
-                        bytes.extend_from_slice(text.as_bytes());
-                        Ok::<(), ()>(())
-                    }
+                let is_parked = event.stream >= homes;
+                let (fate, subject) =
+                    match event.too_large_for.or((!is_parked).then_some(event.stream)) {
+                        Some(home) => (Fate::Publish, format!("events.{home}.x")),
+                        None => (Fate::Park, PARK_SUBJECT.to_string()),
+                    };
+                let body = if event.too_large_for.is_some() {
+                    TOO_LARGE
+                } else {
+                    2
                 };
-                let (subject, id) = (write(&subject), write(&event.id));
-                let added = batch.push_event("t", event.position, subject, id, write("{}"));
+                let added = batch.draft("t", event.position, fate, |draft| {
+                    let append = |part: &[u8], out: &mut Vec<u8>| {
+                        out.extend_from_slice(part);
+                        Ok::<(), ()>(())
+                    };
+                    draft.subject(|out| append(subject.as_bytes(), out))?;
+                    draft.id(|out| append(event.id.as_bytes(), out))?;
+                    draft.body(|out| append(&vec![b'x'; body], out))
+                });
                 added.expect("nothing in it fails");
             }
             session.received = transaction.end_lsn;
@@ -380,6 +417,7 @@ impl World {
     fn publisher(&mut self) -> Result<Result<(), Trouble>, String> {
         let now = self.now;
         let (fence, tick) = (!self.is_off(Rule::Fence), !self.is_off(Rule::AckTimeout));
+        let homes = self.homes();
         let (lookup, look) = (!self.is_off(Rule::Lookup), !self.is_off(Rule::Look));
         let (Some(session), Some(connection)) = (&mut self.session, &mut self.connection) else {
             return Ok(Ok(()));
@@ -397,6 +435,9 @@ impl World {
                         .flatten()
                         .find(|event| event.position == position)
                         .ok_or("an event that was never committed")?;
+                    if (publication.event.fate == Fate::Park) != (event.stream >= homes) {
+                        return Err(format!("published in the wrong form: {event:?}"));
+                    }
                     connection.out.push_back(Flight {
                         token: publication.token,
                         event: event.clone(),
@@ -425,6 +466,15 @@ impl World {
                     };
                     let dropped = session.core.looked_up(token, used, now);
                     trace!(self, "looked at {seq} of {stream}, dropped {dropped:?}");
+                }
+                Ok(Next::TooLarge { token, .. }) => {
+                    let event = session
+                        .core
+                        .event(token)
+                        .ok_or("an event that is not there")?;
+                    let room = session.core.room(PARK_SUBJECT);
+                    let (batch, spans) = park::parked(&event, PARK_SUBJECT, "too large", room);
+                    session.core.replace(token, batch, spans);
                 }
                 Ok(Next::Nothing) => break,
                 Err(trouble) => return Ok(Err(trouble)),
@@ -623,6 +673,9 @@ impl World {
         let Some(session) = &mut self.session else {
             return Ok(());
         };
+        session
+            .core
+            .takes(1 << 20, 0, self.off != Some(Rule::Limits));
         self.connection = Some(Connection::default());
         if let Err(trouble) = session.core.connected(Routes::new(&infos), found, self.now) {
             return self.handle(Ok(Err(trouble)));
@@ -963,6 +1016,10 @@ fn info(stream: &Stream) -> StreamInfo {
         config: StreamConfig {
             name: stream.name.to_string(),
             subjects: vec![stream.subjects.to_string()],
+            max_msg_size: match stream.subjects {
+                PARK_SUBJECT => -1,
+                _ => MAX_MSG_SIZE,
+            },
             ..StreamConfig::default()
         },
         state: StreamState {

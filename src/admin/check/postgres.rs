@@ -11,7 +11,7 @@ use crate::admin::statements::{
 };
 use crate::admin::{Error, bytes};
 use crate::config::Config;
-use crate::outbox::mapper::TableName;
+use crate::outbox::mapping::TableName;
 use crate::postgres::Lsn;
 use std::collections::BTreeMap;
 
@@ -336,9 +336,9 @@ fn published_tables(facts: &Facts, config: &Config) -> Vec<Finding> {
         return Vec::new();
     };
     let name = identifier(&config.publication);
-    let named = &config.tables;
+    let named: Vec<&TableName> = config.mapping.tables.iter().map(|it| &it.table).collect();
     let mut findings = Vec::new();
-    for wanted in named {
+    for wanted in &named {
         if !publication
             .tables
             .iter()
@@ -781,6 +781,7 @@ fn read_publication(
             .iter()
             .map(|row| Table {
                 name: TableName {
+                    and_longer: false,
                     schema: Some(row.get(0)),
                     name: row.get(1),
                 },

@@ -16,6 +16,7 @@ fn config(args: &[&str]) -> Config {
 fn table(name: &str, columns: &[&str]) -> Table {
     Table {
         name: TableName {
+            and_longer: false,
             schema: Some("public".into()),
             name: name.into(),
         },
