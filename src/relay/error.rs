@@ -179,7 +179,7 @@ impl fmt::Display for Error {
                 "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed. \
                  Name the right publication with -publication; or, if this one was dropped for a while, make it anew, publish by \
                  hand what the stream lacks, and move the slot past that time: \
-                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn());"
+                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn()); and then pass -resume-anyway once"
             ),
             Error::Narrowed {
                 publication,

@@ -255,14 +255,13 @@ fn what_was_written_without_the_publication_halts_the_relay_until_the_slot_is_mo
     ));
     insert(&rig, "outbox", 3);
     halts(rig.relay(&["--drain"]), SLOT, "was dropped and made anew");
-    for _ in 0..2 {
-        let (code, log) = rig.run(&["--drain", "--resume-anyway"]);
-        missing(code, &log);
-    }
+    let (code, log) = rig.run(&["--drain", "--resume-anyway"]);
+    missing(code, &log);
     rig.pg.execute(&format!(
         "SELECT pg_replication_slot_advance('{SLOT}', pg_current_wal_lsn())"
     ));
     insert(&rig, "outbox", 4);
+    rig.drain(&["--resume-anyway"]);
     rig.drain(&[]);
     let ids: Vec<_> = rig.messages().iter().map(|m| m.id().to_string()).collect();
     assert_eq!(
