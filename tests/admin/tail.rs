@@ -4,7 +4,7 @@ use crate::command::{Ended, on, run};
 use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::process::Process;
-use crate::support::wait::eventually;
+use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -143,7 +143,7 @@ fn it_follows_also_over_a_restart_of_the_server() {
     nats.client().publish("events.a", &[], b"0");
     let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
     command
-        .args(["tail", "-follow", "-from", "end", "-json", "-count=2"])
+        .args(["tail", "-follow", "-from", "end", "-json"])
         .args(["-db=host=unused", "-nats", &nats.url()])
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
@@ -164,14 +164,20 @@ fn it_follows_also_over_a_restart_of_the_server() {
         !lines.lock().unwrap().is_empty()
     });
     nats.stop();
+    // longer than the client library's own attempts to connect again
+    throughout("tail", secs(3), || process.try_exit().is_none());
     nats.start_again();
     nats.client().publish("events.b", &[], b"2");
-    assert!(process.wait_exit(DEADLINE).success());
-    collector.join().expect("the lines are read");
-    let lines = lines.lock().unwrap();
     let data = |line: &String| serde_json::from_str::<Value>(line).expect("JSON")["data"].clone();
-    assert_eq!(lines.iter().map(data).next(), Some(json!("1")));
-    assert_eq!(lines.len(), 2);
+    eventually("the event after the restart", DEADLINE, || {
+        lines.lock().unwrap().last().map(data) == Some(json!("2"))
+    });
+    process.kill();
+    collector.join().expect("the lines are read");
+    let found: Vec<Value> = lines.lock().unwrap().iter().map(data).collect();
+    let (last, before) = found.split_last().expect("lines");
+    assert_eq!(last, "2");
+    assert!(before.iter().all(|data| data == "1"), "{found:?}");
 }
 
 #[test]
