@@ -253,22 +253,21 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     if typed.help {
         return Ok(Invocation::Print(help(typed.word)));
     }
-    let own = |long: &str| has(Cli::get_args_info().flags, long);
-    let (relay, others): (Vec<_>, Vec<_>) =
-        (typed.flags.into_iter()).partition(|(flag, _)| own(flag.long));
+    let (others, relay): (Vec<_>, Vec<_>) =
+        (typed.flags.into_iter()).partition(|given| given.commands);
     let cli = Cli::from_args(&[PROGRAM], &words(&relay)).map_err(refused)?;
     if cli.version {
         let version = env!("CARGO_PKG_VERSION");
         return Ok(Invocation::Print(format!("{PROGRAM} {version}\n")));
     }
-    let stray = others.iter().find(|(flag, _)| {
+    let stray = others.iter().find(|given| {
         !typed
             .word
-            .is_some_and(|word| has(word.info().flags, flag.long))
+            .is_some_and(|word| has(word.info().flags, given.flag.long))
     });
-    if let Some((flag, _)) = stray {
+    if let Some(given) = stray {
         return Err(UsageError::NotHere {
-            flag: flag.long.to_string(),
+            flag: given.flag.long.to_string(),
             of: typed.word.map(Word::name),
         });
     }
@@ -341,7 +340,12 @@ fn help(word: Option<Word>) -> String {
 }
 
 /// A flag, and its value unless it is a switch.
-type Given = (&'static FlagInfo<'static>, Option<String>);
+struct Given {
+    flag: &'static FlagInfo<'static>,
+    value: Option<String>,
+    /// It is the command's; the relay may have one of the same name.
+    commands: bool,
+}
 
 /// What was typed.
 #[derive(Default)]
@@ -356,7 +360,7 @@ struct Typed {
 fn words(flags: &[Given]) -> Vec<&str> {
     let words = flags
         .iter()
-        .flat_map(|(flag, value)| std::iter::once(flag.long).chain(value.as_deref()));
+        .flat_map(|given| std::iter::once(given.flag.long).chain(given.value.as_deref()));
     words.collect()
 }
 
@@ -364,11 +368,18 @@ fn words(flags: &[Given]) -> Vec<&str> {
 ///
 /// As in Go, the last of several values counts, and what follows a flag is its value even when it begins
 /// with a dash. Other than in Go, a flag's own spelling is not taken for a value: `-prefix -drain` is a
-/// forgotten value, and would publish under a subject that nobody reads.
+/// forgotten value, and would publish under a subject that nobody reads. A flag that both the relay and the
+/// command have is the command's behind its word, and the relay's before it.
 fn read(args: &[String]) -> Result<Typed, UsageError> {
-    let commands = Word::ALL.into_iter().flat_map(|word| word.info().flags);
-    let known: Vec<&FlagInfo<'_>> = Cli::get_args_info().flags.iter().chain(commands).collect();
-    let find = |long: &str| known.iter().find(|flag| flag.long == long).copied();
+    let find = |long: &str, word: Option<Word>| {
+        let of = |word: Word| word.info().flags.iter().map(|flag| (flag, true));
+        let relay = Cli::get_args_info().flags.iter().map(|flag| (flag, false));
+        let behind = word.into_iter().flat_map(of);
+        let mut known = behind
+            .chain(relay)
+            .chain(Word::ALL.into_iter().flat_map(of));
+        known.find(|(flag, _)| flag.long == long)
+    };
     let mut typed = Typed::default();
     let mut rest = args.iter().enumerate().peekable();
     while let Some((index, arg)) = rest.next() {
@@ -393,8 +404,8 @@ fn read(args: &[String]) -> Result<Typed, UsageError> {
             return Ok(typed);
         }
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        let flag = match find(&long) {
-            Some(flag) => flag,
+        let (flag, commands) = match find(&long, typed.word) {
+            Some(found) => found,
             None if long.chars().all(is_name) => return Err(UsageError::UnknownFlag(long)),
             None => return Err(UsageError::NotAFlag(index + 1)),
         };
@@ -403,14 +414,20 @@ fn read(args: &[String]) -> Result<Typed, UsageError> {
             (FlagInfoKind::Switch, Some(_)) => return Err(UsageError::UnwantedValue(long)),
             (FlagInfoKind::Option { .. }, Some(value)) => Some(value.to_string()),
             (FlagInfoKind::Option { .. }, None) => match rest.next() {
-                Some((_, value)) if find(&split(value).0).is_none() => Some(value.clone()),
+                Some((_, value)) if find(&split(value).0, None).is_none() => Some(value.clone()),
                 _ => return Err(UsageError::NoValue(long)),
             },
         };
         if !matches!(flag.optionality, Optionality::Repeating) {
-            typed.flags.retain(|(earlier, _)| earlier.long != flag.long);
+            typed
+                .flags
+                .retain(|earlier| earlier.flag.long != flag.long || earlier.commands != commands);
         }
-        typed.flags.push((flag, value));
+        typed.flags.push(Given {
+            flag,
+            value,
+            commands,
+        });
     }
     Ok(typed)
 }
@@ -494,17 +511,17 @@ mod tests {
                 assert_eq!(flag.kind, other.kind, "{}", flag.long);
             }
         }
-        for word in Word::ALL {
-            for flag in word
-                .info()
-                .flags
-                .iter()
-                .filter(|flag| flag.long != "--help")
-            {
-                let relay = Cli::get_args_info().flags;
-                assert!(!has(relay, flag.long), "{} is the relay's", flag.long);
-            }
-        }
+    }
+
+    #[cfg(feature = "admin")]
+    #[test]
+    fn a_flag_that_both_have_is_the_commands_behind_its_word() {
+        let args = ["-subject", "{prefix}.x", "tail", "-subject", "events.a"];
+        let Ok(Invocation::Command(cli, commands::Command::Tail(tail))) = invoke(&args) else {
+            panic!("it is a command");
+        };
+        assert_eq!(cli.subject.as_deref(), Some("{prefix}.x"));
+        assert_eq!(tail.subject.as_deref(), Some("events.a"));
     }
 
     #[test]
