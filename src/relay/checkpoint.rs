@@ -12,7 +12,7 @@
 
 use super::core::{Mark, Marks};
 use super::error::Error;
-use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
+use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
 use crate::jetstream::client::Link;
 use crate::jetstream::resume::Lineage;
 use crate::jetstream::streams;
@@ -184,6 +184,7 @@ impl CheckpointStore {
             Err(error @ (jetstream::Error::Lost { .. } | jetstream::Error::Permission { .. })) => {
                 Err(self.lost(error))
             }
+            Err(error) if is_passing(&error) => Err(Error::Nats(error)),
             Err(error) => {
                 log::warn!(
                     bucket = self.bucket.as_str(), cause:% = error;
@@ -236,6 +237,9 @@ impl CheckpointStore {
                     .map_err(|source| jetstream::Error::Api { api, source })?
             }
         };
+        let is_replicated = info
+            .as_ref()
+            .is_some_and(|info| info.config.num_replicas > 1);
         let time = info.and_then(|info| info.ts.parse::<jiff::Timestamp>().ok());
         self.clock = time.map(|time| (time.as_millisecond(), Instant::now()));
         let last = streams::last_message_request(&stream, &self.subject());
@@ -243,7 +247,26 @@ impl CheckpointStore {
             return Ok((0, Record::default()));
         };
         let record = serde_json::from_slice(&message.data).unwrap_or_default();
-        Ok((message.seq, record))
+        let mut revision = message.seq;
+        if is_replicated {
+            // a leader that does not know yet that it no longer is one answers with what it has; but it can write nothing
+            let written = self.put(link, revision, message.data, timeout)?;
+            revision = written.seq;
+        }
+        Ok((revision, record))
+    }
+
+    /// Writes the key, and waits for the answer.
+    fn put(
+        &self,
+        link: &Link,
+        revision: u64,
+        body: Vec<u8>,
+        timeout: Duration,
+    ) -> Result<PubAck, jetstream::Error> {
+        let api = self.subject();
+        let answer = link.put_now(&api, revision, body, timeout)?;
+        parse_ack(&answer, None).map_err(|source| jetstream::Error::Api { api, source })
     }
 
     /// There is a checkpoint.
@@ -368,19 +391,10 @@ impl CheckpointStore {
         if told && !self.distrusted {
             return Ok(None);
         }
-        let subject = self.subject();
         let content = self.content(marks);
         let ripening = self.next_ripening(&content.marks, Lsn::INVALID);
         let body = body(&content, ripening.clone());
-        let answer = link
-            .put_now(&subject, revision, body, timeout)
-            .and_then(|body| {
-                parse_ack(&body, None).map_err(|source| jetstream::Error::Api {
-                    api: subject,
-                    source,
-                })
-            });
-        match answer {
+        match self.put(link, revision, body, timeout) {
             Ok(ack) => Ok(Some(self.was_written(ack.seq, content, ripening))),
             Err(error) => Err(self.lost(error)),
         }
@@ -418,6 +432,18 @@ impl CheckpointStore {
                 Ok(None)
             }
         }
+    }
+}
+
+/// Whether another try may go better: what was read was not the newest, nobody leads the bucket, or no answer came.
+fn is_passing(error: &jetstream::Error) -> bool {
+    match error {
+        jetstream::Error::ApiTimeout { .. } => true,
+        jetstream::Error::Api { source, .. } => matches!(
+            source.kind(),
+            AckErrorKind::WrongLastSequence(_) | AckErrorKind::Busy
+        ),
+        _ => false,
     }
 }
 

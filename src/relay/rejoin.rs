@@ -16,8 +16,9 @@ use crate::postgres::Lsn;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a new leader is given to apply what it has; what it still lacks then counts as lost.
-const CATCH_UP_LIMIT: Duration = Duration::from_secs(10);
+/// How long a new leader is given to apply what it has, and one that was cut off to notice that it no longer is one
+/// (10 s in nats-server); what the stream still lacks then counts as lost.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(30);
 /// Between two looks.
 const CATCH_UP_PAUSE: Duration = Duration::from_millis(250);
 

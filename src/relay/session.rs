@@ -121,6 +121,8 @@ impl<'a> Session<'a> {
         // another relay may have confirmed more since our last session
         let reached = [&self.reached, &marks.reached].into_iter().flatten();
         let reached = reached.filter_map(|at| lineage.reach(at)).max();
+        // without a checkpoint nobody says what another relay has confirmed
+        let reached = reached.filter(|_| self.store.is_kept());
         if let Some(reached) = reached.filter(|lsn| *lsn < slot.confirmed_flush_lsn)
             && !resume_anyway
         {
