@@ -3,11 +3,15 @@
 //! A flag is one field of [`Cli`] here and one line of `Config::load` there. Both spellings of Go's
 //! [flag package](https://pkg.go.dev/flag#hdr-Command_line_flag_syntax) work (`-db X`, `--db X`, `-db=X`,
 //! `--db=X`), because scripts written for the Go program pass them; argh knows `--db X` alone, so the
-//! arguments are rewritten before it sees them.
+//! arguments are rewritten before it sees them. The word of an operator's command may stand before, between or
+//! behind the flags; [`commands`] has their own flags.
 
-use argh::{ArgsInfo, FlagInfo, FlagInfoKind, FromArgs, Optionality};
+use argh::{ArgsInfo, EarlyExit, FlagInfo, FlagInfoKind, FromArgs, Optionality};
+use commands::Word;
 use std::ffi::OsString;
 use std::fmt;
+
+pub mod commands;
 
 /// The program's name, as help and errors print it.
 pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
@@ -17,7 +21,8 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 #[derive(FromArgs, ArgsInfo, Default)]
 #[argh(
     help_triggers("--help", "-h"),
-    usage = "[flags]",
+    usage = "[command] [flags]",
+    note = "Commands: setup, teardown, check, status, tail. Without one, the relay runs. COMMAND --help lists more.",
     note = "Flags may also be spelled -flag VALUE and -flag=VALUE.",
     note = "Each can come from the environment: --ack-timeout from JETSTREAM_OUTBOX_ACK_TIMEOUT.",
     note = "A flag beats the environment, the environment beats the default.",
@@ -164,6 +169,9 @@ pub struct Cli {
 pub enum Invocation {
     /// Run the relay.
     Relay(Box<Cli>),
+    /// Run an operator's command, with these flags of the relay.
+    #[cfg(feature = "admin")]
+    Command(Box<Cli>, commands::Command),
     /// Print this on standard output and exit 0.
     Print(String),
 }
@@ -177,6 +185,15 @@ pub enum UsageError {
     NotAFlag(usize),
     /// There is no such flag.
     UnknownFlag(String),
+    /// The flag is one of commands, and not of the one that was given, if one was.
+    NotHere {
+        /// The flag.
+        flag: String,
+        /// The command; `None` for the relay.
+        of: Option<&'static str>,
+    },
+    /// The command is not in this build.
+    NoCommands(&'static str),
     /// The flag was the last argument, or what follows it is a flag as well.
     NoValue(String),
     /// The flag is on or off, and was given a value.
@@ -192,7 +209,20 @@ impl fmt::Display for UsageError {
             UsageError::NotUtf8(place) => write!(f, "argument {place} is not UTF-8"),
             UsageError::NotAFlag(place) => write!(
                 f,
-                "argument {place} is neither a flag nor the value of one; a connection string needs -db or -nats before it"
+                "argument {place} is neither a command nor a flag nor the value of one; a connection string needs -db or -nats before it"
+            ),
+            UsageError::NotHere { flag, of: None } => {
+                write!(f, "{flag} needs its command: {PROGRAM} COMMAND {flag}")
+            }
+            UsageError::NotHere {
+                flag,
+                of: Some(word),
+            } => {
+                write!(f, "there is no flag {flag} of {word}")
+            }
+            UsageError::NoCommands(word) => write!(
+                f,
+                "{word} is not in this build, which is the relay alone; build it with the feature admin"
             ),
             UsageError::UnknownFlag(flag) => write!(f, "there is no flag {flag}"),
             UsageError::NoValue(flag) => write!(
@@ -219,31 +249,146 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
                 .map_err(|_| UsageError::NotUtf8(index + 1))
         })
         .collect::<Result<Vec<String>, UsageError>>()?;
-    let args = normalise(&args, Cli::get_args_info().flags)?;
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    match Cli::from_args(&[PROGRAM], &args) {
-        Ok(cli) if cli.version => Ok(Invocation::Print(format!(
-            "{PROGRAM} {}\n",
-            env!("CARGO_PKG_VERSION")
-        ))),
-        Ok(cli) => Ok(Invocation::Relay(Box::new(cli))),
-        Err(exit) if exit.status.is_ok() => Ok(Invocation::Print(exit.output)),
-        Err(exit) => Err(UsageError::Refused(exit.output)),
+    let typed = read(&args)?;
+    if typed.help {
+        return Ok(Invocation::Print(help(typed.word)));
+    }
+    let (others, relay): (Vec<_>, Vec<_>) =
+        (typed.flags.into_iter()).partition(|given| given.commands);
+    let cli = Cli::from_args(&[PROGRAM], &words(&relay)).map_err(refused)?;
+    if cli.version {
+        let version = env!("CARGO_PKG_VERSION");
+        return Ok(Invocation::Print(format!("{PROGRAM} {version}\n")));
+    }
+    let stray = others.iter().find(|given| {
+        !typed
+            .word
+            .is_some_and(|word| has(word.info().flags, given.flag.long))
+    });
+    if let Some(given) = stray {
+        return Err(UsageError::NotHere {
+            flag: given.flag.long.to_string(),
+            of: typed.word.map(Word::name),
+        });
+    }
+    match typed.word {
+        None => Ok(Invocation::Relay(Box::new(cli))),
+        #[cfg(feature = "admin")]
+        Some(word) => {
+            let command = word.read(&[PROGRAM, word.name()], &words(&others));
+            Ok(Invocation::Command(
+                Box::new(cli),
+                command.map_err(refused)?,
+            ))
+        }
+        #[cfg(not(feature = "admin"))]
+        Some(word) => Err(UsageError::NoCommands(word.name())),
     }
 }
 
-/// Rewrites the arguments into `--flag value` and `--switch`, each flag once unless it is repeatable.
+fn refused(exit: EarlyExit) -> UsageError {
+    UsageError::Refused(exit.output)
+}
+
+fn has(flags: &[FlagInfo<'_>], long: &str) -> bool {
+    flags.iter().any(|flag| flag.long == long)
+}
+
+/// The flags of the relay that say where things are: the ones that every command reads.
+const CONNECTION_FLAGS: [&str; 12] = [
+    "--db",
+    "--nats",
+    "--creds",
+    "--nats-nkey",
+    "--nats-tls-ca",
+    "--nats-tls-cert",
+    "--nats-tls-key",
+    "--nats-api-prefix",
+    "--prefix",
+    "--slot",
+    "--publication",
+    "--table",
+];
+
+/// What `--help` prints. A command lists its own flags and, as argh lays them out for the relay, those of connections.
+fn help(word: Option<Word>) -> String {
+    let output = |read: Result<(), EarlyExit>| read.err().map_or(String::new(), |exit| exit.output);
+    let relay = output(Cli::from_args(&[PROGRAM], &["--help"]).map(drop));
+    let Some(word) = word else {
+        return relay;
+    };
+    let mut text = output(word.read(&[PROGRAM, word.name()], &["--help"]).map(drop));
+    text +=
+        "\nConnections (all flags of the relay are taken, and those that do not matter ignored):\n";
+    let mut listed = false;
+    for line in relay.lines() {
+        match line
+            .strip_prefix("  ")
+            .and_then(|line| line.split(' ').next())
+        {
+            Some(flag) if flag.starts_with("--") => listed = CONNECTION_FLAGS.contains(&flag),
+            // the rest of a description
+            Some("") => {}
+            _ => listed = false,
+        }
+        if listed {
+            text += line;
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// A flag, and its value unless it is a switch.
+struct Given {
+    flag: &'static FlagInfo<'static>,
+    value: Option<String>,
+    /// It is the command's; the relay may have one of the same name.
+    commands: bool,
+}
+
+/// What was typed.
+#[derive(Default)]
+struct Typed {
+    word: Option<Word>,
+    /// Each flag once unless it is repeatable.
+    flags: Vec<Given>,
+    help: bool,
+}
+
+/// The flags as argh reads them: `--flag value` and `--switch`.
+fn words(flags: &[Given]) -> Vec<&str> {
+    let words = flags
+        .iter()
+        .flat_map(|given| std::iter::once(given.flag.long).chain(given.value.as_deref()));
+    words.collect()
+}
+
+/// Reads command and flags.
 ///
 /// As in Go, the last of several values counts, and what follows a flag is its value even when it begins
 /// with a dash. Other than in Go, a flag's own spelling is not taken for a value: `-prefix -drain` is a
-/// forgotten value, and would publish under a subject that nobody reads.
-fn normalise(args: &[String], flags: &[FlagInfo<'_>]) -> Result<Vec<String>, UsageError> {
-    let find = |long: &str| flags.iter().find(|flag| flag.long == long);
-    let mut found: Vec<(&FlagInfo<'_>, Option<String>)> = Vec::new();
-    let mut rest = args.iter().enumerate();
+/// forgotten value, and would publish under a subject that nobody reads. A flag that both the relay and the
+/// command have is the command's behind its word, and the relay's before it.
+fn read(args: &[String]) -> Result<Typed, UsageError> {
+    let find = |long: &str, word: Option<Word>| {
+        let of = |word: Word| word.info().flags.iter().map(|flag| (flag, true));
+        let relay = Cli::get_args_info().flags.iter().map(|flag| (flag, false));
+        let behind = word.into_iter().flat_map(of);
+        let mut known = behind
+            .chain(relay)
+            .chain(Word::ALL.into_iter().flat_map(of));
+        known.find(|(flag, _)| flag.long == long)
+    };
+    let mut typed = Typed::default();
+    let mut rest = args.iter().enumerate().peekable();
     while let Some((index, arg)) = rest.next() {
         if !arg.starts_with('-') || arg == "-" {
-            return Err(UsageError::NotAFlag(index + 1));
+            match Word::find(arg) {
+                Some(word) if typed.word.is_none() => typed.word = Some(word),
+                _ => return Err(UsageError::NotAFlag(index + 1)),
+            }
+            continue;
         }
         if arg == "--" {
             match rest.next() {
@@ -253,11 +398,14 @@ fn normalise(args: &[String], flags: &[FlagInfo<'_>]) -> Result<Vec<String>, Usa
         }
         let (long, inline) = split(arg);
         if matches!(long.as_str(), "--help" | "-h") {
-            return Ok(vec!["--help".to_string()]);
+            let follows = rest.peek().and_then(|(_, next)| Word::find(next));
+            typed.word = typed.word.or(follows);
+            typed.help = true;
+            return Ok(typed);
         }
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        let flag = match find(&long) {
-            Some(flag) => flag,
+        let (flag, commands) = match find(&long, typed.word) {
+            Some(found) => found,
             None if long.chars().all(is_name) => return Err(UsageError::UnknownFlag(long)),
             None => return Err(UsageError::NotAFlag(index + 1)),
         };
@@ -266,19 +414,22 @@ fn normalise(args: &[String], flags: &[FlagInfo<'_>]) -> Result<Vec<String>, Usa
             (FlagInfoKind::Switch, Some(_)) => return Err(UsageError::UnwantedValue(long)),
             (FlagInfoKind::Option { .. }, Some(value)) => Some(value.to_string()),
             (FlagInfoKind::Option { .. }, None) => match rest.next() {
-                Some((_, value)) if find(&split(value).0).is_none() => Some(value.clone()),
+                Some((_, value)) if find(&split(value).0, None).is_none() => Some(value.clone()),
                 _ => return Err(UsageError::NoValue(long)),
             },
         };
         if !matches!(flag.optionality, Optionality::Repeating) {
-            found.retain(|(earlier, _)| earlier.long != flag.long);
+            typed
+                .flags
+                .retain(|earlier| earlier.flag.long != flag.long || earlier.commands != commands);
         }
-        found.push((flag, value));
+        typed.flags.push(Given {
+            flag,
+            value,
+            commands,
+        });
     }
-    Ok(found
-        .into_iter()
-        .flat_map(|(flag, value)| std::iter::once(flag.long.to_string()).chain(value))
-        .collect())
+    Ok(typed)
 }
 
 /// Takes `-name=value` apart, and gives a name of two or more letters its second dash.
@@ -297,15 +448,105 @@ fn split(arg: &str) -> (String, Option<&str>) {
 mod tests {
     use super::*;
 
-    fn read(args: &[&str]) -> Result<Invocation, UsageError> {
+    fn invoke(args: &[&str]) -> Result<Invocation, UsageError> {
         parse(args.iter().map(OsString::from))
     }
 
     fn cli(args: &[&str]) -> Cli {
-        match read(args) {
+        match invoke(args) {
             Ok(Invocation::Relay(cli)) => *cli,
-            Ok(Invocation::Print(text)) => panic!("{args:?} printed {text}"),
+            Ok(_) => panic!("{args:?} does not start the relay"),
             Err(error) => panic!("{args:?}: {error}"),
+        }
+    }
+
+    /// The command's flags and the relay's, of a `check`.
+    #[cfg(feature = "admin")]
+    fn check(args: &[&str]) -> (commands::Check, Cli) {
+        match invoke(args) {
+            Ok(Invocation::Command(cli, commands::Command::Check(check))) => (check, *cli),
+            Ok(_) => panic!("{args:?} is no check"),
+            Err(error) => panic!("{args:?}: {error}"),
+        }
+    }
+
+    #[cfg(feature = "admin")]
+    #[test]
+    fn a_command_stands_before_between_or_behind_the_flags() {
+        for args in [
+            &["check", "-db", "X", "-json"][..],
+            &["-db", "X", "check", "--json"],
+            &["-json", "--db=X", "check"],
+            &["--json", "check", "-db=X", "--"],
+        ] {
+            let (check, cli) = check(args);
+            assert_eq!(cli.db.as_deref(), Some("X"), "{args:?}");
+            assert!(check.json && !check.strict, "{args:?}");
+        }
+        // a relay's command line, with the word put behind it
+        let (_, cli) = check(&["-db", "check", "-drain", "-inflight", "7", "check"]);
+        assert_eq!(cli.db.as_deref(), Some("check"));
+        assert!(cli.drain);
+    }
+
+    #[cfg(not(feature = "admin"))]
+    #[test]
+    fn a_build_without_commands_says_so() {
+        for word in Word::ALL {
+            let error = invoke(&["-db", "X", word.name()]).err();
+            assert_eq!(error, Some(UsageError::NoCommands(word.name())));
+        }
+    }
+
+    /// Flags are read before the command is known.
+    #[test]
+    fn a_flag_is_of_the_same_kind_everywhere() {
+        let all: Vec<&FlagInfo<'_>> = Word::ALL
+            .iter()
+            .flat_map(|word| word.info().flags)
+            .chain(Cli::get_args_info().flags)
+            .collect();
+        for flag in &all {
+            for other in all.iter().filter(|other| other.long == flag.long) {
+                assert_eq!(flag.kind, other.kind, "{}", flag.long);
+            }
+        }
+    }
+
+    #[cfg(feature = "admin")]
+    #[test]
+    fn a_flag_that_both_have_is_the_commands_behind_its_word() {
+        let args = ["-subject", "{prefix}.x", "tail", "-subject", "events.a"];
+        let Ok(Invocation::Command(cli, commands::Command::Tail(tail))) = invoke(&args) else {
+            panic!("it is a command");
+        };
+        assert_eq!(cli.subject.as_deref(), Some("{prefix}.x"));
+        assert_eq!(tail.subject.as_deref(), Some("events.a"));
+    }
+
+    #[test]
+    fn the_help_of_a_command_lists_its_flags_and_those_of_connections() {
+        for word in Word::ALL {
+            for args in [[word.name(), "--help"], ["-h", word.name()]] {
+                let Ok(Invocation::Print(text)) = invoke(&args) else {
+                    panic!("{args:?} must print");
+                };
+                assert!(
+                    text.starts_with(&format!("Usage: {PROGRAM} {} [flags]", word.name())),
+                    "{text}"
+                );
+                let listed = |flag: &str| {
+                    text.lines().any(|line| {
+                        line.starts_with(&format!("  {flag} ")) || line == format!("  {flag}")
+                    })
+                };
+                let own = word.info().flags.iter().map(|flag| flag.long);
+                for flag in own.filter(|flag| *flag != "--help").chain(CONNECTION_FLAGS) {
+                    assert!(listed(flag), "{args:?} does not list {flag}:\n{text}");
+                }
+                assert!(!listed("--inflight") && !listed("--drain"), "{text}");
+                assert!(text.contains("libpq's PGHOST, PGDATABASE"), "{text}");
+            }
         }
     }
 
@@ -363,8 +604,24 @@ mod tests {
             (&["-db", "-drain"], UsageError::NoValue(flag("--db"))),
             (&["-db", "--nats=x"], UsageError::NoValue(flag("--db"))),
             (&["-drain=true"], UsageError::UnwantedValue(flag("--drain"))),
+            (&["chekc"], UsageError::NotAFlag(1)),
+            (&["check", "status"], UsageError::NotAFlag(2)),
+            (
+                &["-json"],
+                UsageError::NotHere {
+                    flag: flag("--json"),
+                    of: None,
+                },
+            ),
+            (
+                &["check", "-yes"],
+                UsageError::NotHere {
+                    flag: flag("--yes"),
+                    of: Some("check"),
+                },
+            ),
         ] {
-            assert_eq!(read(args).err().as_ref(), Some(&error), "{args:?}");
+            assert_eq!(invoke(args).err().as_ref(), Some(&error), "{args:?}");
             assert!(!error.to_string().contains("secret"), "{args:?}");
         }
     }
@@ -385,7 +642,7 @@ mod tests {
             (&["-db", "x", "--help", "-db"], "Usage: jetstream-outbox"),
             (&["-drain", "-version"], "jetstream-outbox 0.1.0\n"),
         ] {
-            match read(args) {
+            match invoke(args) {
                 Ok(Invocation::Print(text)) => assert!(text.starts_with(begin), "{text}"),
                 _ => panic!("{args:?} must print"),
             }

@@ -27,6 +27,8 @@ use value::{
     parse_tables,
 };
 
+#[cfg(feature = "admin")]
+pub mod operation;
 mod source;
 mod value;
 

@@ -1,4 +1,5 @@
-//! Why the program ended, as its exit code. The numbers are those of `sysexits.h`.
+//! Why the program ended, as its exit code. The numbers are those of `sysexits.h`; 1 and 2 are what monitoring
+//! systems take for a warning and for trouble.
 
 use std::process::ExitCode;
 
@@ -8,6 +9,10 @@ use std::process::ExitCode;
 pub enum Exit {
     /// Stopped on request, or drained; also `--help` and `--version`.
     Done = 0,
+    /// `check --strict` has found warnings, or `status` a lag above its limit.
+    Warning = 1,
+    /// `check` has found what keeps the relay from working.
+    Failure = 2,
     /// A flag, or its environment variable, is unknown, missing or has a value that is not allowed (`EX_USAGE`).
     Usage = 64,
     /// An event cannot be published and must not be skipped (`EX_DATAERR`).

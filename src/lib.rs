@@ -11,6 +11,7 @@
 //! | [`config`] | the one validated [`config::Config`], from flags, environment and files |
 //! | [`exit`] | the exit codes |
 //! | [`logging`] | one line of `key=value` (or JSON) an event, on stderr |
+//! | `admin` | the operator's commands (feature `admin`) |
 //! | [`relay`] | the supervisor, a session, its three threads, and the pure [`relay::core`] they serve |
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
 //! | [`jetstream`] | the only place that names the `nats` crate; streams, acks, the fence and the resume |
@@ -20,6 +21,8 @@
 //! [`relay::publisher`] from there; every decision they carry out is made in [`relay::core`], which
 //! knows no socket, clock or thread.
 
+#[cfg(feature = "admin")]
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod exit;

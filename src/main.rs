@@ -3,6 +3,8 @@
 use jetstream_outbox::cli::{self, Invocation, PROGRAM};
 use jetstream_outbox::config::Config;
 use jetstream_outbox::exit::Exit;
+#[cfg(feature = "admin")]
+use jetstream_outbox::{admin, config::operation::Operation};
 use jetstream_outbox::{logging, relay};
 use std::io::{self, Write};
 use std::panic;
@@ -11,6 +13,8 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Invocation::Relay(cli)) => run(*cli),
+        #[cfg(feature = "admin")]
+        Ok(Invocation::Command(cli, command)) => operate(*cli, command),
         Ok(Invocation::Print(text)) => {
             // a reader that went away (`--help | head -1`) is no failure
             let _ = io::stdout().write_all(text.as_bytes());
@@ -41,7 +45,35 @@ fn run(cli: cli::Cli) -> Exit {
     exit
 }
 
-/// Before there is a log: what is wrong, and on the last line what to do.
+/// An operator's command: what it finds goes to standard output, the log to standard error.
+#[cfg(feature = "admin")]
+fn operate(cli: cli::Cli, command: cli::commands::Command) -> Exit {
+    let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
+    let loaded =
+        Config::load(cli, &env).and_then(|config| Ok((Operation::load(command, &config)?, config)));
+    let (operation, config) = match loaded {
+        Ok(loaded) => loaded,
+        Err(error) => return refuse(&error, &error.remedy(), error.exit()),
+    };
+    if let Err(error) = logging::init(&config.log) {
+        return refuse(&error, "the log could not be started", Exit::Internal);
+    }
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
+    let exit = panic::catch_unwind(|| admin::run(&config, operation));
+    logging::flush();
+    match exit {
+        Ok(Ok(exit)) => exit,
+        // the reader of our output has seen enough
+        Ok(Err(error)) if error.is_closed_output() => Exit::Done,
+        Ok(Err(error)) => refuse(&error, &error.remedy(), error.exit()),
+        // the panic hook has logged it
+        Err(_) => Exit::Internal,
+    }
+}
+
+/// Without the log: what is wrong, and on the last line what to do.
 fn refuse(error: &dyn std::error::Error, remedy: &str, exit: Exit) -> Exit {
     // a closed standard error leaves the exit code
     let _ = writeln!(io::stderr(), "{PROGRAM}: {error}\n{remedy}");

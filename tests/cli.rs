@@ -92,9 +92,13 @@ fn version_and_help_go_to_standard_output() {
     for (args, expect) in [
         (&["--version"][..], "jetstream-outbox 0.1.0\n"),
         (&["-version"], "jetstream-outbox 0.1.0\n"),
-        (&["--help"], "Usage: jetstream-outbox [flags]\n"),
-        (&["-help"], "Usage: jetstream-outbox [flags]\n"),
-        (&["-h"], "Usage: jetstream-outbox [flags]\n"),
+        (&["--help"], "Usage: jetstream-outbox [command] [flags]\n"),
+        (&["-help"], "Usage: jetstream-outbox [command] [flags]\n"),
+        (
+            &["check", "--help"],
+            "Usage: jetstream-outbox check [flags]\n",
+        ),
+        (&["-h"], "Usage: jetstream-outbox [command] [flags]\n"),
     ] {
         let ended = run(args, &[]);
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));

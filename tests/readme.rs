@@ -1,7 +1,8 @@
-//! The README's table of flags is the one that `--help` makes.
+//! The README's tables of flags are those that `--help` makes.
 
-use argh::{ArgsInfo, FlagInfoKind};
+use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 use jetstream_outbox::cli::Cli;
+use jetstream_outbox::cli::commands::Word;
 
 const HEAD: &str =
     "| flag | environment variable | default | meaning |\n| --- | --- | --- | --- |\n";
@@ -15,16 +16,8 @@ fn table() -> String {
         if matches!(name, "help" | "version") {
             continue;
         }
-        // argh doubles braces, and prints them as they were
-        let description = flag.description.replace("{{", "{").replace("}}", "}");
-        let (meaning, default) = description
-            .split_once(" (default")
-            .expect("every flag names its default last");
-        let default = default.trim_start_matches(':').trim_end_matches(')').trim();
-        let value = match flag.kind {
-            FlagInfoKind::Switch => "",
-            FlagInfoKind::Option { .. } => " VALUE",
-        };
+        let (meaning, default) = meaning_and_default(flag);
+        let value = value(flag);
         let variable = name.to_ascii_uppercase().replace('-', "_");
         rows += &format!(
             "| `-{name}{value}` | `JETSTREAM_OUTBOX_{variable}` | {default} | {meaning} |\n"
@@ -33,14 +26,53 @@ fn table() -> String {
     rows
 }
 
+/// The same for the flags of a command, which are read from nowhere else.
+fn command_table() -> String {
+    let mut rows =
+        "| command | flag | default | meaning |\n| --- | --- | --- | --- |\n".to_string();
+    for word in Word::ALL {
+        for flag in word
+            .info()
+            .flags
+            .iter()
+            .filter(|flag| flag.long != "--help")
+        {
+            let (command, name) = (word.name(), flag.long.trim_start_matches('-'));
+            let (meaning, default) = meaning_and_default(flag);
+            let value = value(flag);
+            rows += &format!("| `{command}` | `-{name}{value}` | {default} | {meaning} |\n");
+        }
+    }
+    rows
+}
+
+/// From a description of the form `what it is (default this)`.
+fn meaning_and_default(flag: &FlagInfo<'static>) -> (String, String) {
+    // argh doubles braces, and prints them as they were
+    let description = flag.description.replace("{{", "{").replace("}}", "}");
+    let (meaning, default) = description
+        .split_once(" (default")
+        .expect("every flag names its default last");
+    let default = default.trim_start_matches(':').trim_end_matches(')').trim();
+    (meaning.to_string(), default.to_string())
+}
+
+fn value(flag: &FlagInfo<'_>) -> &'static str {
+    match flag.kind {
+        FlagInfoKind::Switch => "",
+        FlagInfoKind::Option { .. } => " VALUE",
+    }
+}
+
 #[test]
-fn the_table_of_flags_is_that_of_help() {
+fn the_tables_of_flags_are_those_of_help() {
     let readme = include_str!("../README.md");
-    let table = table();
-    assert!(
-        readme.contains(&table),
-        "README.md must have this table:\n{table}"
-    );
+    for table in [table(), command_table()] {
+        assert!(
+            readme.contains(&table),
+            "README.md must have this table:\n{table}"
+        );
+    }
 }
 
 #[test]

@@ -38,15 +38,13 @@ pub struct Checkpoint {
 /// What a stream holds of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tail {
-    /// The last event that is known to be stored; `None`: none of ours was ever found.
+    /// The last event that is known to be stored; `None`: none of ours was ever found. Its position is one
+    /// in the log that we read: see [`Lineage::translate`].
     pub stored: Option<Checkpoint>,
     /// So many events after it are stored too, but were consumed away.
     pub consumed: u64,
     /// Messages of others that were passed over.
     pub foreign: u64,
-    /// Where this Postgres server's history left that of the tail: positions from here on are new,
-    /// whatever the tail says.
-    pub switch_point: Option<Lsn>,
     /// Events may be missing before `stored`.
     pub between: Option<Between>,
 }
@@ -122,9 +120,6 @@ impl Tail {
     /// An event there that is not stored is published behind later ones.
     pub fn is_before_end(&self, position: Position) -> bool {
         self.stored.as_ref().is_some_and(|s| position < s.position)
-            && self
-                .switch_point
-                .is_none_or(|lsn| position.commit_lsn < lsn)
     }
 
     /// Whether the event at `position` with `id` is in the stream. Asked once per event of the stream,
@@ -133,12 +128,6 @@ impl Tail {
         let Some(stored) = &self.stored else {
             return Verdict::Publish;
         };
-        if self
-            .switch_point
-            .is_some_and(|lsn| position.commit_lsn >= lsn)
-        {
-            return Verdict::Publish;
-        }
         if position == stored.position && stored.id.as_deref().is_some_and(|tail| tail != id) {
             return Verdict::IdMismatch;
         }
@@ -263,34 +252,44 @@ pub enum Conflict {
 }
 
 impl Lineage {
-    /// Whether a position lies in the part of the log that this server has too.
-    pub fn shares(&self, at: &SourcePosition) -> bool {
+    /// How far this server's log is stored in a stream that is stored up to `at`, whichever timeline that is
+    /// on. What the older timeline has beyond the point where the next one began is not in this log, where
+    /// other events stand at such positions: there, everything before that point is stored and nothing
+    /// from it on.
+    pub fn translate(&self, at: &SourcePosition) -> Result<Position, Conflict> {
+        if at.source.system_id != self.source.system_id {
+            return Err(Conflict::OtherSystem(at.clone()));
+        }
+        if at.source.timeline == self.source.timeline {
+            return Ok(at.position);
+        }
         let branch = self
             .switch_points
             .iter()
             .find(|(timeline, _)| *timeline == at.source.timeline);
-        at.source.slot == self.source.slot
-            && at.source.system_id == self.source.system_id
-            && (at.source.timeline == self.source.timeline
-                || branch.is_some_and(|(_, lsn)| at.position.commit_lsn < *lsn))
+        match branch {
+            // no event has the ordinal 0
+            Some((_, lsn)) => Ok(at.position.min(Position {
+                commit_lsn: *lsn,
+                ordinal: 0,
+            })),
+            None => Err(Conflict::OtherTimeline(at.clone())),
+        }
+    }
+
+    /// Whether a position lies in the part of the log that this server has too.
+    pub fn shares(&self, at: &SourcePosition) -> bool {
+        at.source.slot == self.source.slot && self.translate(at) == Ok(at.position)
     }
 
     /// How far a position of ours reaches into this server's log: not beyond where the two parted, and not at
     /// all if they have nothing in common.
     pub fn reach(&self, at: &SourcePosition) -> Option<Lsn> {
-        let lsn = at.position.commit_lsn;
-        if at.source.slot != self.source.slot || at.source.system_id != self.source.system_id {
-            return None;
-        }
-        if at.source.timeline == self.source.timeline {
-            return Some(lsn);
-        }
-        let mut branches = self.switch_points.iter();
-        let branch = branches.find(|(timeline, _)| *timeline == at.source.timeline);
-        branch.map(|(_, switch_point)| lsn.min(*switch_point))
+        let reached = self.translate(at).ok().map(|position| position.commit_lsn);
+        reached.filter(|_| at.source.slot == self.source.slot)
     }
 
-    /// What a search says about the stream, seen from this server.
+    /// What a search says about the stream, seen from this server. The checkpoint's position is one in its log.
     ///
     /// With `accept_new_system` a tail of another system proves nothing and hinders nothing.
     pub fn judge(
@@ -307,27 +306,15 @@ impl Lineage {
         };
         match found.message {
             Some((message, position)) => {
-                if position.source.system_id != self.source.system_id {
-                    return if accept_new_system {
-                        Ok(tail)
-                    } else {
-                        Err(Conflict::OtherSystem(position))
-                    };
-                }
-                if position.source.timeline != self.source.timeline {
-                    let branch = self
-                        .switch_points
-                        .iter()
-                        .find(|(timeline, _)| *timeline == position.source.timeline);
-                    match branch {
-                        Some((_, lsn)) => tail.switch_point = Some(*lsn),
-                        None => return Err(Conflict::OtherTimeline(position)),
-                    }
-                }
+                let known = match self.translate(&position) {
+                    Err(Conflict::OtherSystem(_)) if accept_new_system => return Ok(tail),
+                    known => known?,
+                };
+                let id = message.header("Nats-Msg-Id").map(str::to_string);
                 tail.stored = Some(Checkpoint {
                     seq: message.seq,
-                    position: position.position,
-                    id: message.header("Nats-Msg-Id").map(str::to_string),
+                    position: known,
+                    id: id.filter(|_| known == position.position),
                 });
                 tail.consumed = consumed;
             }
@@ -350,4 +337,51 @@ pub fn parse_timeline_history(text: &str) -> Vec<(u32, Lsn)> {
         Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
     };
     text.lines().filter_map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Timelines 1 and 2 ended at 0/100 and 0/200.
+    #[track_caller]
+    fn check(at: &str, translated: Result<&str, &str>) {
+        let lineage = Lineage {
+            source: Source {
+                slot: "slot".to_string(),
+                system_id: 7,
+                timeline: 3,
+            },
+            switch_points: parse_timeline_history("1\t0/100\tno reason\n2\t0/200\t# another\n"),
+        };
+        let position: SourcePosition = at.parse().expect("a position");
+        let found = lineage.translate(&position);
+        let found = found.as_ref().map(Position::to_string);
+        let found = found.map_err(|conflict| match conflict {
+            Conflict::OtherSystem(_) => "other system",
+            Conflict::OtherTimeline(_) => "other timeline",
+        });
+        assert_eq!(found, translated.map(str::to_string), "{at}");
+    }
+
+    #[test]
+    fn a_position_counts_up_to_where_this_server_left_its_timeline() {
+        check("slot 7 3 0/300 2", Ok("0/300 2"));
+        check("slot 7 3 0/50 2", Ok("0/50 2"));
+        check("slot 7 2 0/1FF 2", Ok("0/1FF 2"));
+        check("slot 7 2 0/200 2", Ok("0/200 0"));
+        check("slot 7 2 0/300 2", Ok("0/200 0"));
+        check("slot 7 1 0/FF 2", Ok("0/FF 2"));
+        // two failovers ago: what the second timeline has is new too
+        check("slot 7 1 0/100 2", Ok("0/100 0"));
+        check("slot 7 1 0/150 2", Ok("0/100 0"));
+        check("slot 7 1 0/300 2", Ok("0/100 0"));
+    }
+
+    #[test]
+    fn what_this_server_cannot_have_written_is_a_conflict() {
+        check("slot 7 4 0/50 2", Err("other timeline"));
+        check("slot 8 3 0/50 2", Err("other system"));
+        check("slot 8 1 0/50 2", Err("other system"));
+    }
 }

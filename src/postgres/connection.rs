@@ -131,6 +131,13 @@ impl Connection {
         self.parameters.get(name).map(String::as_str)
     }
 
+    /// All settings that the server has reported.
+    #[cfg(feature = "admin")]
+    pub(super) fn parameters(&self) -> impl Iterator<Item = (&str, &str)> {
+        let pairs = self.parameters.iter();
+        pairs.map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     /// The server's version as libpq counts: 150018 for 15.18, 90603 for 9.6.3; 0 if it has not said.
     pub fn server_version_num(&self) -> u32 {
         self.parameter("server_version").map_or(0, version_number)

@@ -11,7 +11,7 @@ use super::confirm::{Confirm, Confirmable};
 use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, PubAck};
 use crate::jetstream::chain::{Broken, Chain};
-use crate::jetstream::resume::{Checkpoint, Lineage, Tail, Verdict};
+use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
 use crate::jetstream::wire;
 use crate::outbox::batch::{Batch, Change, EventSpans, Fate, OutboxEvent};
@@ -164,6 +164,8 @@ pub struct StreamAtConnect {
 /// What outlives a session: how far each stream was seen to be.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
+    /// Of which log the positions are; `None`: nothing is remembered yet.
+    source: Option<Source>,
     streams: Vec<Remembered>,
     /// See [`Marks::reached`].
     pub reached: Lsn,
@@ -219,29 +221,76 @@ impl Memory {
             .as_ref()
     }
 
-    /// Takes over what an earlier process has left. Positions of a log that this server does not share
-    /// prove nothing about it, and are passed over.
-    pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) {
-        for mark in marks {
-            let mut known = self.streams.iter().map(|known| &known.name);
-            let known = known.any(|name| *name == mark.name);
-            let shared = |(_, at): &(u64, SourcePosition)| lineage.shares(at);
-            if !known && mark.last.as_ref().is_none_or(shared) {
-                let last = mark.last.map(|(seq, at)| Checkpoint {
-                    seq,
-                    position: at.position,
-                    id: None,
-                });
-                self.streams.push(Remembered {
-                    name: mark.name,
-                    created: mark.created,
-                    acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
-                    last,
-                    shared: mark.shared,
-                    confirmed_seq: mark.confirmed_seq,
-                });
+    /// Before a session: the server may be another than that of the last one, a standby that was promoted or an
+    /// old primary that came back. A conflict, with the stream's name, ends the relay.
+    pub fn rebase(
+        &mut self,
+        lineage: &Lineage,
+        accept_new_system: bool,
+    ) -> Result<(), (String, Conflict)> {
+        let of_another = self.source.take().filter(|it| *it != lineage.source);
+        self.source = Some(lineage.source.clone());
+        let Some(source) = of_another else {
+            return Ok(());
+        };
+        for stream in &mut self.streams {
+            // the default, nothing of ours, is true of every log
+            let known = |last: &&mut Checkpoint| last.position != Position::default();
+            let Some(last) = stream.last.as_mut().filter(known) else {
+                continue;
+            };
+            let at = SourcePosition {
+                source: source.clone(),
+                position: last.position,
+            };
+            let position = match lineage.translate(&at) {
+                Err(Conflict::OtherSystem(_)) if accept_new_system => Position::default(),
+                translated => translated.map_err(|conflict| (stream.name.clone(), conflict))?,
+            };
+            if position != last.position {
+                last.position = position;
+                last.id = None;
             }
         }
+        Ok(())
+    }
+
+    /// Takes over what an earlier process has left, seen from this server. What was written from another
+    /// system proves nothing about it, and is passed over: whether that is meant, the stream's own end
+    /// tells. A conflict, with the stream's name, ends the relay.
+    pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) -> Result<(), (String, Conflict)> {
+        self.source = Some(lineage.source.clone());
+        for mark in marks {
+            let known = self
+                .streams
+                .iter()
+                .any(|remembered| remembered.name == mark.name);
+            let is_ours = |(_, at): &(u64, SourcePosition)| at.source.slot == lineage.source.slot;
+            if known || !mark.last.as_ref().is_none_or(is_ours) {
+                continue;
+            }
+            let last = match mark.last {
+                None => None,
+                Some((seq, at)) => match lineage.translate(&at) {
+                    Err(Conflict::OtherSystem(_)) => continue,
+                    Err(conflict) => return Err((mark.name, conflict)),
+                    Ok(position) => Some(Checkpoint {
+                        seq,
+                        position,
+                        id: None,
+                    }),
+                },
+            };
+            self.streams.push(Remembered {
+                name: mark.name,
+                created: mark.created,
+                acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
+                last,
+                shared: mark.shared,
+                confirmed_seq: mark.confirmed_seq,
+            });
+        }
+        Ok(())
     }
 }
 
@@ -357,6 +406,8 @@ impl Stream {
 pub struct Core {
     delivery: Delivery,
     limits: Limits,
+    /// See [`Memory`].
+    source: Option<Source>,
     connected: bool,
     routes: Routes,
     /// Which of `streams` each route leads to.
@@ -415,6 +466,7 @@ impl Core {
         Core {
             delivery,
             limits,
+            source: memory.source,
             connected: false,
             routes: Routes::default(),
             routed: Vec::new(),
@@ -455,6 +507,7 @@ impl Core {
             confirmed_seq: s.confirmed_seq,
         };
         Memory {
+            source: self.source,
             streams: self.streams.into_iter().map(remember).collect(),
             reached: self.reached,
         }

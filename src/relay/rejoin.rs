@@ -63,12 +63,10 @@ impl Joined {
         let position = |stream: &StreamAtConnect| match &stream.tail {
             Tail {
                 between: Some(between),
-                switch_point: None,
                 ..
             } => between.from.commit_lsn,
             Tail {
                 stored: Some(stored),
-                switch_point: None,
                 ..
             } => stored.position.commit_lsn,
             _ => Lsn::INVALID,

@@ -110,6 +110,10 @@ impl<'a> Session<'a> {
             self.upto = Some(slot::current_lsn(&mut connection)?);
         }
         let lineage = lineage(&mut connection, &config.slot)?;
+        let conflict = |(stream, conflict)| Error::Conflict { stream, conflict };
+        self.memory
+            .rebase(&lineage, config.accept_new_system)
+            .map_err(conflict)?;
         let found = rejoin::find(config, &mut self.said)?;
         let timeout = config.nats.request_timeout;
         let marks = self.store.open(&found.link, found.replicas(), timeout)?;
@@ -130,7 +134,7 @@ impl<'a> Session<'a> {
         if !self.learned {
             let mut marks = marks.streams;
             marks.retain(|mark| !resume_anyway || found.has_kept(mark));
-            self.memory.learn(marks, &lineage);
+            self.memory.learn(marks, &lineage).map_err(conflict)?;
         }
         self.learned = true;
         let published = self.check_publication(&mut connection)?;

@@ -1,7 +1,7 @@
 //! Failover: a standby is promoted, with or without what the primary committed last, and the relay goes on there.
 //!
 //! Before Postgres 17 a standby has no logical slots, and operators make the slot anew on the promoted server
-//! before they let the writers in: that runs everywhere. Slots that the standby keeps synchronized need 17, so
+//! before they let the writers in, and tell the relay so with `--resume-anyway`: that runs everywhere. Slots that the standby keeps synchronized need 17, so
 //! these tests are ignored unless asked for; `scripts/test --matrix` asks.
 //!
 //! What a lost primary had published stays in the stream: it was committed once. So the stream is to hold all that
@@ -48,7 +48,7 @@ enum During {
     Restarts,
     /// That, and it is killed again before the new primary commits anything.
     RestartsTwice,
-    /// It lives, and loses NATS too before the new primary commits anything.
+    /// It starts when the new one is there, and loses NATS before that commits anything.
     LosesNats,
 }
 
@@ -153,6 +153,19 @@ impl Pair {
         }
     }
 
+    /// The first relay after the promotion. A slot that was made anew halts it until it is told that this was meant.
+    #[track_caller]
+    fn restart(&self) -> Relay {
+        if self.slot == Slot::Synchronized {
+            return self.relay(&[]);
+        }
+        let mut halted = self.relay(&[]);
+        assert_eq!(halted.wait_exit(DEADLINE), 78);
+        let last = halted.log().pop().expect("it says why");
+        assert!(last.contains("made anew"), "{last}");
+        self.relay(&["--resume-anyway"])
+    }
+
     /// Ends the relay in order, and compares the whole stream.
     #[track_caller]
     fn finish(&self, mut relay: Relay) {
@@ -219,26 +232,23 @@ fn check(slot: Slot, tail: Tail, during: During) {
         pair.new.start_again();
     }
     pair.promote();
+    if during == During::Lives {
+        relay.thaw();
+    } else {
+        drop(relay);
+        relay = pair.restart();
+    }
     match during {
-        During::Lives => relay.thaw(),
-        During::Restarts => {
-            drop(relay);
-            relay = pair.relay(&[]);
-        }
+        During::Lives | During::Restarts => {}
         During::RestartsTwice => {
-            drop(relay);
-            relay = pair.relay(&[]);
             relay.wait_for_log("msg=\"connected\"", DEADLINE);
             drop(relay);
             relay = pair.relay(&[]);
         }
         During::LosesNats => {
-            let mark = relay.log().len();
-            relay.thaw();
-            relay.wait_for_log_after(mark, "msg=\"connected\"", DEADLINE);
-            let mark = relay.log().len();
+            relay.wait_for_log("msg=\"connected\"", DEADLINE);
             pair.nats.restart();
-            relay.wait_for_log_after(mark, "connected to NATS again", DEADLINE);
+            relay.wait_for_log("connected to NATS again", DEADLINE);
         }
     }
     pair.commit(|pair| &pair.new, 20);
@@ -262,18 +272,8 @@ fn check(slot: Slot, tail: Tail, during: During) {
 }
 
 #[test]
-fn a_relay_that_lives_goes_on_with_the_promoted_standby() {
-    check(Slot::ByHand, Tail::Arrived, During::Lives);
-}
-
-#[test]
-fn a_relay_that_starts_goes_on_with_the_promoted_standby() {
+fn a_relay_goes_on_with_a_promoted_standby_and_a_slot_made_anew() {
     check(Slot::ByHand, Tail::Arrived, During::Restarts);
-}
-
-#[test]
-fn a_relay_that_lives_skips_nothing_new_although_the_standby_lacks_what_was_published() {
-    check(Slot::ByHand, Tail::Lost, During::Lives);
 }
 
 #[test]
@@ -315,6 +315,18 @@ fn with_a_synchronized_slot_and_a_lost_tail_a_relay_that_starts_skips_nothing_ne
     check(Slot::Synchronized, Tail::Lost, During::Restarts);
 }
 
+#[test]
+#[ignore = "needs Postgres 17: scripts/test --matrix"]
+fn with_a_synchronized_slot_and_a_lost_tail_a_relay_that_starts_twice_skips_nothing_new() {
+    check(Slot::Synchronized, Tail::Lost, During::RestartsTwice);
+}
+
+#[test]
+#[ignore = "needs Postgres 17: scripts/test --matrix"]
+fn with_a_synchronized_slot_and_a_lost_tail_a_relay_that_loses_nats_too_skips_nothing_new() {
+    check(Slot::Synchronized, Tail::Lost, During::LosesNats);
+}
+
 /// The old primary is back, and nobody told the relay.
 #[test]
 fn a_relay_that_starts_on_the_abandoned_primary_halts() {
@@ -349,7 +361,7 @@ fn fail_over() -> Pair {
     drop(relay);
     pair.old.kill();
     pair.promote();
-    let relay = pair.relay(&[]);
+    let relay = pair.restart();
     pair.commit(|pair| &pair.new, 5);
     pair.finish(relay);
     pair

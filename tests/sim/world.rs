@@ -578,7 +578,8 @@ impl World {
             .last()
             .map_or(Marks::default(), |(_, m)| m.clone());
         if !self.learned {
-            self.memory.learn(kept.streams.clone(), &self.lineage);
+            let learned = self.memory.learn(kept.streams.clone(), &self.lineage);
+            learned.expect("there is one timeline");
             self.learned = true;
         }
         let reached = [&self.reached, &kept.reached].into_iter().flatten();

@@ -1,7 +1,7 @@
 //! The faults, and which come when: by seed.
 //!
-//! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and heals
-//! itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
+//! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and
+//! heals itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
 
 use crate::fleet::{Fleet, Settings};
 use crate::support::nats::Nats;
@@ -84,6 +84,7 @@ fn deck(cluster: bool) -> Vec<Fault> {
         RelayFrozen,
         RelayFrozenAndReplaced,
         RelayFrozenAndReplaced,
+        RelayFrozenAndReplaced,
         SlotStolen,
         NatsKilled,
         NatsKilled,
@@ -118,14 +119,14 @@ pub struct Dealer {
     random: Rng,
     cluster: bool,
     rounds: u64,
-    deck: Vec<Fault>,
-    spared: bool,
+    /// What is left to be dealt: of all faults, and of those that spare the session.
+    decks: [Vec<Fault>; 2],
 }
 
-/// Of so many rounds the last few leave the relay and its session to Postgres alone, so that what is held back grows old
-/// enough to be confirmed.
+/// Of so many rounds the last few leave the relay and its session to Postgres alone, so that what is held back
+/// grows old enough to be confirmed.
 const SPARING_PERIOD: u64 = 24;
-const SPARING_ROUNDS: u64 = 10;
+const SPARING_ROUNDS: u64 = 8;
 
 impl Dealer {
     pub fn new(seed: u64, cluster: bool) -> Dealer {
@@ -133,8 +134,7 @@ impl Dealer {
             random: Rng::with_seed(seed),
             cluster,
             rounds: 0,
-            deck: Vec::new(),
-            spared: false,
+            decks: Default::default(),
         }
     }
 
@@ -147,17 +147,13 @@ impl Dealer {
         };
         let spared = self.rounds % SPARING_PERIOD >= SPARING_PERIOD - SPARING_ROUNDS;
         self.rounds += 1;
-        if spared != self.spared {
-            self.spared = spared;
-            self.deck.clear();
-        }
+        let deck_left = &mut self.decks[usize::from(spared)];
         let mut round: Vec<(Fault, Rng)> = Vec::new();
         for _ in 0..count {
-            if self.deck.is_empty() {
-                self.deck = deck(self.cluster);
-                self.deck
-                    .retain(|fault| !spared || fault.spares_the_session());
-                self.random.shuffle(&mut self.deck);
+            if deck_left.is_empty() {
+                *deck_left = deck(self.cluster);
+                deck_left.retain(|fault| !spared || fault.spares_the_session());
+                self.random.shuffle(deck_left);
             }
             let broken: Vec<Part> = round
                 .iter()
@@ -165,9 +161,9 @@ impl Dealer {
                 .collect();
             let goes = |fault: &Fault| !fault.parts().iter().any(|part| broken.contains(part));
             // from the top of the deck, the first that goes with the others
-            let index = self.deck.iter().rposition(goes);
+            let index = deck_left.iter().rposition(goes);
             if let Some(index) = index {
-                round.push((self.deck.remove(index), self.random.fork()));
+                round.push((deck_left.remove(index), self.random.fork()));
             }
         }
         round
@@ -327,7 +323,10 @@ impl On<'_> {
         let Some(first) = self.fleet.oldest() else {
             return;
         };
-        // over a slow network, with much to do
+        // it has much to do, a small window to do it with, over a slow network, and patience: thawed, it goes on
+        self.fleet.kill(first);
+        let first = self.fleet.start(Settings::SLOW);
+        self.fleet.wait_until_connected(first);
         let delay = Duration::from_millis(random.u64(10..100));
         self.to_nats(Mode::Delay(delay));
         self.burst(random);

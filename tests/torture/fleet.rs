@@ -2,7 +2,7 @@
 
 use crate::support::process::{Signal, lock};
 use crate::support::relay::Relay;
-use crate::support::wait::secs;
+use crate::support::wait::{poll, secs};
 use crate::world::World;
 use std::fs;
 use std::sync::Mutex;
@@ -23,8 +23,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a long
-    /// one outlives a freeze.
+    /// Much is left to be sent, and a freeze is outlived.
+    pub const SLOW: Settings = Settings {
+        inflight: "64",
+        ack_timeout: "10s",
+    };
+
+    /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a
+    /// long one outlives a freeze.
     pub fn any(random: &mut fastrand::Rng) -> Settings {
         Settings {
             inflight: ["4", "64", "1024", "4096"][random.usize(0..4)],
@@ -86,6 +92,15 @@ impl<'a> Fleet<'a> {
     /// The relay that has run longest.
     pub fn oldest(&self) -> Option<u32> {
         lock(&self.relays).first().map(|(number, _)| *number)
+    }
+
+    /// Or not within a few seconds, if one of the servers is down.
+    pub fn wait_until_connected(&self, number: u32) {
+        let is_connected = |(n, relay): &(u32, Relay)| {
+            let log = relay.log();
+            *n == number && log.iter().any(|line| line.contains("msg=\"connected\""))
+        };
+        let _ = poll(secs(5), || lock(&self.relays).iter().any(is_connected));
     }
 
     pub fn signal(&self, number: u32, signal: Signal) {

@@ -49,6 +49,11 @@ impl Violations {
         }
     }
 
+    /// Takes over what was found in one reading.
+    pub fn extend(&mut self, found: Violations) {
+        self.0.extend(found.0);
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -1,8 +1,8 @@
 //! The torture: everything fails at random while writers write, and the whole stream is judged at the end.
 //!
 //! Writers commit and roll back transactions of 1 to 5,000 rows side by side. Meanwhile the relay, its network,
-//! nats-server and Postgres are killed, frozen, cut off, and put back, by a seeded generator, see [`faults`]. Then all is
-//! healed, and the stream must hold what Postgres' log says was committed: each event once, in the order of
+//! nats-server and Postgres are killed, frozen, cut off, and put back, by a seeded generator, see [`faults`]. Then
+//! all is healed, and the stream must hold what Postgres' log says was committed: each event once, in the order of
 //! the commits, with its payload; nothing may have been confirmed before it was stored for the hold-back;
 //! and no relay may have ended but by our signals.
 //!
@@ -19,7 +19,7 @@ mod writers;
 
 use faults::{Dealer, Fault, On};
 use fleet::Fleet;
-use ledger::{Confirmed, Ledger};
+use ledger::{Confirmed, Ledger, Violations};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
@@ -271,15 +271,18 @@ fn judge(
     if ledger.events() == 0 || confirmations.is_empty() {
         violations.add("nothing was tested", format!("{} events", ledger.events()));
     }
-    let mut judge = ledger.judge_stream();
-    let mut seen = 0;
-    let mut client = world.jetstream.client().expect("the servers are up");
-    client
-        .try_visit_from(NAME, 1, |message| {
+    // a cluster may have no leader for a moment: then from the start again
+    let read = poll(secs(60), || {
+        let (mut judge, mut found, mut seen) = (ledger.judge_stream(), Violations::default(), 0);
+        let mut client = world.jetstream.client()?;
+        client.try_visit_from(NAME, 1, |message| {
             seen += 1;
-            judge.see(&message, &mut violations);
-        })
-        .expect("read the stream");
+            judge.see(&message, &mut found);
+        })?;
+        Ok::<_, std::io::Error>((judge, found, seen))
+    });
+    let (judge, found, seen) = read.expect("read the stream");
+    violations.extend(found);
     judge.finish(confirmations, hold_back, &mut violations);
     seen
 }

@@ -1,0 +1,468 @@
+//! The doctor's NATS side.
+//!
+//! A permission is tried by doing what needs it, in a form that JetStream must refuse: a publish that expects its
+//! subject to have been stored last at a sequence that no stream reaches.
+
+use super::finding::{Finding, fail, ok, warn};
+use super::postgres::is_local;
+use crate::admin::bus::Bus;
+use crate::admin::{bytes, span};
+use crate::config::Config;
+use crate::jetstream::ack::{AckErrorKind, parse_ack};
+use crate::jetstream::preflight::preflight;
+use crate::jetstream::probe::ServerInfo;
+use crate::jetstream::resume::OUTBOX_POSITION;
+use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
+use crate::jetstream::{Delivery, Error};
+use crate::outbox::position::SourcePosition;
+use serde::Deserialize;
+
+/// No stream reaches it, and every JSON reader and server holds it.
+const NEVER: u64 = 1 << 53;
+/// With at-least-once a repeat that comes later than this stands in the stream twice, in seconds. nats-server's default.
+const SHORT_WINDOW: i64 = 120;
+
+/// The last event of a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tail {
+    /// The stream.
+    pub stream: String,
+    /// Where the event stands in Postgres.
+    pub position: SourcePosition,
+}
+
+/// What the streams tell of the Postgres they were written from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Past {
+    /// The last event of each stream, if it tells.
+    pub tails: Vec<Tail>,
+    /// How far the relay has confirmed at most, from the checkpoint.
+    pub reached: Option<SourcePosition>,
+}
+
+/// Whether something may be done: done, or the reason why not.
+type Tried = Result<(), String>;
+
+/// What was read.
+#[derive(Clone, Debug)]
+struct Facts {
+    server: String,
+    info: ServerInfo,
+    /// The connection is encrypted.
+    tls: bool,
+    /// `Err`: what the API said.
+    streams: Result<Vec<Stream>, String>,
+    bucket: Bucket,
+}
+
+#[derive(Clone, Debug)]
+struct Stream {
+    info: StreamInfo,
+    /// `None`: not tried, as the stream never answers or captures no subject of ours.
+    publish: Option<Tried>,
+    read: Tried,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Bucket {
+    /// `-checkpoint none`.
+    Unwanted,
+    Missing,
+    Unreadable(String),
+    Found {
+        memory: bool,
+        write: Tried,
+    },
+}
+
+/// Everything that can be said, and what is told of Postgres.
+pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
+    let mut past = Past::default();
+    let facts = match Bus::connect(&config.nats) {
+        Ok(mut bus) => read(&mut bus, config, &mut past),
+        Err(error) => {
+            let finding = fail(
+                "nats.connection",
+                error.to_string(),
+                "the relay connects the same way",
+                "correct -nats or what it names",
+            );
+            return (vec![finding], past);
+        }
+    };
+    let findings = JUDGES.iter().flat_map(|judge| judge(&facts, config));
+    (findings.collect(), past)
+}
+
+type Judge = fn(&Facts, &Config) -> Vec<Finding>;
+
+/// All findings, in the order in which a person would look.
+const JUDGES: [Judge; 10] = [
+    connection, encryption, jetstream, streams, settings, retention, window, publish, read_tail,
+    checkpoint,
+];
+
+fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
+    let (version, server) = (&facts.info.version, &facts.server);
+    vec![ok(
+        "nats.connection",
+        format!("nats-server {version} at {server}"),
+    )]
+}
+
+fn encryption(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.tls";
+    vec![match facts.tls {
+        true => ok(NAME, "used"),
+        false if is_local(&facts.server) => ok(NAME, "not used; the server is on this machine"),
+        false => warn(
+            NAME,
+            "not used",
+            "everybody on the way can read events and passwords, and change them",
+            "give nats-server a tls block, and name it as tls://host in -nats",
+        ),
+    }]
+}
+
+fn jetstream(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.jetstream";
+    vec![match &facts.streams {
+        Ok(_) => ok(NAME, "its API answers"),
+        Err(error) => fail(
+            NAME,
+            error,
+            "events are stored in JetStream",
+            match facts.info.jetstream {
+                true => format!(
+                    "let the user publish to {0}.STREAM.NAMES and {0}.STREAM.INFO.* and subscribe to _INBOX.>; enable JetStream for the \
+                     account; correct -nats-api-prefix",
+                    config.nats.api_prefix
+                ),
+                false => "add jetstream { store_dir: \"/var/lib/nats\" } to nats-server.conf and restart it".into(),
+            },
+        ),
+    }]
+}
+
+fn streams(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.streams";
+    let Ok(streams) = &facts.streams else {
+        return Vec::new();
+    };
+    let wanted = format!("{}.>", config.prefix);
+    let names: Vec<String> = streams
+        .iter()
+        .map(|stream| {
+            let config = &stream.info.config;
+            format!("{} ({})", config.name, config.subjects.join(", "))
+        })
+        .collect();
+    vec![match names.as_slice() {
+        [] => fail(
+            NAME,
+            format!("no stream captures {wanted}"),
+            "the relay waits until there is one",
+            format!(
+                "jetstream-outbox setup, or: nats stream add {} --subjects='{wanted}' --defaults",
+                config.slot
+            ),
+        ),
+        names => ok(
+            NAME,
+            format!("{wanted} is captured by {}", names.join(", ")),
+        ),
+    }]
+}
+
+/// One judgement a stream; what is fine for all is told once.
+fn each(
+    facts: &Facts,
+    name: &'static str,
+    fine: &str,
+    judge: impl Fn(&Stream) -> Vec<Finding>,
+) -> Vec<Finding> {
+    let streams = facts.streams.as_deref().unwrap_or_default();
+    let findings: Vec<Finding> = streams.iter().flat_map(judge).collect();
+    match findings.is_empty() && !streams.is_empty() {
+        true => vec![ok(name, fine)],
+        false => findings,
+    }
+}
+
+fn settings(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.stream_settings";
+    let most = bytes(facts.info.max_payload as u64);
+    let fine = format!("the streams can carry the promises, in events of up to {most}");
+    each(facts, NAME, &fine, |stream| {
+        let name = &stream.info.config.name;
+        let found = preflight(&stream.info, &facts.info, config.delivery);
+        // the refusal says why, and after its last semicolon what to do
+        let refused = found.refused.map(|text| match text.rsplit_once("; ") {
+            Some((why, fix)) => fail(NAME, why, "the relay refuses the stream", fix),
+            None => fail(
+                NAME,
+                text,
+                "the relay refuses the stream",
+                "use another stream",
+            ),
+        });
+        let warnings = found.warnings.into_iter().map(|warning| {
+            let (what, why) = warning
+                .split_once(": ")
+                .unwrap_or((&warning, "a promise is at risk"));
+            warn(
+                NAME,
+                format!("stream {name}: {what}"),
+                why,
+                format!(
+                    "nats stream edit {name}, or a new stream where the setting cannot be changed"
+                ),
+            )
+        });
+        refused.into_iter().chain(warnings).collect()
+    })
+}
+
+fn retention(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.retention";
+    let kept = facts.bucket != Bucket::Unwanted || config.delivery == Delivery::AtLeastOnce;
+    each(
+        facts,
+        NAME,
+        "what is consumed away is accounted for",
+        |stream| {
+            let found = &stream.info.config;
+            let name = &found.name;
+            let goes = match found.retention.as_str() {
+                "workqueue" | "interest" => Some(format!("has {} retention", found.retention)),
+                _ if found.max_age > 0 => Some(format!(
+                    "drops messages after {}",
+                    span(found.max_age as u64 / 1_000_000_000)
+                )),
+                _ => None,
+            };
+            let Some(goes) = goes.filter(|_| !kept) else {
+                return Vec::new();
+            };
+            vec![warn(
+                NAME,
+                format!("stream {name} {goes}, and no checkpoint is kept"),
+                "when its last event is gone, a restart can publish events twice",
+                "leave -checkpoint none out",
+            )]
+        },
+    )
+}
+
+fn window(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.duplicate_window";
+    let fine = match config.delivery {
+        Delivery::ExactlyOnce => "does not matter much: repeats are known by their position",
+        Delivery::AtLeastOnce => "long enough",
+    };
+    each(facts, NAME, fine, |stream| {
+        let found = &stream.info.config;
+        let seconds = found.duplicate_window / 1_000_000_000;
+        // without any, the settings say so
+        let short = (1..SHORT_WINDOW).contains(&seconds)
+            || (1..1_000_000_000).contains(&found.duplicate_window);
+        if config.delivery == Delivery::ExactlyOnce || !short {
+            return Vec::new();
+        }
+        vec![warn(
+            NAME,
+            format!(
+                "stream {} remembers message ids for {seconds} s",
+                found.name
+            ),
+            "with -delivery at-least-once, what is repeated after a longer outage stands in it twice",
+            format!("nats stream edit {} --dupe-window=2m", found.name),
+        )]
+    })
+}
+
+fn publish(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.publish";
+    each(facts, NAME, "permitted", |stream| match &stream.publish {
+        Some(Err(error)) => vec![fail(
+            NAME,
+            format!("stream {}: {error}", stream.info.config.name),
+            "no event gets there",
+            format!("let the user publish to {}.>", config.prefix),
+        )],
+        _ => Vec::new(),
+    })
+}
+
+fn read_tail(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.read";
+    let api = &config.nats.api_prefix;
+    each(facts, NAME, "permitted", |stream| match &stream.read {
+        Ok(()) => Vec::new(),
+        Err(error) => vec![fail(
+            NAME,
+            format!("stream {}: {error}", stream.info.config.name),
+            "the relay reads the last event back to know where to go on",
+            format!(
+                "let the user publish to {api}.STREAM.MSG.GET.{}, or pass -delivery at-least-once",
+                stream.info.config.name
+            ),
+        )],
+    })
+}
+
+fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.checkpoint";
+    const WHY: &str = "where messages are consumed away, a restart can publish events twice";
+    let bucket = &config.checkpoint;
+    let api = &config.nats.api_prefix;
+    let key = format!("$KV.{bucket}.{}", config.slot);
+    vec![match &facts.bucket {
+        Bucket::Unwanted => ok(NAME, "none is kept"),
+        Bucket::Missing => warn(
+            NAME,
+            format!("bucket {bucket} does not exist"),
+            "the relay creates it if it may; if not, it goes on without one",
+            format!("jetstream-outbox setup, or: nats kv add {bucket}"),
+        ),
+        Bucket::Unreadable(error) => warn(
+            NAME,
+            format!("bucket {bucket}: {error}"),
+            WHY,
+            format!(
+                "let the user publish to {api}.STREAM.INFO.KV_{bucket} and {api}.STREAM.MSG.GET.KV_{bucket}"
+            ),
+        ),
+        Bucket::Found {
+            write: Err(error), ..
+        } => warn(
+            NAME,
+            format!("bucket {bucket}: {error}"),
+            WHY,
+            format!("let the user publish to {key}"),
+        ),
+        Bucket::Found { memory: true, .. } => warn(
+            NAME,
+            format!("bucket {bucket} is kept in memory"),
+            "a restart of nats-server loses it",
+            format!("with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"),
+        ),
+        Bucket::Found { .. } => ok(NAME, format!("bucket {bucket} can be written")),
+    }]
+}
+
+fn read(bus: &mut Bus<'_>, config: &Config, past: &mut Past) -> Facts {
+    let wanted = format!("{}.>", config.prefix);
+    let streams = bus.streams(&wanted).map(|infos| {
+        let each = infos
+            .into_iter()
+            .map(|info| read_stream(bus, config, info, past));
+        each.collect()
+    });
+    let tls = bus.info.tls_required
+        || (config.nats.servers.iter())
+            .any(|server| server.tls && server.to_string() == bus.server);
+    Facts {
+        server: bus.server.clone(),
+        info: bus.info.clone(),
+        tls,
+        bucket: read_bucket(bus, config, streams.is_ok(), past),
+        streams: streams.map_err(|error: Error| error.to_string()),
+    }
+}
+
+fn read_stream(bus: &mut Bus<'_>, config: &Config, info: StreamInfo, past: &mut Past) -> Stream {
+    let name = &info.config.name;
+    let last = bus.message(last_message_request(name, &format!("{}.>", config.prefix)));
+    if let Ok(Some(message)) = &last
+        && let Some(Ok(position)) = message.header(OUTBOX_POSITION).map(str::parse)
+    {
+        past.tails.push(Tail {
+            stream: name.clone(),
+            position,
+        });
+    }
+    let subject = probe_subject(&info.config.subjects, &config.prefix);
+    let publish = subject
+        .filter(|_| !info.config.no_ack)
+        .map(|subject| try_write(bus, &subject));
+    Stream {
+        publish,
+        read: last.map(drop).map_err(|error| error.to_string()),
+        info,
+    }
+}
+
+/// A subject under the prefix that one of the patterns captures and no aggregate is likely to have.
+fn probe_subject(patterns: &[String], prefix: &str) -> Option<String> {
+    const WORD: &str = "outbox-check";
+    let under = format!("{prefix}.");
+    let filled = patterns.iter().map(|pattern| {
+        let tokens: Vec<&str> = pattern
+            .split('.')
+            .map(|token| {
+                if matches!(token, "*" | ">") {
+                    WORD
+                } else {
+                    token
+                }
+            })
+            .collect();
+        tokens.join(".")
+    });
+    let general = [format!("{under}{WORD}.{WORD}"), format!("{under}{WORD}")];
+    general
+        .into_iter()
+        .chain(filled)
+        .filter(|subject| subject.starts_with(&under))
+        .find(|subject| patterns.iter().any(|pattern| matches(pattern, subject)))
+}
+
+/// Publishes what must be refused.
+fn try_write(bus: &mut Bus<'_>, subject: &str) -> Tried {
+    let answer = bus.ask(|link, timeout| link.put_now(subject, NEVER, Vec::new(), timeout));
+    let answer = answer.map_err(|error| error.to_string())?;
+    match parse_ack(&answer, None) {
+        Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => Ok(()),
+        Err(error) => Err(error.to_string()),
+        Ok(ack) => Err(format!(
+            "an empty message was stored, at {}, against its own condition",
+            ack.seq
+        )),
+    }
+}
+
+fn read_bucket(bus: &mut Bus<'_>, config: &Config, api_answers: bool, past: &mut Past) -> Bucket {
+    if config.checkpoint.is_empty() || !api_answers {
+        return Bucket::Unwanted;
+    }
+    let name = format!("KV_{}", config.checkpoint);
+    let key = format!("$KV.{}.{}", config.checkpoint, config.slot);
+    let info = match bus.stream(&name) {
+        Ok(Some(info)) => info,
+        Ok(None) => return Bucket::Missing,
+        Err(error) => return Bucket::Unreadable(error.to_string()),
+    };
+    let value = match bus.message(last_message_request(&name, &key)) {
+        Ok(value) => value,
+        Err(error) => return Bucket::Unreadable(error.to_string()),
+    };
+    past.reached = value.and_then(|message| reached(&message.data));
+    Bucket::Found {
+        memory: info.config.storage == "memory",
+        write: try_write(bus, &key),
+    }
+}
+
+/// From the checkpoint's value, of which this is the only part that matters here.
+fn reached(value: &[u8]) -> Option<SourcePosition> {
+    #[derive(Deserialize)]
+    struct Record {
+        reached: Option<String>,
+    }
+    let record: Record = serde_json::from_slice(value).ok()?;
+    record.reached?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,322 @@
+//! Each finding, from facts as a server may tell them.
+
+use super::*;
+use crate::admin::check::finding::Level;
+use crate::cli::{self, Invocation};
+use crate::jetstream::streams::{StreamConfig, StreamState};
+use std::ffi::OsString;
+
+fn config(args: &[&str]) -> Config {
+    let args = [&["-db", "host=h"], args].concat();
+    let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
+        panic!("{args:?} do not parse");
+    };
+    Config::load(*cli, &|_| None).unwrap()
+}
+
+/// As setup leaves them.
+fn good() -> Facts {
+    let stream = StreamInfo {
+        config: StreamConfig {
+            name: "EV".into(),
+            subjects: vec!["events.>".into()],
+            retention: "limits".into(),
+            storage: "file".into(),
+            num_replicas: 1,
+            discard: "old".into(),
+            max_msg_size: -1,
+            max_msgs: -1,
+            max_bytes: -1,
+            duplicate_window: 120_000_000_000,
+            ..StreamConfig::default()
+        },
+        state: StreamState::default(),
+        created: String::new(),
+        ts: String::new(),
+    };
+    Facts {
+        server: "127.0.0.1:4222".into(),
+        info: serde_json::from_str(
+            r#"{"version":"2.15.1","max_payload":1048576,"jetstream":true}"#,
+        )
+        .unwrap(),
+        tls: false,
+        streams: Ok(vec![Stream {
+            info: stream,
+            publish: Some(Ok(())),
+            read: Ok(()),
+        }]),
+        bucket: Bucket::Found {
+            memory: false,
+            write: Ok(()),
+        },
+    }
+}
+
+/// Breaks good facts and expects exactly this finding, whose text, reason and remedy hold `parts`.
+#[track_caller]
+fn check_with(
+    args: &[&str],
+    level: Level,
+    name: &str,
+    parts: &[&str],
+    break_it: impl FnOnce(&mut Facts),
+) {
+    let mut facts = good();
+    break_it(&mut facts);
+    let config = config(args);
+    let findings: Vec<Finding> = JUDGES
+        .iter()
+        .flat_map(|judge| judge(&facts, &config))
+        .collect();
+    let bad: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.level != Level::Ok)
+        .map(|finding| {
+            assert_eq!((finding.name, finding.level), (name, level), "{finding}");
+            finding.to_string()
+        })
+        .collect();
+    assert_eq!(bad.len(), usize::from(level != Level::Ok), "{bad:?}");
+    let text = match bad.first() {
+        Some(text) => text.clone(),
+        None => findings
+            .iter()
+            .map(|finding| format!("{finding}\n"))
+            .collect(),
+    };
+    for part in parts {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[track_caller]
+fn check(level: Level, name: &str, parts: &[&str], break_it: impl FnOnce(&mut Facts)) {
+    check_with(&[], level, name, parts, break_it);
+}
+
+fn stream(facts: &mut Facts) -> &mut Stream {
+    facts.streams.as_mut().unwrap().first_mut().unwrap()
+}
+
+fn settings(facts: &mut Facts) -> &mut StreamConfig {
+    &mut stream(facts).info.config
+}
+
+#[test]
+fn what_setup_leaves_is_good() {
+    check(
+        Level::Ok,
+        "",
+        &["events.> is captured by EV (events.>)", "of up to 1.0 MB"],
+        |_| {},
+    );
+}
+
+#[test]
+fn the_server() {
+    use Level::{Fail, Ok, Warn};
+    check(Warn, "nats.tls", &["tls://"], |f| {
+        f.server = "nats.example.com:4222".into()
+    });
+    check(Ok, "", &["nats.tls                     used"], |f| {
+        f.server = "nats.example.com:4222".into();
+        f.tls = true;
+    });
+    for (jetstream, part) in [
+        (true, "let the user publish to $JS.API.STREAM.NAMES"),
+        (false, "store_dir"),
+    ] {
+        check(Fail, "nats.jetstream", &["nobody answers", part], |f| {
+            f.streams = Err("nobody answers".into());
+            f.bucket = Bucket::Unwanted;
+            f.info.jetstream = jetstream;
+        });
+    }
+}
+
+#[test]
+fn the_streams() {
+    use Level::{Fail, Ok, Warn};
+    check(
+        Fail,
+        "nats.streams",
+        &["no stream captures events.>", "setup"],
+        |f| f.streams = Result::Ok(Vec::new()),
+    );
+    check(
+        Fail,
+        "nats.stream_settings",
+        &["no_ack", "set no_ack to false"],
+        |f| settings(f).no_ack = true,
+    );
+    check(Fail, "nats.stream_settings", &["sealed"], |f| {
+        settings(f).sealed = true
+    });
+    check(Fail, "nats.stream_settings", &["async"], |f| {
+        settings(f).persist_mode = "async".into()
+    });
+    check(Fail, "nats.stream_settings", &["replicated", "2.12"], |f| {
+        settings(f).num_replicas = 3;
+        f.info.version = "2.11.0".into();
+    });
+    check(Warn, "nats.stream_settings", &["memory"], |f| {
+        settings(f).storage = "memory".into()
+    });
+    check(Warn, "nats.stream_settings", &["discard new"], |f| {
+        settings(f).discard = "new".into();
+        settings(f).max_msgs = 5;
+    });
+    check(
+        Warn,
+        "nats.stream_settings",
+        &[
+            "stream EV: it takes messages of up to 1000 bytes",
+            "a larger event stops the relay",
+        ],
+        |f| settings(f).max_msg_size = 1000,
+    );
+    check(Ok, "", &[], |f| settings(f).max_msg_size = 1_048_576);
+    for (name, break_it) in [
+        (
+            "workqueue",
+            (|s| s.retention = "workqueue".into()) as fn(&mut StreamConfig),
+        ),
+        ("interest", |s| s.retention = "interest".into()),
+        ("drops messages after 1h0m", |s| {
+            s.max_age = 3_600_000_000_000
+        }),
+    ] {
+        check(Ok, "", &[], |f| break_it(settings(f)));
+        check_with(
+            &["-checkpoint", "none"],
+            Warn,
+            "nats.retention",
+            &[name],
+            |f| {
+                break_it(settings(f));
+                f.bucket = Bucket::Unwanted;
+            },
+        );
+    }
+    let short = |f: &mut Facts| settings(f).duplicate_window = 30_000_000_000;
+    check(Ok, "", &[], short);
+    check_with(
+        &["-delivery", "at-least-once"],
+        Warn,
+        "nats.duplicate_window",
+        &["for 30 s", "--dupe-window"],
+        short,
+    );
+}
+
+#[test]
+fn permissions() {
+    use Level::{Fail, Ok, Warn};
+    let denied = || Err("Permissions Violation".to_string());
+    check(
+        Fail,
+        "nats.publish",
+        &["Permissions Violation", "publish to events.>"],
+        |f| stream(f).publish = Some(denied()),
+    );
+    check(Ok, "", &[], |f| stream(f).publish = None);
+    check(Fail, "nats.read", &["$JS.API.STREAM.MSG.GET.EV"], |f| {
+        stream(f).read = denied()
+    });
+    check(
+        Warn,
+        "nats.checkpoint",
+        &["publish to $KV.jetstream_outbox.jetstream_outbox"],
+        |f| {
+            f.bucket = Bucket::Found {
+                memory: false,
+                write: denied(),
+            };
+        },
+    );
+    check(Warn, "nats.checkpoint", &["in memory"], |f| {
+        f.bucket = Bucket::Found {
+            memory: true,
+            write: Result::Ok(()),
+        }
+    });
+    check(Warn, "nats.checkpoint", &["does not exist", "setup"], |f| {
+        f.bucket = Bucket::Missing
+    });
+    check(
+        Warn,
+        "nats.checkpoint",
+        &["STREAM.INFO.KV_jetstream_outbox"],
+        |f| f.bucket = Bucket::Unreadable("no".into()),
+    );
+}
+
+#[test]
+fn a_publish_is_tried_under_the_prefix_alone() {
+    for (patterns, expected) in [
+        (&["events.>"][..], Some("events.outbox-check.outbox-check")),
+        (&[">"], Some("events.outbox-check.outbox-check")),
+        (&["events.*"], Some("events.outbox-check")),
+        (&["events.account.>"], Some("events.account.outbox-check")),
+        (&["other.>", "events.a.b"], Some("events.a.b")),
+        (&["*.account.*"], None),
+        (&["other.>"], None),
+        (&[], None),
+    ] {
+        let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            probe_subject(&patterns, "events").as_deref(),
+            expected,
+            "{patterns:?}"
+        );
+    }
+}
+
+#[test]
+fn findings_about_history_are_made_of_both_sides() {
+    use crate::admin::check::postgres::Log;
+    use crate::admin::check::{history, slot_position};
+    use crate::postgres::Lsn;
+    let log = Log {
+        system_id: 7,
+        timeline: 1,
+        confirmed: Some(Lsn(0x200)),
+    };
+    for (position, of_stream, of_slot) in [
+        (
+            "jetstream_outbox 7 1 0/200 1",
+            Some(Level::Ok),
+            Some(Level::Ok),
+        ),
+        (
+            "jetstream_outbox 7 1 0/1FF 1",
+            Some(Level::Ok),
+            Some(Level::Fail),
+        ),
+        ("jetstream_outbox 7 2 0/1FF 1", Some(Level::Ok), None),
+        ("jetstream_outbox 8 1 0/1FF 1", Some(Level::Fail), None),
+        ("other 8 1 0/100 1", None, None),
+    ] {
+        let position: SourcePosition = position.parse().unwrap();
+        let past = Past {
+            tails: vec![Tail {
+                stream: "EV".into(),
+                position: position.clone(),
+            }],
+            reached: Some(position.clone()),
+        };
+        let found = history(&config(&[]), log, &past);
+        assert_eq!(
+            found.first().map(|finding| finding.level),
+            of_stream,
+            "{position}"
+        );
+        let found = slot_position(&config(&[]), log, &past);
+        assert_eq!(found.map(|finding| finding.level), of_slot, "{position}");
+    }
+    let record = br#"{"streams":[],"reached":"s 1 2 0/99 0","ripening":null}"#;
+    assert_eq!(reached(record), "s 1 2 0/99 0".parse().ok());
+    assert_eq!(reached(b"{}"), None);
+    assert_eq!(reached(b""), None);
+}

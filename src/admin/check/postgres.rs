@@ -1,0 +1,797 @@
+//! The doctor's Postgres side.
+//!
+//! Sources: the manual's chapters on logical decoding and on logical replication's restrictions, and the
+//! system views its facts are read from.
+
+use super::finding::{Finding, fail, ok, warn};
+use crate::admin::database::{Access, Database};
+use crate::admin::setup::COLUMNS;
+use crate::admin::statements::{
+    create_publication, create_slot, drop_slot, identifier, table_name, tables,
+};
+use crate::admin::{Error, bytes};
+use crate::config::Config;
+use crate::outbox::mapping::TableName;
+use crate::postgres::Lsn;
+use std::collections::BTreeMap;
+
+/// The oldest server the relay works with.
+const OLDEST: u32 = 120_000;
+/// A backlog of log that an operator should know of, when nothing bounds it.
+const MUCH_LOG: i64 = 1 << 30;
+/// Less than this ends sessions that are healthy but slow, in milliseconds.
+const SHORT_TIMEOUT_MS: i64 = 10_000;
+
+/// What was read.
+#[derive(Clone, Debug, Default)]
+struct Facts {
+    version: u32,
+    version_text: String,
+    peer: String,
+    tls: Option<String>,
+    /// Which log it writes, if the role may know.
+    log: Option<Log>,
+    standby: bool,
+    role: String,
+    may_replicate: bool,
+    /// Of `pg_settings`, by name.
+    settings: BTreeMap<String, String>,
+    slots: i64,
+    senders: i64,
+    publication: Option<Publication>,
+    slot: Option<Slot>,
+    /// Active physical slots: standbys that follow.
+    standbys: Vec<String>,
+}
+
+/// The log, and where the slot stands in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// `IDENTIFY_SYSTEM`'s systemid.
+    pub system_id: u64,
+    /// Counted up by each promotion.
+    pub timeline: u32,
+    /// The slot's `confirmed_flush_lsn`; `None`: there is no such slot.
+    pub confirmed: Option<Lsn>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Publication {
+    inserts: bool,
+    /// Updates or deletes.
+    changes: bool,
+    /// It was created or altered later than what the slot still has to decode.
+    newer_than_slot: bool,
+    tables: Vec<Table>,
+}
+
+#[derive(Clone, Debug)]
+struct Table {
+    name: TableName,
+    /// Those that are published.
+    columns: Vec<String>,
+    filtered: bool,
+    /// Updates and deletes of a published table need one.
+    replica_identity: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    kind: String,
+    plugin: Option<String>,
+    database: Option<String>,
+    here: bool,
+    active_pid: Option<i32>,
+    wal_status: Option<String>,
+    invalidation: Option<String>,
+    retained_bytes: Option<i64>,
+    failover: bool,
+}
+
+/// Everything that can be said, and which log it was said of.
+pub fn findings(config: &Config) -> (Vec<Finding>, Option<Log>) {
+    let read = Database::connect(&config.db, Access::Read)
+        .and_then(|mut database| read(&mut database, config));
+    let facts = match read {
+        Ok(facts) => facts,
+        Err(error) => return (vec![unreachable(&error)], None),
+    };
+    if facts.version < OLDEST {
+        return (connection(&facts, config), None);
+    }
+    let findings = JUDGES.iter().flat_map(|judge| judge(&facts, config));
+    (findings.collect(), facts.log)
+}
+
+fn unreachable(error: &Error) -> Finding {
+    fail(
+        "postgres.connection",
+        error.to_string(),
+        "the relay connects the same way",
+        error.remedy(),
+    )
+}
+
+type Judge = fn(&Facts, &Config) -> Vec<Finding>;
+
+/// All findings, in the order in which a person would look.
+const JUDGES: [Judge; 17] = [
+    connection,
+    encryption,
+    standby,
+    wal_level,
+    role,
+    slots,
+    senders,
+    sender_timeout,
+    idle_timeout,
+    publication,
+    published_tables,
+    replica_identity,
+    slot,
+    slot_log,
+    retained,
+    publication_age,
+    failover,
+];
+
+fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.connection";
+    vec![match facts.version >= OLDEST {
+        true => ok(
+            NAME,
+            format!("Postgres {} at {}", facts.version_text, facts.peer),
+        ),
+        false => fail(
+            NAME,
+            format!("Postgres {} at {}", facts.version_text, facts.peer),
+            "it is too old",
+            "upgrade to Postgres 12 or later",
+        ),
+    }]
+}
+
+fn encryption(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.tls";
+    vec![match &facts.tls {
+        Some(tls) => ok(NAME, tls.clone()),
+        None if is_local(&facts.peer) => ok(NAME, "not used; the server is on this machine"),
+        None => warn(
+            NAME,
+            "not used",
+            "everybody on the way can read and change what the relay reads",
+            "set ssl = on in postgresql.conf, and add sslmode=verify-full to -db",
+        ),
+    }]
+}
+
+/// `host:port` of the loopback interface, or the folder of a Unix socket.
+pub fn is_local(peer: &str) -> bool {
+    let host = peer.rsplit_once(':').map_or(peer, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.starts_with('/')
+        || host == "localhost"
+        || host
+            .parse()
+            .is_ok_and(|ip: std::net::IpAddr| ip.is_loopback())
+}
+
+fn standby(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.primary";
+    const FIX: &str = "name the primary in -db, or several hosts and target_session_attrs=primary";
+    vec![match facts.standby {
+        false => ok(NAME, "the server is a primary"),
+        true if facts.version < 160_000 => fail(
+            NAME,
+            "the server is a standby",
+            "before Postgres 16 there are no logical slots on a standby",
+            FIX,
+        ),
+        true => warn(
+            NAME,
+            "the server is a standby",
+            "its slots are lost when the primary removes rows they need, and events come late",
+            FIX,
+        ),
+    }]
+}
+
+fn wal_level(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.wal_level";
+    vec![match facts.setting("wal_level") {
+        "logical" => ok(NAME, "logical"),
+        found => fail(
+            NAME,
+            found,
+            "the log does not hold what logical decoding needs",
+            "ALTER SYSTEM SET wal_level = 'logical'; -- then restart Postgres",
+        ),
+    }]
+}
+
+fn role(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.role";
+    let role = identifier(&facts.role);
+    vec![match facts.may_replicate {
+        true => ok(NAME, format!("{role} may replicate")),
+        false => fail(
+            NAME,
+            format!("{role} may not replicate"),
+            "the relay reads by way of replication",
+            format!("ALTER ROLE {role} REPLICATION;"),
+        ),
+    }]
+}
+
+fn slots(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.slots";
+    let most = facts.number("max_replication_slots");
+    let found = format!("{} of {most} replication slots are taken", facts.slots);
+    vec![match facts.slots >= most && facts.slot.is_none() {
+        false => ok(NAME, found),
+        true => fail(
+            NAME,
+            found,
+            format!("there is none left for {}", config.slot),
+            format!(
+                "ALTER SYSTEM SET max_replication_slots = {}; -- then restart Postgres, or drop a slot that nobody needs",
+                most + 5
+            ),
+        ),
+    }]
+}
+
+fn senders(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.walsenders";
+    let most = facts.number("max_wal_senders");
+    let found = format!("{} of {most} walsenders are busy", facts.senders);
+    let ours_runs = facts
+        .slot
+        .as_ref()
+        .is_some_and(|slot| slot.active_pid.is_some());
+    vec![match facts.senders >= most && !ours_runs {
+        false => ok(NAME, found),
+        true => fail(
+            NAME,
+            found,
+            "there is none left to send to the relay",
+            format!(
+                "ALTER SYSTEM SET max_wal_senders = {}; -- then restart Postgres",
+                most + 5
+            ),
+        ),
+    }]
+}
+
+fn sender_timeout(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.wal_sender_timeout";
+    let found = facts.number("wal_sender_timeout");
+    let fix = "ALTER SYSTEM SET wal_sender_timeout = '60s'; SELECT pg_reload_conf();";
+    vec![match found {
+        0 => warn(
+            NAME,
+            "off",
+            "a relay whose machine has died keeps the slot, and its standby waits",
+            fix,
+        ),
+        1..SHORT_TIMEOUT_MS => warn(
+            NAME,
+            format!("{found} ms"),
+            "a network that stands still for so long ends the session",
+            fix,
+        ),
+        _ => ok(NAME, format!("{} s", found / 1000)),
+    }]
+}
+
+/// Postgres 18 on.
+fn idle_timeout(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.idle_timeout";
+    let name = "idle_replication_slot_timeout";
+    if !facts.settings.contains_key(name) {
+        return Vec::new();
+    }
+    vec![match facts.number(name) {
+        0 => ok(NAME, format!("{name} is off")),
+        found => warn(
+            NAME,
+            format!("{name} is {found} s"),
+            "when no relay runs for so long, the slot is given up, and events are lost",
+            format!("ALTER SYSTEM SET {name} = 0; SELECT pg_reload_conf();"),
+        ),
+    }]
+}
+
+fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.publication";
+    let name = identifier(&config.publication);
+    vec![match &facts.publication {
+        None => fail(
+            NAME,
+            format!("publication {name} does not exist in this database"),
+            "it says which tables are sent",
+            match facts.slot {
+                None => create_publication(config),
+                Some(_) => format!(
+                    "{} {} {} -- a slot cannot see what is younger than itself",
+                    create_publication(config),
+                    drop_slot(&config.slot),
+                    create_slot(&config.slot, false)
+                ),
+            },
+        ),
+        Some(publication) if !publication.inserts => fail(
+            NAME,
+            format!("publication {name} does not publish inserts"),
+            "events are inserts",
+            format!("ALTER PUBLICATION {name} SET (publish = 'insert');"),
+        ),
+        Some(_) => ok(NAME, format!("publication {name} publishes inserts")),
+    }]
+}
+
+fn published_tables(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.tables";
+    let Some(publication) = &facts.publication else {
+        return Vec::new();
+    };
+    let name = identifier(&config.publication);
+    let named: Vec<&TableName> = config.mapping.tables.iter().map(|it| &it.table).collect();
+    let mut findings = Vec::new();
+    for wanted in &named {
+        if !publication
+            .tables
+            .iter()
+            .any(|table| is_named(&table.name, wanted))
+        {
+            findings.push(fail(
+                NAME,
+                format!(
+                    "publication {name} does not hold table {}",
+                    table_name(wanted)
+                ),
+                "its events are not sent",
+                format!("ALTER PUBLICATION {name} ADD TABLE {};", table_name(wanted)),
+            ));
+        }
+    }
+    let mut outboxes = Vec::new();
+    for table in &publication.tables {
+        let has = |column: &str| table.columns.iter().any(|found| found == column);
+        let missing: Vec<&str> = COLUMNS.into_iter().filter(|column| !has(column)).collect();
+        let is_wanted = match named.as_slice() {
+            // as the relay tells an outbox from another table of the publication
+            [] => has("aggregatetype") || has("aggregateid"),
+            named => named.iter().any(|wanted| is_named(&table.name, wanted)),
+        };
+        let text = table_name(&table.name);
+        if !is_wanted {
+            continue;
+        }
+        if !missing.is_empty() {
+            findings.push(fail(
+                NAME,
+                format!("table {text} is published without {}", missing.join(", ")),
+                "the relay stops at its first row",
+                format!(
+                    "add what is missing to the table or to the publication's column list, or, if {text} is no outbox, \
+                     name those that are with -table"
+                ),
+            ));
+        } else if table.filtered {
+            findings.push(warn(
+                NAME,
+                format!("publication {name} has a row filter for {text}"),
+                "rows that it leaves out are never published",
+                format!("ALTER PUBLICATION {name} SET TABLE {text};"),
+            ));
+        }
+        outboxes.push(text);
+    }
+    if outboxes.is_empty() && findings.is_empty() {
+        let wanted: Vec<String> = tables(config).iter().map(table_name).collect();
+        findings.push(fail(
+            NAME,
+            format!(
+                "publication {name} holds no table with the columns {}",
+                COLUMNS.join(", ")
+            ),
+            "there is nothing to relay",
+            format!("ALTER PUBLICATION {name} ADD TABLE {};", wanted.join(", ")),
+        ));
+    }
+    if findings.is_empty() {
+        findings.push(ok(
+            NAME,
+            format!("publication {name} holds {}", outboxes.join(", ")),
+        ));
+    }
+    findings
+}
+
+/// Names as `-table` has them: without a schema, any.
+fn is_named(table: &TableName, wanted: &TableName) -> bool {
+    table.name == wanted.name && (wanted.schema.is_none() || table.schema == wanted.schema)
+}
+
+fn replica_identity(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.replica_identity";
+    let Some(publication) = &facts.publication else {
+        return Vec::new();
+    };
+    let without: Vec<String> = publication
+        .tables
+        .iter()
+        .filter(|table| publication.changes && !table.replica_identity)
+        .map(|table| table_name(&table.name))
+        .collect();
+    vec![match without.is_empty() {
+        true => ok(
+            NAME,
+            "no statement of the application is refused for lack of one",
+        ),
+        false => fail(
+            NAME,
+            format!(
+                "{} has none, and updates or deletes are published",
+                without.join(", ")
+            ),
+            "the application's own UPDATE and DELETE fail there",
+            format!(
+                "ALTER PUBLICATION {} SET (publish = 'insert');",
+                identifier(&config.publication)
+            ),
+        ),
+    }]
+}
+
+fn slot(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.slot";
+    let name = &config.slot;
+    let create = create_slot(name, false);
+    vec![match &facts.slot {
+        None => fail(
+            NAME,
+            format!("slot {name} does not exist"),
+            "it holds the log until it is published",
+            format!("{create} -- in this database, after the publication"),
+        ),
+        Some(slot) if slot.kind != "logical" => fail(
+            NAME,
+            format!("slot {name} is {}", slot.kind),
+            "the relay needs a logical one",
+            "name another with -slot",
+        ),
+        Some(slot) if slot.plugin.as_deref() != Some("pgoutput") => fail(
+            NAME,
+            format!(
+                "slot {name} is of plugin {}",
+                slot.plugin.as_deref().unwrap_or("(none)")
+            ),
+            "the relay reads pgoutput",
+            format!(
+                "{} {create} -- if nobody needs it; otherwise name another with -slot",
+                drop_slot(name)
+            ),
+        ),
+        Some(slot) if !slot.here => fail(
+            NAME,
+            format!(
+                "slot {name} belongs to database {}",
+                slot.database.as_deref().unwrap_or_default()
+            ),
+            "a slot sees one database",
+            "name that database in -db, or another slot with -slot",
+        ),
+        Some(slot) => ok(
+            NAME,
+            match slot.active_pid {
+                Some(pid) => format!("slot {name} is in use by the server process {pid}"),
+                None => format!("slot {name} is not in use"),
+            },
+        ),
+    }]
+}
+
+fn slot_log(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.slot_log";
+    let Some(slot) = &facts.slot else {
+        return Vec::new();
+    };
+    let name = &config.slot;
+    let again = format!(
+        "{} {} -- then publish by hand what was committed in between, and start the relay once with -resume-anyway",
+        drop_slot(name),
+        create_slot(name, false)
+    );
+    vec![match (&slot.invalidation, slot.wal_status.as_deref()) {
+        (Some(reason), _) => fail(
+            NAME,
+            format!("slot {name} was given up by Postgres: {reason}"),
+            "events are lost",
+            again,
+        ),
+        (None, Some("lost")) => fail(
+            NAME,
+            format!("Postgres has removed log that slot {name} needs"),
+            "events are lost",
+            again,
+        ),
+        (None, Some("unreserved")) => fail(
+            NAME,
+            format!("Postgres removes log that slot {name} needs at the next checkpoint"),
+            "events are about to be lost",
+            "ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf(); -- or start the relay now",
+        ),
+        (None, status) => ok(
+            NAME,
+            format!(
+                "wal_status is {}",
+                status.unwrap_or("not told by this version")
+            ),
+        ),
+    }]
+}
+
+fn retained(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.retained_log";
+    let Some(held) = facts.slot.as_ref().and_then(|slot| slot.retained_bytes) else {
+        return Vec::new();
+    };
+    let found = format!(
+        "slot {} holds {} of log",
+        config.slot,
+        bytes(held.max(0) as u64)
+    );
+    // in MB, from 13 on; -1: no bound
+    let bound = match facts.number("max_slot_wal_keep_size") {
+        megabytes @ 0.. if facts.settings.contains_key("max_slot_wal_keep_size") => {
+            Some(megabytes << 20)
+        }
+        _ => None,
+    };
+    let fix = "start the relay and see with status that it catches up; if it is given up for good, run teardown";
+    vec![match bound {
+        Some(bound) if held > bound / 2 => warn(
+            NAME,
+            format!(
+                "{found}, more than half of max_slot_wal_keep_size, {}",
+                bytes(bound as u64)
+            ),
+            "a slot that holds more loses events",
+            fix,
+        ),
+        None if held > MUCH_LOG => warn(
+            NAME,
+            found,
+            "nothing bounds it (max_slot_wal_keep_size is -1), and it can fill the disk",
+            fix,
+        ),
+        _ => ok(NAME, found),
+    }]
+}
+
+fn publication_age(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.publication_age";
+    let (Some(publication), Some(_)) = (&facts.publication, &facts.slot) else {
+        return Vec::new();
+    };
+    let (name, slot) = (identifier(&config.publication), &config.slot);
+    vec![match publication.newer_than_slot {
+        false => ok(
+            NAME,
+            format!("publication {name} is older than what slot {slot} has to send"),
+        ),
+        true => warn(
+            NAME,
+            format!(
+                "publication {name} was created or altered later than what slot {slot} has to send"
+            ),
+            "rows of before are sent by what it was then, or stop the relay, if it did not exist",
+            format!(
+                "{} {} -- if the relay says that the publication does not exist; otherwise nothing, it passes",
+                drop_slot(slot),
+                create_slot(slot, false)
+            ),
+        ),
+    }]
+}
+
+/// Postgres 17 on.
+fn failover(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.failover";
+    let Some(slot) = facts.slot.as_ref().filter(|_| facts.version >= 170_000) else {
+        return Vec::new();
+    };
+    let name = &config.slot;
+    let waits_for = facts.setting("synchronized_standby_slots").split(',');
+    let gone: Vec<&str> = waits_for
+        .map(|name| name.trim().trim_matches('"'))
+        .filter(|name| !name.is_empty() && !facts.standbys.iter().any(|standby| standby == name))
+        .collect();
+    vec![match (slot.failover, facts.standbys.is_empty()) {
+        (true, _) if !gone.is_empty() => fail(
+            NAME,
+            format!(
+                "synchronized_standby_slots names {}, which nobody follows",
+                gone.join(", ")
+            ),
+            "Postgres sends the relay nothing until that standby has what is sent",
+            "ALTER SYSTEM SET synchronized_standby_slots = ''; SELECT pg_reload_conf(); -- or start the standby",
+        ),
+        (true, _) => ok(NAME, format!("standbys take slot {name} over")),
+        (false, true) => ok(
+            NAME,
+            format!("slot {name} is not taken over by standbys, of which none follows"),
+        ),
+        (false, false) => warn(
+            NAME,
+            format!(
+                "{} follows, and does not take slot {name} over",
+                facts.standbys.join(", ")
+            ),
+            "after a failover the slot is missing, and what was not published by then is lost",
+            format!(
+                "ALTER_REPLICATION_SLOT {name} ( FAILOVER true ); -- on a replication connection, with the relay stopped"
+            ),
+        ),
+    }]
+}
+
+impl Facts {
+    fn setting(&self, name: &str) -> &str {
+        self.settings.get(name).map_or("", String::as_str)
+    }
+
+    fn number(&self, name: &str) -> i64 {
+        self.setting(name).parse().unwrap_or_default()
+    }
+}
+
+fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
+    let mut facts = Facts {
+        version: database.version,
+        version_text: database.version_text.clone(),
+        peer: database.peer.clone(),
+        tls: database.tls.clone(),
+        ..Facts::default()
+    };
+    if facts.version < OLDEST {
+        return Ok(facts);
+    }
+    let settings = database.rows(
+        "read the settings",
+        "SELECT name, setting FROM pg_catalog.pg_settings WHERE name IN ('wal_level', 'max_replication_slots', \
+         'max_wal_senders', 'wal_sender_timeout', 'max_slot_wal_keep_size', 'synchronized_standby_slots', \
+         'idle_replication_slot_timeout')",
+        &[],
+    )?;
+    facts.settings = settings
+        .iter()
+        .map(|row| (row.get(0), row.get(1)))
+        .collect();
+    let server = database.row(
+        "look at the server",
+        "SELECT pg_catalog.pg_is_in_recovery(), rolname::text, rolreplication OR rolsuper, \
+         (SELECT count(*) FROM pg_catalog.pg_replication_slots), \
+         (SELECT count(*) FROM pg_catalog.pg_stat_replication), \
+         (SELECT system_identifier FROM pg_catalog.pg_control_system()), \
+         (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()), \
+         (SELECT confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1) \
+         FROM pg_catalog.pg_roles WHERE rolname = current_user",
+        &[&config.slot],
+    )?;
+    if let Some(row) = server {
+        facts.standby = row.get(0);
+        facts.role = row.get(1);
+        facts.may_replicate = row.get(2);
+        facts.slots = row.get(3);
+        facts.senders = row.get(4);
+        let log: (Option<i64>, Option<i32>, Option<String>) = (row.get(5), row.get(6), row.get(7));
+        facts.log = log.0.zip(log.1).map(|(system_id, timeline)| Log {
+            // numbers without a sign, to which SQL's types give one
+            system_id: system_id as u64,
+            timeline: timeline as u32,
+            confirmed: log.2.and_then(|lsn| lsn.parse().ok()),
+        });
+    }
+    facts.slot = read_slot(database, config)?;
+    facts.publication = read_publication(database, config)?;
+    let standbys = database.rows(
+        "find the standbys",
+        "SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE slot_type = 'physical' AND active ORDER BY 1",
+        &[],
+    )?;
+    facts.standbys = standbys.iter().map(|row| row.get(0)).collect();
+    Ok(facts)
+}
+
+fn read_slot(database: &mut Database, config: &Config) -> Result<Option<Slot>, Error> {
+    let version = database.version;
+    let since = |number: u32, column: &'static str, otherwise: &'static str| match version >= number
+    {
+        true => column,
+        false => otherwise,
+    };
+    let sql = format!(
+        "SELECT slot_type, plugin::text, database::text, database IS NOT DISTINCT FROM current_database(), active_pid, \
+         {}, {}, {}, pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() \
+         THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::bigint \
+         FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+        since(130_000, "wal_status", "NULL::text"),
+        since(170_000, "invalidation_reason", "NULL::text"),
+        since(170_000, "failover", "false"),
+    );
+    let row = database.row("look at the slot", &sql, &[&config.slot])?;
+    Ok(row.map(|row| Slot {
+        kind: row.get(0),
+        plugin: row.get(1),
+        database: row.get(2),
+        here: row.get(3),
+        active_pid: row.get(4),
+        wal_status: row.get(5),
+        invalidation: row.get(6),
+        failover: row.get(7),
+        retained_bytes: row.get(8),
+    }))
+}
+
+fn read_publication(
+    database: &mut Database,
+    config: &Config,
+) -> Result<Option<Publication>, Error> {
+    // an age is how many transactions ago; a catalog row's xmin is the transaction that wrote it
+    let found = database.row(
+        "look at the publication",
+        "SELECT pubinsert, pubupdate OR pubdelete, COALESCE(pg_catalog.age(p.xmin) <= (SELECT pg_catalog.age(catalog_xmin) \
+         FROM pg_catalog.pg_replication_slots WHERE slot_name = $2), false) \
+         FROM pg_catalog.pg_publication p WHERE pubname = $1",
+        &[&config.publication, &config.slot],
+    )?;
+    let Some(row) = found else {
+        return Ok(None);
+    };
+    // column lists and row filters came with 15
+    let (columns, filtered) = match database.version >= 150_000 {
+        true => ("t.attnames::text[]", "t.rowfilter IS NOT NULL"),
+        false => (
+            "ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND attnum > 0 \
+             AND NOT attisdropped)",
+            "false",
+        ),
+    };
+    let tables = database.rows(
+        "look into the publication",
+        &format!(
+            "SELECT t.schemaname::text, t.tablename::text, {columns}, {filtered}, CASE c.relreplident WHEN 'f' THEN true \
+             WHEN 'd' THEN EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary) \
+             WHEN 'i' THEN EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisreplident) \
+             ELSE false END \
+             FROM pg_catalog.pg_publication_tables t JOIN pg_catalog.pg_namespace n ON n.nspname = t.schemaname \
+             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
+             WHERE t.pubname = $1 ORDER BY 1, 2"
+        ),
+        &[&config.publication],
+    )?;
+    Ok(Some(Publication {
+        inserts: row.get(0),
+        changes: row.get(1),
+        newer_than_slot: row.get(2),
+        tables: tables
+            .iter()
+            .map(|row| Table {
+                name: TableName {
+                    and_longer: false,
+                    schema: Some(row.get(0)),
+                    name: row.get(1),
+                },
+                columns: row.get::<_, Option<_>>(2).unwrap_or_default(),
+                filtered: row.get(3),
+                replica_identity: row.get(4),
+            })
+            .collect(),
+    }))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+//! Plain SQL over the `postgres` crate, on a session that was made as the relay makes its own.
+
+use super::error::Error;
+use crate::postgres::handover::hand_over;
+use crate::postgres::{ConnInfo, Connection};
+use ::postgres::config::SslMode;
+use ::postgres::types::ToSql;
+use ::postgres::{Client, Config, NoTls, Row};
+use std::time::Duration;
+
+/// The other client stands on the same machine and is let in at once.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// For an answer. Postgres itself ends a statement after 30 s, see [`Database::connect`].
+const ANSWER_LIMIT: Duration = Duration::from_secs(40);
+
+/// A session for SQL.
+pub struct Database {
+    client: Client,
+    /// Version and cipher; `None`: without TLS.
+    pub tls: Option<String>,
+    /// `host:port`, or a socket's folder and port.
+    pub peer: String,
+    /// 150018 for 15.18.
+    pub version: u32,
+    /// As the server prints it.
+    pub version_text: String,
+}
+
+/// What a session may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Look: every transaction is a read-only one.
+    Read,
+    /// Create and drop.
+    Write,
+}
+
+impl Database {
+    /// Connects to the same host, with the same rights and checks, as the relay would.
+    pub fn connect(db: &ConnInfo, access: Access) -> Result<Database, Error> {
+        let connection = Connection::connect(&db.without_replication())?;
+        let (tls, peer) = (connection.tls_description(), connection.peer().to_string());
+        let version = connection.server_version_num();
+        let version_text = connection.parameter("server_version").unwrap_or("unknown");
+        let version_text = version_text.to_string();
+        let offer = hand_over(connection, ANSWER_LIMIT)?;
+        let client = Config::new()
+            .hostaddr(offer.address.ip())
+            .port(offer.address.port())
+            .user(&offer.token)
+            .ssl_mode(SslMode::Disable)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .connect(NoTls)
+            .map_err(|source| Error::Sql {
+                doing: "take the session over".into(),
+                source,
+            })?;
+        let mut database = Database {
+            client,
+            tls,
+            peer,
+            version,
+            version_text,
+        };
+        database.run(
+            "set the session up",
+            match access {
+                Access::Read => {
+                    "SET statement_timeout = '30s'; SET lock_timeout = '10s'; SET default_transaction_read_only = on"
+                }
+                Access::Write => "SET statement_timeout = '30s'; SET lock_timeout = '10s'",
+            },
+        )?;
+        Ok(database)
+    }
+
+    /// The rows of one statement.
+    pub fn rows(
+        &mut self,
+        doing: &str,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Error> {
+        self.client
+            .query(sql, parameters)
+            .map_err(|source| Error::Sql {
+                doing: doing.into(),
+                source,
+            })
+    }
+
+    /// The first row of one statement, if there is one.
+    pub fn row(
+        &mut self,
+        doing: &str,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Option<Row>, Error> {
+        Ok(self.rows(doing, sql, parameters)?.into_iter().next())
+    }
+
+    /// Runs statements without parameters, in one transaction.
+    pub fn run(&mut self, doing: &str, sql: &str) -> Result<(), Error> {
+        self.client.batch_execute(sql).map_err(|source| Error::Sql {
+            doing: doing.into(),
+            source,
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! `setup --print-sql` and `--print-nats`: what an administrator has to run, with the least privileges the relay works
+//! with. A test runs the relay under exactly these.
+
+use super::statements::{
+    create_bucket, create_publication, create_slot, create_stream, create_table, identifier, tables,
+};
+use crate::config::Config;
+use crate::config::operation::{Setup, Side};
+use std::fmt::Write;
+
+/// The whole text.
+pub fn text(config: &Config, how: &Setup, side: Side) -> String {
+    match side {
+        Side::Postgres => sql(config, how),
+        Side::Nats => nats(config, how),
+    }
+}
+
+fn sql(config: &Config, how: &Setup) -> String {
+    let (role, database) = (identifier(&how.role), identifier(config.db.dbname()));
+    let mut text = format!(
+        "-- In psql, as a superuser, in the database {database}. The server needs wal_level = logical; if SHOW wal_level says\n\
+         -- otherwise: ALTER SYSTEM SET wal_level = 'logical'; and a restart.\n\n\
+         -- The relay's role. Give it a password: \\password {role}\n\
+         -- It needs no privilege on the table.\n\
+         CREATE ROLE {role} WITH LOGIN REPLICATION;\n\
+         GRANT CONNECT ON DATABASE {database} TO {role};\n\n"
+    );
+    for table in tables(config) {
+        text += &create_table(&table);
+        text += "\n\n";
+    }
+    text += &create_publication(config);
+    text += "\n\n-- After the publication: a slot cannot see a publication that is younger. It keeps log from now on,\n\
+             -- so start the relay soon, or the log fills the disk.\n";
+    text += &create_slot(&config.slot, how.failover);
+    text.push('\n');
+    text
+}
+
+fn nats(config: &Config, how: &Setup) -> String {
+    let api = &config.nats.api_prefix;
+    let mut allowed = vec![
+        format!("{}.>", config.prefix),
+        format!("{api}.STREAM.NAMES"),
+    ];
+    let mut streams = vec![how.stream.clone()];
+    if !config.checkpoint.is_empty() {
+        allowed.push(format!("$KV.{}.{}", config.checkpoint, config.slot));
+        streams.push(format!("KV_{}", config.checkpoint));
+    }
+    for stream in &streams {
+        allowed.push(format!("{api}.STREAM.INFO.{stream}"));
+        allowed.push(format!("{api}.STREAM.MSG.GET.{stream}"));
+    }
+    let allowed: Vec<String> = allowed
+        .iter()
+        .map(|s| format!("          \"{s}\"\n"))
+        .collect();
+    let mut text = format!(
+        "# In the configuration of nats-server. When further streams capture the prefix, allow INFO and MSG.GET of each.\n\
+         authorization {{\n  users: [\n    {{\n      user: {:?}\n      password: \"choose-a-better-one\"\n      permissions: {{\n        \
+         publish: {{ allow: [\n{}        ] }}\n        subscribe: {{ allow: [ \"_INBOX.>\" ] }}\n      }}\n    }}\n  ]\n}}\n\n\
+         # Then, as a user who may create streams, with the nats command-line tool:\n",
+        how.role,
+        allowed.concat()
+    );
+    let requests =
+        std::iter::once(create_stream(config, how)).chain(create_bucket(config, how.replicas));
+    for (subject, body) in requests {
+        // what is asked for is JSON, and JSON of ours has no single quote
+        let body = String::from_utf8_lossy(&body);
+        let _ = writeln!(text, "nats request '{api}.{subject}' '{body}'");
+    }
+    text
+}

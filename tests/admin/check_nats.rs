@@ -1,0 +1,274 @@
+//! `check` on the NATS side: each finding, made by really breaking that thing.
+
+use crate::check_postgres::{check, finding, set_up};
+use crate::command::{on, run};
+use crate::rig::{Rig, SLOT, STREAM};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+use serde_json::{Value, json};
+
+/// A Postgres that is well, and a server with these streams beside the checkpoint's bucket.
+fn with_streams(streams: &[Value]) -> Rig {
+    let rig = set_up(Postgres::builder());
+    replace(&rig, streams);
+    rig
+}
+
+/// Puts these streams in place of the present one.
+fn replace(rig: &Rig, streams: &[Value]) {
+    let mut nats = rig.nats.client();
+    let names = nats.api("STREAM.NAMES", &json!({ "subject": "events.>" }));
+    for name in names["streams"].as_array().into_iter().flatten() {
+        nats.api(
+            &format!("STREAM.DELETE.{}", name.as_str().unwrap()),
+            &Value::Null,
+        );
+    }
+    streams
+        .iter()
+        .for_each(|stream| nats.add_stream_with(stream.clone()));
+}
+
+/// A stream of `events.>`, with these settings in place of the defaults.
+fn stream(settings: &Value) -> Value {
+    let mut config = json!({ "name": STREAM, "subjects": ["events.>"] });
+    for (name, value) in settings.as_object().expect("settings") {
+        config[name] = value.clone();
+    }
+    config
+}
+
+#[test]
+fn no_server_no_jetstream_no_stream() {
+    let rig = set_up(Postgres::builder());
+    let db = rig.pg.url("postgres", "postgres");
+    let report = run(&["check", "-json", "-db", &db, "-nats", "127.0.0.1:1"], &[]).json(2);
+    assert_eq!(
+        finding(&report["findings"], "nats.connection")["level"],
+        "fail"
+    );
+    let off = Nats::builder().without_jetstream().build();
+    let report = run(&["check", "-json", "-db", &db, "-nats", &off.url()], &[]).json(2);
+    let found = finding(&report["findings"], "nats.jetstream");
+    assert!(
+        found["fix"]
+            .as_str()
+            .is_some_and(|fix| fix.contains("store_dir")),
+        "{found}"
+    );
+    replace(&rig, &[]);
+    check(&rig, &[], &[("nats.streams", "fail")]);
+    // an API that does not exist
+    check(
+        &rig,
+        &["-nats-api-prefix", "$JS.none.API"],
+        &[("nats.jetstream", "fail")],
+    );
+}
+
+#[test]
+fn tls_is_missed_on_the_way_to_another_machine() {
+    let rig = set_up(Postgres::builder());
+    let db = rig.pg.url("postgres", "postgres");
+    // an address that is none of the loopback interface, and yet is this machine
+    let nats = Nats::builder().config("host: 0.0.0.0").build();
+    let url = format!("nats://0.0.0.0:{}", nats.port());
+    let report = run(&["check", "-json", "-db", &db, "-nats", &url], &[]).json(2);
+    assert_eq!(
+        finding(&report["findings"], "nats.tls")["level"],
+        "warn",
+        "{report:#}"
+    );
+}
+
+#[test]
+fn a_stream_that_cannot_carry_the_promises() {
+    let rig = with_streams(&[]);
+    let second = 1_000_000_000_u64;
+    for (settings, args, name, level) in [
+        (
+            json!({ "no_ack": true }),
+            &[][..],
+            "nats.stream_settings",
+            "fail",
+        ),
+        (
+            json!({ "storage": "memory" }),
+            &[],
+            "nats.stream_settings",
+            "warn",
+        ),
+        (
+            json!({ "discard": "new", "max_msgs": 5 }),
+            &[],
+            "nats.stream_settings",
+            "warn",
+        ),
+        (
+            json!({ "max_msg_size": 1000 }),
+            &[],
+            "nats.stream_settings",
+            "warn",
+        ),
+        (
+            json!({ "retention": "workqueue" }),
+            &["-checkpoint", "none"],
+            "nats.retention",
+            "warn",
+        ),
+        (
+            json!({ "max_age": 3600 * second }),
+            &["-checkpoint", "none"],
+            "nats.retention",
+            "warn",
+        ),
+        (
+            json!({ "duplicate_window": second }),
+            &["-delivery", "at-least-once"],
+            "nats.duplicate_window",
+            "warn",
+        ),
+    ] {
+        replace(&rig, &[stream(&settings)]);
+        check(&rig, args, &[(name, level)]);
+    }
+    replace(&rig, &[stream(&json!({}))]);
+    check(&rig, &[], &[]);
+    let mut sealed = rig.nats.client().stream_info(STREAM)["config"].clone();
+    sealed["sealed"] = json!(true);
+    rig.nats
+        .client()
+        .api(&format!("STREAM.UPDATE.{STREAM}"), &sealed);
+    check(
+        &rig,
+        &[],
+        &[("nats.stream_settings", "fail"), ("nats.publish", "fail")],
+    );
+}
+
+#[test]
+fn nothing_that_check_tries_is_stored() {
+    let rig = with_streams(&[
+        json!({ "name": "A", "subjects": ["events.account.>"] }),
+        json!({ "name": "B", "subjects": ["events.order.*", "events.x"] }),
+    ]);
+    let findings = check(&rig, &[], &[]);
+    let found = finding(&findings, "nats.streams")["found"].as_str();
+    assert_eq!(
+        found,
+        Some("events.> is captured by A (events.account.>), B (events.order.*, events.x)")
+    );
+    for stream in ["A", "B", "KV_jetstream_outbox"] {
+        assert_eq!(rig.nats.client().last_seq(stream), 0, "{stream}");
+    }
+}
+
+/// A user who may do everything but `denied`, on a server with the stream and the bucket.
+fn denying(rig: &Rig, denied: &str, create_bucket: bool) -> Nats {
+    let config = format!(
+        "authorization {{ users: [ {{ user: admin, password: admin }}, {{ user: relay, password: relay, \
+         permissions: {{ publish: {{ deny: [\"{denied}\"] }} }} }} ] }}"
+    );
+    let nats = Nats::builder()
+        .config(&config)
+        .client_options(json!({ "user": "admin", "pass": "admin" }))
+        .build();
+    nats.client().add_seed_stream();
+    if create_bucket {
+        let url = format!("nats://admin:admin@127.0.0.1:{}", nats.port());
+        run(
+            &[
+                "setup",
+                "-db",
+                &rig.pg.url("postgres", "postgres"),
+                "-nats",
+                &url,
+            ],
+            &[],
+        )
+        .with(0);
+    }
+    nats
+}
+
+#[test]
+fn a_permission_is_missing() {
+    let rig = set_up(Postgres::builder());
+    let db = rig.pg.url("postgres", "postgres");
+    for (denied, bucket, expected) in [
+        ("none", true, vec![]),
+        (
+            "$JS.API.STREAM.NAMES",
+            true,
+            vec![("nats.jetstream", "fail")],
+        ),
+        ("events.>", true, vec![("nats.publish", "fail")]),
+        (
+            "$JS.API.STREAM.MSG.GET.jetstream_outbox",
+            true,
+            vec![("nats.read", "fail")],
+        ),
+        ("$KV.>", true, vec![("nats.checkpoint", "warn")]),
+        (
+            "$JS.API.STREAM.MSG.GET.KV_jetstream_outbox",
+            true,
+            vec![("nats.checkpoint", "warn")],
+        ),
+        ("none", false, vec![("nats.checkpoint", "warn")]),
+    ] {
+        let nats = denying(&rig, denied, bucket);
+        let url = format!("nats://relay:relay@127.0.0.1:{}", nats.port());
+        let ended = run(&["check", "-json", "-db", &db, "-nats", &url], &[]);
+        let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+        let bad: Vec<(&str, &str)> = (report["findings"].as_array().into_iter().flatten())
+            .filter(|finding| finding["level"] != "ok")
+            .filter_map(|finding| Some((finding["name"].as_str()?, finding["level"].as_str()?)))
+            .collect();
+        assert_eq!(bad, expected, "{denied}: {report:#}");
+    }
+}
+
+#[test]
+fn the_bucket_is_in_memory() {
+    let rig = set_up(Postgres::builder());
+    let mut nats = rig.nats.client();
+    let name = "KV_jetstream_outbox";
+    let mut config = nats.stream_info(name)["config"].clone();
+    nats.api(&format!("STREAM.DELETE.{name}"), &Value::Null);
+    config["storage"] = json!("memory");
+    nats.add_stream_with(config);
+    check(&rig, &[], &[("nats.checkpoint", "warn")]);
+}
+
+#[test]
+fn the_stream_is_of_another_postgres() {
+    let rig = set_up(Postgres::builder());
+    rig.commit_event(1, "a");
+    rig.drain(&[]);
+    check(&rig, &[], &[]);
+    let other = Rig {
+        pg: Postgres::builder().own_system_id().build(),
+        nats: rig.nats,
+    };
+    on(&other, &["setup"]).with(0);
+    check(&other, &[], &[("both.history", "fail")]);
+}
+
+#[test]
+fn the_slot_is_not_where_the_relay_has_left_it() {
+    let rig = set_up(Postgres::builder());
+    rig.commit_event(1, "a");
+    rig.drain(&["-hold-back", "0"]);
+    let findings = check(&rig, &[], &[]);
+    assert_eq!(finding(&findings, "both.slot_position")["level"], "ok");
+    rig.pg
+        .execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"));
+    rig.commit_event(2, "a");
+    on(&rig, &["setup"]).with(0);
+    check(&rig, &[], &[("both.slot_position", "fail")]);
+    // the relay says so too, and its remedy is the finding's
+    let (code, log) = rig.run(&["-drain"]);
+    assert_eq!(code, 78, "{log:?}");
+    rig.drain(&["-resume-anyway", "-hold-back", "0"]);
+    check(&rig, &[], &[]);
+}

@@ -1,0 +1,371 @@
+//! `setup`, `teardown`, and what `setup` prints for administrators.
+
+use crate::command::{Ended, on, run, servers};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+use crate::support::relay::Relay;
+use serde_json::{Value, json};
+
+/// Nothing is there yet.
+fn bare() -> Rig {
+    Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    }
+}
+
+/// The first word of each line.
+fn outcomes(ended: &Ended) -> Vec<&str> {
+    let lines = ended.stdout.lines();
+    lines
+        .filter_map(|line| line.split_whitespace().next())
+        .collect()
+}
+
+#[test]
+fn setup_makes_all_that_the_relay_needs_and_finds_it_the_next_time() {
+    let rig = bare();
+    let first = on(
+        &rig,
+        &["setup", "--max-age", "24h", "--duplicate-window", "5m"],
+    );
+    first.with(0);
+    assert_eq!(outcomes(&first), ["created"; 5], "{first:?}");
+    let config = &rig.nats.client().stream_info(STREAM)["config"];
+    for (name, value) in [
+        ("subjects", json!(["events.>"])),
+        ("storage", json!("file")),
+        ("num_replicas", json!(1)),
+        ("max_age", json!(86_400_000_000_000_u64)),
+        ("duplicate_window", json!(300_000_000_000_u64)),
+    ] {
+        assert_eq!(config[name], value, "{name}");
+    }
+    assert_eq!(
+        rig.pg.scalar::<bool>(
+            "SELECT pubinsert AND NOT pubupdate AND NOT pubdelete FROM pg_publication"
+        ),
+        Some(true)
+    );
+    rig.commit_event(1, "a");
+    rig.drain(&["--hold-back", "0"]);
+    assert_eq!(rig.subjects(), ["events.account.a"]);
+
+    let confirmed = rig.pg.confirmed_flush_lsn(SLOT);
+    let second = on(&rig, &["setup"]);
+    second.with(0);
+    assert_eq!(outcomes(&second), ["found"; 5], "{second:?}");
+    assert_eq!(rig.pg.confirmed_flush_lsn(SLOT), confirmed);
+    assert_eq!(rig.messages().len(), 1);
+}
+
+#[test]
+fn setup_takes_the_relays_names() {
+    let rig = bare();
+    let flags = [
+        "-slot",
+        "orders",
+        "-publication",
+        "Orders of all",
+        "-prefix",
+        "shop.v1",
+        "-table",
+        "orders,\"My\".\"Outbox\"",
+        "-checkpoint",
+        "none",
+        "-logging=debug",
+    ];
+    rig.pg.execute("CREATE SCHEMA \"My\"");
+    let ended = on(
+        &rig,
+        &[&flags[..], &["setup", "-stream", "ORDERS"]].concat(),
+    );
+    assert_eq!(
+        ended.with(0),
+        "created  stream ORDERS of shop.v1.>\ncreated  table orders\ncreated  table \"My\".\"Outbox\"\n\
+         created  publication \"Orders of all\"\ncreated  slot orders\n"
+    );
+    let tables = "SELECT string_agg(schemaname || '.' || tablename, ' ' ORDER BY 1) FROM pg_publication_tables";
+    assert_eq!(
+        rig.pg.scalar::<String>(tables).as_deref(),
+        Some("public.orders My.Outbox")
+    );
+    rig.pg
+        .execute("INSERT INTO \"My\".\"Outbox\" VALUES (gen_random_uuid(), 'order', '7', '{}')");
+    rig.drain(&flags);
+    assert_eq!(rig.nats.client().read_all("ORDERS").len(), 1);
+}
+
+#[test]
+fn setup_says_where_things_differ_and_leaves_them() {
+    let rig = bare();
+    rig.pg.execute("CREATE TABLE outbox (id uuid, aggregatetype text, payload jsonb); CREATE TABLE other (n int)");
+    rig.pg.execute(&format!(
+        "CREATE PUBLICATION {SLOT} FOR TABLE other WITH (publish = 'update')"
+    ));
+    rig.pg.execute(&format!(
+        "SELECT pg_create_logical_replication_slot('{SLOT}', 'test_decoding')"
+    ));
+    let mut nats = rig.nats.client();
+    nats.add_stream_with(json!({
+        "name": "EV", "subjects": ["events.account.>"], "storage": "memory", "duplicate_window": 60_000_000_000_u64
+    }));
+    nats.add_stream_with(json!({
+        "name": "KV_jetstream_outbox", "subjects": ["$KV.jetstream_outbox.>"], "storage": "memory", "max_msgs_per_subject": 1
+    }));
+    let before = nats.stream_info("EV")["config"].clone();
+    let ended = on(
+        &rig,
+        &[
+            "setup",
+            "-replicas=3",
+            "-max-age=1h",
+            "-duplicate-window=2m",
+        ],
+    );
+    let text = ended.with(78);
+    for difference in [
+        "stream EV of events.account.>: it is kept in memory",
+        "stream EV of events.account.>: its number of replicas is 1, not 3",
+        "stream EV of events.account.>: its max_age is 0s, not 3600s",
+        "stream EV of events.account.>: its duplicate_window is 60s, not 120s",
+        "stream EV of events.account.>: it does not capture all of events.>",
+        "checkpoint bucket jetstream_outbox: it is kept in memory",
+        "table outbox: it has no column aggregateid",
+        "publication jetstream_outbox: it does not publish inserts; ALTER PUBLICATION jetstream_outbox SET (publish = 'insert');",
+        "publication jetstream_outbox: it does not hold table outbox; ALTER PUBLICATION jetstream_outbox ADD TABLE outbox;",
+        "slot jetstream_outbox: it is not a logical slot of pgoutput",
+    ] {
+        assert!(
+            text.contains(&format!("differs  {difference}")),
+            "{difference}:\n{text}"
+        );
+    }
+    assert_eq!(text.lines().count(), 10, "{text}");
+    assert_eq!(nats.stream_info("EV")["config"], before);
+    assert_eq!(
+        rig.pg
+            .scalar::<String>("SELECT plugin::text FROM pg_replication_slots")
+            .as_deref(),
+        Some("test_decoding")
+    );
+}
+
+#[test]
+fn setup_does_not_trust_a_slot_that_is_older_than_the_publication() {
+    let rig = bare();
+    rig.add_slot(SLOT);
+    let ended = on(&rig, &["setup"]);
+    let text = ended.with(78);
+    assert!(
+        text.contains("differs  slot jetstream_outbox: it is older than the publication"),
+        "{text}"
+    );
+    rig.pg.execute("CREATE DATABASE other");
+    let servers = servers(&rig.pg, &rig.nats);
+    let other = rig.pg.url("postgres", "other");
+    let ended = run(&["setup", "-db", &other, "-nats", &servers[3]], &[]);
+    let text = ended.with(78);
+    assert!(
+        text.contains("differs  slot jetstream_outbox: it belongs to database postgres"),
+        "{text}"
+    );
+}
+
+#[test]
+fn setup_names_a_stream_that_has_the_name_and_other_subjects() {
+    let rig = bare();
+    rig.nats.client().add_stream(STREAM, &["other.>"]);
+    let ended = on(&rig, &["setup"]);
+    assert!(
+        ended.with(78).contains("it captures other.>, not events.>"),
+        "{ended:?}"
+    );
+}
+
+/// A slot that nobody reads fills the disk: it must not be left behind by what fails after it.
+#[test]
+fn setup_makes_no_slot_when_something_else_fails() {
+    let rig = bare();
+    let db = rig.pg.url("postgres", "postgres");
+    let ended = run(&["setup", "-db", &db, "-nats", "127.0.0.1:1"], &[]);
+    assert_eq!(ended.code, 69, "{ended:?}");
+    rig.pg.execute("CREATE ROLE weak LOGIN");
+    let weak = rig.pg.url("weak", "postgres");
+    let ended = run(&["setup", "-db", &weak, "-nats", &rig.nats.url()], &[]);
+    assert_eq!(ended.code, 78, "{ended:?}");
+    assert!(
+        ended.stderr.contains("42501") && ended.stderr.contains("--print-sql"),
+        "{ended:?}"
+    );
+    assert_eq!(
+        rig.pg
+            .scalar::<i64>("SELECT count(*) FROM pg_replication_slots"),
+        Some(0)
+    );
+}
+
+#[test]
+fn a_slot_for_standbys_needs_postgres_17() {
+    let rig = bare();
+    let sql = "SELECT current_setting('server_version_num')::int >= 170000";
+    let ended = on(&rig, &["setup", "-failover"]);
+    if rig.pg.scalar::<bool>(sql) == Some(true) {
+        ended.with(0);
+        let slot = "SELECT failover FROM pg_replication_slots";
+        assert_eq!(rig.pg.scalar::<bool>(slot), Some(true));
+    } else {
+        ended.with(78);
+        assert!(ended.stderr.contains("no failover slots"), "{ended:?}");
+        let slots = "SELECT count(*) FROM pg_replication_slots";
+        assert_eq!(rig.pg.scalar::<i64>(slots), Some(0));
+    }
+}
+
+#[test]
+fn teardown_removes_slot_and_publication_when_told_so() {
+    let rig = Rig::start();
+    let count = || {
+        rig.pg.scalar::<i64>(
+            "SELECT (SELECT count(*) FROM pg_replication_slots) + (SELECT count(*) FROM pg_publication)",
+        )
+    };
+    let ended = on(&rig, &["teardown"]);
+    assert_eq!(
+        ended.with(64),
+        "would remove  slot jetstream_outbox\nwould remove  publication jetstream_outbox\n"
+    );
+    assert!(ended.stderr.contains("pass -yes"), "{ended:?}");
+    assert_eq!(count(), Some(2));
+
+    let mut relay = rig.relay(&[]);
+    relay.wait_for_log("connected", DEADLINE);
+    crate::support::wait::eventually("the slot to be used", DEADLINE, || rig.pg.slot_active(SLOT));
+    let ended = on(&rig, &["teardown", "-yes"]);
+    assert_eq!(ended.code, 75, "{ended:?}");
+    assert_eq!(count(), Some(2));
+    relay.term();
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+
+    rig.pg.execute("CREATE DATABASE other");
+    let other = rig.pg.url("postgres", "other");
+    let ended = run(&["teardown", "-yes", "-db", &other], &[]);
+    assert_eq!(ended.code, 78, "{ended:?}");
+    assert!(
+        ended.stderr.contains("belongs to database postgres"),
+        "{ended:?}"
+    );
+    assert_eq!(count(), Some(2));
+
+    let ended = on(&rig, &["teardown", "-yes"]);
+    assert_eq!(
+        ended.with(0),
+        "removed  slot jetstream_outbox\nremoved  publication jetstream_outbox\n"
+    );
+    assert_eq!(count(), Some(0));
+    assert_eq!(
+        on(&rig, &["teardown", "-yes"]).with(0),
+        "nothing to remove\n"
+    );
+    assert_eq!(
+        rig.pg.scalar::<i64>("SELECT count(*) FROM outbox"),
+        Some(0),
+        "the table stays"
+    );
+}
+
+/// The statements without comments, as psql would run them: one a transaction.
+fn statements(sql: &str) -> Vec<String> {
+    let lines: Vec<&str> = sql.lines().filter(|line| !line.starts_with("--")).collect();
+    let text = lines.join("\n");
+    let statements = text.split(";\n").map(str::trim).filter(|s| !s.is_empty());
+    statements.map(str::to_string).collect()
+}
+
+/// What is printed is all there is: the relay runs under exactly this role and these permissions.
+#[test]
+fn the_relay_runs_with_what_is_printed_and_no_more() {
+    let pg = Postgres::start();
+    // what a careful administrator has done already
+    pg.execute("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC");
+    let db = pg.url("postgres", "postgres");
+    let printed = run(
+        &["setup", "--print-sql", "--role", "relay", "-db", &db],
+        &[],
+    );
+    let statements = statements(printed.with(0));
+    assert_eq!(statements.len(), 5, "{statements:?}");
+    statements.iter().for_each(|sql| pg.execute(sql));
+
+    let printed = run(&["setup", "--print-nats", "-db", &db], &[]);
+    let (config, requests) = printed
+        .with(0)
+        .split_once("# Then")
+        .expect("a configuration, then requests");
+    let lines: Vec<&str> = requests.lines().collect();
+    let nats = permitting(config, &lines);
+
+    let relay_db = pg.url("relay", "postgres");
+    let relay_nats = format!("nats://relay:choose-a-better-one@127.0.0.1:{}", nats.port());
+    let flags = ["-db", &relay_db, "-nats", &relay_nats];
+    let rig = Rig { pg, nats };
+    rig.commit_event(1, "a");
+    let mut relay = Relay::run(&[&flags[..], &["-drain", "-hold-back=0"]].concat(), &[]);
+    assert_eq!(relay.wait_exit(DEADLINE), 0, "{:?}", relay.log());
+    assert!(
+        !relay.log().join("\n").contains("without the checkpoint"),
+        "{:?}",
+        relay.log()
+    );
+    assert_eq!(rig.nats.client().read_all(STREAM).len(), 1);
+    assert_eq!(rig.nats.client().message_count("KV_jetstream_outbox"), 1);
+
+    // the doctor, as the relay's own user, finds nothing wrong either
+    let ended = run(&[&flags[..], &["check", "--strict"]].concat(), &[]);
+    ended.with(0);
+
+    // and it is the least: each permission that is taken away is missed
+    let allowed: Vec<&str> = config
+        .lines()
+        .filter(|line| line.trim_start().starts_with('"'))
+        .collect();
+    assert_eq!(allowed.len(), 7, "{config}");
+    let requests: Vec<&str> = requests.lines().collect();
+    for (index, line) in allowed.iter().enumerate() {
+        let nats = permitting(&config.replace(&format!("{line}\n"), ""), &requests);
+        rig.commit_event(index as u64 + 2, "a");
+        let at = format!("nats://relay:choose-a-better-one@127.0.0.1:{}", nats.port());
+        let mut relay = Relay::run(
+            &["-db", &relay_db, "-nats", &at, "-drain", "-max-outage=1s"],
+            &[],
+        );
+        let (code, log) = (relay.wait_exit(DEADLINE), relay.log().join("\n"));
+        assert!(
+            code != 0 || log.contains("without the checkpoint"),
+            "{line}\n{log}"
+        );
+    }
+}
+
+/// A server with the printed configuration, on which an administrator has run the printed requests.
+fn permitting(config: &str, requests: &[&str]) -> Nats {
+    let admin = "authorization {\n  users: [\n    { user: admin, password: admin }";
+    let nats = Nats::builder()
+        .config(&config.replace("authorization {\n  users: [", admin))
+        .client_options(json!({ "user": "admin", "pass": "admin" }))
+        .build();
+    for line in requests
+        .iter()
+        .filter(|line| line.starts_with("nats request"))
+    {
+        let words: Vec<&str> = line.split('\'').collect();
+        let [_, subject, _, body, _] = words.as_slice() else {
+            panic!("{line}")
+        };
+        let body: Value = serde_json::from_str(body).expect("JSON");
+        let call = subject.strip_prefix("$JS.API.").expect("the API");
+        nats.client().api(call, &body);
+    }
+    nats
+}

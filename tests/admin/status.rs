@@ -1,0 +1,175 @@
+//! `status`: both sides' own words about where things stand.
+
+use crate::command::{on, run, servers};
+use crate::rig::{DEADLINE, Rig, SLOT};
+use crate::support::process::Process;
+use crate::support::wait::eventually;
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+#[track_caller]
+fn status(rig: &Rig) -> Value {
+    on(rig, &["status", "--json"]).json(0)
+}
+
+#[test]
+fn an_event_that_waits_is_told_until_it_is_published() {
+    let rig = Rig::start();
+    let idle = status(&rig);
+    assert_eq!(idle["lag_seconds"], 0, "{idle}");
+    assert_eq!(idle["lag_bytes"], 0, "{idle}");
+    assert_eq!(idle["slot"]["holder"], Value::Null, "{idle}");
+
+    rig.commit_event(1, "a");
+    // the lag is as old as the event
+    let waiting = eventually("the event to wait for a second", DEADLINE, || {
+        let found = status(&rig);
+        match found["lag_seconds"].as_u64() {
+            Some(seconds) if seconds > 0 => Ok(found),
+            _ => Err(found),
+        }
+    });
+    assert!(waiting["lag_bytes"].as_u64() > Some(0), "{waiting}");
+    for (limits, code) in [
+        (&["--max-lag-seconds", "3600"][..], 0),
+        (&["--max-lag-seconds", "0"], 1),
+        (&["--max-lag-bytes", "100000000"], 0),
+        (&["--max-lag-bytes", "10"], 1),
+    ] {
+        on(&rig, &[&["status"], limits].concat()).with(code);
+    }
+
+    // held back, so not confirmed; but it is in the stream
+    rig.drain(&["--hold-back", "1h"]);
+    let published = status(&rig);
+    assert!(rig.pg.confirmed_flush_lsn(SLOT) < rig.pg.current_wal_lsn());
+    assert_eq!(published["lag_seconds"], 0, "{published}");
+    let stream = &published["streams"][0];
+    assert_eq!(stream["last_event_seq"], 1, "{published}");
+    assert!(stream["last_event_age_seconds"].is_u64(), "{published}");
+    let position = stream["last_event_position"].as_str().expect("a position");
+    assert!(position.starts_with("jetstream_outbox "), "{position}");
+    on(&rig, &["status", "--max-lag-seconds", "0"]).with(0);
+    assert_eq!(
+        rig.pg
+            .scalar::<i64>("SELECT count(*) FROM pg_replication_slots"),
+        Some(1),
+        "no copy is left"
+    );
+}
+
+#[test]
+fn what_is_no_event_is_no_lag() {
+    let rig = Rig::start_with_tables(
+        "CREATE TABLE outbox (id uuid PRIMARY KEY, aggregatetype text, aggregateid text, payload jsonb); \
+         CREATE TABLE other (n int PRIMARY KEY)",
+    );
+    rig.pg
+        .execute("INSERT INTO other SELECT generate_series(1, 3000)");
+    (1..=1500).for_each(|n| {
+        if n % 100 == 0 {
+            rig.pg
+                .execute(&format!("UPDATE other SET n = -n WHERE n = {n}"));
+        }
+    });
+    let found = status(&rig);
+    // what was committed just now waits for 0 seconds as well, so the bytes tell
+    assert_eq!(found["lag_bytes"], 0, "{found}");
+    rig.commit_event(1, "a");
+    eventually("the event to wait", DEADLINE, || {
+        status(&rig)["lag_seconds"].as_u64() > Some(0)
+    });
+}
+
+#[test]
+fn a_relay_that_runs_is_named_and_not_disturbed() {
+    let rig = Rig::start();
+    let relay = rig.relay(&[]);
+    rig.commit_event(1, "a");
+    rig.wait_for_messages(1);
+    let found = eventually("the relay to be seen", DEADLINE, || {
+        let found = status(&rig);
+        found["slot"]["holder"].is_object().then_some(found)
+    });
+    assert!(found["slot"]["holder"]["pid"].is_u64(), "{found}");
+    assert_eq!(found["lag_seconds"], 0, "{found}");
+    let ended = on(&rig, &["status"]);
+    let text = ended.with(0);
+    for part in [
+        "slot     jetstream_outbox at 127.0.0.1:",
+        "\nrelay    ",
+        "from 127.0.0.1, server process",
+        "sequence 1, ",
+        "\nlag      none",
+    ] {
+        assert!(text.contains(part), "{part}:\n{text}");
+    }
+    rig.commit_event(2, "a");
+    rig.wait_for_messages(2);
+    assert!(relay.is_running());
+    let warned: Vec<String> = relay
+        .log()
+        .into_iter()
+        .filter(|line| line.contains("level=warn"))
+        .collect();
+    assert!(warned.is_empty(), "{warned:?}");
+}
+
+/// Without the privilege to see others' sessions, and without a word from the stream.
+#[test]
+fn a_weak_role_sees_what_it_may() {
+    let rig = Rig::start();
+    rig.pg.execute("CREATE ROLE relay LOGIN REPLICATION");
+    rig.commit_event(1, "a");
+    let db = rig.pg.url("relay", "postgres");
+    let ended = run(
+        &["status", "--json", "-db", &db, "-nats", &rig.nats.url()],
+        &[],
+    );
+    let found = ended.json(0);
+    assert!(found["lag_seconds"].is_u64(), "{found}");
+    assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
+    assert_eq!(
+        found["streams"][0]["last_event_seq"],
+        Value::Null,
+        "{found}"
+    );
+}
+
+#[test]
+fn what_cannot_be_found_out_is_unknown_and_exceeds_a_limit() {
+    let rig = Rig::start();
+    rig.commit_event(1, "a");
+    rig.pg.execute(&format!("DROP PUBLICATION {SLOT}"));
+    let found = status(&rig);
+    assert_eq!(found["lag_seconds"], Value::Null, "{found}");
+    on(&rig, &["status", "--max-lag-seconds", "3600"]).with(1);
+    rig.pg
+        .execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"));
+    let ended = on(&rig, &["status"]);
+    assert_eq!(ended.code, 78, "{ended:?}");
+    rig.nats.stop();
+    assert_eq!(on(&rig, &["status"]).code, 69);
+}
+
+#[test]
+fn watching_prints_again_with_a_history() {
+    let rig = Rig::start();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
+    command
+        .args(["status", "--watch"])
+        .args(servers(&rig.pg, &rig.nats))
+        .stdout(Stdio::piped());
+    let mut process = Process::spawn("status", &mut command);
+    let stdout = process.child().stdout.take().expect("stdout is piped");
+    let lines = BufReader::new(stdout)
+        .lines()
+        .map(|line| line.expect("UTF-8"));
+    let history: Vec<String> = lines
+        .filter(|line| line.starts_with("history  "))
+        .take(3)
+        .collect();
+    assert_eq!(history, ["history  ▁", "history  ▁▁", "history  ▁▁▁"]);
+    process.kill();
+}
