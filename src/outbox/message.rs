@@ -10,7 +10,7 @@
 //! not UTF-8 is malformed.
 
 use super::header::{members, scalar};
-use super::mapper::ValueProblem;
+use super::problem::ValueProblem;
 use std::borrow::Cow;
 
 /// The SQL of [`publish_function`], for the default prefix.

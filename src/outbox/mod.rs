@@ -1,9 +1,10 @@
 //! What a row of the outbox table becomes: an event with a subject, an id, headers, a body and a position.
 //!
-//! [`mapping`] is what the operator says about the tables, [`template`] the subjects of it. [`mapper`] finds the
-//! columns and writes events into a [`batch`]; [`subject`], [`message_id`], [`header`] and [`json`] hold the rules
-//! for what goes on the wire, over [`percent`]. [`message`] is the event without a table; [`park`] is what an
-//! event becomes that cannot be published as it is. [`position`] says where an event stands in Postgres.
+//! [`mapping`] is what the operator says about the tables, [`template`] the subjects of it. [`mapper`] knows the
+//! tables, [`plan`] what of each becomes an event in a [`batch`], [`problem`] why one cannot; [`subject`],
+//! [`message_id`], [`header`] and [`json`] hold the rules for what goes on the wire, over [`percent`]. [`message`] is
+//! the event without a table; [`park`] is what an event becomes that cannot be published as it is. [`position`]
+//! says where an event stands in Postgres.
 
 pub mod batch;
 pub mod header;
@@ -14,6 +15,8 @@ pub mod message;
 pub mod message_id;
 pub mod park;
 pub mod percent;
+pub mod plan;
 pub mod position;
+pub mod problem;
 pub mod subject;
 pub mod template;

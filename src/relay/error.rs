@@ -8,7 +8,7 @@ use crate::jetstream;
 use crate::jetstream::ack::AckError;
 use crate::jetstream::chain::Broken;
 use crate::jetstream::resume::Conflict;
-use crate::outbox::mapper::MapError;
+use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::DecodeError;

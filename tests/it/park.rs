@@ -350,6 +350,110 @@ fn an_event_whose_lifetime_the_server_cannot_read_is_parked_without_it() {
 }
 
 #[test]
+fn a_parked_event_is_found_where_it_is_the_last_of_the_stream() {
+    for own_stream in [true, false] {
+        let rig = rig(own_stream);
+        insert(&rig, "'1'", "'a'", "'x'");
+        insert(&rig, "'2'", "NULL", "'x'");
+        for _ in 0..3 {
+            let log = rig.drain(&[&PARK[..], &["--checkpoint=none"]].concat());
+            let again = "connecting to NATS again";
+            assert!(
+                !log.iter().any(|line| line.contains(again)),
+                "{}",
+                log.join("\n")
+            );
+        }
+        let mut all = rig.messages();
+        if own_stream {
+            all.extend(rig.nats.client().read_all(PARKED));
+        }
+        assert_eq!(ids(&all), ["1", "2"]);
+    }
+}
+
+#[test]
+fn at_least_once_parks_too() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::builder().config("max_payload: 8192").build(),
+    };
+    rig.pg.execute(TABLE);
+    rig.pg
+        .execute(&format!("CREATE PUBLICATION {SLOT} FOR ALL TABLES"));
+    rig.add_slot(SLOT);
+    rig.nats.client().add_seed_stream();
+    capture_parked(&rig, true);
+    update_stream(&rig, STREAM, "events.>", 4_000);
+    for (id, aggregateid, payload) in [
+        ("'1'", "'a'", "'x'"),
+        ("'2'", "NULL", "'x'"),
+        ("'3'", "'a'", "repeat('x', 9000)"),
+        ("'4'", "'a'", "repeat('x', 5000)"),
+        ("'5'", "'a'", "'x'"),
+    ] {
+        insert(&rig, id, aggregateid, payload);
+    }
+    rig.drain(&[&PARK[..], &["--delivery", "at-least-once"]].concat());
+    assert_eq!(ids(&rig.messages()), ["1", "5"]);
+    let parked = rig.nats.client().read_all(PARKED);
+    assert_eq!(ids(&parked), ["2", "3", "4"]);
+    assert!(parked[1].body.len() > 6_000 && parked[2].body.len() == 5_000);
+}
+
+/// What only the server knows to be wrong: a lifetime that is none.
+const LIFETIME: &str = "--header=aggregateid=Nats-TTL";
+
+fn rig_with_lifetimes() -> Rig {
+    let rig = rig(true);
+    let config = json!({ "name": STREAM, "subjects": ["events.>"], "allow_msg_ttl": true });
+    rig.nats
+        .client()
+        .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+    rig
+}
+
+#[test]
+fn an_event_that_is_refused_is_parked_before_one_behind_it() {
+    let rig = rig_with_lifetimes();
+    rig.pg.execute(
+        "INSERT INTO outbox VALUES ('1', 't', '1h', 'x'), ('2', 't', 'soon', 'x'), ('3', 't', NULL, 'x'), ('4', 't', '1h', 'x')",
+    );
+    rig.drain(&[&PARK[..], &[LIFETIME]].concat());
+    assert_eq!(ids(&rig.messages()), ["1", "4"]);
+    assert_eq!(ids(&rig.nats.client().read_all(PARKED)), ["2", "3"]);
+}
+
+#[test]
+fn nothing_passes_a_parked_event() {
+    let rig = rig_with_lifetimes();
+    let full = |max_msgs: i32| {
+        let config = json!({ "name": PARKED, "subjects": ["jetstream_outbox.parked"], "discard": "new", "max_msgs": max_msgs });
+        rig.nats
+            .client()
+            .api(&format!("STREAM.UPDATE.{PARKED}"), &config);
+    };
+    rig.nats
+        .client()
+        .publish("jetstream_outbox.parked", &[], b"somebody else's");
+    full(1);
+    rig.pg.execute(
+        "INSERT INTO outbox VALUES ('1', 't', '1h', 'x'), ('2', 't', 'soon', 'x'), ('3', 't', '1h', 'x')",
+    );
+    let args = [&PARK[..], &[LIFETIME]].concat();
+    let relay = rig.relay(&args);
+    relay.wait_for_log("maximum messages exceeded", DEADLINE);
+    relay.kill();
+    assert_eq!(ids(&rig.messages()), ["1"]);
+    full(-1);
+    rig.drain(&args);
+    assert_eq!(ids(&rig.messages()), ["1", "3"]);
+    let parked = rig.nats.client().read_all(PARKED);
+    assert_eq!(parked.len(), 2);
+    assert_eq!(parked[1].id(), "2");
+}
+
+#[test]
 fn an_event_is_given_up_only_when_that_is_said_twice() {
     let rig = Rig::start_with_tables(TABLE);
     update_stream(&rig, STREAM, "events.>", 2_000);
