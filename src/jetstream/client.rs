@@ -884,8 +884,8 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
     let last = publish.expected_last.as_ref();
     let last = last.map(|(batch, last)| batch.event(last).id);
     let sequence = publish.expected_last_sequence;
-    let lines = wire::lines(event, sequence, last, &publish.position_source);
+    let (first, lines) = wire::lines(event, sequence, last, &publish.position_source);
     let mut headers = nats::HeaderMap::new();
-    headers.insert(wire::MSG_ID, lines);
+    headers.insert(first, lines);
     Ok(headers)
 }

@@ -1,35 +1,41 @@
 //! What a publish looks like on the wire: its header block, and how large it is. Pure.
 //!
-//! The block is `NATS/1.0`, then a line a header (ADR-4): the message id, the fence, the position, and then what the
-//! row brings along. The relay's own come first, because servers before 2.12 find a header by the first place
-//! where its name stands. The server counts block and body against `max_payload` and `max_msg_size`.
+//! The block is `NATS/1.0`, then a line a header (ADR-4): the fence, the message id, the position, and then what the
+//! row brings along. nats-server 2.10 finds a header by the first place where its name stands: an id or a value
+//! of the row that holds the name of the fence must not come before it, or the publish would go unfenced. The server
+//! counts block and body against `max_payload` and `max_msg_size`.
 
 use crate::outbox::batch::{EventSpans, OutboxEvent};
 use std::fmt::Write;
 
-/// The name of the first header. The client library writes it with its colon, and the rest as its value.
-pub const MSG_ID: &str = "Nats-Msg-Id";
-
-const EXPECTED_LAST_SEQUENCE: &str = "\r\nNats-Expected-Last-Sequence: ";
+const MSG_ID: &str = "Nats-Msg-Id";
+const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
 const EXPECTED_LAST_MSG_ID: &str = "\r\nNats-Expected-Last-Msg-Id: ";
 const OUTBOX_POSITION: &str = "\r\nOutbox-Position: ";
 /// `NATS/1.0`, a line end, the first header's colon, and the two line ends of the block.
 const FRAME_LEN: usize = "NATS/1.0\r\nNats-Msg-Id:\r\n\r\n".len();
+/// A header that is not the first, but for its value.
+const FENCE_LEN: usize = EXPECTED_LAST_SEQUENCE.len() + "\r\n: ".len();
 
-/// What stands in the first header behind its colon, and the other lines with it.
+/// The name of the first header, which the client library writes with its colon, and what stands behind that: its
+/// value, and the other lines with it.
 pub fn lines(
     event: &OutboxEvent<'_>,
     expected_last_sequence: Option<u64>,
     expected_last_msg_id: Option<&str>,
     position_source: &str,
-) -> String {
+) -> (&'static str, String) {
     let mut lines =
         String::with_capacity(event.id.len() + position_source.len() + event.headers.len() + 200);
-    lines.push_str(event.id);
     // writing to a String cannot fail
-    if let Some(seq) = expected_last_sequence {
-        let _ = write!(lines, "{EXPECTED_LAST_SEQUENCE}{seq}");
-    }
+    let first = match expected_last_sequence {
+        Some(seq) => {
+            let _ = write!(lines, "{seq}\r\n{MSG_ID}: ");
+            EXPECTED_LAST_SEQUENCE
+        }
+        None => MSG_ID,
+    };
+    lines.push_str(event.id);
     if let Some(id) = expected_last_msg_id {
         lines.push_str(EXPECTED_LAST_MSG_ID);
         lines.push_str(id);
@@ -37,7 +43,7 @@ pub fn lines(
     let position = event.position;
     let _ = write!(lines, "{OUTBOX_POSITION}{position_source} {position}");
     lines.push_str(event.headers);
-    lines
+    (first, lines)
 }
 
 /// How many bytes of an event with these parts the server counts.
@@ -47,7 +53,7 @@ pub fn size(
     expected_last_msg_id_len: Option<usize>,
     position_source_len: usize,
 ) -> usize {
-    let fence = expected_last_sequence.map_or(0, |seq| EXPECTED_LAST_SEQUENCE.len() + digits(seq))
+    let fence = expected_last_sequence.map_or(0, |seq| FENCE_LEN + digits(seq))
         + expected_last_msg_id_len.map_or(0, |len| EXPECTED_LAST_MSG_ID.len() + len);
     let lsn = event.position.commit_lsn.0;
     let position = OUTBOX_POSITION.len()
@@ -63,7 +69,7 @@ pub fn size(
 /// counts `max_payload`.
 pub fn room(max_payload: usize, position_source_len: usize) -> usize {
     const LONGEST: usize = FRAME_LEN
-        + EXPECTED_LAST_SEQUENCE.len()
+        + FENCE_LEN
         + EXPECTED_LAST_MSG_ID.len()
         + OUTBOX_POSITION.len()
         + 20
@@ -117,8 +123,13 @@ mod tests {
             };
             let event = batch.event(spans);
             let source = "jetstream_outbox 7312345678901234567 1";
-            let lines = lines(&event, sequence, last_id, source);
-            let block = format!("NATS/1.0\r\n{MSG_ID}:{lines}\r\n\r\n");
+            let (first, lines) = lines(&event, sequence, last_id, source);
+            let block = format!("NATS/1.0\r\n{first}:{lines}\r\n\r\n");
+            let fence = block.find(EXPECTED_LAST_SEQUENCE);
+            assert!(
+                fence.is_none_or(|at| at < block.find("id-1").unwrap()),
+                "{block}"
+            );
             let size = size(spans, sequence, last_id.map(str::len), source.len());
             assert_eq!(size, block.len() + event.body.len(), "{block}");
             assert!(room(10_000, source.len()) <= 10_000 - (size - spans.wire_len()));
