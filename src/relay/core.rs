@@ -706,6 +706,11 @@ impl Core {
         self.proven = ripe.unwrap_or_default();
     }
 
+    /// So far this slot was settled by a relay before, or beside, this one: see [`Marks::reached`].
+    pub fn has_reached(&mut self, lsn: Lsn) {
+        self.reached = self.reached.max(lsn);
+    }
+
     /// The checkpoint can no longer be written.
     pub fn has_no_checkpoint(&mut self) {
         self.checkpoint = false;

@@ -528,7 +528,10 @@ impl<'a> Publisher<'a> {
     fn rejoin(&mut self) -> Result<Link, Error> {
         let found = rejoin::find(self.config, &mut self.said)?;
         let timeout = self.config.nats.request_timeout;
-        self.store.open(&found.link, found.replicas(), timeout)?;
+        let marks = self.store.open(&found.link, found.replicas(), timeout)?;
+        // a relay that has taken over may have come further, and what it wrote must not be taken back
+        let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
+        self.core.has_reached(reached.unwrap_or_default());
         if !self.store.is_kept() {
             self.core.has_no_checkpoint();
         }
