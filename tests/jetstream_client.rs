@@ -445,8 +445,8 @@ fn what_a_stream_holds_is_read_back() {
     assert_eq!(
         last.headers,
         [
-            header("Nats-Msg-Id", "id-10"),
             header("Nats-Expected-Last-Sequence", "9"),
+            header("Nats-Msg-Id", "id-10"),
             header("Outbox-Position", "slot 7312345678901234567 1 0/A 1"),
         ]
     );
