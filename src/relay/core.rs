@@ -772,7 +772,7 @@ impl Core {
                 }
                 Change::Keepalive { wal_end } => {
                     self.prove(wal_end);
-                    if wal_end <= self.start {
+                    if wal_end < self.start {
                         continue;
                     }
                     Entry::Boundary(wal_end)

@@ -30,7 +30,7 @@ fn an_event_is_printed_as_it_stands() {
     let text = ended.with(0);
     for part in [
         "[1] Subject: events.account.a Received: 20",
-        &format!("\n\n  Nats-Msg-Id: {}\n", uuid(1)),
+        &format!("\n  Nats-Msg-Id: {}\n", uuid(1)),
         &format!("\n  Outbox-Position: {position}\n"),
         "\n\n{\"n\":1}\n\n",
     ] {

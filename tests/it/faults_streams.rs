@@ -158,9 +158,11 @@ pub fn another_in_the_window(nats: &Nats, killed: bool) -> (Vec<u64>, Vec<String
         });
         relay = Relay::start_at(pg.port(), nats.port(), &["--hold-back", "0"]);
     }
-    let mut bodies = Vec::new();
-    eventually("every event", secs(30), || {
-        let messages = client.read_all(NAME);
+    let mut bodies: Vec<u64> = Vec::new();
+    eventually("every event", secs(60), || {
+        let messages = client
+            .try_read_from(NAME, 1)
+            .map_err(|error| error.to_string())?;
         let numbers = messages
             .iter()
             .skip(1)
@@ -168,10 +170,13 @@ pub fn another_in_the_window(nats: &Nats, killed: bool) -> (Vec<u64>, Vec<String
         bodies = numbers
             .collect::<Result<_, _>>()
             .expect("the bodies are numbers");
-        let mut sorted: Vec<u64> = bodies.clone();
+        let mut sorted = bodies.clone();
         sorted.sort_unstable();
         sorted.dedup();
-        sorted.len() as u64 == WINDOW
+        match sorted.len() as u64 {
+            WINDOW => Ok(()),
+            found => Err(format!("{found} of {WINDOW}")),
+        }
     });
     relay.term();
     assert_eq!(relay.wait_exit(secs(30)), 0);

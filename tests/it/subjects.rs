@@ -48,8 +48,8 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
         assert_eq!(
             names,
             [
-                "Nats-Msg-Id",
                 "Nats-Expected-Last-Sequence",
+                "Nats-Msg-Id",
                 "Outbox-Position"
             ],
             "{message:?}"

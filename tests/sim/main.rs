@@ -6,7 +6,9 @@
 //!
 //! What excludes each other in one run is not promised together, see `world::Kind`: in a replicated stream that others write
 //! to, order is not kept where their messages fall into the middle of a window (but nothing is missing or twice);
-//! roll-backs do not meet consumed or foreign messages, and ids are not reused where late copies arrive.
+//! roll-backs do not meet consumed or foreign messages, ids are not reused where late copies arrive, and on a replicated
+//! stream no copy of a publish arrives that is late by a whole failover. A run whose slot was moved by somebody else may
+//! end in the halt that is due then; no other run may halt.
 //!
 //! `SIM_SEEDS=n` and `SIM_FIRST=n` choose other seeds, `SIM_SEED=n` one alone, with its trace.
 

@@ -19,6 +19,9 @@ pub struct Event {
     pub nth: usize,
     /// An earlier event had the id already: this one may be dropped.
     pub reused: bool,
+    /// The log it was committed to, and whether it went with the end of that one.
+    pub timeline: u32,
+    pub forgotten: bool,
     /// It is parked, and meant for this stream, which it is too large for.
     pub too_large_for: Option<usize>,
 }
@@ -53,6 +56,16 @@ impl Postgres {
             events: events.collect(),
         });
         self.wal_end = Lsn(commit_lsn.0 + 5);
+    }
+
+    /// A standby takes over that has the log up to `switch_point` only. Returns the events it lacks.
+    pub fn fail_over(&mut self, switch_point: Lsn) -> Vec<Event> {
+        let kept = self
+            .transactions
+            .partition_point(|transaction| transaction.commit_lsn < switch_point);
+        self.wal_end = switch_point;
+        let lacking = self.transactions.split_off(kept).into_iter();
+        lacking.flat_map(|transaction| transaction.events).collect()
     }
 
     /// The first transaction that the slot still sends.
@@ -182,7 +195,10 @@ impl Stream {
         let mut headers = Vec::new();
         if let Some(event) = &stored.event {
             let position = SourcePosition {
-                source: source.clone(),
+                source: Source {
+                    timeline: event.timeline,
+                    ..source.clone()
+                },
                 position: event.position,
             };
             headers.push((OUTBOX_POSITION.to_string(), position.to_string()));

@@ -31,13 +31,17 @@ pub enum Rule {
     Limits,
     /// The copy stream starts at the oldest of the tails.
     OldestTail,
+    /// Positions of an older timeline count up to where the two parted.
+    SwitchPoint,
+    /// A slot beyond what was ever settled halts the relay.
+    Reached,
     /// What is known of the streams outlives a session.
     Memory,
     /// It outlives the process.
     Checkpoint,
 }
 
-pub const ALL: [Rule; 16] = [
+pub const ALL: [Rule; 18] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -52,6 +56,8 @@ pub const ALL: [Rule; 16] = [
     Rule::Between,
     Rule::Limits,
     Rule::OldestTail,
+    Rule::SwitchPoint,
+    Rule::Reached,
     Rule::Memory,
     Rule::Checkpoint,
 ];

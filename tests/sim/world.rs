@@ -42,6 +42,10 @@ enum Kind {
     Consumed,
     /// Writers use ids twice.
     ReusedIds,
+    /// A standby takes over, with or without the last of the log.
+    Failover,
+    /// Somebody else moves the slot, or makes it anew.
+    SlotMoved,
 }
 
 /// A connection to NATS; an abandoned one still delivers what it had been given.
@@ -88,6 +92,9 @@ pub struct World {
     learned: bool,
     written: Marks,
     reached: Option<SourcePosition>,
+    /// The slot was moved; the relay has said so and ended.
+    moved: bool,
+    halted: bool,
     next_write: Instant,
     next_look: Instant,
     /// What [`Rule::TailRead`] falsifies.
@@ -118,6 +125,8 @@ impl World {
             Kind::Foreign,
             Kind::Consumed,
             Kind::ReusedIds,
+            Kind::Failover,
+            Kind::SlotMoved,
         ];
         let kind = kinds[rng.usize(..kinds.len())];
         let replicated = rng.bool();
@@ -136,11 +145,12 @@ impl World {
         }
         let shortest = match kind {
             Kind::Rollback | Kind::Consumed => 1,
-            Kind::Foreign | Kind::ReusedIds => 0,
+            Kind::Foreign | Kind::ReusedIds | Kind::Failover | Kind::SlotMoved => 0,
         };
         let hold_back = Duration::from_secs([0, 10, 30][rng.usize(shortest..3)]);
         // consumed messages, and others on a replicated stream, are not coped with without one
-        let needed = kind == Kind::Consumed || kind == Kind::Foreign && replicated;
+        let needed =
+            matches!(kind, Kind::Consumed | Kind::SlotMoved) || kind == Kind::Foreign && replicated;
         let checkpoint = needed || rng.bool();
         let now = Instant::now();
         let source = Source {
@@ -173,6 +183,8 @@ impl World {
             learned: false,
             written: Marks::default(),
             reached: None,
+            moved: false,
+            halted: false,
             next_write: now,
             next_look: now,
             old_tails: Vec::new(),
@@ -222,21 +234,25 @@ impl World {
             }
             89 => self.lose_connection(),
             90 if self.one_in(2) => self.lose_session(),
-            91 if self.one_in(2) => {
-                trace!(self, "the relay is killed");
-                self.lose_connection();
-                self.session = None;
-                self.memory = Memory::default();
-                self.reached = None;
-                self.learned = false;
-            }
+            91 if self.one_in(2) => self.kill(),
             92 if self.kind == Kind::Rollback => self.roll_back(),
             93..95 if self.kind == Kind::Foreign => self.foreign(),
             95..98 if self.kind == Kind::Consumed => self.consume(),
+            92 if self.kind == Kind::Failover && self.one_in(2) => self.fail_over(),
+            92 if self.kind == Kind::SlotMoved && self.one_in(2) => self.move_slot(),
             98 => self.deliver_zombie()?,
             _ => {}
         }
         Ok(())
+    }
+
+    fn kill(&mut self) {
+        trace!(self, "the relay is killed");
+        self.lose_connection();
+        self.session = None;
+        self.memory = Memory::default();
+        self.reached = None;
+        self.learned = false;
     }
 
     /// No more faults: everything must be stored and confirmed soon.
@@ -257,6 +273,9 @@ impl World {
                 self.answer()?;
             }
             self.pass(Duration::from_secs(1))?;
+            if self.halted {
+                return Ok(());
+            }
             if self.postgres.confirmed == self.postgres.wal_end {
                 return self.all_is_stored();
             }
@@ -273,7 +292,7 @@ impl World {
             stored.sort_unstable();
             let mut stored = stored.into_iter().peekable();
             for event in committed {
-                if stored.next_if_eq(&event.nth).is_none() && !event.reused {
+                if stored.next_if_eq(&event.nth).is_none() && !event.reused && !event.forgotten {
                     return Err(format!("lost: {event:?} is not in {}", stream.name));
                 }
             }
@@ -312,6 +331,8 @@ impl World {
                 stream,
                 nth,
                 reused: again,
+                timeline: self.lineage.source.timeline,
+                forgotten: false,
                 too_large_for,
             };
             self.committed[stream].push(event.clone());
@@ -404,6 +425,9 @@ impl World {
 
     /// One round of the relay: whatever is missing is connected, then the publisher's loop runs once.
     fn relay(&mut self) -> Outcome {
+        if self.halted {
+            return Ok(());
+        }
         if self.session.is_none() {
             return self.start_session();
         }
@@ -433,7 +457,7 @@ impl World {
                         .committed
                         .iter()
                         .flatten()
-                        .find(|event| event.position == position)
+                        .find(|event| event.position == position && !event.forgotten)
                         .ok_or("an event that was never committed")?;
                     if (publication.event.fate == Fate::Park) != (event.stream >= homes) {
                         return Err(format!("published in the wrong form: {event:?}"));
@@ -455,7 +479,10 @@ impl World {
                         .and_then(|s| s.messages.get(&seq))
                         .and_then(|message| message.event.as_ref());
                     let position = found.map(|event| SourcePosition {
-                        source: source.clone(),
+                        source: Source {
+                            timeline: event.timeline,
+                            ..source.clone()
+                        },
                         position: event.position,
                     });
                     let used = found.map(|event| (event.id.as_str(), position.as_ref()));
@@ -577,16 +604,24 @@ impl World {
             .bucket
             .last()
             .map_or(Marks::default(), |(_, m)| m.clone());
+        let rebased = self.memory.rebase(&self.lineage, false);
+        rebased.expect("the server was promoted");
         if !self.learned {
             let learned = self.memory.learn(kept.streams.clone(), &self.lineage);
-            learned.expect("there is one timeline");
+            learned.expect("the server was promoted");
             self.learned = true;
         }
         let reached = [&self.reached, &kept.reached].into_iter().flatten();
         let reached = reached.filter_map(|at| self.lineage.reach(at)).max();
         self.written = kept;
         let confirmed = self.postgres.confirmed;
-        if reached.is_some_and(|reached| reached < confirmed) {
+        let beyond = reached.is_some_and(|reached| reached < confirmed);
+        if self.checkpoint && beyond && !self.is_off(Rule::Reached) {
+            if self.moved {
+                trace!(self, "halted: the slot was moved");
+                self.halted = true;
+                return Ok(());
+            }
             return Err(format!("the slot is at {confirmed}, behind {reached:?}"));
         }
         self.memory.reached = reached.unwrap_or_default().max(confirmed);
@@ -707,7 +742,12 @@ impl World {
         &self,
         last_known: impl Fn(&str) -> Option<Checkpoint>,
     ) -> Vec<StreamAtConnect> {
-        let source = &self.lineage.source;
+        let mut lineage = self.lineage.clone();
+        if self.is_off(Rule::SwitchPoint) {
+            let all = |(timeline, _): &(u32, Lsn)| (*timeline, Lsn(u64::MAX));
+            lineage.switch_points = lineage.switch_points.iter().map(all).collect();
+        }
+        let source = &lineage.source;
         let mut found = Vec::new();
         for stream in &self.streams {
             let checkpoint = last_known(stream.name);
@@ -722,10 +762,9 @@ impl World {
             let fetch = |seq| Ok::<_, ()>(stream.read(source, seq));
             let search = find_tail(source, extent, newest.as_ref(), checkpoint.as_ref(), fetch);
             let search = search.expect("the model answers");
-            let mut tail = self
-                .lineage
+            let mut tail = lineage
                 .judge(search, checkpoint.as_ref(), false)
-                .expect("there is one timeline");
+                .expect("the server was promoted");
             let old = |message: &&crate::model::Stored| {
                 self.is_off(Rule::Age) || self.now - message.time >= self.hold_back
             };
@@ -733,11 +772,7 @@ impl World {
             let aged = messages
                 .filter(old)
                 .filter_map(|m| m.event.as_ref())
-                .next_back();
-            let from = tail.between.as_ref().map(|between| between.from);
-            let aged = aged
-                .map(|event| event.position)
-                .filter(|aged| from.is_none_or(|from| *aged <= from));
+                .rfind(|event| event.timeline == source.timeline);
             if let (true, Some(known), Some(stored)) = (
                 stream.replicated && !self.is_off(Rule::Between),
                 &checkpoint,
@@ -749,6 +784,10 @@ impl World {
                     tail.look_between(Between::read(&self.lineage, known.position, &messages));
                 }
             }
+            let from = tail.between.as_ref().map(|between| between.from);
+            let aged = aged
+                .map(|event| event.position)
+                .filter(|aged| from.is_none_or(|from| *aged <= from));
             tail.stored.get_or_insert(Checkpoint {
                 seq: stream.last_seq,
                 position: Position::default(),
@@ -855,10 +894,10 @@ impl World {
             if last.is_some_and(|last| event.nth <= last) {
                 return Err(format!("twice or out of order: {event:?} after {last:?}"));
             }
-            let skipped = last.map_or(0, |last| last + 1)..event.nth;
-            let hole = skipped
-                .into_iter()
-                .find(|nth| !self.committed[event.stream][*nth].reused);
+            let hole = (last.map_or(0, |last| last + 1)..event.nth)
+                .map(|nth| &self.committed[event.stream][nth])
+                .find(|event| !event.reused && !event.forgotten)
+                .map(|event| event.nth);
             if let Some(hole) = hole {
                 return Err(format!("a hole: {event:?} is stored before number {hole}"));
             }
@@ -936,6 +975,60 @@ impl World {
                 ordinal: 0,
             },
         });
+    }
+
+    /// A standby takes over, which may lack the end of the log and may know an older position of the slot. What it
+    /// lacks and the stream has stays there.
+    fn fail_over(&mut self) {
+        if self.rng.bool() {
+            self.kill();
+        }
+        self.lose_session();
+        let postgres = &self.postgres;
+        let ends = postgres.transactions.iter().map(|it| it.end_lsn);
+        let known = ends.chain([postgres.confirmed, postgres.wal_end]);
+        let branches = self.lineage.switch_points.last();
+        let least = branches.map_or(postgres.confirmed, |(_, lsn)| postgres.confirmed.max(*lsn));
+        let known: Vec<Lsn> = known.filter(|lsn| *lsn >= least).collect();
+        let switch_point = known[self.rng.usize(..known.len())];
+        for event in self.postgres.fail_over(switch_point) {
+            self.committed[event.stream][event.nth].forgotten = true;
+        }
+        if self.rng.bool() {
+            let confirmed = self.postgres.confirmed;
+            let ends = self.postgres.transactions.iter().map(|it| it.end_lsn);
+            let older: Vec<Lsn> = ends.filter(|lsn| *lsn < confirmed).collect();
+            if !older.is_empty() {
+                self.postgres.confirmed = older[self.rng.usize(..older.len())];
+            }
+        }
+        if self.streams.iter().any(|stream| stream.replicated) {
+            // no promise: a copy that is late by a whole failover, on a stream that cannot be told the last message's id
+            self.zombies.clear();
+        }
+        let old = self.lineage.source.timeline;
+        self.lineage.switch_points.push((old, switch_point));
+        self.lineage.source.timeline = old + 1;
+        trace!(
+            self,
+            "a standby takes over at {switch_point}, confirmed {}", self.postgres.confirmed
+        );
+    }
+
+    /// Somebody else reads the slot while the relay is away.
+    fn move_slot(&mut self) {
+        if self
+            .bucket
+            .last()
+            .is_none_or(|(_, marks)| marks.reached.is_none())
+        {
+            // it was never used
+            return;
+        }
+        self.lose_session();
+        self.moved = true;
+        self.postgres.confirmed = self.postgres.wal_end;
+        trace!(self, "the slot is moved to {}", self.postgres.confirmed);
     }
 
     /// The servers lose what they had not synced: connections to them end, or a replica takes over.
