@@ -2,9 +2,10 @@
 //! it is stored.
 
 use crate::faults_scenario::{NAME, Scenario};
+use crate::rig::{Rig, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
-use crate::support::wait::{secs, throughout};
+use crate::support::wait::{eventually, secs, throughout};
 use postgres::Client;
 use std::time::Duration;
 
@@ -121,4 +122,43 @@ fn three_minutes_of_back_pressure_do_not_cost_the_session_to_postgres() {
     let peak_kb = relay.rss_peak_kb().expect("the relay runs");
     assert!(peak_kb < 32 * 1024, "resident set of {peak_kb} KiB");
     run.finish(relay).assert_confirmed();
+}
+
+/// Repeats are caught by the message ids, and an event waits for the one before it under its subject.
+#[test]
+fn at_least_once_loses_nothing_and_keeps_the_order_of_each_subject() {
+    const SUBJECTS: u64 = 7;
+    let rig = Rig::start();
+    let relay = rig.relay(&["--delivery", "at-least-once", "--ack-timeout", "1s"]);
+    relay.wait_for_log("connected", secs(30));
+    let mut committed = 0;
+    for round in 0..6 {
+        for _ in 0..60 {
+            committed += 1;
+            rig.commit_event(committed, &format!("a{}", committed % SUBJECTS));
+        }
+        match round % 3 {
+            0 => rig.nats.kill(),
+            1 => rig.nats.stop(),
+            _ => eventually("a session to end", secs(30), || {
+                rig.pg.terminate_walsender() == 1
+            }),
+        }
+        if round % 3 < 2 {
+            rig.nats.start_again();
+        }
+    }
+    rig.wait_for_messages(committed);
+    for subject in 0..SUBJECTS {
+        let messages = rig.messages();
+        let ids = messages
+            .iter()
+            .filter(|message| message.subject == format!("events.account.a{subject}"))
+            .map(|message| message.id().to_string());
+        let expected = (1..=committed).filter(|number| number % SUBJECTS == subject);
+        assert_eq!(
+            ids.collect::<Vec<_>>(),
+            expected.map(uuid).collect::<Vec<_>>()
+        );
+    }
 }

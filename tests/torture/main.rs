@@ -31,7 +31,7 @@ use world::{NAME, Stop, World};
 use writers::{Bursts, WRITERS, Written, write_until};
 
 /// So long in the ordinary tests, where both run side by side.
-const DEFAULT_SECONDS: u64 = 100;
+const DEFAULT_SECONDS: u64 = 120;
 
 /// What the relay may take to catch up with what was committed when all was healed, and at the end.
 const CATCH_UP_LIMIT: Duration = secs(150);
