@@ -173,6 +173,8 @@ fn the_proxy_does_each_fault() {
         assert_eq!(error.kind(), ErrorKind::WouldBlock, "{silent:?}");
     }
     proxy.set(Mode::Pass);
+    let error = ping(&mut client).expect_err("what follows a gap does not pass");
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
 
     let mut client = connect().expect("a new one passes");
     proxy.cut();

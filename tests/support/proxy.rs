@@ -38,7 +38,8 @@ pub enum Mode {
     Pass,
     /// They stay where they are; nothing is lost. A network that is gone, until it comes back.
     Freeze,
-    /// Those of one direction disappear, the other passes: a half-open connection.
+    /// Those of one direction disappear, the other passes: a half-open connection. A connection that has lost bytes
+    /// passes no later ones in that direction, whatever the mode: no network delivers what follows a gap.
     Swallow(Direction),
     /// They arrive this much later.
     Delay(Duration),
@@ -70,6 +71,8 @@ struct Shared {
 struct Link {
     client: TcpStream,
     server: TcpStream,
+    /// Of each direction, whether bytes have disappeared.
+    swallowed: [AtomicBool; 2],
     ending: AtomicBool,
 }
 
@@ -207,6 +210,7 @@ impl Shared {
         let link = Arc::new(Link {
             client,
             server,
+            swallowed: Default::default(),
             ending: AtomicBool::new(false),
         });
         let mut threads = Vec::new();
@@ -274,9 +278,14 @@ impl Shared {
                 let waited = self.mode_changed.wait_timeout(mode, span);
                 drop(waited.unwrap_or_else(PoisonError::into_inner));
             };
+            let swallowed = &link.swallowed[direction as usize];
             let part = match *mode {
+                _ if swallowed.load(Ordering::Relaxed) => return Some(()),
                 Mode::Pass | Mode::Refuse => chunk.len(),
-                Mode::Swallow(swallowed) if swallowed == direction => return Some(()),
+                Mode::Swallow(its) if its == direction => {
+                    swallowed.store(true, Ordering::Relaxed);
+                    return Some(());
+                }
                 Mode::Swallow(_) => chunk.len(),
                 Mode::Freeze => {
                     wait(mode, Duration::from_secs(1));

@@ -117,7 +117,8 @@ fn deck(cluster: bool) -> Vec<Fault> {
 /// Deals faults by seed.
 pub struct Dealer {
     random: Rng,
-    cluster: bool,
+    /// All there are, each as often as it comes in a deck.
+    all: Vec<Fault>,
     rounds: u64,
     /// What is left to be dealt: of all faults, and of those that spare the session.
     decks: [Vec<Fault>; 2],
@@ -129,10 +130,14 @@ const SPARING_PERIOD: u64 = 24;
 const SPARING_ROUNDS: u64 = 8;
 
 impl Dealer {
-    pub fn new(seed: u64, cluster: bool) -> Dealer {
+    /// Of all faults, or of those whose name contains `only`.
+    pub fn new(seed: u64, cluster: bool, only: &str) -> Dealer {
+        let mut all = deck(cluster);
+        all.retain(|fault| fault.name().contains(only));
+        assert!(!all.is_empty(), "no fault is named {only:?}");
         Dealer {
             random: Rng::with_seed(seed),
-            cluster,
+            all,
             rounds: 0,
             decks: Default::default(),
         }
@@ -151,7 +156,7 @@ impl Dealer {
         let mut round: Vec<(Fault, Rng)> = Vec::new();
         for _ in 0..count {
             if deck_left.is_empty() {
-                *deck_left = deck(self.cluster);
+                *deck_left = self.all.clone();
                 deck_left.retain(|fault| !spared || fault.spares_the_session());
                 self.random.shuffle(deck_left);
             }

@@ -91,6 +91,35 @@ impl Ledger {
         self.ends.len()
     }
 
+    /// The place of an event among the committed ones, as far as they were read: the end of its transaction.
+    fn end_of(&self, at: usize) -> Lsn {
+        let index = self.ends.partition_point(|(_, count)| *count <= at);
+        self.ends.get(index).map_or(Lsn::INVALID, |(end, _)| *end)
+    }
+
+    /// The message at `seq` must be the `seq`th committed event: there are no others in the stream, none twice, and
+    /// none is missing. `None`: not so much was read yet. `Err`: what should be there.
+    pub fn judge_tail(&self, seq: u64, id: &str) -> Option<Result<(), String>> {
+        let at = usize::try_from(seq).ok()?.checked_sub(1)?;
+        let expected = *self.ids.get(at)?;
+        if EventId::parse(id) == Some(expected) {
+            return Some(Ok(()));
+        }
+        let actually = EventId::parse(id).and_then(|id| self.ids.iter().position(|it| *it == id));
+        let actually = actually.map_or("no committed event".to_string(), |at| {
+            format!(
+                "committed event {} of the transaction that ends at {}",
+                at + 1,
+                self.end_of(at)
+            )
+        });
+        Some(Err(format!(
+            "{id} at sequence {seq} is {actually}; committed event {seq} is {} of the one that ends at {}",
+            expected.uuid(),
+            self.end_of(at)
+        )))
+    }
+
     /// Reads some of what was committed since; whether there was anything.
     pub fn read_on(&mut self, pg: &Postgres) -> Result<bool, postgres::Error> {
         let mut session = match self.session.take() {
@@ -229,11 +258,22 @@ impl StreamJudge<'_> {
         violations: &mut Violations,
     ) {
         let mut before = None;
-        for (id, time) in self.ledger.ids.iter().zip(&self.time_ns) {
+        let last_stored = self.time_ns.iter().rposition(|time| *time > 0);
+        for (at, (id, time)) in self.ledger.ids.iter().zip(&self.time_ns).enumerate() {
             if *time == 0 {
                 let before: Option<EventId> = before;
                 let behind = before.map_or("the start".to_string(), EventId::uuid);
-                let example = format!("{}, due behind {behind}", id.uuid());
+                let later = if Some(at) < last_stored {
+                    "later ones are there"
+                } else {
+                    "nor is a later one"
+                };
+                let example = format!(
+                    "{}, committed event {} of the transaction that ends at {}, due behind {behind}; {later}",
+                    id.uuid(),
+                    at + 1,
+                    self.ledger.end_of(at)
+                );
                 violations.add("committed, but not in the stream", example);
             }
             before = Some(*id);
@@ -255,6 +295,11 @@ impl StreamJudge<'_> {
         for Confirmed { lsn, time_ns } in confirmations {
             while let Some((_, count)) = ends.next_if(|(end, _)| end <= lsn) {
                 let times = &self.time_ns[judged..*count];
+                if let Some(missing) = times.iter().position(|time| *time == 0) {
+                    let id = self.ledger.ids[judged + missing].uuid();
+                    let example = format!("{lsn}, with {id}");
+                    violations.add("confirmed, but not in the stream", example);
+                }
                 youngest_ns = times.iter().copied().fold(youngest_ns, u64::max);
                 judged = *count;
             }

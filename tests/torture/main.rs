@@ -6,7 +6,8 @@
 //! the commits, with its payload; nothing may have been confirmed before it was stored for the hold-back;
 //! and no relay may have ended but by our signals.
 //!
-//! `TORTURE_SECONDS` (by default as long as the tests can bear) and `TORTURE_SEED`; scripts/torture sets them.
+//! `TORTURE_SECONDS` (by default as long as the tests can bear), `TORTURE_SEED`, and `TORTURE_ONLY` (part of the name of
+//! the only faults that are wanted); scripts/torture sets them.
 
 mod events;
 mod faults;
@@ -23,6 +24,7 @@ use ledger::{Confirmed, Ledger, Violations};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use support::process::lock;
@@ -60,8 +62,9 @@ fn number(name: &str) -> Option<u64> {
 fn torture(cluster: bool) {
     let length = secs(number("TORTURE_SECONDS").unwrap_or(DEFAULT_SECONDS));
     let seed = number("TORTURE_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let only = std::env::var("TORTURE_ONLY").unwrap_or_default();
     // the servers are gone, and their logs not printed, before anything is said
-    let (report, folder) = run(length, seed, cluster);
+    let (report, folder) = run(length, seed, cluster, &only);
     print!("{}", report.text);
     if report.clean && number("TORTURE_KEEP").is_none() {
         std::fs::remove_dir_all(&folder).expect("remove the logs");
@@ -78,7 +81,7 @@ struct Report {
     clean: bool,
 }
 
-fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBuf) {
+fn run(length: Duration, seed: u64, cluster: bool, only: &str) -> (Report, std::path::PathBuf) {
     let setup = if cluster {
         "R3 cluster"
     } else {
@@ -99,7 +102,7 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
     let events_per_second = (1_000_000 / length.as_secs().max(1)).clamp(300, 800);
     let (writing, watching) = (Stop::default(), Stop::default());
     let written = Written::default();
-    let mut ledger = Ledger::default();
+    let ledger = Mutex::new(Ledger::default());
     let mut injected: BTreeMap<String, u64> = BTreeMap::new();
     let mut rounds = 0_u32;
     let fleet = Fleet::new(&world, hold_back);
@@ -115,15 +118,13 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             })
             .collect();
         let reader = scope.spawn(|| {
-            let mut ledger = Ledger::default();
             while !writing.is_set() {
                 // a Postgres that is down is asked again
-                let _ = ledger.read_on(&world.pg);
+                let _ = lock(&ledger).read_on(&world.pg);
                 writing.pause(secs(1));
             }
-            ledger
         });
-        let mut dealer = Dealer::new(seed, cluster);
+        let mut dealer = Dealer::new(seed, cluster, only);
         fleet.start(dealer.settings());
         let bursts = Bursts::new(&world.pg, written);
         let on = On {
@@ -143,7 +144,10 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             round(&on, faults, dealer.burst());
             match dealer.pause() {
                 Some(span) => pause(span),
-                None => catch_up(&on, &|| written.committed.load(Ordering::Relaxed)),
+                None => {
+                    catch_up(&on, &|| written.committed.load(Ordering::Relaxed));
+                    judge_tail(world, &ledger);
+                }
             }
         }
         world.note("the faults are over");
@@ -153,9 +157,9 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
             .map(|writer| writer.join().expect("a writer writes until it is stopped"))
             .collect();
         answered.push(bursts.answered());
-        ledger = reader.join().expect("the log is read until it is stopped");
-        read_all(&mut ledger, world);
-        let target = ledger.events() as u64;
+        reader.join().expect("the log is read until it is stopped");
+        read_all(&mut lock(&ledger), world);
+        let target = lock(&ledger).events() as u64;
         catch_up(&on, &|| target);
         pause(SETTLE);
         fleet.check();
@@ -165,6 +169,7 @@ fn run(length: Duration, seed: u64, cluster: bool) -> (Report, std::path::PathBu
         let confirmations = watcher.join().expect("the slot is watched until the end");
         (answered, confirmations)
     });
+    let ledger = ledger.into_inner().unwrap_or_else(PoisonError::into_inner);
     let stored = judge(&world, &ledger, &answered, &confirmations, hold_back);
     let mut text =
         format!("torture of {length:?} on a {setup}, seed {seed}, hold-back {hold_back:?}\n");
@@ -243,6 +248,29 @@ fn catch_up(on: &On, target: &dyn Fn() -> u64) {
         let example = format!("after {CATCH_UP_LIMIT:?}: {reason}");
         on.world.violation("stands still", example);
         on.world.give_up();
+    }
+}
+
+/// Finds a hole soon after it came to be, while the logs of its cause are short: the last message must be the event
+/// that is due at its sequence.
+fn judge_tail(world: &World, ledger: &Mutex<Ledger>) {
+    let judged = poll(secs(60), || {
+        let (seq, id) = world.last_message().map_err(|error| error.to_string())?;
+        let mut ledger = lock(ledger);
+        loop {
+            match (ledger.judge_tail(seq, &id), ledger.read_on(&world.pg)) {
+                (Some(judged), _) => return Ok(judged),
+                (None, Ok(true)) => {}
+                (None, Ok(false)) => {
+                    return Err(format!("{seq} events are stored, but not committed"));
+                }
+                (None, Err(error)) => return Err(error.to_string()),
+            }
+        }
+    });
+    if let Err(reason) = judged.and_then(|judged| judged) {
+        world.violation("the last message is not the one that is due", reason);
+        world.give_up();
     }
 }
 

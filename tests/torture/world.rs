@@ -146,6 +146,14 @@ impl World {
         Ok(info["state"]["last_seq"].as_u64().unwrap_or(0))
     }
 
+    /// The sequence and the id of the last message.
+    pub fn last_message(&self) -> io::Result<(u64, String)> {
+        let last = self.stored()?;
+        let messages = self.jetstream.client()?.try_read_from(NAME, last.max(1))?;
+        let last = messages.last().ok_or(io::ErrorKind::NotFound)?;
+        Ok((last.seq, last.id().to_string()))
+    }
+
     /// Notes each change of `confirmed_flush_lsn` until stopped.
     pub fn watch_confirmations(&self, stop: &Stop) -> Vec<Confirmed> {
         let sql = format!(
