@@ -7,6 +7,8 @@
 //! Two things can hide that last message. Somebody else's messages may follow it: they are passed over.
 //! Or it was consumed away (work-queue retention, purge, max_age): then a [`Checkpoint`] of ours tells
 //! how far the stream was at some sequence, and each later sequence that is gone was one more event.
+//! On a stream where messages do not go like that, the server has lost them: after a power loss its index may
+//! be newer than its blocks, and then it still counts what it no longer has (measured, nats-server 2.15.1).
 //!
 //! And on a replicated stream that others write to, the fence has a gap: somebody else's message can take the
 //! sequence of a publish that was refused, and the next one of the pipeline, which expects just that
@@ -43,6 +45,8 @@ pub struct Tail {
     pub stored: Option<Checkpoint>,
     /// So many events after it are stored too, but were consumed away.
     pub consumed: u64,
+    /// So many messages after it were stored, and the server has lost them.
+    pub lost: u64,
     /// Messages of others that were passed over.
     pub foreign: u64,
     /// Events may be missing before `stored`.
@@ -163,6 +167,8 @@ pub struct Extent {
     pub last_seq: u64,
     /// Nothing between the two was deleted, so that every sequence is a message.
     pub whole: bool,
+    /// See [`StreamConfig::keeps_its_end`](super::streams::StreamConfig::keeps_its_end).
+    pub keeps_its_end: bool,
 }
 
 /// Finds the last event of `source`'s slot in a stream.
@@ -177,13 +183,21 @@ pub fn find_tail<E>(
     checkpoint: Option<&Checkpoint>,
     mut fetch: impl FnMut(u64) -> Result<Option<StoredMessage>, E>,
 ) -> Result<Found, E> {
-    let mut found = Found::default();
+    let mut found = Found {
+        keeps_its_end: extent.keeps_its_end && newest.is_some(),
+        ..Found::default()
+    };
     // a checkpoint beyond the end is the mark of a stream that went backwards: the caller sees to it
     let checkpoint = checkpoint.filter(|c| c.seq <= extent.last_seq);
     let newest_seq = newest.map_or(0, |message| message.seq);
-    let floor = checkpoint
-        .map_or(0, |c| c.seq)
-        .max(extent.last_seq.saturating_sub(LOOK_BACK));
+    // its message is gone while an older one is there: the search goes on down to that
+    let is_lost = |c: &Checkpoint| extent.keeps_its_end && (1..c.seq).contains(&newest_seq);
+    let bottom = match checkpoint {
+        Some(c) if is_lost(c) => newest_seq.saturating_sub(1),
+        Some(c) => c.seq,
+        None => 0,
+    };
+    let floor = bottom.max(extent.last_seq.saturating_sub(LOOK_BACK));
     let mut seq = extent.last_seq;
     while seq > floor {
         if extent.whole && seq > newest_seq && newest_seq >= floor && newest_seq > 0 {
@@ -209,7 +223,7 @@ pub fn find_tail<E>(
         }
         seq -= 1;
     }
-    found.reached_checkpoint = checkpoint.is_some_and(|c| c.seq == floor);
+    found.reached_checkpoint = checkpoint.is_some_and(|c| c.seq >= floor);
     Ok(found)
 }
 
@@ -224,6 +238,8 @@ pub struct Found {
     pub deleted: u64,
     /// Messages above it that are somebody else's.
     pub foreign: u64,
+    /// What is gone from above it was lost: of the [`Extent`], unless the stream is empty, as after a purge.
+    pub keeps_its_end: bool,
 }
 
 /// The position a message bears, if our slot wrote it (on whatever system and timeline).
@@ -299,7 +315,7 @@ impl Lineage {
         accept_new_system: bool,
     ) -> Result<Tail, Conflict> {
         // where others write too, what is gone may have been theirs: rather twice than never
-        let consumed = if found.foreign == 0 { found.deleted } else { 0 };
+        let gone = if found.foreign == 0 { found.deleted } else { 0 };
         let mut tail = Tail {
             foreign: found.foreign,
             ..Tail::default()
@@ -316,13 +332,13 @@ impl Lineage {
                     position: known,
                     id: id.filter(|_| known == position.position),
                 });
-                tail.consumed = consumed;
             }
-            None if found.reached_checkpoint => {
-                tail.stored = checkpoint.cloned();
-                tail.consumed = consumed;
-            }
-            None => {}
+            None if found.reached_checkpoint => tail.stored = checkpoint.cloned(),
+            None => return Ok(tail),
+        }
+        match found.keeps_its_end {
+            true => tail.lost = gone,
+            false => tail.consumed = gone,
         }
         Ok(tail)
     }

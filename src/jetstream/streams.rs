@@ -70,10 +70,20 @@ pub struct StreamConfig {
     pub subject_transform: Option<SubjectTransform>,
     /// For how many nanoseconds message ids are remembered.
     pub duplicate_window: i64,
+    /// A message may name its own time to live, and go before older ones do.
+    pub allow_msg_ttl: bool,
     /// Reads may be answered by any replica.
     pub allow_direct: bool,
     /// `async` acknowledges before the store has written; absent or `default` otherwise.
     pub persist_mode: String,
+}
+
+impl StreamConfig {
+    /// The last message of ours stays while an older one does: what goes by itself goes oldest first. (A replicated
+    /// stream is left out, because a new leader may not know yet what is there.)
+    pub fn keeps_its_end(&self) -> bool {
+        self.retention == "limits" && !self.allow_msg_ttl && self.num_replicas <= 1
+    }
 }
 
 /// How the subject of a published message becomes that of the stored one.

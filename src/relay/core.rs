@@ -569,7 +569,16 @@ impl Core {
             } else if stream.created != found.created {
                 return Err(Trouble::Halt(Halt::Recreated { stream: found.name }));
             }
-            self.check_forwards(index, found.last_seq)?;
+            // what it has lost it may still count
+            let end = match &found.tail {
+                Tail {
+                    stored: Some(stored),
+                    lost: 1..,
+                    ..
+                } => stored.seq,
+                _ => found.last_seq,
+            };
+            self.check_forwards(index, end)?;
             let Some(stream) = self.streams.get_mut(index) else {
                 continue;
             };

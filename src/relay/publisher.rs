@@ -538,7 +538,7 @@ impl<'a> Publisher<'a> {
         let joined = found.join(self.config, self.lineage, |stream| {
             self.core.last_known(stream)
         })?;
-        joined.tell_foreign(&mut self.said);
+        joined.tell_others(&mut self.said);
         let Joined {
             link,
             routes,

@@ -46,13 +46,21 @@ pub struct Found {
 }
 
 impl Joined {
-    /// Warns of messages between our last one and a stream's end, once a minute.
-    pub fn tell_foreign(&self, said: &mut Repeated) {
+    /// Warns of what is, or should be, between our last message and a stream's end, once a minute.
+    pub fn tell_others(&self, said: &mut Repeated) {
         for stream in self.streams.iter().filter(|stream| stream.tail.foreign > 0) {
             if said.is_new(&format!("{} foreign", stream.name), Instant::now()) {
                 log::warn!(
                     stream = stream.name.as_str(), messages = stream.tail.foreign;
                     "others write to this stream; going on after their messages"
+                );
+            }
+        }
+        for stream in self.streams.iter().filter(|stream| stream.tail.lost > 0) {
+            if said.is_new(&format!("{} lost", stream.name), Instant::now()) {
+                log::warn!(
+                    stream = stream.name.as_str(), messages = stream.tail.lost;
+                    "the last messages of this stream are gone, lost by the server or deleted by somebody; what the slot still has is published again"
                 );
             }
         }
@@ -141,7 +149,11 @@ impl Found {
             .find(|info| info.config.name == mark.name)
             .is_none_or(|info| {
                 let seq = mark.last.as_ref().map_or(0, |(seq, _)| *seq);
-                info.created == mark.created && info.state.last_seq >= seq.max(mark.confirmed_seq)
+                let lost_some = info.config.keeps_its_end() && info.state.num_deleted > 0;
+                let last_seq = info.state.last_seq;
+                info.created == mark.created
+                    && !lost_some
+                    && last_seq >= seq.max(mark.confirmed_seq)
             })
     }
 
@@ -242,6 +254,7 @@ impl Stream<'_> {
             first_seq: state.first_seq,
             last_seq: state.last_seq,
             whole: state.num_deleted == 0,
+            keeps_its_end: self.info.config.keeps_its_end(),
         };
         let found = find_tail(
             &lineage.source,

@@ -141,7 +141,7 @@ impl<'a> Session<'a> {
         self.learned = true;
         let published = self.check_publication(&mut connection)?;
         let joined = found.join(config, &lineage, |stream| self.memory.last_known(stream))?;
-        joined.tell_foreign(&mut self.said);
+        joined.tell_others(&mut self.said);
         let start = joined.start_position();
         let Joined {
             link,

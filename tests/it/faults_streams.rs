@@ -57,6 +57,36 @@ fn a_store_put_back_while_no_relay_runs_is_filled_again_in_order() {
     run.finish(relay).assert_held_back();
 }
 
+/// A power loss may leave the index and take the messages: the server still counts what it has lost. These were not
+/// consumed, as nothing is from such a stream.
+#[test]
+fn the_end_of_a_stream_that_is_lost_but_still_counted_is_filled_again_in_order() {
+    for while_it_runs in [true, false] {
+        let nats = Nats::start();
+        let run = Scenario::start(&nats);
+        let mut relay = run.relay(&[]);
+        run.wait_for_commits(300);
+        run.wait_for_relay("the start");
+        if !while_it_runs {
+            relay.kill();
+        }
+        nats.stop();
+        nats.tear_stream(NAME);
+        nats.start_again();
+        let info = nats.client().stream_info(NAME);
+        let lost = info["state"]["num_deleted"].as_u64();
+        let lost = lost.expect("the server counts what it has lost");
+        if !while_it_runs {
+            relay = run.relay(&[]);
+        }
+        run.wait_for_relay_beside(lost, "the torn stream");
+        let outcome = run.finish(relay);
+        outcome.assert_held_back();
+        let said = |line: &String| line.contains("the last messages of this stream are gone");
+        assert!(outcome.log.iter().any(said), "{:#?}", outcome.log);
+    }
+}
+
 #[test]
 fn a_store_put_back_beyond_what_the_slot_keeps_halts_the_relay() {
     let nats = Nats::start();

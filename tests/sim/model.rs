@@ -97,6 +97,8 @@ pub struct Stream {
     pub subjects: &'static str,
     /// Replicated streams look at the id before the expected sequence.
     pub replicated: bool,
+    /// No message goes before older ones do.
+    pub keeps_its_end: bool,
     pub window: Duration,
     pub last_seq: u64,
     /// The id of the last message, also once it was consumed.
@@ -121,12 +123,14 @@ impl Stream {
         name: &'static str,
         subjects: &'static str,
         replicated: bool,
+        keeps_its_end: bool,
         window: Duration,
     ) -> Stream {
         Stream {
             name,
             subjects,
             replicated,
+            keeps_its_end,
             window,
             last_seq: 0,
             last_id: None,
@@ -177,12 +181,18 @@ impl Stream {
 
     /// The server comes back with an older copy of its store.
     pub fn roll_back(&mut self, last_seq: u64) {
-        self.messages.split_off(&(last_seq + 1));
-        self.history.retain(|(seq, ..)| *seq <= last_seq);
-        self.ids.retain(|_, (seq, _)| *seq <= last_seq);
+        self.lose_end(last_seq);
         self.last_seq = last_seq;
         let last = self.messages.get(&last_seq);
         self.last_id = last.and_then(|last| Some(last.event.as_ref()?.id.clone()));
+    }
+
+    /// The server comes back without its last messages, but still counts them.
+    pub fn lose_end(&mut self, last_seq: u64) {
+        self.messages.split_off(&(last_seq + 1));
+        self.history.retain(|(seq, ..)| *seq <= last_seq);
+        self.ids.retain(|_, (seq, _)| *seq <= last_seq);
+        self.last_id = None;
     }
 
     pub fn first_seq(&self) -> u64 {

@@ -23,6 +23,8 @@ pub enum Rule {
     Age,
     /// A stream that went backwards is filled again from the slot.
     Replay,
+    /// What is gone from the end of a stream that keeps it was lost, not consumed.
+    LostEnd,
     /// An idle stream is looked at.
     Look,
     /// On a replicated stream that others write to, what stands before the tail is read back.
@@ -41,7 +43,7 @@ pub enum Rule {
     Checkpoint,
 }
 
-pub const ALL: [Rule; 18] = [
+pub const ALL: [Rule; 19] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -52,6 +54,7 @@ pub const ALL: [Rule; 18] = [
     Rule::HoldBack,
     Rule::Age,
     Rule::Replay,
+    Rule::LostEnd,
     Rule::Look,
     Rule::Between,
     Rule::Limits,

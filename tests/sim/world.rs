@@ -136,7 +136,8 @@ impl World {
             false => &[("ALL", "events.>")],
         };
         let stream = |(name, subjects): &(&'static str, &'static str)| {
-            Stream::new(name, subjects, replicated, window)
+            let keeps_its_end = !replicated && kind != Kind::Consumed;
+            Stream::new(name, subjects, replicated, keeps_its_end, window)
         };
         let mut streams: Vec<Stream> = captures.iter().map(stream).collect();
         let parking = (seed % 5 == 2).then(|| fastrand::Rng::with_seed(!seed));
@@ -758,6 +759,7 @@ impl World {
                 first_seq: state.first_seq,
                 last_seq: state.last_seq,
                 whole: state.num_deleted == 0,
+                keeps_its_end: stream.keeps_its_end && !self.is_off(Rule::LostEnd),
             };
             let fetch = |seq| Ok::<_, ()>(stream.read(source, seq));
             let search = find_tail(source, extent, newest.as_ref(), checkpoint.as_ref(), fetch);
@@ -1055,10 +1057,16 @@ impl World {
         if last_seq == stream.last_seq {
             return;
         }
-        stream.roll_back(last_seq);
+        // an end that is lost is told from one that was consumed by the message before it, when the server is back
+        let counts_on = crash && stream.keeps_its_end && last_seq > 0 && self.rng.bool();
+        match counts_on {
+            true => stream.lose_end(last_seq),
+            false => stream.roll_back(last_seq),
+        }
         trace!(
             self,
-            "{} goes back to {last_seq}, crash: {crash}", self.streams[index].name
+            "{} goes back to {last_seq}, crash: {crash}, counts on: {counts_on}",
+            self.streams[index].name
         );
         self.zombies.clear();
         if crash {
@@ -1067,9 +1075,11 @@ impl World {
             }
             self.lose_connection();
             self.zombies.clear();
-            // the bucket is on the same disk
-            self.bucket
-                .retain(|(time, marks)| *marks == Marks::default() || now - *time >= age);
+            // the bucket is on the same disk; its own file may have lost less
+            if !counts_on || self.rng.bool() {
+                self.bucket
+                    .retain(|(time, marks)| *marks == Marks::default() || now - *time >= age);
+            }
         }
     }
 

@@ -271,6 +271,29 @@ impl Nats {
         copy_folder(&snapshot.path().join("store"), &self.store_dir());
     }
 
+    /// Tears the second half off the file that a stream's last messages are in, while the server is stopped; its index
+    /// stays as it is. This is what a power loss does that comes between the one being synced and the other.
+    pub fn tear_stream(&self, stream: &str) {
+        self.assert_stopped();
+        let folder = self.store_dir().join("jetstream/$G/streams");
+        let folder = folder.join(stream).join("msgs");
+        let number = |path: &PathBuf| {
+            let name = path.file_name()?.to_str()?.strip_suffix(".blk")?;
+            name.parse::<u64>().ok()
+        };
+        let files = fs::read_dir(&folder).expect("read the folder of a stream");
+        let files = files.map(|file| file.expect("read the folder of a stream").path());
+        let last = files
+            .max_by_key(number)
+            .filter(|path| number(path).is_some());
+        let last = last.expect("a stream that holds something has a file");
+        let file = fs::OpenOptions::new().write(true).open(last);
+        let file = file.expect("open the file of a stream");
+        let size = file.metadata().expect("look at the file of a stream").len();
+        file.set_len(size / 2)
+            .expect("truncate the file of a stream");
+    }
+
     fn assert_stopped(&self) {
         assert!(lock(&self.server).is_none(), "stop the server first");
     }
