@@ -43,13 +43,16 @@ pub struct Cli {
     /// postgres connection: URL or key=value pairs (default: libpq's PGHOST, PGDATABASE, ...)
     #[argh(option)]
     pub db: Option<String>,
+    /// file with the connection, in place of --db (default: the file db of $CREDENTIALS_DIRECTORY, if there is one)
+    #[argh(option)]
+    pub db_file: Option<String>,
     /// NATS servers, separated by commas: host, nats://host:port or tls://host:port (default localhost)
     #[argh(option)]
     pub nats: Option<String>,
-    /// NATS credentials file with a JWT and its key (default none)
+    /// NATS credentials file with a JWT and its key (default: the file creds of $CREDENTIALS_DIRECTORY, if there is one)
     #[argh(option)]
     pub creds: Option<String>,
-    /// NATS nkey seed file (default none)
+    /// NATS nkey seed file (default: the file nkey of $CREDENTIALS_DIRECTORY, if there is one)
     #[argh(option)]
     pub nats_nkey: Option<String>,
     /// file with the certificates that may sign the NATS server's (default: the system's)
@@ -154,6 +157,9 @@ pub struct Cli {
     /// exit when another relay uses the slot, instead of waiting for it (default off)
     #[argh(switch)]
     pub no_wait: bool,
+    /// serve metrics, health and a status page over HTTP: a port on 127.0.0.1, or address:port (default off)
+    #[argh(option)]
+    pub listen: Option<String>,
     /// least level that is logged: debug, info, warn or error (default info)
     #[argh(option)]
     pub logging: Option<String>,

@@ -16,15 +16,16 @@ use crate::outbox::subject::validate_prefix;
 use crate::outbox::template::TemplateError;
 use crate::postgres::ConnInfo;
 use log::LevelFilter;
-use source::{DEFAULTS, Origin, Sources, variable};
+use source::{DEFAULTS, Origin, Setting, Sources, read_secret, variable};
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use value::{
     ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_column, check_publication, check_slot, check_source,
     check_subject, parse_bucket, parse_duration_within, parse_headers, parse_inflight,
-    parse_tables,
+    parse_listen, parse_tables,
 };
 
 #[cfg(feature = "admin")]
@@ -66,6 +67,8 @@ pub struct Config {
     pub resume_anyway: bool,
     /// A tail of another Postgres system is no reason to halt.
     pub accept_new_system: bool,
+    /// Where metrics and health are served; `None`: nowhere.
+    pub listen: Option<SocketAddr>,
     /// What is logged, and how.
     pub log: LogConfig,
     /// What an operator should be told once at the start.
@@ -164,7 +167,8 @@ impl Config {
         let from = Sources { env };
         let mut warnings = Vec::new();
 
-        let db = from.text("db", cli.db);
+        let (db, open) = database(&from, cli.db, cli.db_file)?;
+        warnings.extend(open);
         if db.origin == Origin::Default && !libpq_names_a_database(env) {
             return Err(ConfigError::NoDatabase);
         }
@@ -192,8 +196,8 @@ impl Config {
             given if given.origin == Origin::Default => slot.clone(),
             given => given.check(check_publication)?,
         };
-        let creds = from.file("creds", cli.creds)?;
-        let nkey = from.file("nats-nkey", cli.nats_nkey)?;
+        let creds = from.credential("creds", cli.creds, "creds")?;
+        let nkey = from.credential("nats-nkey", cli.nats_nkey, "nkey")?;
         if creds.is_some() && nkey.is_some() {
             return Err(ConfigError::Together(
                 "-creds and -nats-nkey are two ways to sign in; give one of them",
@@ -327,6 +331,10 @@ impl Config {
                 .parse(parse_bucket)?,
             resume_anyway: from.switch("resume-anyway", cli.resume_anyway)?,
             accept_new_system: from.switch("accept-new-system", cli.accept_new_system)?,
+            listen: match from.text("listen", cli.listen) {
+                given if given.value.is_empty() => None,
+                given => Some(given.parse(parse_listen)?),
+            },
             log: LogConfig {
                 level: from.text("logging", cli.logging).one_of(&[
                     LevelFilter::Debug,
@@ -387,6 +395,7 @@ impl Config {
             ("accept-new-system", on(self.accept_new_system)),
             ("drain", on(self.drain)),
             ("no-wait", on(self.no_wait)),
+            ("listen", self.listen.map(|address| address.to_string())),
             (
                 "logging",
                 Some(self.log.level.as_str().to_ascii_lowercase()),
@@ -477,6 +486,41 @@ impl fmt::Debug for Config {
     }
 }
 
+/// The connection: `-db`, or what stands in the file of `-db-file`, and a warning of that file.
+fn database(
+    from: &Sources<'_>,
+    db: Option<String>,
+    db_file: Option<String>,
+) -> Result<(Setting, Option<String>), ConfigError> {
+    if db.is_some() && db_file.is_some() {
+        return Err(ConfigError::Together(
+            "-db and -db-file are two ways to name the database; give one of them",
+        ));
+    }
+    let beats_the_file = db.is_some() || db_file.is_none() && from.environment("db").is_some();
+    let file = match beats_the_file {
+        true => None,
+        false => from.credential("db-file", db_file, "db")?,
+    };
+    let Some(path) = file else {
+        return Ok((from.text("db", db), None));
+    };
+    let (value, open) = read_secret(&path).map_err(|source| ConfigError::File {
+        setting: "-db-file".to_string(),
+        path: path.clone(),
+        source,
+    })?;
+    let setting = Setting {
+        flag: "db-file",
+        origin: Origin::File,
+        value,
+    };
+    if setting.value.is_empty() {
+        return setting.secret(|_| Err(format!("{} is empty", path.display())));
+    }
+    Ok((setting, open))
+}
+
 fn libpq_names_a_database(env: &dyn Fn(&str) -> Option<String>) -> bool {
     ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER"]
         .iter()
@@ -489,6 +533,8 @@ mod tests {
     use crate::cli::{self, Invocation};
     use argh::ArgsInfo;
     use std::ffi::OsString;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     /// Loads from arguments and from `NAME=value` variables.
     fn load(args: &[&str], env: &[&str]) -> Result<Config, ConfigError> {
@@ -571,6 +617,7 @@ mod tests {
             ("delivery", "DELIVERY", "at-least-once", "exactly-once"),
             ("hold-back", "HOLD_BACK", "0ns", "60s"),
             ("checkpoint", "CHECKPOINT", "a", "none"),
+            ("listen", "LISTEN", "127.0.0.1:1", "0.0.0.0:9464"),
             ("logging", "LOGGING", "debug", "error"),
             ("log-format", "LOG_FORMAT", "json", "text"),
         ] {
@@ -602,7 +649,16 @@ mod tests {
         for flag in Cli::get_args_info().flags {
             let name = flag.long.trim_start_matches('-');
             let covered = DEFAULTS.iter().any(|(known, _)| *known == name)
-                || ["db", "creds", "nats-nkey", "publication", "table"].contains(&name)
+                || [
+                    "db",
+                    "db-file",
+                    "creds",
+                    "nats-nkey",
+                    "publication",
+                    "table",
+                    "listen",
+                ]
+                .contains(&name)
                 || ["header", "headers-column", "cloudevents"].contains(&name)
                 || ["message-prefix", "park-subject"].contains(&name)
                 || name.starts_with("nats-tls-")
@@ -635,6 +691,64 @@ mod tests {
         .unwrap();
         assert!(config.nats.tls_cert.is_some() && config.nats.tls_key.is_some());
         assert!(config.nats.creds.is_none() && config.nats.nkey.is_none());
+    }
+
+    #[test]
+    fn secrets_can_stand_in_files_and_systemd_may_bring_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str, mode: u32| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path.display().to_string()
+        };
+        let own = file("own", "postgres://u:secret@own/d\n", 0o600);
+        let open = file("open", "postgres://u:secret@open/d", 0o644);
+        let empty = file("empty", "\n", 0o600);
+        file("db", "host=systemd user=u dbname=d", 0o400);
+        file("creds", "", 0o400);
+        let folder = format!("CREDENTIALS_DIRECTORY={}", folder.path().display());
+        let by_env = "JETSTREAM_OUTBOX_DB=postgres://u@env/d";
+        for (args, env, expect) in [
+            (
+                &[&*format!("-db-file={own}")][..],
+                &[by_env][..],
+                "u@own:5432/d",
+            ),
+            (
+                &[],
+                &[by_env, &format!("JETSTREAM_OUTBOX_DB_FILE={own}")],
+                "u@env:5432/d",
+            ),
+            (
+                &[],
+                &[&format!("JETSTREAM_OUTBOX_DB_FILE={own}")],
+                "u@own:5432/d",
+            ),
+            (&[], &[&folder, "PGHOST=h"], "u@systemd:5432/d"),
+            (&[], &[&folder, by_env], "u@env:5432/d"),
+            (&["-db=postgres://u@flag/d"], &[&folder], "u@flag:5432/d"),
+        ] {
+            let config = load(args, env).unwrap();
+            let db = config.db.to_string();
+            assert!(db.starts_with(expect), "{args:?} {env:?}: {db}");
+            assert_eq!(config.warnings, [""; 0], "{args:?} {env:?}");
+            assert_eq!(config.nats.creds.is_some(), env.contains(&folder.as_str()));
+        }
+        let config = load(&[&format!("-db-file={open}")], &[]).unwrap();
+        assert!(
+            config.warnings[0].contains("chmod 0600"),
+            "{:?}",
+            config.warnings
+        );
+        for (args, reason) in [
+            (&[&*format!("-db-file={empty}")][..], "is empty"),
+            (&["-db-file=/nonexistent"], "/nonexistent"),
+            (&["-db-file=/dev/null", "-db=host=h"], "give one of them"),
+        ] {
+            let error = load(args, &[]).unwrap_err().to_string();
+            assert!(error.contains(reason) && error.contains("-db"), "{error}");
+        }
     }
 
     #[test]

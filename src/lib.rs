@@ -12,6 +12,7 @@
 //! | [`exit`] | the exit codes |
 //! | [`logging`] | one line of `key=value` (or JSON) an event, on stderr |
 //! | `admin` | the operator's commands (feature `admin`) |
+//! | [`observe`] | metrics, health and the status page over HTTP, and what systemd is told |
 //! | [`relay`] | the supervisor, a session, its three threads, and the pure [`relay::core`] they serve |
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
 //! | [`jetstream`] | the only place that names the `nats` crate; streams, acks, the fence and the resume |
@@ -28,6 +29,7 @@ pub mod config;
 pub mod exit;
 pub mod jetstream;
 pub mod logging;
+pub mod observe;
 pub mod outbox;
 pub mod postgres;
 pub mod relay;

@@ -3,12 +3,14 @@
 use jetstream_outbox::cli::{self, Invocation, PROGRAM};
 use jetstream_outbox::config::Config;
 use jetstream_outbox::exit::Exit;
+use jetstream_outbox::relay::{self, vitals::Vitals};
 #[cfg(feature = "admin")]
 use jetstream_outbox::{admin, config::operation::Operation};
-use jetstream_outbox::{logging, relay};
+use jetstream_outbox::{logging, observe};
 use std::io::{self, Write};
-use std::panic;
+use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)) {
@@ -39,8 +41,16 @@ fn run(cli: cli::Cli) -> Exit {
         return refuse(&error, "the log could not be started", Exit::Internal);
     }
     config.announce();
+    let vitals = Arc::new(Vitals::default());
+    if let Err(error) = observe::start(config.listen, &vitals) {
+        log::error!("{error}");
+        logging::flush();
+        return Exit::Configuration;
+    }
     // the panic hook has logged it
-    let exit = panic::catch_unwind(|| relay::run(config)).unwrap_or(Exit::Internal);
+    let relay = AssertUnwindSafe(|| relay::run(config, &vitals));
+    let exit = panic::catch_unwind(relay).unwrap_or(Exit::Internal);
+    observe::stopping();
     logging::flush();
     exit
 }

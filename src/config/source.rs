@@ -5,6 +5,7 @@ use super::ConfigError;
 use crate::outbox::template;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// What a flag is when neither it nor its variable is given; a flag that is not here is then off or absent.
@@ -35,6 +36,7 @@ pub(super) const DEFAULTS: [(&str, &str); 20] = [
 pub(super) enum Origin {
     Flag,
     Environment,
+    File,
     Default,
 }
 
@@ -117,12 +119,30 @@ impl Sources<'_> {
     }
 }
 
+impl Sources<'_> {
+    /// As [`Sources::file`], and without one the file of that name that systemd's `LoadCredential=` has put
+    /// where `$CREDENTIALS_DIRECTORY` says.
+    pub(super) fn credential(
+        &self,
+        flag: &'static str,
+        given: Option<String>,
+        name: &str,
+    ) -> Result<Option<PathBuf>, ConfigError> {
+        let file = self.file(flag, given)?;
+        let loaded = || {
+            let folder = (self.env)("CREDENTIALS_DIRECTORY")?;
+            Some(Path::new(&folder).join(name)).filter(|path| path.exists())
+        };
+        Ok(file.or_else(loaded))
+    }
+}
+
 impl Setting {
     /// As the operator spelled it.
     pub(super) fn name(&self) -> String {
         match self.origin {
             Origin::Environment => variable(self.flag),
-            Origin::Flag | Origin::Default => format!("-{}", self.flag),
+            Origin::Flag | Origin::File | Origin::Default => format!("-{}", self.flag),
         }
     }
 
@@ -182,6 +202,17 @@ impl Setting {
             },
         )
     }
+}
+
+/// What a file with a secret holds, without white space around it, and a warning if others can read it.
+pub(super) fn read_secret(path: &Path) -> io::Result<(String, Option<String>)> {
+    let text = fs::read_to_string(path)?.trim().to_string();
+    let mode = fs::metadata(path)?.permissions().mode();
+    let open = (mode & 0o077 != 0).then(|| {
+        let path = path.display();
+        format!("{path} holds a secret, and others than its owner may read it: chmod 0600 {path}")
+    });
+    Ok((text, open))
 }
 
 fn check_readable(path: &Path) -> io::Result<()> {

@@ -3,6 +3,7 @@
 
 use crate::outbox::mapping::{HeaderColumn, NamedTable, TableMapping, TableName};
 use crate::outbox::template::Template;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -66,6 +67,15 @@ pub(super) fn parse_inflight(text: &str) -> Result<usize, String> {
     number.ok_or_else(|| {
         let (least, most) = INFLIGHT.into_inner();
         format!("is not a whole number from {least} to {most}")
+    })
+}
+
+/// `9464` or `:9464` for this machine alone, or an address that is written out, `0.0.0.0:9464` or `[::]:9464`.
+pub(super) fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let port = text.strip_prefix(':').unwrap_or(text).parse().ok();
+    let here = port.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    here.or_else(|| text.parse().ok()).ok_or_else(|| {
+        "is not a port like 9464, or an address and a port like 0.0.0.0:9464".to_string()
     })
 }
 
@@ -350,6 +360,23 @@ mod tests {
             ),
         ] {
             assert_eq!(parse_duration(text), expect, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_address_to_listen_on_is_here_unless_it_is_written_out() {
+        for (text, expect) in [
+            ("9464", Some("127.0.0.1:9464")),
+            (":9464", Some("127.0.0.1:9464")),
+            ("0.0.0.0:9464", Some("0.0.0.0:9464")),
+            ("[::1]:9464", Some("[::1]:9464")),
+            ("127.0.0.1", None),
+            ("localhost:9464", None),
+            ("65536", None),
+            ("", None),
+        ] {
+            let found = parse_listen(text).ok().map(|address| address.to_string());
+            assert_eq!(found.as_deref(), expect, "{text}");
         }
     }
 

@@ -1146,6 +1146,11 @@ impl Core {
         self.window.is_empty()
     }
 
+    /// Up to here everything is stored, as far as this session has come.
+    pub fn settled(&self) -> Lsn {
+        self.settled
+    }
+
     /// Publishes that wait for their ack.
     pub fn waiting(&self) -> usize {
         self.waiting

@@ -5,6 +5,7 @@
 //! Postgres that has gone silent, because the reader does nothing but wait for it.
 
 use super::progress::Progress;
+use super::vitals::Vitals;
 use crate::postgres;
 use crate::postgres::replication::{ReplicationWriter, StandbyStatusUpdate};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -21,6 +22,8 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// A Postgres that shuts down waits until everything is confirmed, and asks again upon each reply. So
 /// many requests within a second are that, and nothing else: see [`Ended::ServerShutsDown`].
 const REQUESTS_A_SECOND: u32 = 8;
+/// A status update is sent or has failed by then, once it is due.
+const SEND_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the other threads ask of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +62,24 @@ pub fn run(
     progress: &Progress,
     asks: &Receiver<Ask>,
     interval: Duration,
+    vitals: &Vitals,
+) -> Result<Ended, postgres::Error> {
+    let ended = work(writer, progress, asks, interval, vitals);
+    vitals.feedback.ended();
+    ended
+}
+
+fn work(
+    writer: &ReplicationWriter,
+    progress: &Progress,
+    asks: &Receiver<Ask>,
+    interval: Duration,
+    vitals: &Vitals,
 ) -> Result<Ended, postgres::Error> {
     let mut requests = Requests::default();
     let mut next_status = Instant::now() + interval;
     loop {
+        vitals.feedback.within(interval + SEND_LIMIT);
         let wait = next_status.saturating_duration_since(Instant::now());
         let ask = match asks.recv_timeout(wait) {
             Ok(ask) => Some(ask),

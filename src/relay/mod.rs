@@ -4,6 +4,7 @@
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`], what
 //! may be confirmed in [`confirm`]. [`slot`] and [`rejoin`] read what each side holds before a
 //! start, [`checkpoint`] what an earlier process has left; [`publication`] sees whether rows are left out.
+//! What the outside may know of all this is in [`vitals`].
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
 pub mod checkpoint;
@@ -15,6 +16,7 @@ pub mod outage;
 pub mod progress;
 pub mod publication;
 pub mod publisher;
+mod pulse;
 pub mod reader;
 pub mod rejoin;
 pub mod repeated;
@@ -22,6 +24,7 @@ mod report;
 pub mod session;
 pub mod slot;
 pub mod stop;
+pub mod vitals;
 
 use crate::config::Config;
 use crate::exit::Exit;
@@ -35,20 +38,24 @@ use signal_hook::iterator::Signals;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stop::Stop;
+use vitals::{Phase, Vitals};
 
 /// How often a standby looks whether the slot is free: the time a takeover takes at most.
 const SLOT_INTERVAL: Duration = Duration::from_secs(1);
 /// A session that lasted so long, or published something, was a working one.
 const WORKING: Duration = Duration::from_secs(10);
+/// What the supervisor does between two looks at itself: connecting to several servers, with dozens of requests,
+/// each with a deadline of seconds.
+const SUPERVISOR_LIMIT: Duration = Duration::from_secs(600);
 
 /// Relays until it is told to stop, everything is drained, or it cannot go on.
-pub fn run(config: Config) -> Exit {
+pub fn run(config: Config, vitals: &Vitals) -> Exit {
     let stop = Arc::new(Stop::default());
     if let Err(error) = watch_signals(stop.clone()) {
         log::error!(cause:% = error; "cannot watch for signals");
         return Exit::Internal;
     }
-    match supervise(&config, &stop) {
+    match supervise(&config, &stop, vitals) {
         Ok(ended) => {
             log::info!(reason:? = ended; "stopped");
             Exit::Done
@@ -61,12 +68,13 @@ pub fn run(config: Config) -> Exit {
 }
 
 /// One session after another, until one ends for good.
-fn supervise(config: &Config, stop: &Stop) -> Result<Ended, (Error, Exit)> {
-    let mut session = Session::new(config, stop, Mapper::new(&config.mapping));
+fn supervise(config: &Config, stop: &Stop, vitals: &Vitals) -> Result<Ended, (Error, Exit)> {
+    let mut session = Session::new(config, stop, Mapper::new(&config.mapping), vitals);
     let mut outage = Outage::new(config.max_outage);
     let mut said = Repeated::default();
     loop {
         let start = Instant::now();
+        vitals.supervisor.within(SUPERVISOR_LIMIT);
         let error = match session.run() {
             Ok(ended) => return Ok(ended),
             Err(error) => error,
@@ -85,6 +93,7 @@ fn supervise(config: &Config, stop: &Stop) -> Result<Ended, (Error, Exit)> {
             Verdict::WaitForSlot => {
                 // being the standby is no outage
                 outage.worked();
+                vitals.enter(Phase::Standby, Some(error.to_string()));
                 if said.is_new("standby", now) {
                     log::info!("{error}; waiting for it as a standby");
                 }
@@ -94,6 +103,7 @@ fn supervise(config: &Config, stop: &Stop) -> Result<Ended, (Error, Exit)> {
                 let Some(pause) = outage.failed(now) else {
                     return Err((error, Exit::Unavailable));
                 };
+                vitals.enter(Phase::Connecting, Some(error.to_string()));
                 if said.is_new(&error.to_string(), now) {
                     log::warn!("{error}; trying again");
                 }

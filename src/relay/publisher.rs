@@ -9,10 +9,12 @@ use super::core::{Cause, Core, Memory, Next, Tally, Trouble};
 use super::error::{Error, Verdict};
 use super::outage::Outage;
 use super::progress::Progress;
+use super::pulse::Pulse;
 use super::rejoin::{self, Joined};
 use super::repeated::Repeated;
 use super::report::Report;
 use super::stop::Stop;
+use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
 use crate::jetstream::ack::AckError;
 use crate::jetstream::client::{Incoming, Link, Publish};
@@ -34,6 +36,10 @@ const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 const CHECKPOINT_TOKEN: u64 = u64::MAX;
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
+const LOOP_LIMIT: Duration = Duration::from_secs(60);
+/// One attempt to connect: several servers, and dozens of requests, with a deadline each.
+const CONNECT_LIMIT: Duration = Duration::from_secs(600);
 
 /// The thread's state. `run` consumes it.
 pub struct Publisher<'a> {
@@ -59,6 +65,8 @@ pub struct Publisher<'a> {
     keep_until: Option<Instant>,
     /// Of the tally's `late`, what was warned of.
     told_late: u64,
+    vitals: &'a Vitals,
+    pulse: Pulse<'a>,
 }
 
 /// Whether more changes come.
@@ -86,10 +94,15 @@ pub struct Left {
     pub store: CheckpointStore,
 }
 
+fn connection_ended() -> Interrupt {
+    let reason = "the connection to NATS ended".to_string();
+    Interrupt::Reconnect(ReconnectCause::Connection, reason)
+}
+
 /// Why [`Publisher::serve`] left a connection.
 enum Interrupt {
     /// It is replaced, for this reason.
-    Reconnect(String),
+    Reconnect(ReconnectCause, String),
     /// The same, after an event that the stream will never take as it is.
     Refused {
         /// Names the event.
@@ -109,8 +122,8 @@ impl<'a> Publisher<'a> {
         changes: Receiver<Batch>,
         progress: &'a Progress,
         stop: &'a Stop,
-        core: Core,
-        store: CheckpointStore,
+        (core, store): (Core, CheckpointStore),
+        vitals: &'a Vitals,
     ) -> Publisher<'a> {
         let now = Instant::now();
         Publisher {
@@ -131,12 +144,17 @@ impl<'a> Publisher<'a> {
             next_look: now + LOOK_INTERVAL,
             keep_until: None,
             told_late: 0,
+            vitals,
+            pulse: Pulse::new(vitals),
         }
     }
 
     /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
     pub fn run(mut self, link: Link) -> Left {
         let result = self.work(link);
+        self.pulse.tell(&self.core, self.progress, 0);
+        self.vitals.nats_is_connected(false);
+        self.vitals.publisher.ended();
         self.progress
             .confirmable(self.core.confirmable(Instant::now()));
         self.report.finish(&self.core, self.progress);
@@ -157,10 +175,11 @@ impl<'a> Publisher<'a> {
     fn work(&mut self, link: Link) -> Result<(), Error> {
         let mut link = link;
         loop {
-            let reason = match self.serve(&link) {
+            self.vitals.nats_is_connected(true);
+            let (cause, reason) = match self.serve(&link) {
                 Ok(()) => return Ok(()),
                 Err(Interrupt::End(error)) => return Err(error),
-                Err(Interrupt::Reconnect(reason)) => reason,
+                Err(Interrupt::Reconnect(cause, reason)) => (cause, reason),
                 Err(Interrupt::Refused { token, error }) => {
                     self.core.disconnected();
                     let event = self.describe(token);
@@ -168,9 +187,12 @@ impl<'a> Publisher<'a> {
                     if !self.put_aside(token, &error.to_string()) {
                         return Err(Error::Refused { event, error });
                     }
-                    reason
+                    (ReconnectCause::Refused, reason)
                 }
             };
+            self.vitals.nats_is_connected(false);
+            self.vitals.reconnects(cause);
+            self.pulse.disconnected();
             self.core.disconnected();
             drop(link);
             match self.reconnect(&reason)? {
@@ -201,6 +223,9 @@ impl<'a> Publisher<'a> {
             self.store
                 .write(link, marks, confirmable, CHECKPOINT_TOKEN, now, settled);
             self.report.tick(now, &self.core, self.progress);
+            self.pulse
+                .tell(&self.core, self.progress, self.changes.len());
+            self.vitals.publisher.within(LOOP_LIMIT);
             if settled && self.is_kept(now) {
                 return Ok(());
             }
@@ -217,16 +242,20 @@ impl<'a> Publisher<'a> {
             select! {
                 recv(link.messages()) -> message => match message {
                     Ok(message) => self.take(link.decode(message), Instant::now())?,
-                    Err(_) => return Err(Interrupt::Reconnect("the connection to NATS ended".to_string())),
+                    Err(_) => return Err(connection_ended()),
                 },
                 recv(link.lost()) -> error => {
                     let Ok(error) = error else {
-                        return Err(Interrupt::Reconnect("the connection to NATS ended".to_string()));
+                        return Err(connection_ended());
                     };
-                    return Err(Interrupt::Reconnect(self.store.lost(error).to_string()));
+                    let reason = self.store.lost(error).to_string();
+                    return Err(Interrupt::Reconnect(ReconnectCause::Connection, reason));
                 }
                 recv(changes) -> batch => match batch {
-                    Ok(batch) => self.core.offer(Arc::new(batch)),
+                    Ok(batch) => {
+                        self.pulse.arrived(&batch);
+                        self.core.offer(Arc::new(batch));
+                    }
                     Err(_) => {
                         self.drained = true;
                         self.close(now);
@@ -286,6 +315,7 @@ impl<'a> Publisher<'a> {
         match incoming {
             Some(Incoming::Ack { token, result }) => {
                 let stored = result.is_ok();
+                self.pulse.acked(token, now);
                 match self.core.answer(token, result, now) {
                     Err(Trouble::Reconnect(Cause::Refused(error)))
                         if error.kind().is_for_good() =>
@@ -309,6 +339,7 @@ impl<'a> Publisher<'a> {
                 }
                 Ok(None) => Ok(()),
                 Err(Overtaken) => Err(Interrupt::Reconnect(
+                    ReconnectCause::Overtaken,
                     "another relay has written the checkpoint of this slot".to_string(),
                 )),
             },
@@ -385,7 +416,10 @@ impl<'a> Publisher<'a> {
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
                     if let Err(error) = self.look_up(link, &stream, seq, token) {
-                        break Err(Interrupt::Reconnect(error.to_string()));
+                        break Err(Interrupt::Reconnect(
+                            ReconnectCause::Connection,
+                            error.to_string(),
+                        ));
                     }
                 }
                 Ok(Next::Nothing) => break Ok(()),
@@ -396,6 +430,7 @@ impl<'a> Publisher<'a> {
             }
         };
         if !burst.is_empty() {
+            self.pulse.published(&burst, now);
             link.publish(burst);
         }
         outcome
@@ -484,7 +519,16 @@ impl<'a> Publisher<'a> {
     fn trouble(&mut self, outcome: Result<(), Trouble>) -> Result<(), Interrupt> {
         Err(match outcome {
             Ok(()) => return Ok(()),
-            Err(Trouble::Reconnect(cause)) => Interrupt::Reconnect(cause.to_string()),
+            Err(Trouble::Reconnect(cause)) => {
+                let kind = match cause {
+                    Cause::Broken(_) => ReconnectCause::OtherAck,
+                    Cause::Refused(_) => ReconnectCause::Refused,
+                    Cause::AckTimeout => ReconnectCause::AckTimeout,
+                    Cause::NoStream(_) => ReconnectCause::NoStream,
+                    Cause::EndsEarly(_) => ReconnectCause::EndsEarly,
+                };
+                Interrupt::Reconnect(kind, cause.to_string())
+            }
             Err(Trouble::Backwards(backwards)) => Interrupt::End(Error::Backwards(backwards)),
             Err(Trouble::Halt(halt)) => Interrupt::End(Error::Halt(halt)),
         })
@@ -501,6 +545,8 @@ impl<'a> Publisher<'a> {
             if self.said.is_new(&reason, now) {
                 log::warn!(reason = reason.as_str(); "connecting to NATS again; Postgres keeps what is not stored");
             }
+            self.vitals.hindered(Some(reason.clone()));
+            self.vitals.publisher.within(CONNECT_LIMIT);
             self.stop.wait(pause);
             if self.stop.is_stopping() {
                 self.close(Instant::now());
@@ -511,6 +557,7 @@ impl<'a> Publisher<'a> {
             }
             match self.rejoin() {
                 Ok(link) => {
+                    self.vitals.enter(Phase::Relaying, None);
                     log::info!(server = link.server(); "connected to NATS again");
                     return Ok(Some(link));
                 }

@@ -9,6 +9,7 @@ use super::error::Error;
 use super::feedback::Ask;
 use super::progress::Progress;
 use super::stop::Stop;
+use super::vitals::Vitals;
 use crate::outbox::batch::{Batch, Change};
 use crate::outbox::mapper::{ColumnInfo, Mapper};
 use crate::outbox::plan::{Place, Value};
@@ -51,6 +52,8 @@ pub struct Reader<'a> {
     pub mapper: &'a mut Mapper,
     /// With `--drain`: everything up to here, and no more.
     pub upto: Option<Lsn>,
+    /// Learns how far the server's log goes.
+    pub vitals: &'a Vitals,
 }
 
 /// Why the reader ended, when nothing failed.
@@ -101,6 +104,7 @@ impl Reader<'_> {
         let mut batch = Batch::default();
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
+        let mut server_wal_end = Lsn::INVALID;
         let mut last_sent: Option<Instant> = None;
         let mut stopping: Option<Instant> = None;
         loop {
@@ -134,6 +138,9 @@ impl Reader<'_> {
                     return Ok(Ended::Stopped);
                 }
             }
+            if !stream.has_buffered() {
+                self.vitals.server_is_at(server_wal_end);
+            }
             self.progress.reading(!stream.has_buffered());
             let message = stream.read();
             self.progress.reading(false);
@@ -150,6 +157,7 @@ impl Reader<'_> {
                     reply_requested,
                     ..
                 }) => {
+                    server_wal_end = server_wal_end.max(wal_end);
                     self.progress.received(wal_end);
                     batch.push_boundary(Change::Keepalive { wal_end });
                     reached = reached.max(wal_end);
@@ -159,8 +167,12 @@ impl Reader<'_> {
                     }
                 }
                 Some(ReplicationMessage::XLogData {
-                    data, wal_start, ..
+                    data,
+                    wal_start,
+                    wal_end,
+                    ..
                 }) => {
+                    server_wal_end = server_wal_end.max(wal_end);
                     let message = pgoutput::decode(data).map_err(|error| Error::Decode {
                         error,
                         at: wal_start,
@@ -213,6 +225,7 @@ impl Reader<'_> {
                     });
                 };
                 if ended.events > 0 {
+                    self.vitals.waits_too(commit_time_us);
                     batch.push(Change::Commit {
                         commit_lsn,
                         end_lsn,

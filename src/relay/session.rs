@@ -15,6 +15,7 @@ use super::rejoin::{self, Joined};
 use super::repeated::Repeated;
 use super::slot;
 use super::stop::Stop;
+use super::vitals::{Phase, Vitals};
 use crate::config::Config;
 use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
@@ -41,6 +42,8 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 const SHUTDOWN_LOOK: Duration = Duration::from_secs(5);
 /// While draining, Postgres is asked this often how far it is: when idle it says so only now and then.
 const DRAIN_PING: Duration = Duration::from_millis(100);
+/// While a session runs, the supervisor does nothing that takes longer, `SHUTDOWN_LOOK` and a connect included.
+const WAIT_LIMIT: Duration = Duration::from_secs(120);
 
 /// Why a session ended, when nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,11 +71,17 @@ pub struct Session<'a> {
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     worked: bool,
+    vitals: &'a Vitals,
 }
 
 impl<'a> Session<'a> {
     /// Before the first session.
-    pub fn new(config: &'a Config, stop: &'a Stop, mapper: Mapper) -> Session<'a> {
+    pub fn new(
+        config: &'a Config,
+        stop: &'a Stop,
+        mapper: Mapper,
+        vitals: &'a Vitals,
+    ) -> Session<'a> {
         Session {
             config,
             stop,
@@ -85,6 +94,7 @@ impl<'a> Session<'a> {
             published: None,
             upto: None,
             worked: false,
+            vitals,
         }
     }
 
@@ -219,7 +229,10 @@ impl<'a> Session<'a> {
             lineage: &lineage,
             upto: self.upto,
             status_interval: feedback::status_interval(slot.wal_sender_timeout),
+            vitals: self.vitals,
         };
+        self.vitals.sessions.inc();
+        self.vitals.enter(Phase::Relaying, None);
         let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
         let mapper = &mut self.mapper;
         let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
@@ -311,6 +324,7 @@ struct Threads<'a> {
     lineage: &'a Lineage,
     upto: Option<Lsn>,
     status_interval: Duration,
+    vitals: &'a Vitals,
 }
 
 /// Why a session's threads ended, and what the publisher leaves.
@@ -343,8 +357,8 @@ impl Threads<'_> {
             changes,
             progress,
             session_stop,
-            core,
-            store,
+            (core, store),
+            self.vitals,
         );
         let reader = Reader {
             changes: changes_sender,
@@ -353,6 +367,7 @@ impl Threads<'_> {
             stop: session_stop,
             mapper,
             upto: self.upto,
+            vitals: self.vitals,
         };
         let (read, published, fed_back, first) = thread::scope(|scope| {
             let source = &mut stream;
@@ -361,7 +376,7 @@ impl Threads<'_> {
                 publisher.run(link)
             });
             let feedback = spawn(scope, "feedback", &ended_sender, move || {
-                feedback::run(writer, progress, &asks, self.status_interval)
+                feedback::run(writer, progress, &asks, self.status_interval, self.vitals)
             });
 
             let mut wait = || self.wait(&ended, &asks_sender, progress, &mut watch);
@@ -375,6 +390,9 @@ impl Threads<'_> {
                 log::warn!("the publication {narrowed}: stopping; nothing more is confirmed");
             }
             session_stop.begin();
+            if self.stop.is_stopping() {
+                self.vitals.enter(Phase::Stopping, None);
+            }
             wake(&reader, progress, writer, &asks_sender);
             let read = reader.join();
             let published = publisher.join();
@@ -442,6 +460,7 @@ impl Threads<'_> {
         let looks = tick(SHUTDOWN_LOOK);
         let watches = tick(WATCH_INTERVAL);
         loop {
+            self.vitals.supervisor.within(WAIT_LIMIT);
             select! {
                 recv(ended) -> name => return First::Ended(name.unwrap_or_default()),
                 recv(self.stop.channel()) -> _ => return First::StopAsked,

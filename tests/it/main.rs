@@ -12,6 +12,7 @@ mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
 mod mapping;
+mod observe;
 mod operation;
 mod park;
 mod payloads;
