@@ -104,7 +104,8 @@ impl<'a> Pulse<'a> {
         }
         let (received, confirmable) = progress.status();
         self.vitals.received.set(received.0);
-        self.vitals.confirmed.set(confirmable.0);
+        let confirmed = &self.vitals.confirmed;
+        confirmed.set(confirmed.get().max(confirmable.0));
         self.vitals.settled.set(settled.0);
         self.vitals.in_flight.set(core.waiting() as i64);
         self.vitals.channel_batches.set(channel_batches as i64);

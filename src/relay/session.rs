@@ -232,6 +232,7 @@ impl<'a> Session<'a> {
             vitals: self.vitals,
         };
         self.vitals.sessions.inc();
+        self.vitals.confirmed.set(slot.confirmed_flush_lsn.0);
         self.vitals.enter(Phase::Relaying, None);
         let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
         let mapper = &mut self.mapper;

@@ -1,0 +1,61 @@
+//! The files under scripts/deploy, against the program and, where it is installed, against systemd's own reading.
+
+use jetstream_outbox::exit::Exit;
+use std::fs;
+use std::process::Command;
+
+const UNIT: &str = include_str!("../scripts/deploy/jetstream-outbox.service");
+const CRON: &str = include_str!("../scripts/deploy/cron");
+const README: &str = include_str!("../README.md");
+
+#[test]
+fn what_a_restart_cannot_mend_is_not_restarted() {
+    let codes = UNIT
+        .lines()
+        .find_map(|line| line.strip_prefix("RestartPreventExitStatus="));
+    let for_good =
+        [Exit::Usage, Exit::Data, Exit::Configuration].map(|exit| (exit as u8).to_string());
+    assert_eq!(codes, Some(for_good.join(" ").as_str()));
+    let busy = format!("[ $? = {} ]", Exit::SlotInUse as u8);
+    assert!(CRON.contains(&busy), "{busy}");
+}
+
+#[test]
+fn their_variables_are_the_programs() {
+    for text in [UNIT, CRON] {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let variables: Vec<_> = words
+            .filter(|word| word.starts_with("JETSTREAM_OUTBOX_"))
+            .collect();
+        assert!(variables.len() > 1, "{text}");
+        for variable in variables {
+            assert!(README.contains(&format!("| `{variable}` |")), "{variable}");
+        }
+    }
+}
+
+/// Needs systemd's tools; a machine without them has no use for the unit either.
+#[test]
+fn systemd_understands_the_unit_and_finds_it_well_confined() {
+    let analyze = |args: &[&str]| Command::new("systemd-analyze").args(args).output();
+    if analyze(&["--version"]).is_err() {
+        return println!("systemd-analyze is not installed: the unit is not looked at");
+    }
+    let folder = tempfile::tempdir().expect("create a temporary folder");
+    let path = folder.path().join("jetstream-outbox.service");
+    // it must find the program
+    let unit = UNIT.replace("/usr/local/bin/jetstream-outbox", "/bin/true");
+    fs::write(&path, unit).expect("write the unit");
+    let path = path.to_str().expect("a path of ours");
+    for args in [
+        &["verify"][..],
+        &["security", "--offline=true", "--threshold=20"],
+    ] {
+        let output = analyze(&[args, &[path]].concat()).expect("it ran before");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && said.trim().is_empty(),
+            "{args:?}: {said}"
+        );
+    }
+}
