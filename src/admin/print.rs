@@ -2,10 +2,12 @@
 //! with. A test runs the relay under exactly these.
 
 use super::statements::{
-    create_bucket, create_publication, create_slot, create_stream, create_table, identifier, tables,
+    create_bucket, create_park_stream, create_publication, create_slot, create_stream,
+    create_table, identifier, park_stream, table_name, tables,
 };
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
+use crate::outbox::message::publish_function;
 use std::fmt::Write;
 
 /// The whole text.
@@ -26,11 +28,39 @@ fn sql(config: &Config, how: &Setup) -> String {
          CREATE ROLE {role} WITH LOGIN REPLICATION;\n\
          GRANT CONNECT ON DATABASE {database} TO {role};\n\n"
     );
-    for table in tables(config) {
-        text += &create_table(&table);
+    let tables = tables(config);
+    for table in &tables {
+        text += &create_table(config, table);
         text += "\n\n";
     }
-    text += &create_publication(config);
+    for named in config
+        .mapping
+        .tables
+        .iter()
+        .filter(|it| it.table.and_longer)
+    {
+        let _ = writeln!(
+            text,
+            "-- The tables {} are to be there already; add each to the publication.\n",
+            named.table
+        );
+    }
+    let names: Vec<String> = tables.iter().map(table_name).collect();
+    for table in &names {
+        let _ = writeln!(
+            text,
+            "-- The application: GRANT INSERT, DELETE ON {table} TO ...;"
+        );
+    }
+    if let Some(prefix) = &config.mapping.message_prefix {
+        let _ = writeln!(
+            text,
+            "\n-- The event without a table. Leave it out before Postgres 14, and with -no-messages. Whoever may call it\n\
+             -- publishes: REVOKE EXECUTE ON FUNCTION outbox_publish FROM PUBLIC; then GRANT it to the application.\n{}\n",
+            publish_function(prefix).trim_end()
+        );
+    }
+    text += &create_publication(config, &tables, false);
     text += "\n\n-- After the publication: a slot cannot see a publication that is younger. It keeps log from now on,\n\
              -- so start the relay soon, or the log fills the disk.\n";
     text += &create_slot(&config.slot, how.failover);
@@ -45,6 +75,12 @@ fn nats(config: &Config, how: &Setup) -> String {
         format!("{api}.STREAM.NAMES"),
     ];
     let mut streams = vec![how.stream.clone()];
+    if config.mapping.policy.parks() {
+        allowed.push(config.mapping.policy.park_subject.clone());
+        if create_park_stream(config, how).is_some() {
+            streams.push(park_stream(how));
+        }
+    }
     if !config.checkpoint.is_empty() {
         allowed.push(format!("$KV.{}.{}", config.checkpoint, config.slot));
         streams.push(format!("KV_{}", config.checkpoint));
@@ -65,8 +101,9 @@ fn nats(config: &Config, how: &Setup) -> String {
         how.role,
         allowed.concat()
     );
-    let requests =
-        std::iter::once(create_stream(config, how)).chain(create_bucket(config, how.replicas));
+    let requests = std::iter::once(create_stream(config, how))
+        .chain(create_park_stream(config, how))
+        .chain(create_bucket(config, how.replicas));
     for (subject, body) in requests {
         // what is asked for is JSON, and JSON of ours has no single quote
         let body = String::from_utf8_lossy(&body);

@@ -5,8 +5,9 @@
 use super::bus::Bus;
 use super::database::{Access, Database};
 use super::statements::{
-    create_bucket, create_publication, create_slot, create_stream, create_table, drop_slot,
-    identifier, table_name, tables,
+    create_bucket, create_park_stream, create_publication, create_slot, create_stream,
+    create_table, drop_slot, identifier, mapping_of, missing_columns, park_stream, table_name,
+    tables,
 };
 use super::{Error, say};
 use crate::config::Config;
@@ -17,10 +18,17 @@ use crate::jetstream::preflight::preflight;
 use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, matches};
 use crate::outbox::mapping::TableName;
+use crate::outbox::message::publish_function;
 use std::time::Duration;
 
 /// `pg_create_logical_replication_slot` has the parameter since.
 const FAILOVER: u32 = 170_000;
+
+/// pgoutput sends what `pg_logical_emit_message` writes since.
+const MESSAGES: u32 = 140_000;
+
+/// `publish_via_partition_root` exists since.
+const VIA_ROOT: u32 = 130_000;
 
 /// What became of one thing.
 enum Outcome {
@@ -68,12 +76,27 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
     }
     let mut report = Report { differs: false };
     streams(&mut bus, config, how, &mut report)?;
+    parked(&mut bus, config, how, &mut report)?;
     bucket(&mut bus, config, how, &mut report)?;
+    let mut known = Vec::new();
     for table in tables(config) {
         let what = format!("table {}", table_name(&table));
-        report.tell(&what, create_missing_table(&mut database, &table)?)?;
+        let outcome = create_missing_table(&mut database, config, &table)?;
+        report.tell(&what, outcome)?;
+        known.push(table);
     }
-    let outcome = publication(&mut database, config)?;
+    known.extend(named_by_their_beginning(
+        &mut database,
+        config,
+        &mut report,
+    )?);
+    if let Some(prefix) = &config.mapping.message_prefix
+        && database.version >= MESSAGES
+    {
+        let outcome = function(&mut database, prefix)?;
+        report.tell("function outbox_publish", outcome)?;
+    }
+    let outcome = publication(&mut database, config, &known)?;
     let made_publication = matches!(outcome, Outcome::Created);
     report.tell(
         &format!("publication {}", identifier(&config.publication)),
@@ -188,10 +211,35 @@ fn bucket(
     report.tell(&what, outcome)
 }
 
-/// The four columns an outbox has.
-pub const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
+fn parked(
+    bus: &mut Bus<'_>,
+    config: &Config,
+    how: &Setup,
+    report: &mut Report,
+) -> Result<(), Error> {
+    let Some(request) = create_park_stream(config, how) else {
+        return Ok(());
+    };
+    let subject = &config.mapping.policy.park_subject;
+    if let Some(stream) = bus.streams(subject)?.first() {
+        let what = format!("stream {} of {subject}", stream.config.name);
+        return report.tell(&what, Outcome::Found(Vec::new()));
+    }
+    let name = park_stream(how);
+    let what = format!("stream {name} of {subject}");
+    if bus.stream(&name)?.is_some() {
+        let difference = "it does not capture the subject; add it, or name a subject that a stream captures with -park-subject";
+        return report.tell(&what, Outcome::Found(vec![difference.into()]));
+    }
+    bus.create(request)?;
+    report.tell(&what, Outcome::Created)
+}
 
-fn create_missing_table(database: &mut Database, table: &TableName) -> Result<Outcome, Error> {
+fn create_missing_table(
+    database: &mut Database,
+    config: &Config,
+    table: &TableName,
+) -> Result<Outcome, Error> {
     let name = table_name(table);
     let columns = database.row(
         "find the table",
@@ -201,21 +249,91 @@ fn create_missing_table(database: &mut Database, table: &TableName) -> Result<Ou
         &[&name],
     )?;
     let Some(row) = columns else {
-        database.run("create the table", &create_table(table))?;
+        database.run("create the table", &create_table(config, table))?;
         return Ok(Outcome::Created);
     };
     let columns: Vec<String> = row.get::<_, Option<_>>(0).unwrap_or_default();
-    let missing: Vec<&str> = COLUMNS
-        .into_iter()
-        .filter(|column| !columns.iter().any(|found| found == column))
-        .collect();
+    let has = |column: &str| columns.iter().any(|found| found == column);
+    let missing = missing_columns(config, mapping_of(config, table), has);
     Ok(Outcome::Found(match missing.as_slice() {
         [] => Vec::new(),
         missing => vec![format!("it has no column {}", missing.join(", "))],
     }))
 }
 
-fn publication(database: &mut Database, config: &Config) -> Result<Outcome, Error> {
+/// The tables that `-table name*` means. They are partitions of something, or made by somebody: none is created here.
+fn named_by_their_beginning(
+    database: &mut Database,
+    config: &Config,
+    report: &mut Report,
+) -> Result<Vec<TableName>, Error> {
+    let mut found = Vec::new();
+    for named in config
+        .mapping
+        .tables
+        .iter()
+        .filter(|it| it.table.and_longer)
+    {
+        let rows = database.rows(
+            "find the tables",
+            "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_class c \
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p') \
+             AND pg_catalog.starts_with(c.relname::text, $1) AND c.relpersistence = 'p' \
+             AND n.nspname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1, 2",
+            &[&named.table.name],
+        )?;
+        let matching: Vec<TableName> = rows
+            .iter()
+            .map(|row| (row.get::<_, String>(0), row.get::<_, String>(1)))
+            .filter(|(schema, name)| named.table.matches(schema, name))
+            .map(|(schema, name)| TableName {
+                schema: Some(schema),
+                name,
+                and_longer: false,
+            })
+            .collect();
+        let differences = match matching.is_empty() {
+            true => vec!["there is none; create one, then run setup again".to_string()],
+            false => Vec::new(),
+        };
+        report.tell(
+            &format!("tables {}", named.table),
+            Outcome::Found(differences),
+        )?;
+        found.extend(matching);
+    }
+    Ok(found)
+}
+
+/// The SQL function by which an application publishes without a table.
+fn function(database: &mut Database, prefix: &str) -> Result<Outcome, Error> {
+    let sql = publish_function(prefix);
+    let found = database.rows(
+        "find the function",
+        "SELECT prosrc FROM pg_catalog.pg_proc WHERE proname = 'outbox_publish' AND pg_catalog.pg_function_is_visible(oid)",
+        &[],
+    )?;
+    if found.is_empty() {
+        database.run("create the function", &sql)?;
+        return Ok(Outcome::Created);
+    }
+    // between the dollar quotes, as pg_proc keeps it
+    let body = sql.split("$$").nth(1).unwrap_or_default();
+    let same = found.iter().any(|row| row.get::<_, String>(0) == body);
+    Ok(Outcome::Found(match same {
+        true => Vec::new(),
+        false => vec![format!(
+            "it is not the one of this release and of message prefix {prefix}; if nobody has changed it on purpose, drop it \
+             and run setup again"
+        )],
+    }))
+}
+
+fn publication(
+    database: &mut Database,
+    config: &Config,
+    known: &[TableName],
+) -> Result<Outcome, Error> {
     let name = identifier(&config.publication);
     let found = database.row(
         "find the publication",
@@ -223,7 +341,26 @@ fn publication(database: &mut Database, config: &Config) -> Result<Outcome, Erro
         &[&config.publication],
     )?;
     let Some(row) = found else {
-        database.run("create the publication", &create_publication(config))?;
+        if known.is_empty() {
+            return Ok(Outcome::Found(vec![
+                "it does not exist, and there is no table for it".to_string(),
+            ]));
+        }
+        let mut partitioned = false;
+        for table in known {
+            let row = database.row(
+                "look at the table",
+                "SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1)",
+                &[&table_name(table)],
+            )?;
+            partitioned |= row.is_some_and(|row| row.get(0));
+        }
+        // published under their own names, partitions that are named by their beginning would otherwise be missed
+        let by_root = partitioned
+            && database.version >= VIA_ROOT
+            && !config.mapping.tables.iter().any(|it| it.table.and_longer);
+        let create = create_publication(config, known, by_root);
+        database.run("create the publication", &create)?;
         return Ok(Outcome::Created);
     };
     let mut differences = Vec::new();
@@ -232,19 +369,27 @@ fn publication(database: &mut Database, config: &Config) -> Result<Outcome, Erro
             "it does not publish inserts; ALTER PUBLICATION {name} SET (publish = 'insert');"
         ));
     }
-    for table in tables(config) {
-        let table = table_name(&table);
-        let holds = database.row(
+    for table in known {
+        let table = table_name(table);
+        let held = database.row(
             "look into the publication",
-            "SELECT true FROM pg_catalog.pg_publication_tables t WHERE t.pubname = $1 AND \
-             pg_catalog.to_regclass(pg_catalog.quote_ident(t.schemaname) || '.' || pg_catalog.quote_ident(t.tablename)) \
-             = pg_catalog.to_regclass($2)",
+            "SELECT h.oid = pg_catalog.to_regclass($2) FROM pg_catalog.pg_publication_tables t, pg_catalog.to_regclass( \
+             pg_catalog.quote_ident(t.schemaname) || '.' || pg_catalog.quote_ident(t.tablename)) AS h(oid) \
+             WHERE t.pubname = $1 AND (h.oid = pg_catalog.to_regclass($2) OR h.oid IN (SELECT relid FROM \
+             pg_catalog.pg_partition_tree(pg_catalog.to_regclass($2)))) ORDER BY 1 DESC LIMIT 1",
             &[&config.publication, &table],
         )?;
-        if holds.is_none() {
-            differences.push(format!(
+        match held.map(|row| row.get::<_, bool>(0)) {
+            Some(true) => {}
+            // as partitions its rows come under names that -table does not have
+            Some(false) if config.mapping.tables.is_empty() => {}
+            Some(false) => differences.push(format!(
+                "it holds the partitions of table {table} under their own names; \
+                 ALTER PUBLICATION {name} SET (publish_via_partition_root = true);"
+            )),
+            None => differences.push(format!(
                 "it does not hold table {table}; ALTER PUBLICATION {name} ADD TABLE {table};"
-            ));
+            )),
         }
     }
     Ok(Outcome::Found(differences))

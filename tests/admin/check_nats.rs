@@ -228,6 +228,49 @@ fn a_permission_is_missing() {
     }
 }
 
+/// Events are parked where a stream takes them and the relay may write and read: tried, and nothing is stored.
+#[test]
+fn parking() {
+    let rig = set_up(Postgres::builder());
+    let park = ["-on-poison", "park"];
+    let bad = [("nats.parking", "fail")];
+    check(&rig, &park, &bad);
+    check(&rig, &["-on-bad-subject", "park"], &bad);
+    check(&rig, &[], &[]);
+    on(&rig, &[&["setup"], &park[..]].concat()).with(0);
+    check(&rig, &park, &[]);
+    assert_eq!(rig.nats.client().last_seq("jetstream_outbox_parked"), 0);
+
+    let db = rig.pg.url("postgres", "postgres");
+    for denied in [
+        "jetstream_outbox.parked",
+        "$JS.API.STREAM.MSG.GET.jetstream_outbox_parked",
+    ] {
+        let nats = denying(&rig, denied, true);
+        let at = |user: &str| format!("nats://{user}:{user}@127.0.0.1:{}", nats.port());
+        let (admin, relay) = (at("admin"), at("relay"));
+        run(
+            &["setup", "-db", &db, "-nats", &admin, "-on-poison", "park"],
+            &[],
+        )
+        .with(0);
+        let args = [
+            "check",
+            "-json",
+            "-db",
+            &db,
+            "-nats",
+            &relay,
+            "-on-poison",
+            "park",
+        ];
+        let report = run(&args, &[]).json(2);
+        let found = finding(&report["findings"], "nats.parking");
+        let fix = found["fix"].as_str().unwrap_or_default();
+        assert_eq!(fix, format!("let the user publish to {denied}"), "{found}");
+    }
+}
+
 #[test]
 fn the_bucket_is_in_memory() {
     let rig = set_up(Postgres::builder());

@@ -348,6 +348,97 @@ fn the_publication_is_not_what_the_relay_needs() {
     check(&rig, &[], &[]);
 }
 
+/// The remedies are run as printed: what they leave is what the flags ask for.
+#[test]
+fn tables_columns_and_headers_are_looked_for_by_the_mapping() {
+    let rig = set_up(Postgres::builder());
+    let name = "postgres.tables";
+    for flags in [
+        &["-header", "tenant"][..],
+        &["-subject", "{prefix}.{region}.{aggregateid}"],
+        &["-table", "outbox:id=event_id,headers=meta"],
+        &["-payload-column", "body"],
+    ] {
+        let findings = check(&rig, flags, &[(name, "fail")]);
+        mend(&rig, &findings, name);
+        check(&rig, flags, &[]);
+    }
+    // a table of another name, which is not there
+    let flags = ["-table", "outbox,other:payload=text"];
+    let findings = check(&rig, &flags, &[(name, "fail")]);
+    assert_eq!(
+        finding(&findings, name)["found"],
+        "table other does not exist in this database"
+    );
+    mend(&rig, &findings, name);
+    new_slot(&rig);
+    check(&rig, &flags, &[]);
+    // its column list is taken away, the other table stays
+    rig.pg.execute(&format!(
+        "ALTER PUBLICATION {SLOT} SET TABLE other, outbox (id, aggregatetype, aggregateid)"
+    ));
+    new_slot(&rig);
+    let findings = check(&rig, &flags, &[(name, "fail")]);
+    mend(&rig, &findings, name);
+    new_slot(&rig);
+    check(&rig, &flags, &[]);
+
+    rig.pg.execute("ALTER TABLE outbox ADD COLUMN headers text");
+    mends_with(&rig, &flags, "postgres.headers_column", "warn");
+    rig.pg.execute("ALTER TABLE outbox ADD COLUMN extra text");
+    mends_with(
+        &rig,
+        &["-table", "outbox", "-headers-column", "extra"],
+        "postgres.headers_column",
+        "fail",
+    );
+}
+
+#[track_caller]
+fn mends_with(rig: &Rig, flags: &[&str], name: &str, level: &str) {
+    let findings = check(rig, flags, &[(name, level)]);
+    mend(rig, &findings, name);
+    check(rig, flags, &[]);
+}
+
+#[test]
+fn partitions_are_published_under_their_own_names() {
+    let rig = set_up(Postgres::builder());
+    rig.pg.execute(&format!(
+        "CREATE TABLE parted (LIKE outbox) PARTITION BY LIST (aggregatetype); \
+         CREATE TABLE parted_a PARTITION OF parted FOR VALUES IN ('account'); ALTER PUBLICATION {SLOT} ADD TABLE parted"
+    ));
+    new_slot(&rig);
+    let flags = ["-table", "parted"];
+    let findings = check(&rig, &flags, &[("postgres.tables", "fail")]);
+    mend(&rig, &findings, "postgres.tables");
+    new_slot(&rig);
+    check(&rig, &flags, &[]);
+}
+
+/// Postgres hands messages over in the database's encoding.
+#[test]
+fn messages_of_a_database_that_is_not_utf8() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    };
+    rig.pg
+        .execute("CREATE DATABASE old ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
+    let (db, nats) = (rig.pg.url("postgres", "old"), rig.nats.url());
+    let at = ["-db", &db, "-nats", &nats];
+    run(&[&["setup"], &at[..]].concat(), &[]).with(0);
+    let report = run(&[&["check", "-json", "-strict"], &at[..]].concat(), &[]).json(1);
+    let found = finding(&report["findings"], "postgres.messages");
+    assert_eq!(found["level"], "warn", "{found}");
+    assert_eq!(found["found"], "the database's encoding is LATIN1");
+    run(
+        &[&["check", "-strict", "-no-messages"], &at[..]].concat(),
+        &[],
+    )
+    .with(0);
+}
+
 /// The trap is real: the application's own DELETE fails.
 #[test]
 fn the_application_cannot_delete() {

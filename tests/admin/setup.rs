@@ -1,5 +1,6 @@
 //! `setup`, `teardown`, and what `setup` prints for administrators.
 
+use crate::check_postgres::check;
 use crate::command::{Ended, on, run, servers};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::nats::Nats;
@@ -31,7 +32,7 @@ fn setup_makes_all_that_the_relay_needs_and_finds_it_the_next_time() {
         &["setup", "--max-age", "24h", "--duplicate-window", "5m"],
     );
     first.with(0);
-    assert_eq!(outcomes(&first), ["created"; 5], "{first:?}");
+    assert_eq!(outcomes(&first), ["created"; 6], "{first:?}");
     let config = &rig.nats.client().stream_info(STREAM)["config"];
     for (name, value) in [
         ("subjects", json!(["events.>"])),
@@ -55,7 +56,7 @@ fn setup_makes_all_that_the_relay_needs_and_finds_it_the_next_time() {
     let confirmed = rig.pg.confirmed_flush_lsn(SLOT);
     let second = on(&rig, &["setup"]);
     second.with(0);
-    assert_eq!(outcomes(&second), ["found"; 5], "{second:?}");
+    assert_eq!(outcomes(&second), ["found"; 6], "{second:?}");
     assert_eq!(rig.pg.confirmed_flush_lsn(SLOT), confirmed);
     assert_eq!(rig.messages().len(), 1);
 }
@@ -84,7 +85,7 @@ fn setup_takes_the_relays_names() {
     assert_eq!(
         ended.with(0),
         "created  stream ORDERS of shop.v1.>\ncreated  table orders\ncreated  table \"My\".\"Outbox\"\n\
-         created  publication \"Orders of all\"\ncreated  slot orders\n"
+         created  function outbox_publish\ncreated  publication \"Orders of all\"\ncreated  slot orders\n"
     );
     let tables = "SELECT string_agg(schemaname || '.' || tablename, ' ' ORDER BY 1) FROM pg_publication_tables";
     assert_eq!(
@@ -95,6 +96,105 @@ fn setup_takes_the_relays_names() {
         .execute("INSERT INTO \"My\".\"Outbox\" VALUES (gen_random_uuid(), 'order', '7', '{}')");
     rig.drain(&flags);
     assert_eq!(rig.nats.client().read_all("ORDERS").len(), 1);
+}
+
+/// What setup makes by the flags is what the relay, and the doctor, take with the same flags.
+#[test]
+fn setup_follows_the_mapping_and_parking() {
+    let rig = bare();
+    let flags = [
+        "-table",
+        "events:id=event_id,payload=body,subject={prefix}.{kind}.{key},header=tenant=Tenant,headers=meta",
+        "-on-bad-subject",
+        "park",
+    ];
+    let ended = on(&rig, &[&flags[..], &["setup"]].concat());
+    assert_eq!(
+        ended.with(0),
+        "created  stream jetstream_outbox of events.>\ncreated  stream jetstream_outbox_parked of jetstream_outbox.parked\n\
+         created  checkpoint bucket jetstream_outbox\ncreated  table events\ncreated  function outbox_publish\n\
+         created  publication jetstream_outbox\ncreated  slot jetstream_outbox\n"
+    );
+    on(&rig, &[&flags[..], &["check", "-strict"]].concat()).with(0);
+    let again = on(&rig, &[&flags[..], &["setup"]].concat());
+    again.with(0);
+    assert_eq!(outcomes(&again), ["found"; 7], "{again:?}");
+
+    rig.pg.execute(
+        "INSERT INTO events (event_id, kind, key, tenant, meta, body) \
+         VALUES (gen_random_uuid(), 'order', '7', 't1', '{\"A\": \"b\"}', '{}'), (gen_random_uuid(), '', '7', 't1', NULL, '{}')",
+    );
+    rig.drain(&flags);
+    assert_eq!(rig.subjects(), ["events.order.7"]);
+    assert_eq!(
+        rig.nats.client().message_count("jetstream_outbox_parked"),
+        1
+    );
+
+    let ended = on(&rig, &["setup", "-table", "events", "-header", "region"]);
+    let text = ended.with(78);
+    assert!(
+        text.contains("differs  table events: it has no column id, aggregatetype, aggregateid, payload, region\n"),
+        "{text}"
+    );
+}
+
+/// The function is the application's way to publish without a table; the relay takes what it emits, with its own prefix.
+#[test]
+fn setup_makes_the_function_for_the_prefix() {
+    let rig = bare();
+    let ended = on(&rig, &["setup", "-no-messages"]);
+    assert!(!ended.with(0).contains("function"), "{ended:?}");
+    let flags = ["-message-prefix", "it's"];
+    let ended = on(&rig, &[&flags[..], &["setup"]].concat());
+    assert!(
+        ended.with(0).contains("created  function outbox_publish\n"),
+        "{ended:?}"
+    );
+    rig.pg
+        .execute("SELECT outbox_publish('account', 'a', '{}')");
+    rig.drain(&flags);
+    assert_eq!(rig.subjects(), ["events.account.a"]);
+    // with another prefix it would publish nothing, and nobody would be told
+    let ended = on(&rig, &["setup"]);
+    assert!(
+        ended
+            .with(78)
+            .contains("differs  function outbox_publish: it is not the one"),
+        "{ended:?}"
+    );
+    check(&rig, &[], &[("postgres.messages", "warn")]);
+    check(&rig, &flags, &[]);
+}
+
+#[test]
+fn setup_sends_a_partitioned_table_under_its_own_name() {
+    let rig = bare();
+    rig.pg.execute(
+        "CREATE TABLE outbox (id uuid, aggregatetype text, aggregateid text, payload jsonb) PARTITION BY LIST (aggregatetype); \
+         CREATE TABLE outbox_account PARTITION OF outbox FOR VALUES IN ('account')",
+    );
+    on(&rig, &["setup", "-table", "outbox"]).with(0);
+    assert_eq!(
+        rig.pg
+            .scalar::<String>("SELECT string_agg(tablename, ' ') FROM pg_publication_tables")
+            .as_deref(),
+        Some("outbox")
+    );
+    check(&rig, &["-table", "outbox"], &[]);
+    rig.commit_event(1, "a");
+    rig.drain(&["-table", "outbox"]);
+    assert_eq!(rig.subjects(), ["events.account.a"]);
+    rig.pg.execute(&format!(
+        "ALTER PUBLICATION {SLOT} SET (publish_via_partition_root = false)"
+    ));
+    let ended = on(&rig, &["setup", "-table", "outbox"]);
+    assert!(
+        ended
+            .with(78)
+            .contains("SET (publish_via_partition_root = true);"),
+        "{ended:?}"
+    );
 }
 
 #[test]
@@ -142,7 +242,7 @@ fn setup_says_where_things_differ_and_leaves_them() {
             "{difference}:\n{text}"
         );
     }
-    assert_eq!(text.lines().count(), 10, "{text}");
+    assert_eq!(text.lines().count(), 11, "{text}");
     assert_eq!(nats.stream_info("EV")["config"], before);
     assert_eq!(
         rig.pg
@@ -278,8 +378,24 @@ fn teardown_removes_slot_and_publication_when_told_so() {
 /// The statements without comments, as psql would run them: one a transaction.
 fn statements(sql: &str) -> Vec<String> {
     let lines: Vec<&str> = sql.lines().filter(|line| !line.starts_with("--")).collect();
-    let text = lines.join("\n");
-    let statements = text.split(";\n").map(str::trim).filter(|s| !s.is_empty());
+    let text = lines.join("\n") + "\n";
+    let mut statements = vec![String::new()];
+    // what stands between dollar quotes is one statement's
+    for (index, part) in text.split("$$").enumerate() {
+        let mut pieces = match index % 2 {
+            0 => part.split(";\n").collect(),
+            _ => vec![part],
+        }
+        .into_iter();
+        let last = statements.last_mut().expect("it has one");
+        if index > 0 {
+            last.push_str("$$");
+        }
+        last.push_str(pieces.next().unwrap_or_default());
+        statements.extend(pieces.map(str::to_string));
+    }
+    let statements = statements.iter().map(|sql| sql.trim());
+    let statements = statements.filter(|sql| !sql.is_empty());
     statements.map(str::to_string).collect()
 }
 
@@ -295,7 +411,7 @@ fn the_relay_runs_with_what_is_printed_and_no_more() {
         &[],
     );
     let statements = statements(printed.with(0));
-    assert_eq!(statements.len(), 5, "{statements:?}");
+    assert_eq!(statements.len(), 6, "{statements:?}");
     statements.iter().for_each(|sql| pg.execute(sql));
 
     let printed = run(&["setup", "--print-nats", "-db", &db], &[]);

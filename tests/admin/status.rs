@@ -98,7 +98,12 @@ fn a_relay_that_runs_is_named_and_not_disturbed() {
     let text = ended.with(0);
     for part in [
         "slot     jetstream_outbox at 127.0.0.1:",
-        "\nrelay    ",
+        // a relay of which release
+        concat!(
+            "\nrelay    jetstream-outbox ",
+            env!("CARGO_PKG_VERSION"),
+            " from"
+        ),
         "from 127.0.0.1, server process",
         "sequence 1, ",
         "\nlag      none",

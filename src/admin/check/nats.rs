@@ -53,6 +53,23 @@ struct Facts {
     /// `Err`: what the API said.
     streams: Result<Vec<Stream>, String>,
     bucket: Bucket,
+    /// `None`: nothing is ever parked.
+    park: Option<Park>,
+}
+
+/// Where events are parked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Park {
+    /// No stream captures the subject.
+    Missing,
+    /// The streams cannot be asked for.
+    Unreadable(String),
+    Found {
+        stream: String,
+        publish: Tried,
+        /// Whether the relay may read its end, as it does of every stream it writes to.
+        read: Tried,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -97,9 +114,9 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 10] = [
+const JUDGES: [Judge; 11] = [
     connection, encryption, jetstream, streams, settings, retention, window, publish, read_tail,
-    checkpoint,
+    checkpoint, parking,
 ];
 
 fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
@@ -351,6 +368,82 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
     }]
 }
 
+fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.parking";
+    const WHY: &str = "the first event that must be parked holds the relay up";
+    let subject = &config.mapping.policy.park_subject;
+    let api = &config.nats.api_prefix;
+    let Some(park) = &facts.park else {
+        return Vec::new();
+    };
+    vec![match park {
+        Park::Missing => fail(
+            NAME,
+            format!("no stream captures {subject}"),
+            WHY,
+            format!(
+                "jetstream-outbox setup with the same flags, or: nats stream add parked --subjects='{subject}' --defaults"
+            ),
+        ),
+        Park::Unreadable(error) => fail(
+            NAME,
+            error,
+            WHY,
+            format!("let the user publish to {api}.STREAM.NAMES and {api}.STREAM.INFO.*"),
+        ),
+        Park::Found {
+            stream,
+            publish: Err(error),
+            ..
+        } => fail(
+            NAME,
+            format!("stream {stream}: {error}"),
+            WHY,
+            format!("let the user publish to {subject}"),
+        ),
+        Park::Found {
+            stream,
+            read: Err(error),
+            ..
+        } => fail(
+            NAME,
+            format!("stream {stream}: {error}"),
+            "the relay reads the end of each stream it writes to, to know where to go on",
+            format!("let the user publish to {api}.STREAM.MSG.GET.{stream}"),
+        ),
+        Park::Found { stream, .. } => ok(
+            NAME,
+            format!("events are parked under {subject}, in stream {stream}"),
+        ),
+    }]
+}
+
+/// Looks for the park subject, and tries it.
+fn read_park(bus: &mut Bus<'_>, config: &Config) -> Option<Park> {
+    let subject = &config.mapping.policy.park_subject;
+    if !config.mapping.policy.parks() {
+        return None;
+    }
+    Some(match bus.streams(subject) {
+        Err(error) => Park::Unreadable(error.to_string()),
+        Ok(streams) => match streams.first() {
+            None => Park::Missing,
+            Some(found) => {
+                let stream = found.config.name.clone();
+                let last = bus.message(last_message_request(&stream, subject));
+                Park::Found {
+                    publish: try_write(bus, subject),
+                    read: match config.delivery {
+                        Delivery::ExactlyOnce => last.map(drop).map_err(|error| error.to_string()),
+                        Delivery::AtLeastOnce => Ok(()),
+                    },
+                    stream,
+                }
+            }
+        },
+    })
+}
+
 fn read(bus: &mut Bus<'_>, config: &Config, past: &mut Past) -> Facts {
     let wanted = format!("{}.>", config.prefix);
     let streams = bus.streams(&wanted).map(|infos| {
@@ -367,6 +460,8 @@ fn read(bus: &mut Bus<'_>, config: &Config, past: &mut Past) -> Facts {
         info: bus.info.clone(),
         tls,
         bucket: read_bucket(bus, config, streams.is_ok(), past),
+        // without an API that answers there is one finding, not two
+        park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
         streams: streams.map_err(|error: Error| error.to_string()),
     }
 }

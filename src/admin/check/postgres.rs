@@ -5,9 +5,9 @@
 
 use super::finding::{Finding, fail, ok, warn};
 use crate::admin::database::{Access, Database};
-use crate::admin::setup::COLUMNS;
 use crate::admin::statements::{
-    create_publication, create_slot, drop_slot, identifier, table_name, tables,
+    add_columns, create_publication, create_slot, create_table, drop_slot, identifier, mapping_of,
+    missing_columns, table_name, tables,
 };
 use crate::admin::{Error, bytes};
 use crate::config::Config;
@@ -17,6 +17,8 @@ use std::collections::BTreeMap;
 
 /// The oldest server the relay works with.
 const OLDEST: u32 = 120_000;
+/// pgoutput sends messages since.
+const MESSAGES: u32 = 140_000;
 /// A backlog of log that an operator should know of, when nothing bounds it.
 const MUCH_LOG: i64 = 1 << 30;
 /// Less than this ends sessions that are healthy but slow, in milliseconds.
@@ -38,6 +40,12 @@ struct Facts {
     settings: BTreeMap<String, String>,
     slots: i64,
     senders: i64,
+    /// Of the database.
+    encoding: String,
+    /// The bodies of the functions `outbox_publish` that the role would call.
+    publish_functions: Vec<String>,
+    /// The tables that the relay is to read, as the catalog has them.
+    named: Vec<Named>,
     publication: Option<Publication>,
     slot: Option<Slot>,
     /// Active physical slots: standbys that follow.
@@ -65,12 +73,25 @@ struct Publication {
     tables: Vec<Table>,
 }
 
+/// A table that `-table` names, or `outbox`.
+#[derive(Clone, Debug)]
+struct Named {
+    name: TableName,
+    exists: bool,
+    /// Its partitions are published, under their own names.
+    by_partition: bool,
+    partitioned: bool,
+}
+
 #[derive(Clone, Debug)]
 struct Table {
     name: TableName,
     /// Those that are published.
     columns: Vec<String>,
-    filtered: bool,
+    /// All of them, and their types.
+    types: BTreeMap<String, String>,
+    /// The condition of its row filter.
+    filter: Option<String>,
     /// Updates and deletes of a published table need one.
     replica_identity: bool,
 }
@@ -115,7 +136,7 @@ fn unreachable(error: &Error) -> Finding {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 17] = [
+const JUDGES: [Judge; 19] = [
     connection,
     encryption,
     standby,
@@ -127,6 +148,8 @@ const JUDGES: [Judge; 17] = [
     idle_timeout,
     publication,
     published_tables,
+    headers_column,
+    messages,
     replica_identity,
     slot,
     slot_log,
@@ -311,10 +334,10 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("publication {name} does not exist in this database"),
             "it says which tables are sent",
             match facts.slot {
-                None => create_publication(config),
+                None => create_all(facts, config),
                 Some(_) => format!(
                     "{} {} {} -- a slot cannot see what is younger than itself",
-                    create_publication(config),
+                    create_all(facts, config),
                     drop_slot(&config.slot),
                     create_slot(&config.slot, false)
                 ),
@@ -330,6 +353,17 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
     }]
 }
 
+/// The tables that are missing, and the publication.
+fn create_all(facts: &Facts, config: &Config) -> String {
+    let missing = facts.named.iter().filter(|named| !named.exists);
+    let mut text: String = missing
+        .map(|named| create_table(config, &named.name) + " ")
+        .collect();
+    let root = facts.version >= 130_000 && facts.named.iter().any(|named| named.partitioned);
+    text += &create_publication(config, &tables(config), root);
+    text
+}
+
 fn published_tables(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "postgres.tables";
     let Some(publication) = &facts.publication else {
@@ -339,66 +373,60 @@ fn published_tables(facts: &Facts, config: &Config) -> Vec<Finding> {
     let named: Vec<&TableName> = config.mapping.tables.iter().map(|it| &it.table).collect();
     let mut findings = Vec::new();
     for wanted in &named {
-        if !publication
-            .tables
-            .iter()
-            .any(|table| is_named(&table.name, wanted))
-        {
-            findings.push(fail(
-                NAME,
-                format!(
-                    "publication {name} does not hold table {}",
-                    table_name(wanted)
-                ),
-                "its events are not sent",
-                format!("ALTER PUBLICATION {name} ADD TABLE {};", table_name(wanted)),
-            ));
+        if !(publication.tables.iter()).any(|table| is_named(&table.name, wanted)) {
+            findings.push(not_held(facts, config, wanted));
         }
     }
     let mut outboxes = Vec::new();
-    for table in &publication.tables {
-        let has = |column: &str| table.columns.iter().any(|found| found == column);
-        let missing: Vec<&str> = COLUMNS.into_iter().filter(|column| !has(column)).collect();
-        let is_wanted = match named.as_slice() {
-            // as the relay tells an outbox from another table of the publication
-            [] => has("aggregatetype") || has("aggregateid"),
-            named => named.iter().any(|wanted| is_named(&table.name, wanted)),
-        };
+    for table in outbox_tables(publication, config) {
         let text = table_name(&table.name);
-        if !is_wanted {
-            continue;
-        }
-        if !missing.is_empty() {
+        let mapping = mapping_of(config, &table.name);
+        let has = |column: &str| table.columns.iter().any(|found| found == column);
+        let missing = missing_columns(config, mapping, has);
+        let (left_out, lacking): (Vec<String>, Vec<String>) = missing
+            .into_iter()
+            .partition(|column| table.types.contains_key(column));
+        if !lacking.is_empty() {
             findings.push(fail(
                 NAME,
-                format!("table {text} is published without {}", missing.join(", ")),
+                format!("table {text} has no column {}", lacking.join(", ")),
                 "the relay stops at its first row",
                 format!(
-                    "add what is missing to the table or to the publication's column list, or, if {text} is no outbox, \
-                     name those that are with -table"
+                    "{} -- or name the columns that it has with -table, -subject, -header or the flags of columns; if it is no \
+                     outbox, name those that are with -table",
+                    add_columns(config, &table.name, &lacking)
                 ),
             ));
-        } else if table.filtered {
+        } else if !left_out.is_empty() {
+            findings.push(fail(
+                NAME,
+                format!("table {text} is published without {}", left_out.join(", ")),
+                "the relay stops at its first row",
+                publish_whole(config, publication, table),
+            ));
+        } else if let Some(filter) = &table.filter {
             findings.push(warn(
                 NAME,
-                format!("publication {name} has a row filter for {text}"),
+                format!("publication {name} has a row filter for {text}: {filter}"),
                 "rows that it leaves out are never published",
-                format!("ALTER PUBLICATION {name} SET TABLE {text};"),
+                publish_whole(config, publication, table),
             ));
         }
         outboxes.push(text);
     }
     if outboxes.is_empty() && findings.is_empty() {
-        let wanted: Vec<String> = tables(config).iter().map(table_name).collect();
-        findings.push(fail(
-            NAME,
-            format!(
-                "publication {name} holds no table with the columns {}",
-                COLUMNS.join(", ")
+        // none is named: the one that setup would make
+        let missing = facts.named.iter().find(|named| !named.exists);
+        findings.push(match (missing, tables(config).first()) {
+            (None, Some(wanted)) => fail(
+                NAME,
+                format!("publication {name} holds no table with the columns of an outbox"),
+                "there is nothing to relay",
+                format!("ALTER PUBLICATION {name} ADD TABLE {};", table_name(wanted)),
             ),
-            "there is nothing to relay",
-            format!("ALTER PUBLICATION {name} ADD TABLE {};", wanted.join(", ")),
-        ));
+            (Some(named), _) => not_held(facts, config, &named.name),
+            (None, None) => return findings,
+        });
     }
     if findings.is_empty() {
         findings.push(ok(
@@ -409,9 +437,167 @@ fn published_tables(facts: &Facts, config: &Config) -> Vec<Finding> {
     findings
 }
 
+/// The publication lacks a table that is wanted.
+fn not_held(facts: &Facts, config: &Config, wanted: &TableName) -> Finding {
+    const NAME: &str = "postgres.tables";
+    const WHY: &str = "its events are not sent";
+    let (name, table) = (identifier(&config.publication), table_name(wanted));
+    let add = format!("ALTER PUBLICATION {name} ADD TABLE {table};");
+    if wanted.and_longer {
+        return fail(
+            NAME,
+            format!("publication {name} holds no table {wanted}"),
+            WHY,
+            format!("ALTER PUBLICATION {name} ADD TABLE ...; -- each of them"),
+        );
+    }
+    match facts.named.iter().find(|named| named.name == *wanted) {
+        Some(named) if !named.exists => fail(
+            NAME,
+            format!("table {table} does not exist in this database"),
+            WHY,
+            format!(
+                "{} {add} -- or correct -table or -db",
+                create_table(config, wanted)
+            ),
+        ),
+        Some(named) if named.by_partition => fail(
+            NAME,
+            format!(
+                "publication {name} holds the partitions of table {table} under their own names"
+            ),
+            "-table does not name them, so their rows are ignored",
+            format!("ALTER PUBLICATION {name} SET (publish_via_partition_root = true);"),
+        ),
+        _ => fail(
+            NAME,
+            format!("publication {name} does not hold table {table}"),
+            WHY,
+            add,
+        ),
+    }
+}
+
+/// Those whose rows become events, told from others as the relay does.
+fn outbox_tables<'a>(publication: &'a Publication, config: &Config) -> Vec<&'a Table> {
+    let is_outbox = |table: &&Table| match config.mapping.tables.as_slice() {
+        [] => {
+            let mapping = &config.mapping.default;
+            // a column that the publication leaves out is no sign of another table
+            let has = |column: &str| table.types.contains_key(column);
+            let mut columns = mapping.subject.columns().map(|name| mapping.column(name));
+            columns.any(has) || missing_columns(config, mapping, has).is_empty()
+        }
+        named => named.iter().any(|it| is_named(&table.name, &it.table)),
+    };
+    publication.tables.iter().filter(is_outbox).collect()
+}
+
+/// Takes column list and row filter from a table, and leaves the others as they are: `SET TABLE` names all there are.
+fn publish_whole(config: &Config, publication: &Publication, whole: &Table) -> String {
+    let each = publication.tables.iter().map(|table| {
+        let mut text = table_name(&table.name);
+        if table.name == whole.name {
+            return text;
+        }
+        if table.columns.len() < table.types.len() {
+            let columns: Vec<String> = table.columns.iter().map(|it| identifier(it)).collect();
+            text += &format!(" ({})", columns.join(", "));
+        }
+        if let Some(filter) = &table.filter {
+            text += &format!(" WHERE ({filter})");
+        }
+        text
+    });
+    let each: Vec<String> = each.collect();
+    format!(
+        "ALTER PUBLICATION {} SET TABLE {};",
+        identifier(&config.publication),
+        each.join(", ")
+    )
+}
+
+/// The column whose members become headers can hold none unless it is JSON.
+fn headers_column(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.headers_column";
+    let Some(publication) = &facts.publication else {
+        return Vec::new();
+    };
+    let mut findings = Vec::new();
+    for table in outbox_tables(publication, config) {
+        let wanted = mapping_of(config, &table.name).headers_column.as_ref();
+        let column = wanted.map_or("headers", String::as_str);
+        let Some(found) = table.types.get(column) else {
+            continue;
+        };
+        let (text, quoted) = (table_name(&table.name), identifier(column));
+        if matches!(found.as_str(), "json" | "jsonb") {
+            findings.push(ok(
+                NAME,
+                format!("column {quoted} of table {text} is {found}"),
+            ));
+            continue;
+        }
+        let told = format!("column {quoted} of table {text} is {found}");
+        let fix =
+            format!("ALTER TABLE {text} ALTER COLUMN {quoted} TYPE jsonb USING {quoted}::jsonb;");
+        findings.push(match wanted {
+            Some(_) => fail(
+                NAME,
+                told,
+                "headers are read from the members of json or jsonb",
+                fix,
+            ),
+            None => warn(
+                NAME,
+                told,
+                "it is not json or jsonb, so no event gets headers from it",
+                format!("{fix} -- or call it something else, if it holds no headers"),
+            ),
+        });
+    }
+    findings
+}
+
+/// Events without a table.
+fn messages(facts: &Facts, config: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.messages";
+    let Some(prefix) = &config.mapping.message_prefix else {
+        return vec![ok(NAME, "not taken, by -no-messages")];
+    };
+    if facts.version < MESSAGES {
+        return vec![warn(
+            NAME,
+            format!("Postgres {} does not send messages", facts.version_text),
+            "what pg_logical_emit_message writes is not published",
+            "publish by the table and pass -no-messages, or upgrade to Postgres 14 or later",
+        )];
+    }
+    let literal = crate::postgres::connection::quote_literal(prefix);
+    let others = !facts.publish_functions.is_empty()
+        && !(facts.publish_functions.iter()).any(|body| body.contains(&literal));
+    if others {
+        return vec![warn(
+            NAME,
+            format!("function outbox_publish does not emit messages with prefix {prefix}"),
+            "the relay passes them over, so that their events are lost",
+            "drop the function and run jetstream-outbox setup, or name its prefix with -message-prefix",
+        )];
+    }
+    vec![match facts.encoding.as_str() {
+        "UTF8" => ok(NAME, format!("those with prefix {prefix} are events")),
+        encoding => warn(
+            NAME,
+            format!("the database's encoding is {encoding}"),
+            "Postgres does not convert messages, and one with other characters than ASCII is malformed: -on-poison decides",
+            "publish by the table and pass -no-messages, or move to a database created with ENCODING 'UTF8'",
+        ),
+    }]
+}
+
 /// Names as `-table` has them: without a schema, any.
 fn is_named(table: &TableName, wanted: &TableName) -> bool {
-    table.name == wanted.name && (wanted.schema.is_none() || table.schema == wanted.schema)
+    wanted.matches(table.schema.as_deref().unwrap_or_default(), &table.name)
 }
 
 fn replica_identity(facts: &Facts, config: &Config) -> Vec<Finding> {
@@ -695,6 +881,22 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
             confirmed: log.2.and_then(|lsn| lsn.parse().ok()),
         });
     }
+    let database_row = database.row(
+        "look at the database",
+        "SELECT pg_catalog.pg_encoding_to_char(encoding)::text FROM pg_catalog.pg_database \
+         WHERE datname = pg_catalog.current_database()",
+        &[],
+    )?;
+    facts.encoding = database_row.map_or_else(String::new, |row| row.get(0));
+    let functions = database.rows(
+        "find the function",
+        "SELECT prosrc FROM pg_catalog.pg_proc WHERE proname = 'outbox_publish' AND pg_catalog.pg_function_is_visible(oid)",
+        &[],
+    )?;
+    facts.publish_functions = functions.iter().map(|row| row.get(0)).collect();
+    for name in tables(config) {
+        facts.named.push(read_named(database, config, name)?);
+    }
     facts.slot = read_slot(database, config)?;
     facts.publication = read_publication(database, config)?;
     let standbys = database.rows(
@@ -704,6 +906,26 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
     )?;
     facts.standbys = standbys.iter().map(|row| row.get(0)).collect();
     Ok(facts)
+}
+
+fn read_named(database: &mut Database, config: &Config, name: TableName) -> Result<Named, Error> {
+    // without a schema -table means any
+    let row = database.row(
+        "find the table",
+        "SELECT c.relkind = 'p', EXISTS (SELECT FROM pg_catalog.pg_publication_tables t JOIN pg_catalog.pg_namespace tn \
+         ON tn.nspname = t.schemaname JOIN pg_catalog.pg_class tc ON tc.relnamespace = tn.oid AND tc.relname = t.tablename \
+         WHERE t.pubname = $3 AND tc.oid <> c.oid \
+         AND tc.oid IN (SELECT relid FROM pg_catalog.pg_partition_tree(c.oid))) \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE c.relname = $1 AND ($2::text IS NULL OR n.nspname = $2) AND c.relkind IN ('r', 'p') ORDER BY 1 DESC LIMIT 1",
+        &[&name.name, &name.schema, &config.publication],
+    )?;
+    Ok(Named {
+        exists: row.is_some(),
+        partitioned: row.as_ref().is_some_and(|row| row.get(0)),
+        by_partition: row.as_ref().is_some_and(|row| row.get(1)),
+        name,
+    })
 }
 
 fn read_slot(database: &mut Database, config: &Config) -> Result<Option<Slot>, Error> {
@@ -753,11 +975,11 @@ fn read_publication(
     };
     // column lists and row filters came with 15
     let (columns, filtered) = match database.version >= 150_000 {
-        true => ("t.attnames::text[]", "t.rowfilter IS NOT NULL"),
+        true => ("t.attnames::text[]", "t.rowfilter"),
         false => (
             "ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND attnum > 0 \
              AND NOT attisdropped)",
-            "false",
+            "NULL::text",
         ),
     };
     let tables = database.rows(
@@ -766,7 +988,11 @@ fn read_publication(
             "SELECT t.schemaname::text, t.tablename::text, {columns}, {filtered}, CASE c.relreplident WHEN 'f' THEN true \
              WHEN 'd' THEN EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary) \
              WHEN 'i' THEN EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisreplident) \
-             ELSE false END \
+             ELSE false END, \
+             ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND attnum > 0 \
+             AND NOT attisdropped ORDER BY attnum), \
+             ARRAY(SELECT pg_catalog.format_type(atttypid, NULL) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid \
+             AND attnum > 0 AND NOT attisdropped ORDER BY attnum) \
              FROM pg_catalog.pg_publication_tables t JOIN pg_catalog.pg_namespace n ON n.nspname = t.schemaname \
              JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
              WHERE t.pubname = $1 ORDER BY 1, 2"
@@ -786,8 +1012,13 @@ fn read_publication(
                     name: row.get(1),
                 },
                 columns: row.get::<_, Option<_>>(2).unwrap_or_default(),
-                filtered: row.get(3),
+                filter: row.get(3),
                 replica_identity: row.get(4),
+                types: row
+                    .get::<_, Vec<String>>(5)
+                    .into_iter()
+                    .zip(row.get::<_, Vec<String>>(6))
+                    .collect(),
             })
             .collect(),
     }))

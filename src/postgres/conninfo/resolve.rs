@@ -211,7 +211,8 @@ pub(super) fn resolve(
         application_name: values
             .get("application_name")
             .or_else(|| values.get("fallback_application_name"))
-            .unwrap_or_else(|| "jetstream-outbox".into()),
+            // with the version, so that whoever looks at pg_stat_activity knows which relay runs
+            .unwrap_or_else(|| concat!("jetstream-outbox ", env!("CARGO_PKG_VERSION")).into()),
         options: values.get("options"),
         connect_timeout: values.seconds("connect_timeout")?,
         target_session_attrs: values.word(

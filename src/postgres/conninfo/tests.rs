@@ -167,7 +167,8 @@ fn the_rest_of_the_parameters() {
         parse("connect_timeout=0", &[]).unwrap().connect_timeout,
         None
     );
-    assert_eq!(parse("", &[]).unwrap().application_name, "jetstream-outbox");
+    let expected = concat!("jetstream-outbox ", env!("CARGO_PKG_VERSION"));
+    assert_eq!(parse("", &[]).unwrap().application_name, expected);
     assert!(
         parse("", &[])
             .unwrap()

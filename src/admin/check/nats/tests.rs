@@ -50,6 +50,46 @@ fn good() -> Facts {
             memory: false,
             write: Ok(()),
         },
+        park: None,
+    }
+}
+
+#[test]
+fn parking_needs_a_stream_that_takes_it() {
+    use Level::{Fail, Ok};
+    let found = |publish: Tried, read: Tried| Park::Found {
+        stream: "parked".into(),
+        publish,
+        read,
+    };
+    for (park, level, part) in [
+        (Park::Missing, Fail, "--subjects='jetstream_outbox.parked'"),
+        (Park::Unreadable("denied".into()), Fail, "STREAM.NAMES"),
+        (
+            found(Err("denied".into()), Result::Ok(())),
+            Fail,
+            "publish to jetstream_outbox.parked",
+        ),
+        (
+            found(Result::Ok(()), Err("denied".into())),
+            Fail,
+            "MSG.GET.parked",
+        ),
+        (
+            found(Result::Ok(()), Result::Ok(())),
+            Ok,
+            "in stream parked",
+        ),
+    ] {
+        check_with(
+            &["-on-poison", "park"],
+            level,
+            "nats.parking",
+            &[part],
+            |f| {
+                f.park = Some(park);
+            },
+        );
     }
 }
 

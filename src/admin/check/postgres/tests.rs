@@ -13,6 +13,8 @@ fn config(args: &[&str]) -> Config {
     Config::load(*cli, &|_| None).unwrap()
 }
 
+const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
+
 fn table(name: &str, columns: &[&str]) -> Table {
     Table {
         name: TableName {
@@ -21,7 +23,10 @@ fn table(name: &str, columns: &[&str]) -> Table {
             name: name.into(),
         },
         columns: columns.iter().map(ToString::to_string).collect(),
-        filtered: false,
+        types: (columns.iter())
+            .map(|column| (column.to_string(), "text".to_string()))
+            .collect(),
+        filter: None,
         replica_identity: true,
     }
 }
@@ -47,6 +52,13 @@ fn good() -> Facts {
             .map(|(name, value)| (name.into(), value.into()))
             .into(),
         slots: 1,
+        encoding: "UTF8".into(),
+        named: vec![Named {
+            name: tables(&config(&[])).remove(0),
+            exists: true,
+            by_partition: false,
+            partitioned: false,
+        }],
         publication: Some(Publication {
             inserts: true,
             changes: false,
@@ -259,7 +271,7 @@ fn the_publication() {
         Warn,
         "postgres.tables",
         &["row filter", "SET TABLE public.outbox"],
-        |f| publication(f).tables[0].filtered = true,
+        |f| publication(f).tables[0].filter = Some("n > 1".into()),
     );
     check(Ok, "", &[], |f| {
         publication(f).tables[0].replica_identity = false
@@ -278,6 +290,172 @@ fn the_publication() {
         "postgres.publication_age",
         &["pg_drop_replication_slot"],
         |f| publication(f).newer_than_slot = true,
+    );
+}
+
+#[test]
+fn tables_and_columns_follow_the_mapping() {
+    use Level::{Fail, Ok, Warn};
+    let lacks = |args: &[&str], parts: &[&str]| {
+        check_with(args, Fail, "postgres.tables", parts, |_| {});
+    };
+    lacks(
+        &["-header", "tenant"],
+        &[
+            "has no column tenant:",
+            "ALTER TABLE public.outbox ADD COLUMN tenant text;",
+        ],
+    );
+    lacks(
+        &["-subject", "{prefix}.{aggregatetype}.{region}"],
+        &[
+            "has no column region:",
+            "ADD COLUMN region character varying(255);",
+        ],
+    );
+    lacks(
+        &["-id-column", "event_id"],
+        &["has no column event_id:", "ADD COLUMN event_id uuid;"],
+    );
+    lacks(
+        &["-headers-column", "meta"],
+        &["has no column meta:", "ADD COLUMN meta jsonb;"],
+    );
+    lacks(
+        &["-table", "outbox:payload=body"],
+        &["has no column body:", "ADD COLUMN body jsonb;"],
+    );
+    // {aggregatetype} is the default of a CloudEvent's type; here there is none
+    check_with(
+        &[
+            "-subject",
+            "{prefix}.{aggregateid}",
+            "-cloudevents",
+            "/shop",
+        ],
+        Fail,
+        "postgres.tables",
+        &["has no column type:", "ADD COLUMN type text;"],
+        |f| publication(f).tables = vec![table("outbox", &["id", "aggregateid", "payload"])],
+    );
+    check_with(
+        &["-subject", "{prefix}.{aggregateid}"],
+        Ok,
+        "",
+        &["holds public.outbox"],
+        |f| {
+            publication(f).tables = vec![table("outbox", &["id", "aggregateid", "payload"])];
+        },
+    );
+    check_with(
+        &["-table", "out*"],
+        Ok,
+        "",
+        &["holds public.outbox"],
+        |_| {},
+    );
+    check_with(
+        &["-table", "in*"],
+        Fail,
+        "postgres.tables",
+        &["no table \"in\"*"],
+        |_| {},
+    );
+    check(
+        Fail,
+        "postgres.tables",
+        &[
+            "table outbox does not exist",
+            "CREATE TABLE outbox (",
+            "ADD TABLE outbox;",
+        ],
+        |f| {
+            publication(f).tables.clear();
+            f.named[0].exists = false;
+        },
+    );
+    check_with(
+        &["-table", "outbox"],
+        Fail,
+        "postgres.tables",
+        &["the partitions", "SET (publish_via_partition_root = true);"],
+        |f| {
+            publication(f).tables = vec![table("outbox_1", &COLUMNS)];
+            f.named[0].by_partition = true;
+        },
+    );
+    // the remedy keeps what else the publication holds
+    check(
+        Warn,
+        "postgres.tables",
+        &["SET TABLE public.outbox, public.other (n) WHERE (n > 1);"],
+        |f| {
+            let mut other = table("other", &["n", "m"]);
+            other.columns.pop();
+            other.filter = Some("n > 1".into());
+            publication(f).tables[0].filter = Some("id > 1".into());
+            publication(f).tables.push(other);
+        },
+    );
+}
+
+#[test]
+fn headers_and_messages() {
+    use Level::{Fail, Ok, Warn};
+    let meta = |kind: &'static str| {
+        move |f: &mut Facts| {
+            let table = &mut publication(f).tables[0];
+            table.columns.push("headers".into());
+            table.types.insert("headers".into(), kind.into());
+        }
+    };
+    let name = "postgres.headers_column";
+    check(
+        Ok,
+        "",
+        &["column headers of table public.outbox is jsonb"],
+        meta("jsonb"),
+    );
+    check(
+        Warn,
+        name,
+        &["TYPE jsonb USING headers::jsonb;"],
+        meta("text"),
+    );
+    check_with(
+        &["-headers-column", "headers"],
+        Fail,
+        name,
+        &["TYPE jsonb"],
+        meta("hstore"),
+    );
+
+    let name = "postgres.messages";
+    check(Warn, name, &["SQL_ASCII", "-no-messages"], |f| {
+        f.encoding = "SQL_ASCII".into()
+    });
+    check(Warn, name, &["upgrade to Postgres 14"], |f| {
+        f.version = 130_020
+    });
+    check_with(&["-no-messages"], Ok, "", &["not taken"], |f| {
+        f.encoding = "SQL_ASCII".into();
+        f.version = 130_020;
+    });
+    let function = |f: &mut Facts| {
+        f.publish_functions = vec!["emit(true, 'jetstream_outbox', ...)".into()];
+    };
+    check(
+        Ok,
+        "",
+        &["those with prefix jetstream_outbox are events"],
+        function,
+    );
+    check_with(
+        &["-message-prefix", "orders"],
+        Warn,
+        name,
+        &["prefix orders"],
+        function,
     );
 }
 
