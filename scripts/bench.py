@@ -32,6 +32,7 @@ STALL_SECONDS = 60  # a trial in which nothing moves has failed
 SQL_SECONDS = 7200  # writing the backlog of the largest run
 STREAM = "bench"
 PAYLOAD_BYTES = 300
+LARGE_PAYLOAD = 900_000
 # what the relay has to reach of pg_recvlogical's rate, by events per transaction
 OF_THE_WALSENDER = {"all operations": {1: 1.1, 10: 1.0, 1000: 0.9}, "inserts only": {1: 1.0, 10: 0.8, 1000: 0.65}}
 PUBLICATIONS = {"all operations": "every", "inserts only": "inserts"}
@@ -223,7 +224,8 @@ class Postgres:
 
     def drop_slot(self, name):
         where = f"FROM pg_replication_slots WHERE slot_name = '{name}'"
-        wait_until(lambda: self.sql.query(f"SELECT count(*) {where} AND active")[0][0] == "0", START_SECONDS, "slot free")
+        is_free = lambda: self.sql.value(f"SELECT count(*) {where} AND active") == "0"
+        wait_until(is_free, START_SECONDS, f"the slot {name} is let go of")
         self.sql.query(f"SELECT pg_drop_replication_slot(slot_name) {where}")
 
     def stop(self):
@@ -278,7 +280,7 @@ class Nats:
         self.socket.sendall(f"PUB {subject} _INBOX.b {len(payload)}\r\n".encode() + payload + b"\r\n")
 
     def message(self):
-        """(reply subject, header block, body) of the next one."""
+        """(subject, reply subject, header block, body) of the next one."""
         while True:
             line = self.file.readline()
             words = line.decode().split()
@@ -315,7 +317,8 @@ class Nats:
         taken = 0
         while taken < count:
             batch = min(1000, count - taken)
-            self.send(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{made['name']}", {"batch": batch, "expires": 20_000_000_000})
+            api = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{made['name']}"
+            self.send(api, {"batch": batch, "expires": 20_000_000_000})
             for _ in range(batch):
                 subject, reply, head, body = self.message()
                 if not reply.startswith("$JS.ACK."):
@@ -412,7 +415,8 @@ class Bench:
             raise RuntimeError(f"{state['messages']} messages, but {count} events")
         for i, (subject, head, body, _) in enumerate(nats.messages(stream, count), 1):
             place, identity, text = event(i, payload)
-            if subject != f"{prefix}.{place}" or body != text.encode() or f"\r\nNats-Msg-Id: {identity}\r\n".encode() not in head:
+            names_it = f"\r\nNats-Msg-Id: {identity}\r\n".encode() in head
+            if subject != f"{prefix}.{place}" or body != text.encode() or not names_it:
                 raise RuntimeError(f"message {i} is not event {i}: {subject} {head!r}")
         self.verified += count
 
@@ -471,7 +475,8 @@ class Bench:
             raise RuntimeError(f"the raw publisher ended with {process.returncode}")
         nats_cpu = nats.stop()
         cpu = used.ru_utime + used.ru_stime
-        return {"rate": count / json.loads(line)["seconds"], "cpu": cpu * 1e5 / count, "nats_cpu": nats_cpu * 1e5 / count}
+        rate = count / json.loads(line)["seconds"]
+        return {"rate": rate, "cpu": cpu * 1e5 / count, "nats_cpu": nats_cpu * 1e5 / count}
 
     def rates(self):
         """The relay, the walsender and JetStream, in turn."""
@@ -491,7 +496,6 @@ class Bench:
                 ratio = statistics.median(ratios)
                 cpus += [trial["cpu"] for trial in relay]
                 peaks += [trial["rss"] for trial in relay]
-                middle = lambda key, trials: statistics.median(trial[key] for trial in trials)
                 self.row(
                     f"{name}, {per_transaction} per transaction",
                     f"{middle('rate', relay):,.0f}/s",
@@ -509,12 +513,13 @@ class Bench:
                     resumed = statistics.median(
                         ours["resume"] / theirs["rate"] for ours, theirs in zip(relay, limit)
                     )
-                    self.row(f"resume, {per_transaction} per transaction", f"{middle('resume', relay):,.0f}/s", f"ratio {resumed:.2f}")
-                    self.claim(f"reading back and skipping, {per_transaction} per transaction, of pg_recvlogical's", resumed, least=0.9)
-        middle = lambda key: statistics.median(trial[key] for trial in raw)
-        self.row("raw publisher, window 1000", f"{middle('rate'):,.0f}/s",
-                 f"CPU s per 100,000: client {middle('cpu'):.2f}, nats-server {middle('nats_cpu'):.2f}")
-        self.results["raw"] = middle("rate")
+                    self.row(f"resume, {per_transaction} per transaction", f"{middle('resume', relay):,.0f}/s",
+                             f"reading back and skipping; ratio {resumed:.2f}")
+                    what = f"resume, {per_transaction} per transaction, of pg_recvlogical's rate"
+                    self.claim(what, resumed, least=0.9)
+        self.row("raw publisher, window 1000", f"{middle('rate', raw):,.0f}/s",
+                 f"CPU s per 100,000: client {middle('cpu', raw):.2f}, nats-server {middle('nats_cpu', raw):.2f}")
+        self.results["raw"] = middle("rate", raw)
         self.claim("CPU s of the relay per 100,000 events", statistics.median(cpus), most=0.35)
         self.claim("resident set of the relay while draining, MB", max(peaks), most=10, margin=0)
 
@@ -584,18 +589,20 @@ class Bench:
 
     def payloads(self):
         """What an event costs as it grows."""
-        points = []
-        for payload in (100, 1_000, 10_000, 100_000, 1_000_000):
+        points, peaks = [], {}
+        for payload in (100, 1_000, 10_000, 100_000, LARGE_PAYLOAD, 1_000_000):
             count = max(50, min(self.options.events, self.options.payload_bytes // payload))
             self.postgres.backlog(count, 10, payload)
             trial = self.drain("every", count, payload)
             points.append((payload, trial["cpu"] * 10))
+            peaks[payload] = trial["rss"]
             self.row(
                 f"payload of {payload:,} bytes", f"{trial['rate']:,.0f}/s",
                 f"{trial['rate'] * payload / 1e6:.0f} MB/s, {trial['cpu'] * 10:.1f} µs of the relay's CPU an event,"
                 f" {trial['rss']:.1f} MB resident",
             )
-        self.claim("resident set with payloads of 1,000,000 bytes, MB", trial["rss"], most=16, margin=0)
+        what = f"resident set with payloads of {LARGE_PAYLOAD:,} bytes, MB"
+        self.claim(what, peaks[LARGE_PAYLOAD], most=16, margin=0)
         self.results["payloads"] = points
 
     def large_transaction(self):
@@ -640,7 +647,7 @@ class Bench:
             points.append((count, trial["rate"]))
             peaks.append(trial["rss"])
             self.row(f"backlog of {count:,} events", f"{trial['rate']:,.0f}/s", f"{trial['rss']:.1f} MB resident")
-        self.claim("rate with the largest backlog, of that with a tenth", points[2][1] / points[1][1], least=0.9)
+        self.claim("rate with the largest backlog, of that with a tenth of it", points[2][1] / points[1][1], least=0.9)
         self.claim("resident set with the largest backlog, MB", max(peaks), most=10, margin=0)
         self.results["backlogs"] = points
 
@@ -653,20 +660,27 @@ class Bench:
         plot(folder / "rate.svg", "Rate", "events per transaction", "events/s", series)
         plot(folder / "payload.svg", "Cost of an event", "payload, bytes", "µs of the relay's CPU",
              {"relay": self.results["payloads"]}, log_y=True)
-        plot(folder / "relays.svg", "Relays side by side", "relays", "events/s together", {"all": self.results["relays"]})
+        together = {"all together": self.results["relays"]}
+        plot(folder / "relays.svg", "Relays side by side", "relays", "events/s", together)
         plot(folder / "backlog.svg", "Backlog", "events", "events/s", {"relay": self.results["backlogs"]})
 
 
 def plot(path, title, x_name, y_name, series, log_y=False):
-    """A line for each of `series`, x on a logarithmic axis that begins at the first point; y begins at 0 unless logarithmic."""
+    """A line for each of `series`. x is logarithmic and begins at the first point; y begins at 0 unless it is, too."""
     width, height, left, right, top, bottom = 720, 400, 80, 230, 40, 50
     colours = ("#1b6ca8", "#c0392b", "#2e8b57", "#d68910", "#7d3c98", "#555555")
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     lowest, highest = math.log10(min(xs)), math.log10(max(xs))
     bottom_y = math.floor(math.log10(min(ys))) if log_y else 0
-    top_y = math.ceil(math.log10(max(ys))) if log_y else max(ys) * 1.1
-    top_y = max(top_y, bottom_y + 1)
+    if log_y:
+        steps = range(bottom_y, max(math.ceil(math.log10(max(ys))), bottom_y + 1) + 1)
+    else:
+        # 1, 2 or 5 times a power of ten, so that four to ten of them reach the top
+        size = 10 ** math.floor(math.log10(max(ys) / 4))
+        size *= next(factor for factor in (5, 2, 1) if factor * size * 4 <= max(ys))
+        steps = [size * nth for nth in range(math.ceil(max(ys) / size) + 1)]
+    top_y = steps[-1]
     across, down = width - left - right, height - top - bottom
 
     def at(x, y):
@@ -678,19 +692,24 @@ def plot(path, title, x_name, y_name, series, log_y=False):
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{text}</text>'
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
+        ' font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         words(left + across / 2, 22, title, extra='font-size="15"'),
         words(left + across / 2, height - 10, x_name),
         words(16, top + down / 2, y_name, extra=f'transform="rotate(-90 16 {top + down / 2})"'),
     ]
-    steps = range(bottom_y, top_y + 1) if log_y else [top_y * part / 5 for part in range(6)]
     for step in steps:
         value = 10**step if log_y else step
         y = at(min(xs), value)[1]
-        out.append(f'<path d="M{left} {y:.1f}h{across}" stroke="#ddd"/>' + words(left - 6, y + 4, f"{value:,.10g}" if log_y else f"{value:,.0f}", "end"))
-    for x in sorted(set(xs)):
-        out.append(words(at(x, max(ys))[0], height - bottom + 18, f"{x:,}"))
+        out.append(f'<path d="M{left} {y:.1f}h{across}" stroke="#ddd"/>')
+        out.append(words(left - 6, y + 4, f"{value:,.10g}", "end"))
+    named = math.inf
+    for x in sorted(set(xs), reverse=True):
+        place = at(x, max(ys))[0]
+        if named - place > 50:  # or the names would cover each other
+            out.append(words(place, height - bottom + 18, f"{x:,}"))
+            named = place
     for nth, (name, points) in enumerate(series.items()):
         colour = colours[nth % len(colours)]
         line = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
@@ -700,10 +719,17 @@ def plot(path, title, x_name, y_name, series, log_y=False):
     path.write_text("\n".join(out) + "\n</svg>\n")
 
 
+def middle(key, trials):
+    return statistics.median(trial[key] for trial in trials)
+
+
 def machine():
-    model = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU")
-    memory = int(open("/proc/meminfo").readline().split()[1]) / 1e6
-    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GB, Linux {os.uname().release}; load {os.getloadavg()[0]:.1f} before"
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else "an unknown CPU"
+    memory = int(pathlib.Path("/proc/meminfo").read_text().split()[1]) / 1e6
+    load = os.getloadavg()[0]
+    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GB, Linux {os.uname().release}; load {load:.1f} before"
 
 
 def parse():
@@ -713,7 +739,8 @@ def parse():
     parser.add_argument("--rounds", type=int, help="of limits and relay in turn (5; quick 1)")
     parser.add_argument("--backlog", type=int, help="events of the largest backlog (1,000,000; quick 200,000)")
     parser.add_argument("--verify", action="store_true", help="read each stream back and compare every message")
-    parser.add_argument("--margin", type=float, default=0.15, help="what noise may take from a rate, a time or CPU seconds (0.15)")
+    margin = "what noise may take from a rate, a time or CPU seconds (0.15)"
+    parser.add_argument("--margin", type=float, default=0.15, help=margin)
     parser.add_argument("--out", default=None, help="where the plots go (target/bench)")
     parser.add_argument("--relay", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--raw-publisher", required=True, help=argparse.SUPPRESS)
@@ -746,7 +773,7 @@ def run(bench, folder):
 def report(bench, described):
     options = bench.options
     print(f"{described}.")
-    print(f"{options.events:,} events of {PAYLOAD_BYTES} bytes, {options.rounds} round(s); medians; ratios are of the same round.\n")
+    print(f"{options.events:,} events of {PAYLOAD_BYTES} bytes; {options.rounds} round(s), and medians of them.\n")
     print("| what | relay | beside it |\n| --- | --- | --- |")
     for row in bench.rows:
         print("| " + " | ".join(row) + " |")
