@@ -882,7 +882,7 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
         });
     }
     let last = publish.expected_last.as_ref();
-    let last = last.map(|(batch, last)| batch.event(last).id);
+    let last = last.map(|(batch, last)| batch.id(last));
     let sequence = publish.expected_last_sequence;
     let (first, lines) = wire::lines(event, sequence, last, &publish.position_source);
     let mut headers = nats::HeaderMap::new();

@@ -74,6 +74,11 @@ impl EventSpans {
         self.size() - self.subject.len as usize
     }
 
+    /// Bytes of the body.
+    pub fn body_len(&self) -> usize {
+        self.body.len as usize
+    }
+
     /// Bytes of the id.
     pub fn id_len(&self) -> usize {
         self.id.len as usize
@@ -130,6 +135,15 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// An empty one with room for so many bytes and changes.
+    pub fn with_capacity(bytes: usize, changes: usize) -> Batch {
+        Batch {
+            bytes: Vec::with_capacity(bytes),
+            changes: Vec::with_capacity(changes),
+            table: Span::default(),
+        }
+    }
+
     /// Forgets the content and keeps the memory, unless one large event made the buffer larger than `keep`.
     pub fn clear(&mut self, keep: usize) {
         self.bytes.clear();
@@ -239,17 +253,30 @@ impl Batch {
 
     /// The event that `spans`, one of this batch's, describes.
     pub fn event(&self, spans: &EventSpans) -> OutboxEvent<'_> {
-        // the mapper checks that they are UTF-8, so nothing is lost here
-        let text = |span: Span| std::str::from_utf8(self.slice(span)).unwrap_or_default();
         OutboxEvent {
             fate: spans.fate,
-            subject: text(spans.subject),
-            id: text(spans.id),
-            headers: text(spans.headers),
+            subject: self.subject(spans),
+            id: self.id(spans),
+            headers: self.text(spans.headers),
             body: self.slice(spans.body),
-            table: text(spans.table),
+            table: self.text(spans.table),
             position: spans.position,
         }
+    }
+
+    /// The subject alone, for who needs no more: each text of [`event`](Self::event) is checked each time.
+    pub fn subject(&self, spans: &EventSpans) -> &str {
+        self.text(spans.subject)
+    }
+
+    /// The id alone.
+    pub fn id(&self, spans: &EventSpans) -> &str {
+        self.text(spans.id)
+    }
+
+    /// The mapper checks that its texts are UTF-8, so nothing is lost here.
+    fn text(&self, span: Span) -> &str {
+        std::str::from_utf8(self.slice(span)).unwrap_or_default()
     }
 
     fn slice(&self, span: Span) -> &[u8] {

@@ -810,8 +810,8 @@ impl Core {
                 self.settle();
                 continue;
             };
-            let event = pending.batch.event(&pending.spans);
-            let size = pending.spans.size();
+            let spans = pending.spans;
+            let size = spans.size();
             if !self.has_room(size) {
                 break;
             }
@@ -819,7 +819,7 @@ impl Core {
                 self.hold(size);
                 continue;
             }
-            if event.fate == Fate::Lose {
+            if spans.fate == Fate::Lose {
                 self.tally.lost += u64::from(!pending.counted);
                 let state = State::Stored {
                     stream: None,
@@ -830,8 +830,8 @@ impl Core {
                 self.hold(size);
                 continue;
             }
-            let (limit, setting) = self.limit(event.subject);
-            let spans = pending.spans;
+            let subject = pending.batch.subject(&spans);
+            let (limit, setting) = self.limit(subject);
             let too_large = |expected: Option<u64>, last_id_len: Option<usize>| {
                 let size = wire::size(&spans, expected, last_id_len, self.position_source_len);
                 (size > limit).then_some(Next::TooLarge {
@@ -843,20 +843,20 @@ impl Core {
             };
             let next = match self.delivery {
                 Delivery::AtLeastOnce => {
-                    if self.subjects.contains(event.subject) {
+                    if self.subjects.contains(subject) {
                         break;
                     }
                     if let Some(too_large) = too_large(None, None) {
                         return Ok(too_large);
                     }
-                    self.subjects.insert(event.subject.into());
+                    self.subjects.insert(subject.into());
                     State::Sent {
                         stream: 0,
                         expected: 0,
                     }
                 }
                 Delivery::ExactlyOnce => {
-                    if event.fate == Fate::Park && self.waiting > 0 {
+                    if spans.fate == Fate::Park && self.waiting > 0 {
                         break;
                     }
                     // what fits nowhere in this stream is not in it, wherever its tail is
@@ -867,24 +867,23 @@ impl Core {
                     }
                     let routed = self
                         .routes
-                        .route(event.subject)
+                        .route(subject)
                         .and_then(|route| self.routed.get(route));
                     let Some((index, stream)) =
                         routed.and_then(|i| Some((*i, self.streams.get_mut(*i)?)))
                     else {
-                        return Err(Trouble::Reconnect(Cause::NoStream(
-                            event.subject.to_string(),
-                        )));
+                        return Err(Trouble::Reconnect(Cause::NoStream(subject.to_string())));
                     };
                     if !stream.has_room(now) {
                         break;
                     }
-                    match stream.tail.verdict(event.position, event.id) {
+                    let id = pending.batch.id(&spans);
+                    match stream.tail.verdict(spans.position, id) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
                                 stream: stream.name.clone(),
-                                position: event.position,
-                                id: event.id.to_string(),
+                                position: spans.position,
+                                id: id.to_string(),
                                 stored_id: stream
                                     .tail
                                     .stored
@@ -896,13 +895,13 @@ impl Core {
                         Verdict::Stored(seq) => {
                             self.tally.skipped += u64::from(!pending.counted);
                             if let Some(stored) = &stream.tail.stored
-                                && stored.position == event.position
+                                && stored.position == spans.position
                                 && stream.tail.between.is_none()
                             {
                                 // one that was consumed away is counted once, also after a reconnect
                                 stream.last = Some(stored.clone());
                             }
-                            let aged = stream.aged.is_some_and(|aged| event.position <= aged);
+                            let aged = stream.aged.is_some_and(|aged| spans.position <= aged);
                             State::Stored {
                                 stream: Some(index),
                                 seq: seq.unwrap_or(0),
@@ -977,7 +976,7 @@ impl Core {
             return Ok(());
         };
         let ack = answer.map_err(|error| Trouble::Reconnect(Cause::Refused(error)))?;
-        let event = pending.batch.event(&pending.spans);
+        let spans = pending.spans;
         let stored = match self.delivery {
             Delivery::AtLeastOnce => {
                 // a duplicate is stored too, unless it is the false answer that names no sequence
@@ -986,7 +985,7 @@ impl Core {
                         seq: 0,
                     })));
                 }
-                self.subjects.remove(event.subject);
+                self.subjects.remove(pending.batch.subject(&spans));
                 State::Stored {
                     stream: None,
                     seq: ack.seq,
@@ -1004,7 +1003,7 @@ impl Core {
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
                 stream_state.acked_seq = stream_state.acked_seq.max(ack.seq);
-                if stream_state.tail.is_before_end(event.position) {
+                if stream_state.tail.is_before_end(spans.position) {
                     self.tally.late += 1;
                 }
                 State::Stored {
@@ -1015,8 +1014,8 @@ impl Core {
             }
         };
         self.tally.published += 1;
-        self.tally.published_bytes += event.body.len() as u64;
-        self.tally.parked += u64::from(event.fate == Fate::Park);
+        self.tally.published_bytes += spans.body_len() as u64;
+        self.tally.parked += u64::from(spans.fate == Fate::Park);
         pending.state = stored;
         self.waiting -= 1;
         self.waiting_since = (self.waiting > 0).then_some(now);

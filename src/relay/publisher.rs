@@ -380,8 +380,8 @@ impl<'a> Publisher<'a> {
         let outcome = loop {
             match self.core.next(now) {
                 Ok(Next::Publish(publication)) => {
-                    let event = publication.batch.event(&publication.event);
-                    if event.fate == Fate::Park {
+                    if publication.event.fate == Fate::Park {
+                        let event = publication.batch.event(&publication.event);
                         log::warn!(
                             id = event.id, table = event.table, position:% = event.position, cause = park::cause(event.headers);
                             "parked an event that cannot be published"

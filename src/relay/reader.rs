@@ -114,7 +114,12 @@ impl Reader<'_> {
             {
                 if !batch.is_empty() {
                     self.progress.sending(true);
-                    let sent = self.changes.send(std::mem::take(&mut batch));
+                    // the next is about as large; one that grows is copied again and again
+                    let next = Batch::with_capacity(
+                        batch.len_bytes().min(BATCH_BYTES),
+                        batch.changes().len(),
+                    );
+                    let sent = self.changes.send(std::mem::replace(&mut batch, next));
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
