@@ -60,6 +60,16 @@ enum ToWriter {
 
 static WRITER: OnceLock<Sender<ToWriter>> = OnceLock::new();
 
+/// Runs what it is given while something else that stands on the terminal is out of the way.
+pub type Aside = Box<dyn Fn(&mut dyn FnMut()) + Send + Sync>;
+
+static ASIDE: OnceLock<Aside> = OnceLock::new();
+
+/// From now on lines are written so. The first who says this keeps it.
+pub fn write_aside(aside: Aside) {
+    ASIDE.get_or_init(|| aside);
+}
+
 /// Starts the log, and sends panics of every thread to it. Called once, first thing after the configuration
 /// is read. Fails when the system grants no thread, or when the process has a logger already.
 pub fn init(config: &LogConfig) -> io::Result<()> {
@@ -176,7 +186,11 @@ fn write_lines(lines: &Receiver<ToWriter>, backlog: &Backlog, direct: &dyn Log) 
         let flushed = match order {
             ToWriter::Line(line) => {
                 // nobody reads standard error any more: the relay's work matters, not its log
-                let _ = io::stderr().write_all(&line);
+                let mut write = || drop(io::stderr().write_all(&line));
+                match ASIDE.get() {
+                    Some(aside) => aside(&mut write),
+                    None => write(),
+                }
                 backlog.stalled.store(false, Ordering::Relaxed);
                 None
             }

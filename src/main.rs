@@ -42,7 +42,7 @@ fn run(cli: cli::Cli) -> Exit {
     }
     config.announce();
     let vitals = Arc::new(Vitals::default());
-    if let Err(error) = observe::start(config.listen, &vitals) {
+    if let Err(error) = observe::start(&config, &vitals) {
         log::error!("{error}");
         logging::flush();
         return Exit::Configuration;

@@ -1,11 +1,14 @@
-//! What the relay shows of itself: metrics, health and a status page over HTTP, and what systemd is told.
+//! What the relay shows of itself: metrics, health and a status page over HTTP, what systemd is told, and a bar for who
+//! waits at a terminal.
 //!
 //! It reads [`Vitals`], on threads of its own, and can neither stop nor slow the relay: nothing here is waited for.
 
+mod bar;
 mod http;
 pub mod metrics;
 mod systemd;
 
+use crate::config::Config;
 use crate::relay::vitals::Vitals;
 use http::{Answer, Status};
 use metrics::Metrics;
@@ -18,7 +21,7 @@ use std::time::Instant;
 /// The status page: one file, which asks for nothing but `/metrics` and `/readyz`.
 const PAGE: &str = include_str!("page.html");
 
-/// Neither of the two could be begun.
+/// It could not be begun.
 #[derive(Debug)]
 pub enum Error {
     /// The address of `-listen` cannot be had.
@@ -52,9 +55,9 @@ impl std::error::Error for Error {
     }
 }
 
-/// Serves HTTP on `listen`, and tells systemd if that wants to be told.
-pub fn start(listen: Option<SocketAddr>, vitals: &Arc<Vitals>) -> Result<(), Error> {
-    if let Some(address) = listen {
+/// Serves HTTP where the configuration says, and tells systemd and a terminal if there are such.
+pub fn start(config: &Config, vitals: &Arc<Vitals>) -> Result<(), Error> {
+    if let Some(address) = config.listen {
         let failed = |source| Error::Listen { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
@@ -64,12 +67,14 @@ pub fn start(listen: Option<SocketAddr>, vitals: &Arc<Vitals>) -> Result<(), Err
         http::serve(listener, answer).map_err(Error::Thread)?;
         log::info!(address:% = bound; "serving metrics, health and a status page");
     }
-    systemd::start(vitals.clone()).map_err(Error::Thread)
+    systemd::start(vitals.clone()).map_err(Error::Thread)?;
+    bar::start(config.log.format, config.drain, vitals.clone()).map_err(Error::Thread)
 }
 
 /// The relay has ended; the process is about to.
 pub fn stopping() {
     systemd::stopping();
+    bar::stopping();
 }
 
 fn answer(path: &str, vitals: &Vitals, metrics: &Metrics) -> Answer {

@@ -117,7 +117,9 @@ impl<'a> Session<'a> {
         let mut connection = Connection::connect(&config.db)?;
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
         if config.drain && self.upto.is_none() {
-            self.upto = Some(slot::current_lsn(&mut connection)?);
+            let upto = slot::current_lsn(&mut connection)?;
+            self.vitals.drains_upto.set(upto.0);
+            self.upto = Some(upto);
         }
         let lineage = lineage(&mut connection, &config.slot)?;
         let conflict = |(stream, conflict)| Error::Conflict { stream, conflict };

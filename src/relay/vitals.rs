@@ -111,6 +111,8 @@ pub struct Vitals {
     pub channel_batches: Gauge,
     /// The end of the server's log, as it last said.
     pub wal_end: Bytes,
+    /// With `--drain`, where it ends.
+    pub drains_upto: Bytes,
     /// Up to here everything has arrived.
     pub received: Bytes,
     /// Up to here everything is stored.
@@ -148,6 +150,7 @@ impl Default for Vitals {
             in_flight: Gauge::default(),
             channel_batches: Gauge::default(),
             wal_end: Bytes::default(),
+            drains_upto: Bytes::default(),
             received: Bytes::default(),
             settled: Bytes::default(),
             confirmed: Bytes::default(),
