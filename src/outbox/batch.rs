@@ -18,7 +18,7 @@ pub struct Span {
 pub enum Change {
     /// A row, or a message without a table, to publish.
     Event(EventSpans),
-    /// The end of a transaction: once everything before it is stored, `end_lsn` may be confirmed.
+    /// The end of a transaction with events: once everything before it is stored, `end_lsn` may be confirmed.
     Commit {
         /// Where the commit record starts; the `commit_lsn` of the transaction's positions.
         commit_lsn: Lsn,
@@ -27,7 +27,8 @@ pub enum Change {
         /// Microseconds since 2000-01-01 00:00 UTC, as Postgres counts.
         commit_time_us: i64,
     },
-    /// A keepalive: Postgres has sent everything up to here, so it may be confirmed like a commit.
+    /// A keepalive, or the end of a transaction without events: Postgres has sent everything up to here, so it may be
+    /// confirmed like a commit.
     Keepalive {
         /// The server's position in the log.
         wal_end: Lsn,
@@ -167,20 +168,17 @@ impl Batch {
         self.bytes.len()
     }
 
-    /// Adds a commit or a keepalive.
+    /// Adds the end of a transaction with events.
     pub fn push(&mut self, change: Change) {
         self.changes.push(change);
     }
 
-    /// Adds a commit without events, or a keepalive: it stands for the one just before it too.
-    pub fn push_boundary(&mut self, boundary: Change) {
-        if matches!(
-            self.changes.last(),
-            Some(Change::Commit { .. } | Change::Keepalive { .. })
-        ) {
+    /// Adds a keepalive, or the end of a transaction without events: it stands for the one just before it too.
+    pub fn push_boundary(&mut self, wal_end: Lsn) {
+        if let Some(Change::Keepalive { .. }) = self.changes.last() {
             self.changes.pop();
         }
-        self.changes.push(boundary);
+        self.changes.push(Change::Keepalive { wal_end });
     }
 
     /// Takes back the events behind the last commit or keepalive: of a transaction that cannot be read on.
@@ -383,6 +381,24 @@ mod tests {
             )
         };
         batch.changes().iter().filter_map(view).map(text).collect()
+    }
+
+    #[test]
+    fn a_keepalive_stands_for_the_one_before_it_but_not_for_a_commit_with_events() {
+        let mut batch = Batch::default();
+        let commit = Change::Commit {
+            commit_lsn: Lsn(1),
+            end_lsn: Lsn(2),
+            commit_time_us: 7,
+        };
+        batch.push_boundary(Lsn(1));
+        batch.push(commit);
+        batch.push_boundary(Lsn(3));
+        batch.push_boundary(Lsn(4));
+        let boundary = |wal_end| Change::Keepalive {
+            wal_end: Lsn(wal_end),
+        };
+        assert_eq!(batch.changes(), [boundary(1), commit, boundary(4)]);
     }
 
     #[test]

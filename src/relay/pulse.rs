@@ -15,8 +15,6 @@ pub struct Pulse<'a> {
     told: Tally,
     /// Transactions that arrived and are not stored yet: as many batches as the window and the channel hold.
     commits: VecDeque<Commits>,
-    /// The last change taken was an event: its transaction goes on in the next batch.
-    in_transaction: bool,
     /// A publish whose ack is timed.
     timed: Option<(u64, Instant)>,
 }
@@ -37,7 +35,6 @@ impl<'a> Pulse<'a> {
             vitals,
             told: Tally::default(),
             commits: VecDeque::new(),
-            in_transaction: false,
             timed: None,
         }
     }
@@ -46,22 +43,20 @@ impl<'a> Pulse<'a> {
     pub fn arrived(&mut self, batch: &Batch) {
         let mut commits: Option<Commits> = None;
         for change in batch.changes() {
-            match *change {
-                Change::Event(_) => self.in_transaction = true,
-                Change::Commit {
-                    end_lsn,
-                    commit_time_us,
-                    ..
-                } if std::mem::take(&mut self.in_transaction) => {
-                    let commits = commits.get_or_insert(Commits {
-                        end_lsn,
-                        first_us: commit_time_us,
-                        last_us: commit_time_us,
-                    });
-                    (commits.end_lsn, commits.last_us) = (end_lsn, commit_time_us);
-                }
-                Change::Commit { .. } | Change::Keepalive { .. } => {}
-            }
+            let Change::Commit {
+                end_lsn,
+                commit_time_us,
+                ..
+            } = *change
+            else {
+                continue;
+            };
+            let commits = commits.get_or_insert(Commits {
+                end_lsn,
+                first_us: commit_time_us,
+                last_us: commit_time_us,
+            });
+            (commits.end_lsn, commits.last_us) = (end_lsn, commit_time_us);
         }
         self.commits.extend(commits);
     }

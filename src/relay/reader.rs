@@ -164,7 +164,7 @@ impl Reader<'_> {
                 }) => {
                     server_wal_end = server_wal_end.max(wal_end);
                     self.progress.received(wal_end);
-                    batch.push_boundary(Change::Keepalive { wal_end });
+                    batch.push_boundary(wal_end);
                     reached = reached.max(wal_end);
                     if reply_requested {
                         // a full channel means that a status update is about to be sent anyway
@@ -237,11 +237,7 @@ impl Reader<'_> {
                         commit_time_us,
                     });
                 } else {
-                    batch.push_boundary(Change::Commit {
-                        commit_lsn,
-                        end_lsn,
-                        commit_time_us,
-                    });
+                    batch.push_boundary(end_lsn);
                 }
                 return Ok(Some(end_lsn));
             }

@@ -403,11 +403,14 @@ impl World {
                 added.expect("nothing in it fails");
             }
             session.received = transaction.end_lsn;
-            batch.push(Change::Commit {
-                commit_lsn: transaction.commit_lsn,
-                end_lsn: transaction.end_lsn,
-                commit_time_us: 0,
-            });
+            match transaction.events.is_empty() {
+                true => batch.push_boundary(transaction.end_lsn),
+                false => batch.push(Change::Commit {
+                    commit_lsn: transaction.commit_lsn,
+                    end_lsn: transaction.end_lsn,
+                    commit_time_us: 0,
+                }),
+            }
         }
         let caught_up = session.cursor == self.postgres.transactions.len();
         if caught_up || keepalive && sent > Lsn::INVALID {
@@ -417,7 +420,7 @@ impl World {
                 sent
             };
             session.received = session.received.max(wal_end);
-            batch.push_boundary(Change::Keepalive { wal_end });
+            batch.push_boundary(wal_end);
         }
         if !batch.is_empty() {
             session.channel.push_back(batch);
