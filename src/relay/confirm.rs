@@ -85,6 +85,11 @@ impl Confirm {
         self.confirmable.lsn = self.confirmable.lsn.max(lsn);
     }
 
+    /// What could be confirmed at the last call of [`Confirm::confirmable`], or is proven.
+    pub fn confirmed(&self) -> Lsn {
+        self.confirmable.lsn
+    }
+
     /// What may be confirmed at `now`.
     pub fn confirmable(&mut self, now: Instant) -> &Confirmable {
         while let Some(first) = self.young.front() {

@@ -1116,8 +1116,12 @@ impl Core {
         }
     }
 
-    /// The LSN that may be confirmed at `now`.
+    /// The LSN that may be confirmed at `now`. While there is no connection nothing grows old enough: what was acknowledged may
+    /// be lost with the server, and only the next look at the streams tells.
     pub fn confirmable(&mut self, now: Instant) -> Lsn {
+        if !self.connected {
+            return self.confirm.confirmed();
+        }
         let Confirmable { lsn, sequences } = self.confirm.confirmable(now);
         for (stream, seq) in self.streams.iter_mut().zip(sequences) {
             stream.confirmed_seq = stream.confirmed_seq.max(*seq);

@@ -1,11 +1,12 @@
 //! What befalls the streams themselves: put back to a copy, deleted, missing, shared with others, several.
 
 use crate::faults_scenario::{NAME, Scenario};
+use crate::rig::UUID_SQL;
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Direction, Mode, Proxy};
 use crate::support::relay::Relay;
-use crate::support::wait::{eventually, secs};
+use crate::support::wait::{eventually, pause, secs};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -85,6 +86,77 @@ fn the_end_of_a_stream_that_is_lost_but_still_counted_is_filled_again_in_order()
         let said = |line: &String| line.contains("the last messages of this stream are gone");
         assert!(outcome.log.iter().any(said), "{:#?}", outcome.log);
     }
+}
+
+/// What a server has acknowledged may go with it. A relay that cannot look at it confirms nothing meanwhile, not even with
+/// the last words of its session.
+#[test]
+fn what_is_acknowledged_does_not_grow_old_while_the_server_is_away() {
+    lost_while_away(false);
+}
+
+#[test]
+fn a_relay_that_ends_while_the_server_is_away_confirms_nothing_more() {
+    lost_while_away(true);
+}
+
+fn lost_while_away(ends: bool) {
+    const HOLD_BACK: Duration = secs(10);
+    let (pg, nats) = (Postgres::start(), Nats::start());
+    pg.seed_setup();
+    nats.client().add_seed_stream();
+    let proxy = Proxy::start(nats.port());
+    let args = ["--hold-back", "10s"];
+    let mut relay = Relay::start_at(pg.port(), proxy.port(), &args);
+    let commit = |numbers: std::ops::RangeInclusive<u64>| {
+        let (first, last) = numbers.into_inner();
+        pg.execute(&format!(
+            "INSERT INTO outbox SELECT {UUID_SQL}, 'account', 'a', to_jsonb(n) FROM generate_series({first}, {last}) n"
+        ));
+        let stored = || nats.try_client().map(|mut client| client.last_seq(NAME));
+        eventually("the events to be stored", secs(60), || match stored() {
+            Ok(seq) if seq >= last => Ok(()),
+            other => Err(other.map_err(|error| error.to_string())),
+        });
+    };
+    commit(1..=50);
+    nats.stop();
+    let copy = nats.snapshot_store();
+    nats.start_again();
+    commit(51..=150);
+    // from now on the hold-back counts
+    eventually("the checkpoint to hold them", secs(60), || {
+        let kept = nats.client().read_all("KV_jetstream_outbox").pop();
+        let kept: Value =
+            serde_json::from_slice(&kept.ok_or("nothing is kept")?.body).map_err(|_| "no JSON")?;
+        (kept["streams"][0]["seq"] == 150)
+            .then_some(())
+            .ok_or("less is kept")
+    });
+    let mark = relay.log().len();
+    proxy.set(Mode::Refuse);
+    relay.wait_for_log_after(mark, "connecting to NATS again", secs(30));
+    nats.kill();
+    nats.restore_store(&copy);
+    nats.start_again();
+    // it would be old enough by then
+    pause(HOLD_BACK + secs(1));
+    if ends {
+        relay.term();
+        assert_eq!(relay.wait_exit(secs(30)), 0);
+        relay = Relay::start_at(pg.port(), nats.port(), &args);
+    }
+    proxy.set(Mode::Pass);
+    let mut client = nats.client();
+    eventually("what was lost to be there again", secs(60), || {
+        client.last_seq(NAME) >= 150
+    });
+    let bodies = client.read_all(NAME).into_iter();
+    let bodies: Vec<String> = bodies.map(|message| message.text().to_string()).collect();
+    let expected: Vec<String> = (1..=150).map(|number: u64| number.to_string()).collect();
+    assert_eq!(bodies, expected);
+    relay.term();
+    assert_eq!(relay.wait_exit(secs(30)), 0);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use rules::Rule;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Seeds that once failed.
-const REGRESSIONS: &[u64] = &[9, 13, 25, 131, 538, 1063, 1529];
+const REGRESSIONS: &[u64] = &[9, 13, 25, 131, 538, 1063, 1529, 2315, 3355, 6108];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()

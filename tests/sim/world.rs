@@ -234,7 +234,7 @@ impl World {
                 }
             }
             89 => self.lose_connection(),
-            90 if self.one_in(2) => self.lose_session(),
+            90 if self.one_in(2) => self.end_session()?,
             91 if self.one_in(2) => self.kill(),
             92 if self.kind == Kind::Rollback => self.roll_back(),
             93..95 if self.kind == Kind::Foreign => self.foreign(),
@@ -597,7 +597,7 @@ impl World {
         match trouble {
             Trouble::Reconnect(_) => self.lose_connection(),
             Trouble::Backwards(_) if self.is_off(Rule::Replay) => self.lose_connection(),
-            Trouble::Backwards(_) => self.lose_session(),
+            Trouble::Backwards(_) => self.end_session()?,
             Trouble::Halt(halt) => return Err(format!("halted without need: {halt:?}")),
         }
         Ok(())
@@ -963,6 +963,13 @@ impl World {
     }
 
     /// The copy stream ends, and the session with it; the process lives on.
+    /// The session ends, whatever ended it, with a last status update.
+    fn end_session(&mut self) -> Outcome {
+        self.confirm()?;
+        self.lose_session();
+        Ok(())
+    }
+
     fn lose_session(&mut self) {
         self.lose_connection();
         let Some(session) = self.session.take() else {
