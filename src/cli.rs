@@ -12,6 +12,8 @@ use std::ffi::OsString;
 use std::fmt;
 
 pub mod commands;
+#[cfg(feature = "admin")]
+mod completions;
 
 /// The program's name, as help and errors print it.
 pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
@@ -22,7 +24,7 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 #[argh(
     help_triggers("--help", "-h"),
     usage = "[command] [flags]",
-    note = "Commands: setup, teardown, check, status, tail. Without one, the relay runs. COMMAND --help lists more.",
+    note = "Commands: setup, teardown, check, status, tail, completions. Without one, the relay runs. COMMAND --help lists more.",
     note = "Flags may also be spelled -flag VALUE and -flag=VALUE.",
     note = "Each can come from the environment: --ack-timeout from JETSTREAM_OUTBOX_ACK_TIMEOUT.",
     note = "A flag beats the environment, the environment beats the default.",
@@ -204,6 +206,8 @@ pub enum UsageError {
     NoValue(String),
     /// The flag is on or off, and was given a value.
     UnwantedValue(String),
+    /// There are no completions for this shell.
+    UnknownShell,
     /// Anything else that argh does not take.
     Refused(String),
 }
@@ -238,6 +242,10 @@ impl fmt::Display for UsageError {
             UsageError::UnwantedValue(flag) => {
                 write!(f, "{flag} takes no value: leave it out, or give it alone")
             }
+            UsageError::UnknownShell => write!(
+                f,
+                "completions are for one of bash, zsh and fish: {PROGRAM} completions bash"
+            ),
             UsageError::Refused(message) => f.write_str(message.trim_end()),
         }
     }
@@ -255,6 +263,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
                 .map_err(|_| UsageError::NotUtf8(index + 1))
         })
         .collect::<Result<Vec<String>, UsageError>>()?;
+    #[cfg(feature = "admin")]
+    if let Some(script) = completions::asked_for(&args) {
+        return Ok(Invocation::Print(script?));
+    }
     let typed = read(&args)?;
     if typed.help {
         return Ok(Invocation::Print(help(typed.word)));

@@ -267,3 +267,41 @@ fn nobody_reading_standard_error_does_not_hold_the_program_up() {
         assert!(wait(&mut child).is_some(), "closed: {closed}: a signal");
     }
 }
+
+/// With the shell that every machine of these tests has; the other scripts come from the same definitions.
+#[test]
+fn bash_completes_commands_and_their_flags() {
+    let program = env!("CARGO_BIN_EXE_jetstream-outbox");
+    let complete = |words: &str| {
+        let script = format!(
+            "source <('{program}' completions bash); COMP_WORDS=(jetstream-outbox {words}); \
+             COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _jetstream-outbox; echo \"${{COMPREPLY[@]}}\""
+        );
+        let output = Command::new("bash")
+            .args(["-c", &script])
+            .output()
+            .expect("run bash");
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
+        String::from_utf8(output.stdout)
+            .expect("flags are ASCII")
+            .trim()
+            .to_string()
+    };
+    assert_eq!(complete("--max-o"), "--max-outage");
+    assert_eq!(
+        complete("status --max"),
+        "--max-lag-bytes --max-lag-seconds"
+    );
+    assert_eq!(complete("st"), "status");
+    assert_eq!(complete("--db ''"), "", "a value is the operator's");
+    let ended = run(&["completions", "tcsh"], &[]);
+    assert_eq!(ended.code, Some(64));
+    assert!(
+        ended.stderr.contains("bash, zsh and fish"),
+        "{}",
+        ended.stderr
+    );
+}
