@@ -133,27 +133,53 @@ impl Decoded {
 
 /// Prints where things stand, once or each second.
 pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
-    let mut bus = Bus::connect(&config.nats)?;
-    let mut database = Database::connect(&config.db, Access::Read)?;
+    let (mut bus, mut database) = connect(config)?;
     if !how.watch {
         let standing = look(&mut database, &mut bus, config, &mut None)?;
         return tell(&standing, how, "");
     }
+    watch(Some((bus, database)), config, how)
+}
+
+fn connect(config: &Config) -> Result<(Bus<'_>, Database), Error> {
+    let bus = Bus::connect(&config.nats)?;
+    Ok((bus, Database::connect(&config.db, Access::Read)?))
+}
+
+/// Each second anew. A server that is away is told in place of the figures, and is a gap in the history.
+fn watch<'a>(
+    mut servers: Option<(Bus<'a>, Database)>,
+    config: &'a Config,
+    how: &operation::Status,
+) -> Result<Exit, Error> {
     let mut history = VecDeque::with_capacity(HISTORY);
     let mut decoded = None;
     loop {
         let start = Instant::now();
-        let standing = look(&mut database, &mut bus, config, &mut decoded)?;
+        let connected = match servers.take() {
+            Some(servers) => Ok(servers),
+            None => connect(config),
+        };
+        let standing = connected.and_then(|(mut bus, mut database)| {
+            let standing = look(&mut database, &mut bus, config, &mut decoded)?;
+            servers = Some((bus, database));
+            Ok(standing)
+        });
         if history.len() == HISTORY {
             history.pop_front();
         }
-        history.push_back(standing.lag_bytes.unwrap_or_default());
+        let lag_bytes = |standing: &Standing| standing.lag_bytes.unwrap_or_default();
+        history.push_back(standing.as_ref().ok().map(lag_bytes));
         if !how.json && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
             // to the upper left, and clear
             say("\x1b[H\x1b[J")?;
         }
         let line = format!("history  {}\n", sparkline(history.make_contiguous()));
-        tell(&standing, how, &line)?;
+        match standing {
+            Ok(standing) => drop(tell(&standing, how, &line)?),
+            Err(error) if how.json => say(&format!("{}\n", json!({ "error": error.to_string() })))?,
+            Err(error) => say(&format!("unknown  {error}\n{line}"))?,
+        }
         thread::sleep(INTERVAL.saturating_sub(start.elapsed()));
     }
 }
@@ -509,14 +535,16 @@ fn text_of(standing: &Standing) -> String {
     text
 }
 
-/// One block a number, relative to the largest.
-fn sparkline(numbers: &[u64]) -> String {
+/// One block a number, relative to the largest; a gap where there is none.
+fn sparkline(numbers: &[Option<u64>]) -> String {
     const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    let most = numbers.iter().copied().max().unwrap_or_default().max(1);
-    let block = |number: &u64| {
-        let index = u128::from(*number) * 7 / u128::from(most);
-        BLOCKS.get(index as usize).copied().unwrap_or(' ')
+    let most = numbers.iter().flatten().max().copied();
+    let most = most.unwrap_or_default().max(1);
+    let block = |number: &Option<u64>| {
+        let index = u128::from((*number)?) * 7 / u128::from(most);
+        BLOCKS.get(index as usize).copied()
     };
+    let block = |number| block(number).unwrap_or(' ');
     numbers.iter().map(block).collect()
 }
 
@@ -527,9 +555,9 @@ mod tests {
     #[test]
     fn a_history_is_drawn() {
         assert_eq!(sparkline(&[]), "");
-        assert_eq!(sparkline(&[0, 0]), "▁▁");
-        assert_eq!(sparkline(&[0, 50, 100]), "▁▄█");
-        assert_eq!(sparkline(&[u64::MAX, 0]), "█▁");
+        assert_eq!(sparkline(&[Some(0), Some(0)]), "▁▁");
+        assert_eq!(sparkline(&[Some(0), None, Some(50), Some(100)]), "▁ ▄█");
+        assert_eq!(sparkline(&[Some(u64::MAX), Some(0)]), "█▁");
     }
 
     #[test]

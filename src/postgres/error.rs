@@ -121,7 +121,7 @@ impl fmt::Display for Error {
             Error::Connect(attempts) => {
                 for (i, (host, error)) in attempts.iter().enumerate() {
                     let separator = if i == 0 { "" } else { "; " };
-                    write!(f, "{separator}connect to {host}: {error}")?;
+                    write!(f, "{separator}connect to Postgres at {host}: {error}")?;
                 }
                 Ok(())
             }

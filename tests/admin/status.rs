@@ -168,13 +168,29 @@ fn watching_prints_again_with_a_history() {
         .stdout(Stdio::piped());
     let mut process = Process::spawn("status", &mut command);
     let stdout = process.child().stdout.take().expect("stdout is piped");
-    let lines = BufReader::new(stdout)
+    let mut lines = BufReader::new(stdout)
         .lines()
         .map(|line| line.expect("UTF-8"));
-    let history: Vec<String> = lines
-        .filter(|line| line.starts_with("history  "))
-        .take(3)
-        .collect();
-    assert_eq!(history, ["history  ▁", "history  ▁▁", "history  ▁▁▁"]);
+    let mut next = |begin: &str| {
+        lines
+            .find(|line| line.starts_with(begin))
+            .expect("it goes on")
+    };
+    for history in ["history  ▁", "history  ▁▁", "history  ▁▁▁"] {
+        assert_eq!(next("history"), history);
+    }
+    // each server in turn goes away, is told of, and comes back
+    rig.nats.stop();
+    assert!(next("unknown").contains("NATS"));
+    let gap = next("history");
+    assert!(gap.ends_with(' '), "{gap:?}");
+    rig.nats.start_again();
+    next("stream");
+    rig.pg.stop_fast();
+    // first the lost connection, then the server that does not answer
+    let told: Vec<String> = (0..3).map(|_| next("unknown")).collect();
+    assert!(told[2].contains("connect to Postgres at"), "{told:?}");
+    rig.pg.start_again();
+    next("stream");
     process.kill();
 }
