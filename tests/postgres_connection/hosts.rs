@@ -88,9 +88,11 @@ fn the_next_host_is_tried_and_all_failures_are_told() {
 
     let text = format!("host=127.0.0.1,/nonexistent port={dead} user=postgres");
     let error = connect(&text).unwrap_err().to_string();
-    let first = format!("connect to Postgres at 127.0.0.1:{dead}: open the connection: Connection refused");
+    let first =
+        format!("connect to Postgres at 127.0.0.1:{dead}: open the connection: Connection refused");
     assert!(error.starts_with(&first), "{error}");
-    let second = format!("; connect to /nonexistent:{dead}: open the connection: No such file");
+    let second =
+        format!("; connect to Postgres at /nonexistent:{dead}: open the connection: No such file");
     assert!(error.contains(&second), "{error}");
 }
 
