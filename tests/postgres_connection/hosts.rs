@@ -58,7 +58,8 @@ fn what_was_asked_for_reaches_the_server() {
 
 #[test]
 fn a_failed_query_keeps_its_sqlstate_and_the_session() {
-    let mut connection = connect(&primary().admin()).unwrap();
+    let server = primary();
+    let mut connection = connect(&server.admin()).unwrap();
     let error = connection.simple_query("SELECT 1/0").unwrap_err();
     assert_eq!(error.sqlstate(), Some("22012"));
     assert_eq!(connection.simple_query("SELECT 1").unwrap().len(), 1);
