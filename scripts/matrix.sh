@@ -8,7 +8,7 @@ postgres_versions=(16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17) # "beta" is t
 nats_server_versions=(2.10.25 2.11.11 2.12.8 2.14.6)               # and the newest of tools.sh
 
 # What does not depend on the servers' versions, or takes minutes, is left out.
-suites=(drain:: failover:: faults_cluster:: faults_nats:: faults_postgres:: faults_relay:: faults_streams::
+suites=(drain:: failover:: mapping:: observe:: park:: publication:: slot:: faults_cluster:: faults_nats:: faults_postgres:: faults_relay:: faults_streams::
   payloads:: seed:: smoke:: subjects:: transactions:: check_nats:: check_postgres:: setup:: status:: tail::)
 
 logs=$target/matrix
