@@ -133,29 +133,77 @@ impl Decoded {
 
 /// Prints where things stand, once or each second.
 pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
+    // an error of the start is one of the command line more often than not: it ends `-watch` too
     let mut bus = Bus::connect(&config.nats)?;
     let mut database = Database::connect(&config.db, Access::Read)?;
-    if !how.watch {
-        let standing = look(&mut database, &mut bus, config, &mut None)?;
-        return tell(&standing, how, "");
+    if how.watch {
+        return watch(config, how, bus, database);
     }
+    let standing = look(&mut database, &mut bus, config, &mut None)?;
+    tell(&standing, how, "")
+}
+
+/// Prints until somebody ends it. What a server that is away says stands in place of the figures, until it is back.
+fn watch<'a>(
+    config: &'a Config,
+    how: &operation::Status,
+    bus: Bus<'a>,
+    database: Database,
+) -> Result<Exit, Error> {
+    let (mut bus, mut database) = (Some(bus), Some(database));
     let mut history = VecDeque::with_capacity(HISTORY);
     let mut decoded = None;
     loop {
         let start = Instant::now();
-        let standing = look(&mut database, &mut bus, config, &mut decoded)?;
+        let found = look_again(config, &mut database, &mut bus, &mut decoded);
         if history.len() == HISTORY {
             history.pop_front();
         }
-        history.push_back(standing.lag_bytes.unwrap_or_default());
+        history.push_back(found.as_ref().ok().and_then(|standing| standing.lag_bytes));
         if !how.json && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
             // to the upper left, and clear
             say("\x1b[H\x1b[J")?;
         }
         let line = format!("history  {}\n", sparkline(history.make_contiguous()));
-        tell(&standing, how, &line)?;
+        match found {
+            Ok(standing) => {
+                tell(&standing, how, &line)?;
+            }
+            Err(error) => say(&match how.json {
+                true => format!("{}\n", json!({ "error": error.to_string() })),
+                false => format!("unknown  {error}; trying again\n{line}"),
+            })?,
+        }
         thread::sleep(INTERVAL.saturating_sub(start.elapsed()));
     }
+}
+
+/// Looks, by new connections where the last look ended in an error.
+fn look_again<'a>(
+    config: &'a Config,
+    database: &mut Option<Database>,
+    bus: &mut Option<Bus<'a>>,
+    decoded: &mut Option<Decoded>,
+) -> Result<Standing, Error> {
+    let its_bus = match bus {
+        Some(bus) => bus,
+        None => bus.insert(Bus::connect(&config.nats)?),
+    };
+    let its_database = match database {
+        Some(database) => database,
+        None => database.insert(Database::connect(&config.db, Access::Read)?),
+    };
+    let found = look(its_database, its_bus, config, decoded);
+    match &found {
+        Ok(_) => {}
+        Err(Error::Nats(_)) => *bus = None,
+        Err(_) => {
+            *database = None;
+            // another server may answer next, whose log is not the one that was decoded
+            *decoded = None;
+        }
+    }
+    found
 }
 
 fn tell(standing: &Standing, how: &operation::Status, more: &str) -> Result<Exit, Error> {
@@ -509,13 +557,16 @@ fn text_of(standing: &Standing) -> String {
     text
 }
 
-/// One block a number, relative to the largest.
-fn sparkline(numbers: &[u64]) -> String {
+/// One block a number, relative to the largest; a dot where it is not known.
+fn sparkline(numbers: &[Option<u64>]) -> String {
     const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    let most = numbers.iter().copied().max().unwrap_or_default().max(1);
-    let block = |number: &u64| {
-        let index = u128::from(*number) * 7 / u128::from(most);
-        BLOCKS.get(index as usize).copied().unwrap_or(' ')
+    let most = numbers.iter().flatten().copied().max();
+    let most = most.unwrap_or_default().max(1);
+    let block = |number: &Option<u64>| {
+        let index = number.map(|number| u128::from(number) * 7 / u128::from(most));
+        index
+            .and_then(|index| BLOCKS.get(index as usize).copied())
+            .unwrap_or('·')
     };
     numbers.iter().map(block).collect()
 }
@@ -527,9 +578,11 @@ mod tests {
     #[test]
     fn a_history_is_drawn() {
         assert_eq!(sparkline(&[]), "");
-        assert_eq!(sparkline(&[0, 0]), "▁▁");
-        assert_eq!(sparkline(&[0, 50, 100]), "▁▄█");
-        assert_eq!(sparkline(&[u64::MAX, 0]), "█▁");
+        assert_eq!(sparkline(&[Some(0), Some(0)]), "▁▁");
+        assert_eq!(sparkline(&[Some(0), Some(50), Some(100)]), "▁▄█");
+        assert_eq!(sparkline(&[Some(u64::MAX), Some(0)]), "█▁");
+        assert_eq!(sparkline(&[Some(1), None, Some(1)]), "█·█");
+        assert_eq!(sparkline(&[None]), "·");
     }
 
     #[test]
