@@ -144,13 +144,13 @@ pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
 }
 
 /// Prints until somebody ends it. What a server that is away says stands in place of the figures, until it is back.
-fn watch<'a>(
-    config: &'a Config,
+fn watch(
+    config: &Config,
     how: &operation::Status,
-    bus: Bus<'a>,
+    mut bus: Bus<'_>,
     database: Database,
 ) -> Result<Exit, Error> {
-    let (mut bus, mut database) = (Some(bus), Some(database));
+    let mut database = Some(database);
     let mut history = VecDeque::with_capacity(HISTORY);
     let mut decoded = None;
     loop {
@@ -178,30 +178,22 @@ fn watch<'a>(
     }
 }
 
-/// Looks, by new connections where the last look ended in an error.
-fn look_again<'a>(
-    config: &'a Config,
+/// Looks, by a new session if the last look ended in an error of Postgres. ([`Bus`] connects anew by itself.)
+fn look_again(
+    config: &Config,
     database: &mut Option<Database>,
-    bus: &mut Option<Bus<'a>>,
+    bus: &mut Bus<'_>,
     decoded: &mut Option<Decoded>,
 ) -> Result<Standing, Error> {
-    let its_bus = match bus {
-        Some(bus) => bus,
-        None => bus.insert(Bus::connect(&config.nats)?),
-    };
-    let its_database = match database {
-        Some(database) => database,
+    let session = match database {
+        Some(session) => session,
         None => database.insert(Database::connect(&config.db, Access::Read)?),
     };
-    let found = look(its_database, its_bus, config, decoded);
-    match &found {
-        Ok(_) => {}
-        Err(Error::Nats(_)) => *bus = None,
-        Err(_) => {
-            *database = None;
-            // another server may answer next, whose log is not the one that was decoded
-            *decoded = None;
-        }
+    let found = look(session, bus, config, decoded);
+    if let Err(Error::Postgres(_) | Error::Sql { .. }) = &found {
+        *database = None;
+        // another server may answer next, whose log is not the one that was decoded
+        *decoded = None;
     }
     found
 }
