@@ -328,6 +328,32 @@ const CONNECTION_FLAGS: [&str; 12] = [
     "--table",
 ];
 
+/// Flags of the relay that `setup` and `check` follow besides: what makes an event, and where it goes.
+const MAPPING_FLAGS: [&str; 16] = [
+    "--id-column",
+    "--aggregatetype-column",
+    "--aggregateid-column",
+    "--payload-column",
+    "--subject",
+    "--on-bad-subject",
+    "--header",
+    "--headers-column",
+    "--on-bad-header",
+    "--cloudevents",
+    "--message-prefix",
+    "--no-messages",
+    "--on-poison",
+    "--park-subject",
+    "--delivery",
+    "--checkpoint",
+];
+
+/// The flags of the relay that a command's `--help` lists.
+fn is_listed(word: Word, flag: &str) -> bool {
+    let follows = matches!(word, Word::Setup | Word::Check);
+    CONNECTION_FLAGS.contains(&flag) || follows && MAPPING_FLAGS.contains(&flag)
+}
+
 /// What `--help` prints. A command lists its own flags and, as argh lays them out for the relay, those of connections.
 fn help(word: Option<Word>) -> String {
     let output = |read: Result<(), EarlyExit>| read.err().map_or(String::new(), |exit| exit.output);
@@ -336,15 +362,21 @@ fn help(word: Option<Word>) -> String {
         return relay;
     };
     let mut text = output(word.read(&[PROGRAM, word.name()], &["--help"]).map(drop));
-    text +=
-        "\nConnections (all flags of the relay are taken, and those that do not matter ignored):\n";
+    text += match word {
+        Word::Setup | Word::Check => {
+            "\nConnections and events (all flags of the relay are taken, and those that do not matter ignored):\n"
+        }
+        _ => {
+            "\nConnections (all flags of the relay are taken, and those that do not matter ignored):\n"
+        }
+    };
     let mut listed = false;
     for line in relay.lines() {
         match line
             .strip_prefix("  ")
             .and_then(|line| line.split(' ').next())
         {
-            Some(flag) if flag.starts_with("--") => listed = CONNECTION_FLAGS.contains(&flag),
+            Some(flag) if flag.starts_with("--") => listed = is_listed(word, flag),
             // the rest of a description
             Some("") => {}
             _ => listed = false,
@@ -558,9 +590,17 @@ mod tests {
                         line.starts_with(&format!("  {flag} ")) || line == format!("  {flag}")
                     })
                 };
-                let own = word.info().flags.iter().map(|flag| flag.long);
-                for flag in own.filter(|flag| *flag != "--help").chain(CONNECTION_FLAGS) {
+                let own = || word.info().flags.iter().map(|flag| flag.long);
+                for flag in own()
+                    .filter(|flag| *flag != "--help")
+                    .chain(CONNECTION_FLAGS)
+                {
                     assert!(listed(flag), "{args:?} does not list {flag}:\n{text}");
+                }
+                let follows = matches!(word, Word::Setup | Word::Check);
+                for flag in MAPPING_FLAGS {
+                    let expected = follows || own().any(|name| name == flag);
+                    assert_eq!(listed(flag), expected, "{args:?} {flag}:\n{text}");
                 }
                 assert!(!listed("--inflight") && !listed("--drain"), "{text}");
                 assert!(text.contains("libpq's PGHOST, PGDATABASE"), "{text}");

@@ -8,6 +8,7 @@ use super::statements::{
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
 use crate::outbox::message::publish_function;
+use crate::postgres::connection::quote_literal;
 use std::fmt::Write;
 
 /// The whole text.
@@ -41,8 +42,12 @@ fn sql(config: &Config, how: &Setup) -> String {
     {
         let _ = writeln!(
             text,
-            "-- The tables {} are to be there already; add each to the publication.\n",
-            named.table
+            "-- The tables {} are to be there already; {}.\n",
+            named.table,
+            match tables.as_slice() {
+                [] => "the publication is made of those that are",
+                _ => "add each to the publication",
+            }
         );
     }
     let names: Vec<String> = tables.iter().map(table_name).collect();
@@ -60,12 +65,40 @@ fn sql(config: &Config, how: &Setup) -> String {
             publish_function(prefix).trim_end()
         );
     }
-    text += &create_publication(config, &tables, false);
+    text += &match tables.as_slice() {
+        [] => gather_publication(config),
+        tables => create_publication(config, tables, false),
+    };
     text += "\n\n-- After the publication: a slot cannot see a publication that is younger. It keeps log from now on,\n\
              -- so start the relay soon, or the log fills the disk.\n";
     text += &create_slot(&config.slot, how.failover);
     text.push('\n');
     text
+}
+
+/// The publication of tables that are all named by their beginning, which psql has to look for.
+fn gather_publication(config: &Config) -> String {
+    let named = config.mapping.tables.iter().map(|it| &it.table);
+    let each: Vec<String> = named
+        .map(|table| {
+            let begins = format!(
+                "starts_with(c.relname::text, {})",
+                quote_literal(&table.name)
+            );
+            match &table.schema {
+                Some(schema) => format!("n.nspname = {} AND {begins}", quote_literal(schema)),
+                None => begins,
+            }
+        })
+        .collect();
+    format!(
+        "SELECT format('CREATE PUBLICATION %I FOR TABLE %s WITH (publish = ''insert'')', {}, string_agg(c.oid::regclass::text, ', '))\n\
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace\n\
+         WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND n.nspname NOT IN ('pg_catalog', 'information_schema')\n\
+         AND ({}) \\gexec",
+        quote_literal(&config.publication),
+        each.join(" OR ")
+    )
 }
 
 fn nats(config: &Config, how: &Setup) -> String {

@@ -323,10 +323,17 @@ fn function(database: &mut Database, prefix: &str) -> Result<Outcome, Error> {
     Ok(Outcome::Found(match same {
         true => Vec::new(),
         false => vec![format!(
-            "it is not the one of this release and of message prefix {prefix}; if nobody has changed it on purpose, drop it \
-             and run setup again"
+            "it is not the one of this release and of message prefix {prefix}; if nobody has changed it on purpose, replace \
+             it in one statement, by which no call fails meanwhile and privileges stay:\n{}",
+            replace_function(&sql)
         )],
     }))
+}
+
+/// The statement that puts the function in the place of another.
+fn replace_function(create: &str) -> String {
+    let create = create.trim_end();
+    create.replacen("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION", 1)
 }
 
 fn publication(

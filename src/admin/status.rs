@@ -133,55 +133,69 @@ impl Decoded {
 
 /// Prints where things stand, once or each second.
 pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
-    let (mut bus, mut database) = connect(config)?;
-    if !how.watch {
-        let standing = look(&mut database, &mut bus, config, &mut None)?;
-        return tell(&standing, how, "");
+    // an error of the start is one of the command line more often than not: it ends `-watch` too
+    let mut bus = Bus::connect(&config.nats)?;
+    let mut database = Database::connect(&config.db, Access::Read)?;
+    if how.watch {
+        return watch(config, how, bus, database);
     }
-    watch(Some((bus, database)), config, how)
+    let standing = look(&mut database, &mut bus, config, &mut None)?;
+    tell(&standing, how, "")
 }
 
-fn connect(config: &Config) -> Result<(Bus<'_>, Database), Error> {
-    let bus = Bus::connect(&config.nats)?;
-    Ok((bus, Database::connect(&config.db, Access::Read)?))
-}
-
-/// Each second anew. A server that is away is told in place of the figures, and is a gap in the history.
-fn watch<'a>(
-    mut servers: Option<(Bus<'a>, Database)>,
-    config: &'a Config,
+/// Prints until somebody ends it. What a server that is away says stands in place of the figures, until it is back.
+fn watch(
+    config: &Config,
     how: &operation::Status,
+    mut bus: Bus<'_>,
+    database: Database,
 ) -> Result<Exit, Error> {
+    let mut database = Some(database);
     let mut history = VecDeque::with_capacity(HISTORY);
     let mut decoded = None;
     loop {
         let start = Instant::now();
-        let connected = match servers.take() {
-            Some(servers) => Ok(servers),
-            None => connect(config),
-        };
-        let standing = connected.and_then(|(mut bus, mut database)| {
-            let standing = look(&mut database, &mut bus, config, &mut decoded)?;
-            servers = Some((bus, database));
-            Ok(standing)
-        });
+        let found = look_again(config, &mut database, &mut bus, &mut decoded);
         if history.len() == HISTORY {
             history.pop_front();
         }
-        let lag_bytes = |standing: &Standing| standing.lag_bytes.unwrap_or_default();
-        history.push_back(standing.as_ref().ok().map(lag_bytes));
+        history.push_back(found.as_ref().ok().and_then(|standing| standing.lag_bytes));
         if !how.json && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
             // to the upper left, and clear
             say("\x1b[H\x1b[J")?;
         }
         let line = format!("history  {}\n", sparkline(history.make_contiguous()));
-        match standing {
-            Ok(standing) => drop(tell(&standing, how, &line)?),
-            Err(error) if how.json => say(&format!("{}\n", json!({ "error": error.to_string() })))?,
-            Err(error) => say(&format!("unknown  {error}\n{line}"))?,
+        match found {
+            Ok(standing) => {
+                tell(&standing, how, &line)?;
+            }
+            Err(error) => say(&match how.json {
+                true => format!("{}\n", json!({ "error": error.to_string() })),
+                false => format!("unknown  {error}; trying again\n{line}"),
+            })?,
         }
         thread::sleep(INTERVAL.saturating_sub(start.elapsed()));
     }
+}
+
+/// Looks, by a new session if the last look ended in an error of Postgres. ([`Bus`] connects anew by itself.)
+fn look_again(
+    config: &Config,
+    database: &mut Option<Database>,
+    bus: &mut Bus<'_>,
+    decoded: &mut Option<Decoded>,
+) -> Result<Standing, Error> {
+    let session = match database {
+        Some(session) => session,
+        None => database.insert(Database::connect(&config.db, Access::Read)?),
+    };
+    let found = look(session, bus, config, decoded);
+    if let Err(Error::Postgres(_) | Error::Sql { .. }) = &found {
+        *database = None;
+        // another server may answer next, whose log is not the one that was decoded
+        *decoded = None;
+    }
+    found
 }
 
 fn tell(standing: &Standing, how: &operation::Status, more: &str) -> Result<Exit, Error> {
@@ -535,16 +549,17 @@ fn text_of(standing: &Standing) -> String {
     text
 }
 
-/// One block a number, relative to the largest; a gap where there is none.
+/// One block a number, relative to the largest; a dot where it is not known.
 fn sparkline(numbers: &[Option<u64>]) -> String {
     const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    let most = numbers.iter().flatten().max().copied();
+    let most = numbers.iter().flatten().copied().max();
     let most = most.unwrap_or_default().max(1);
     let block = |number: &Option<u64>| {
-        let index = u128::from((*number)?) * 7 / u128::from(most);
-        BLOCKS.get(index as usize).copied()
+        let index = number.map(|number| u128::from(number) * 7 / u128::from(most));
+        index
+            .and_then(|index| BLOCKS.get(index as usize).copied())
+            .unwrap_or('·')
     };
-    let block = |number| block(number).unwrap_or(' ');
     numbers.iter().map(block).collect()
 }
 
@@ -556,8 +571,10 @@ mod tests {
     fn a_history_is_drawn() {
         assert_eq!(sparkline(&[]), "");
         assert_eq!(sparkline(&[Some(0), Some(0)]), "▁▁");
-        assert_eq!(sparkline(&[Some(0), None, Some(50), Some(100)]), "▁ ▄█");
+        assert_eq!(sparkline(&[Some(0), Some(50), Some(100)]), "▁▄█");
         assert_eq!(sparkline(&[Some(u64::MAX), Some(0)]), "█▁");
+        assert_eq!(sparkline(&[Some(1), None, Some(1)]), "█·█");
+        assert_eq!(sparkline(&[None]), "·");
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! `setup`, `teardown`, and what `setup` prints for administrators.
 
-use crate::check_postgres::check;
+use crate::check_postgres::{check, finding};
 use crate::command::{Ended, on, run, servers};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
+use crate::support::process::Process;
 use crate::support::relay::Relay;
 use serde_json::{Value, json};
+use std::process::{Command, Stdio};
 
 /// Nothing is there yet.
 fn bare() -> Rig {
@@ -165,6 +167,22 @@ fn setup_makes_the_function_for_the_prefix() {
     );
     check(&rig, &[], &[("postgres.messages", "warn")]);
     check(&rig, &flags, &[]);
+    // the statement that it prints mends that, and keeps what was granted
+    rig.pg.execute(
+        "CREATE ROLE app; REVOKE EXECUTE ON FUNCTION outbox_publish FROM PUBLIC; GRANT EXECUTE ON FUNCTION outbox_publish TO app",
+    );
+    let (_, rest) = (ended.stdout.split_once("\nCREATE OR REPLACE ")).expect("a statement");
+    let (statement, _) = rest.split_once("END $$;").expect("its end");
+    rig.pg
+        .execute(&format!("CREATE OR REPLACE {statement}END $$;"));
+    let again = on(&rig, &["setup"]);
+    assert!(
+        again.with(0).contains("found    function outbox_publish\n"),
+        "{again:?}"
+    );
+    check(&rig, &[], &[]);
+    let granted = "SELECT has_function_privilege('app', 'outbox_publish(text, text, json, jsonb, uuid)', 'EXECUTE')";
+    assert_eq!(rig.pg.scalar::<bool>(granted), Some(true));
 }
 
 #[test]
@@ -484,4 +502,48 @@ fn permitting(config: &str, requests: &[&str]) -> Nats {
         nats.client().api(call, &body);
     }
     nats
+}
+
+/// With no table named in full there is none to write down: psql looks for those that begin so.
+#[test]
+fn the_sql_of_tables_named_by_their_beginning_finds_them() {
+    let rig = bare();
+    rig.pg.execute(
+        "CREATE TABLE events_a (id uuid, aggregatetype text, aggregateid text, payload jsonb); \
+         CREATE TABLE \"events_B\" (LIKE events_a); CREATE TABLE event (LIKE events_a)",
+    );
+    let flags = ["-table", "events_*"];
+    let printed = on(&rig, &[&flags[..], &["setup", "-print-sql"]].concat());
+    let file = rig.nats.dir().join("setup.sql");
+    std::fs::write(&file, printed.with(0)).expect("write the statements");
+    let mut command = Command::new(Postgres::bin().join("psql"));
+    command
+        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d"])
+        .arg(rig.pg.url("postgres", "postgres"))
+        .arg("-f")
+        .arg(&file)
+        .stdout(Stdio::null());
+    let mut psql = Process::spawn("psql", &mut command);
+    assert!(psql.wait_exit(DEADLINE).success(), "{}", printed.stdout);
+    let tables = "SELECT string_agg(tablename::text, ' ' ORDER BY tablename) FROM pg_publication_tables WHERE pubname = 'jetstream_outbox'";
+    assert_eq!(
+        rig.pg.scalar::<String>(tables).as_deref(),
+        Some("events_B events_a")
+    );
+    on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
+    check(&rig, &flags, &[]);
+
+    // without the publication, its remedy is one that can be run
+    rig.pg.execute("DROP PUBLICATION jetstream_outbox");
+    let findings = check(&rig, &flags, &[("postgres.publication", "fail")]);
+    let fix = finding(&findings, "postgres.publication")["fix"].as_str();
+    let fix = fix.expect("a remedy");
+    let (drop_slot, _) = fix.split_once(" -- ").expect("a statement and a reason");
+    assert!(
+        fix.ends_with("when there is a table \"events_\"*: jetstream-outbox setup"),
+        "{fix}"
+    );
+    rig.pg.execute(drop_slot);
+    on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
+    check(&rig, &flags, &[]);
 }

@@ -7,6 +7,9 @@ use crate::support::wait::eventually;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Instant;
 
 #[track_caller]
 fn status(rig: &Rig) -> Value {
@@ -168,29 +171,112 @@ fn watching_prints_again_with_a_history() {
         .stdout(Stdio::piped());
     let mut process = Process::spawn("status", &mut command);
     let stdout = process.child().stdout.take().expect("stdout is piped");
-    let mut lines = BufReader::new(stdout)
+    let lines = BufReader::new(stdout)
         .lines()
         .map(|line| line.expect("UTF-8"));
-    let mut next = |begin: &str| {
-        lines
-            .find(|line| line.starts_with(begin))
-            .expect("it goes on")
-    };
-    for history in ["history  ▁", "history  ▁▁", "history  ▁▁▁"] {
-        assert_eq!(next("history"), history);
-    }
-    // each server in turn goes away, is told of, and comes back
-    rig.nats.stop();
-    assert!(next("unknown").contains("NATS"));
-    let gap = next("history");
-    assert!(gap.ends_with(' '), "{gap:?}");
-    rig.nats.start_again();
-    next("stream");
-    rig.pg.stop_fast();
-    // first the lost connection, then the server that does not answer
-    let told: Vec<String> = (0..3).map(|_| next("unknown")).collect();
-    assert!(told[2].contains("connect to Postgres at"), "{told:?}");
-    rig.pg.start_again();
-    next("stream");
+    let history: Vec<String> = lines
+        .filter(|line| line.starts_with("history  "))
+        .take(3)
+        .collect();
+    assert_eq!(history, ["history  ▁", "history  ▁▁", "history  ▁▁▁"]);
     process.kill();
+}
+
+/// What `status --watch` has printed since the last look.
+struct Watched {
+    process: Process,
+    lines: Receiver<String>,
+}
+
+impl Watched {
+    fn start(rig: &Rig, more: &[&str]) -> Watched {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
+        command
+            .args(["status", "--watch"])
+            .args(more)
+            .args(servers(&rig.pg, &rig.nats))
+            .stdout(Stdio::piped());
+        let mut process = Process::spawn("status", &mut command);
+        let stdout = process.child().stdout.take().expect("stdout is piped");
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            let lines = BufReader::new(stdout).lines();
+            lines
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
+        Watched { process, lines }
+    }
+
+    /// The next line that is asked for.
+    #[track_caller]
+    fn next(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let line = self.lines.recv_timeout(left);
+            let line = line.unwrap_or_else(|error| {
+                panic!(
+                    "{what}: {error}; it has ended: {:?}",
+                    self.process.try_exit()
+                )
+            });
+            if wanted(&line) {
+                return line;
+            }
+        }
+    }
+}
+
+#[test]
+fn watching_goes_on_while_a_server_is_away() {
+    let rig = Rig::start();
+    let mut watched = Watched::start(&rig, &[]);
+    let figures = |line: &str| line == "lag      none: the slot has nothing to send";
+    watched.next("figures", figures);
+    let (nats, pg): (fn(&Rig, bool), fn(&Rig, bool)) = (
+        |rig, up| match up {
+            true => rig.nats.start_again(),
+            false => rig.nats.stop(),
+        },
+        |rig, up| match up {
+            true => rig.pg.start_again(),
+            false => rig.pg.stop_fast(),
+        },
+    );
+    for (server, turn, told) in [
+        (
+            "NATS",
+            nats,
+            format!("connect to NATS at 127.0.0.1:{}", rig.nats.port()),
+        ),
+        (
+            "Postgres",
+            pg,
+            format!("connect to Postgres at 127.0.0.1:{}", rig.pg.port()),
+        ),
+    ] {
+        turn(&rig, false);
+        let line = watched.next(server, |line| {
+            line.starts_with("unknown  ") && line.contains(&told)
+        });
+        assert!(line.ends_with("; trying again"), "{line}");
+        let history = watched.next("a gap", |line| line.starts_with("history  "));
+        assert!(history.ends_with('·'), "{history}");
+        turn(&rig, true);
+        watched.next(&format!("figures after {server} is back"), figures);
+        let history = watched.next("the history", |line| line.starts_with("history  "));
+        assert!(history.contains('·') && history.ends_with('▁'), "{history}");
+    }
+    watched.process.kill();
+
+    let mut watched = Watched::start(&rig, &["--json"]);
+    let value = |line: &str| serde_json::from_str::<Value>(line).expect("a line is one value");
+    watched.next("figures", |line| value(line)["lag_bytes"] == 0);
+    rig.nats.stop();
+    let line = watched.next("an error", |line| value(line)["error"].is_string());
+    assert!(!line.contains("lag_bytes"), "{line}");
+    rig.nats.start_again();
+    watched.next("figures", |line| value(line)["lag_bytes"] == 0);
+    watched.process.kill();
 }

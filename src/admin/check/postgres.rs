@@ -333,9 +333,17 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("publication {name} does not exist in this database"),
             "it says which tables are sent",
-            match facts.slot {
-                None => create_all(facts, config),
-                Some(_) => format!(
+            match (named_by_their_beginning(config), &facts.slot) {
+                // which tables there are, setup finds out
+                (Some(names), None) => {
+                    format!("jetstream-outbox setup -- when there is a table {names}")
+                }
+                (Some(names), Some(_)) => format!(
+                    "{} -- a slot cannot see what is younger than itself; then, when there is a table {names}: jetstream-outbox setup",
+                    drop_slot(&config.slot)
+                ),
+                (None, None) => create_all(facts, config),
+                (None, Some(_)) => format!(
                     "{} {} {} -- a slot cannot see what is younger than itself",
                     create_all(facts, config),
                     drop_slot(&config.slot),
@@ -351,6 +359,15 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
         ),
         Some(_) => ok(NAME, format!("publication {name} publishes inserts")),
     }]
+}
+
+/// What `-table` names by its beginning: of these no statement can be made without looking for them.
+fn named_by_their_beginning(config: &Config) -> Option<String> {
+    let named = config.mapping.tables.iter().map(|it| &it.table);
+    let names: Vec<String> = (named.filter(|table| table.and_longer))
+        .map(TableName::to_string)
+        .collect();
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 /// The tables that are missing, and the publication.
@@ -581,7 +598,7 @@ fn messages(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("function outbox_publish does not emit messages with prefix {prefix}"),
             "the relay passes them over, so that their events are lost",
-            "drop the function and run jetstream-outbox setup, or name its prefix with -message-prefix",
+            "run the statement that jetstream-outbox setup prints, or name its prefix with -message-prefix",
         )];
     }
     vec![match facts.encoding.as_str() {
