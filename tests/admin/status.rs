@@ -234,7 +234,8 @@ fn watching_goes_on_while_a_server_is_away() {
     let mut watched = Watched::start(&rig, &[]);
     let figures = |line: &str| line == "lag      none: the slot has nothing to send";
     watched.next("figures", figures);
-    let (nats, pg): (fn(&Rig, bool), fn(&Rig, bool)) = (
+    type Turn = fn(&Rig, bool);
+    let (nats, pg): (Turn, Turn) = (
         |rig, up| match up {
             true => rig.nats.start_again(),
             false => rig.nats.stop(),

@@ -624,7 +624,11 @@ impl World {
         }
         let reached = [&self.reached, &kept.reached].into_iter().flatten();
         let reached = reached.filter_map(|at| self.lineage.reach(at)).max();
-        self.written = kept;
+        // how far the process before had come is not in the record
+        self.written = Marks {
+            settled: Lsn::INVALID,
+            ..kept
+        };
         let confirmed = self.postgres.confirmed;
         let beyond = reached.is_some_and(|reached| reached < confirmed);
         if self.checkpoint && beyond && !self.is_off(Rule::Reached) {
