@@ -271,6 +271,39 @@ fn parking() {
     }
 }
 
+/// What is parked needs a stream that keeps it as much as any event does; setup says so of one that it finds.
+#[test]
+fn a_stream_for_parking_that_cannot_keep_its_promise() {
+    let rig = set_up(Postgres::builder());
+    let park = ["-on-poison", "park"];
+    let name = "parked";
+    for (setting, value, level, told) in [
+        ("no_ack", json!(true), "fail", "acknowledges nothing"),
+        ("sealed", json!(true), "fail", "is sealed"),
+        ("storage", json!("memory"), "warn", "it is kept in memory"),
+    ] {
+        let mut nats = rig.nats.client();
+        nats.add_stream_with(json!({ "name": name, "subjects": ["jetstream_outbox.parked"] }));
+        check(&rig, &park, &[]);
+        let mut config = nats.stream_info(name)["config"].clone();
+        config[setting] = value;
+        if setting == "storage" {
+            nats.api(&format!("STREAM.DELETE.{name}"), &Value::Null);
+            nats.add_stream_with(config);
+        } else {
+            let answer = nats.api(&format!("STREAM.UPDATE.{name}"), &config);
+            assert!(answer["error"].is_null(), "{answer}");
+        }
+        let findings = check(&rig, &park, &[("nats.parking", level)]);
+        assert!(findings.to_string().contains(told), "{findings:#}");
+        let ended = on(&rig, &[&["setup"], &park[..]].concat());
+        let line = format!("differs  stream {name} of jetstream_outbox.parked: ");
+        let text = ended.with(78);
+        assert!(text.contains(&line) && text.contains(told), "{text}");
+        nats.api(&format!("STREAM.DELETE.{name}"), &Value::Null);
+    }
+}
+
 #[test]
 fn the_bucket_is_in_memory() {
     let rig = set_up(Postgres::builder());

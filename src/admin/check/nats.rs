@@ -9,7 +9,7 @@ use crate::admin::bus::Bus;
 use crate::admin::{bytes, span};
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
-use crate::jetstream::preflight::preflight;
+use crate::jetstream::preflight::{Preflight, preflight};
 use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::resume::OUTBOX_POSITION;
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
@@ -69,6 +69,8 @@ enum Park {
         publish: Tried,
         /// Whether the relay may read its end, as it does of every stream it writes to.
         read: Tried,
+        /// Empty when it is a stream of the prefix, which is judged as one.
+        preflight: Preflight,
     },
 }
 
@@ -376,7 +378,19 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
     let Some(park) = &facts.park else {
         return Vec::new();
     };
-    vec![match park {
+    if let Park::Found {
+        preflight: Preflight {
+            refused: Some(text),
+            ..
+        },
+        ..
+    } = park
+    {
+        let (why, fix) =
+            (text.rsplit_once("; ")).unwrap_or((text, "name another subject with -park-subject"));
+        return vec![fail(NAME, why, WHY, fix)];
+    }
+    let mut findings = vec![match park {
         Park::Missing => fail(
             NAME,
             format!("no stream captures {subject}"),
@@ -415,7 +429,27 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("events are parked under {subject}, in stream {stream}"),
         ),
-    }]
+    }];
+    if let Park::Found {
+        stream, preflight, ..
+    } = park
+    {
+        findings.extend(preflight.warnings.iter().map(|text| {
+            let (what, why) = text.split_once(": ").unwrap_or((
+                text,
+                "a parked event that is gone can be published by nobody",
+            ));
+            warn(
+                NAME,
+                format!("stream {stream}: {what}"),
+                why,
+                format!(
+                    "nats stream edit {stream}, or a new stream where the setting cannot be changed"
+                ),
+            )
+        }));
+    }
+    findings
 }
 
 /// Looks for the park subject, and tries it.
@@ -430,14 +464,22 @@ fn read_park(bus: &mut Bus<'_>, config: &Config) -> Option<Park> {
             None => Park::Missing,
             Some(found) => {
                 let stream = found.config.name.clone();
+                let preflight = match matches(&format!("{}.>", config.prefix), subject) {
+                    true => Preflight::default(),
+                    false => preflight(found, &bus.info, config.delivery),
+                };
                 let last = bus.message(last_message_request(&stream, subject));
                 Park::Found {
-                    publish: try_write(bus, subject),
+                    publish: match found.config.no_ack {
+                        true => Ok(()),
+                        false => try_write(bus, subject),
+                    },
                     read: match config.delivery {
                         Delivery::ExactlyOnce => last.map(drop).map_err(|error| error.to_string()),
                         Delivery::AtLeastOnce => Ok(()),
                     },
                     stream,
+                    preflight,
                 }
             }
         },
