@@ -51,6 +51,7 @@ fn good() -> Facts {
             write: Ok(()),
         },
         park: None,
+        account: Some(Ok(Account::default())),
     }
 }
 
