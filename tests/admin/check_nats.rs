@@ -359,11 +359,10 @@ fn the_account_is_nearly_full() {
         let account = format!(
             "accounts {{ A {{ jetstream {{ {limits} }}, users: [ {{ user: a, password: a }} ] }} }}"
         );
-        let nats = Nats::builder()
+        Nats::builder()
             .config(&account)
             .client_options(json!({ "user": "a", "pass": "a" }))
-            .build();
-        nats
+            .build()
     };
     let with_stream = |limits: &str| {
         let nats = limited(limits);
