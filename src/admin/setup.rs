@@ -223,7 +223,14 @@ fn parked(
     let subject = &config.mapping.policy.park_subject;
     if let Some(stream) = bus.streams(subject)?.first() {
         let what = format!("stream {} of {subject}", stream.config.name);
-        return report.tell(&what, Outcome::Found(Vec::new()));
+        // those of the prefix are for the other stream
+        let how = Setup {
+            max_age: None,
+            duplicate_window: None,
+            ..how.clone()
+        };
+        let differences = stream_differences(stream, &bus.info, config.delivery, &how);
+        return report.tell(&what, Outcome::Found(differences));
     }
     let name = park_stream(how);
     let what = format!("stream {name} of {subject}");

@@ -51,7 +51,7 @@ pub enum Side {
 }
 
 /// How things are to be created.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Setup {
     /// The slot is to be taken over by standbys.
     pub failover: bool,

@@ -202,6 +202,8 @@ fn a_permission_is_missing() {
             true,
             vec![("nats.jetstream", "fail")],
         ),
+        // the limits of the account are worth a look, and no permission
+        ("$JS.API.INFO", true, vec![]),
         ("events.>", true, vec![("nats.publish", "fail")]),
         (
             "$JS.API.STREAM.MSG.GET.jetstream_outbox",
@@ -271,6 +273,39 @@ fn parking() {
     }
 }
 
+/// What is parked needs a stream that keeps it as much as any event does; setup says so of one that it finds.
+#[test]
+fn a_stream_for_parking_that_cannot_keep_its_promise() {
+    let rig = set_up(Postgres::builder());
+    let park = ["-on-poison", "park"];
+    let name = "parked";
+    for (setting, value, level, told) in [
+        ("no_ack", json!(true), "fail", "acknowledges nothing"),
+        ("sealed", json!(true), "fail", "is sealed"),
+        ("storage", json!("memory"), "warn", "it is kept in memory"),
+    ] {
+        let mut nats = rig.nats.client();
+        nats.add_stream_with(json!({ "name": name, "subjects": ["jetstream_outbox.parked"] }));
+        check(&rig, &park, &[]);
+        let mut config = nats.stream_info(name)["config"].clone();
+        config[setting] = value;
+        if setting == "storage" {
+            nats.api(&format!("STREAM.DELETE.{name}"), &Value::Null);
+            nats.add_stream_with(config);
+        } else {
+            let answer = nats.api(&format!("STREAM.UPDATE.{name}"), &config);
+            assert!(answer["error"].is_null(), "{answer}");
+        }
+        let findings = check(&rig, &park, &[("nats.parking", level)]);
+        assert!(findings.to_string().contains(told), "{findings:#}");
+        let ended = on(&rig, &[&["setup"], &park[..]].concat());
+        let line = format!("differs  stream {name} of jetstream_outbox.parked: ");
+        let text = ended.with(78);
+        assert!(text.contains(&line) && text.contains(told), "{text}");
+        nats.api(&format!("STREAM.DELETE.{name}"), &Value::Null);
+    }
+}
+
 #[test]
 fn the_bucket_is_in_memory() {
     let rig = set_up(Postgres::builder());
@@ -314,4 +349,74 @@ fn the_slot_is_not_where_the_relay_has_left_it() {
     assert_eq!(code, 78, "{log:?}");
     rig.drain(&["-resume-anyway", "-hold-back", "0"]);
     check(&rig, &[], &[]);
+}
+
+/// Room in the account, which other streams share.
+#[test]
+fn the_account_is_nearly_full() {
+    let rig = set_up(Postgres::builder());
+    let limited = |limits: &str| {
+        let account = format!(
+            "accounts {{ A {{ jetstream {{ {limits} }}, users: [ {{ user: a, password: a }} ] }} }}"
+        );
+        Nats::builder()
+            .config(&account)
+            .client_options(json!({ "user": "a", "pass": "a" }))
+            .build()
+    };
+    let with_stream = |limits: &str| {
+        let nats = limited(limits);
+        nats.client().add_seed_stream();
+        nats
+    };
+    let db = rig.pg.url("postgres", "postgres");
+    let bad = |nats: &Nats, code: i32, more: &[&str]| {
+        let url = format!("nats://a:a@127.0.0.1:{}", nats.port());
+        let args = [
+            &["check", "-json", "-strict", "-db", &db, "-nats", &url],
+            more,
+        ]
+        .concat();
+        let report = run(&args, &[]).json(code);
+        let all = report["findings"].as_array().expect("a list").clone();
+        let bad = all.iter().filter(|finding| finding["level"] != "ok");
+        let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or("").to_string();
+        bad.map(|finding| format!("{} {}", text(finding, "level"), text(finding, "name")))
+            .collect::<Vec<String>>()
+    };
+    // one stream is there: the bucket is one more, the parked events' another
+    let nats = with_stream("max_file: 100000, max_streams: 2");
+    assert_eq!(bad(&nats, 1, &[]), ["warn nats.checkpoint"]);
+    let park = ["-on-poison", "park"];
+    assert_eq!(
+        bad(&nats, 2, &park),
+        [
+            "fail nats.account",
+            "warn nats.checkpoint",
+            "fail nats.parking"
+        ]
+    );
+    let none = ["-checkpoint", "none"];
+    assert!(bad(&nats, 0, &none).is_empty());
+    nats.client().publish("events.a", &[], &[b'x'; 70_000]);
+    assert!(bad(&nats, 0, &none).is_empty());
+    nats.client().publish("events.a", &[], &[b'x'; 20_000]);
+    assert_eq!(bad(&nats, 1, &none), ["warn nats.account"]);
+
+    let nats = with_stream("max_file: 100000, max_streams: 1");
+    assert_eq!(
+        bad(&nats, 1, &[]),
+        ["warn nats.account", "warn nats.checkpoint"]
+    );
+    assert!(bad(&nats, 0, &none).is_empty());
+
+    let nats = limited("max_bytes_required: true");
+    assert_eq!(
+        bad(&nats, 2, &none),
+        ["fail nats.account", "fail nats.streams"]
+    );
+    let url = format!("nats://a:a@127.0.0.1:{}", nats.port());
+    // as the finding says
+    let ended = run(&["setup", "-db", &db, "-nats", &url], &[]);
+    assert_eq!(ended.code, 78, "{ended:?}");
 }

@@ -234,37 +234,30 @@ fn watching_goes_on_while_a_server_is_away() {
     let mut watched = Watched::start(&rig, &[]);
     let figures = |line: &str| line == "lag      none: the slot has nothing to send";
     watched.next("figures", figures);
-    type Turn = fn(&Rig, bool);
-    let (nats, pg): (Turn, Turn) = (
-        |rig, up| match up {
-            true => rig.nats.start_again(),
-            false => rig.nats.stop(),
-        },
-        |rig, up| match up {
-            true => rig.pg.start_again(),
-            false => rig.pg.stop_fast(),
-        },
-    );
-    for (server, turn, told) in [
+    for (server, told) in [
         (
             "NATS",
-            nats,
             format!("connect to NATS at 127.0.0.1:{}", rig.nats.port()),
         ),
         (
             "Postgres",
-            pg,
             format!("connect to Postgres at 127.0.0.1:{}", rig.pg.port()),
         ),
     ] {
-        turn(&rig, false);
+        match server {
+            "NATS" => rig.nats.stop(),
+            _ => rig.pg.stop_fast(),
+        }
         let line = watched.next(server, |line| {
             line.starts_with("unknown  ") && line.contains(&told)
         });
         assert!(line.ends_with("; trying again"), "{line}");
         let history = watched.next("a gap", |line| line.starts_with("history  "));
         assert!(history.ends_with('·'), "{history}");
-        turn(&rig, true);
+        match server {
+            "NATS" => rig.nats.start_again(),
+            _ => rig.pg.start_again(),
+        }
         watched.next(&format!("figures after {server} is back"), figures);
         let history = watched.next("the history", |line| line.starts_with("history  "));
         assert!(history.contains('·') && history.ends_with('▁'), "{history}");

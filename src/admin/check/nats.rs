@@ -9,7 +9,7 @@ use crate::admin::bus::Bus;
 use crate::admin::{bytes, span};
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
-use crate::jetstream::preflight::preflight;
+use crate::jetstream::preflight::{Preflight, preflight};
 use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::resume::OUTBOX_POSITION;
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
@@ -55,6 +55,38 @@ struct Facts {
     bucket: Bucket,
     /// `None`: nothing is ever parked.
     park: Option<Park>,
+    /// `None`: not asked, as the API does not answer.
+    account: Option<Result<Account, String>>,
+}
+
+/// What the account holds, and may hold: `$JS.API.INFO`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+struct Account {
+    /// Bytes in files.
+    storage: u64,
+    streams: i64,
+    limits: Limits,
+}
+
+/// −1: no limit. An account with limits by number of replicas (`tiers`) tells none here.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+struct Limits {
+    max_storage: i64,
+    max_streams: i64,
+    /// A stream without `max_bytes` is refused.
+    max_bytes_required: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            max_storage: -1,
+            max_streams: -1,
+            max_bytes_required: false,
+        }
+    }
 }
 
 /// Where events are parked.
@@ -69,6 +101,8 @@ enum Park {
         publish: Tried,
         /// Whether the relay may read its end, as it does of every stream it writes to.
         read: Tried,
+        /// Empty when it is a stream of the prefix, which is judged as one.
+        preflight: Preflight,
     },
 }
 
@@ -114,9 +148,9 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 11] = [
-    connection, encryption, jetstream, streams, settings, retention, window, publish, read_tail,
-    checkpoint, parking,
+const JUDGES: [Judge; 12] = [
+    connection, encryption, jetstream, account, streams, settings, retention, window, publish,
+    read_tail, checkpoint, parking,
 ];
 
 fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
@@ -159,6 +193,75 @@ fn jetstream(facts: &Facts, config: &Config) -> Vec<Finding> {
             },
         ),
     }]
+}
+
+/// Whether the account has room for what comes, and for what is still to be created.
+fn account(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "nats.account";
+    let account = match &facts.account {
+        None => return Vec::new(),
+        // the relay does without, so it is no reason to ask for the permission
+        Some(Err(error)) => {
+            return vec![ok(
+                NAME,
+                format!("its limits are not told to this user: {error}"),
+            )];
+        }
+        Some(Ok(account)) => account,
+    };
+    let limits = &account.limits;
+    let wanted = i64::from(facts.streams.as_ref().is_ok_and(Vec::is_empty))
+        + i64::from(facts.park == Some(Park::Missing));
+    let missing = wanted + i64::from(facts.bucket == Bucket::Missing);
+    // without the bucket the relay goes on
+    let judge = |found: String, why: &str, fix: &str| match wanted {
+        0 => warn(NAME, found, why, fix),
+        _ => fail(NAME, found, why, fix),
+    };
+    let mut findings = Vec::new();
+    if missing > 0 && limits.max_streams >= 0 && account.streams + missing > limits.max_streams {
+        findings.push(judge(
+            format!(
+                "{} of {} streams are taken, and {missing} more must be created (a bucket is a stream)",
+                account.streams, limits.max_streams
+            ),
+            "JetStream refuses to create them",
+            "raise max_streams of the account, or delete a stream that nobody needs",
+        ));
+    }
+    if missing > 0 && limits.max_bytes_required {
+        findings.push(judge(
+            "the account asks for max_bytes of each stream (max_bytes_required)".to_string(),
+            "setup and the relay create streams without it, which JetStream refuses",
+            "create them with the nats tool and --max-bytes, as setup -print-nats has them otherwise",
+        ));
+    }
+    let most = u64::try_from(limits.max_storage).ok();
+    if let Some(most) = most.filter(|most| account.storage > most / 10 * 8) {
+        findings.push(warn(
+            NAME,
+            format!("its files take {} of {}", bytes(account.storage), bytes(most)),
+            "at the limit JetStream refuses events, and the relay waits while Postgres keeps the log",
+            "raise max_file of the account, or let its streams drop what is old: nats stream edit ... --max-age=...",
+        ));
+    }
+    if findings.is_empty() {
+        let limit = |limit: i64, text: &dyn Fn(u64) -> String| match u64::try_from(limit) {
+            Ok(limit) => text(limit),
+            Err(_) => "no limit".into(),
+        };
+        findings.push(ok(
+            NAME,
+            format!(
+                "{} in files of {}, {} streams of {}",
+                bytes(account.storage),
+                limit(limits.max_storage, &bytes),
+                account.streams,
+                limit(limits.max_streams, &|limit| limit.to_string())
+            ),
+        ));
+    }
+    findings
 }
 
 fn streams(facts: &Facts, config: &Config) -> Vec<Finding> {
@@ -376,7 +479,19 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
     let Some(park) = &facts.park else {
         return Vec::new();
     };
-    vec![match park {
+    if let Park::Found {
+        preflight: Preflight {
+            refused: Some(text),
+            ..
+        },
+        ..
+    } = park
+    {
+        let (why, fix) =
+            (text.rsplit_once("; ")).unwrap_or((text, "name another subject with -park-subject"));
+        return vec![fail(NAME, why, WHY, fix)];
+    }
+    let mut findings = vec![match park {
         Park::Missing => fail(
             NAME,
             format!("no stream captures {subject}"),
@@ -415,7 +530,27 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("events are parked under {subject}, in stream {stream}"),
         ),
-    }]
+    }];
+    if let Park::Found {
+        stream, preflight, ..
+    } = park
+    {
+        findings.extend(preflight.warnings.iter().map(|text| {
+            let (what, why) = text.split_once(": ").unwrap_or((
+                text,
+                "a parked event that is gone can be published by nobody",
+            ));
+            warn(
+                NAME,
+                format!("stream {stream}: {what}"),
+                why,
+                format!(
+                    "nats stream edit {stream}, or a new stream where the setting cannot be changed"
+                ),
+            )
+        }));
+    }
+    findings
 }
 
 /// Looks for the park subject, and tries it.
@@ -430,14 +565,22 @@ fn read_park(bus: &mut Bus<'_>, config: &Config) -> Option<Park> {
             None => Park::Missing,
             Some(found) => {
                 let stream = found.config.name.clone();
+                let preflight = match matches(&format!("{}.>", config.prefix), subject) {
+                    true => Preflight::default(),
+                    false => preflight(found, &bus.info, config.delivery),
+                };
                 let last = bus.message(last_message_request(&stream, subject));
                 Park::Found {
-                    publish: try_write(bus, subject),
+                    publish: match found.config.no_ack {
+                        true => Ok(()),
+                        false => try_write(bus, subject),
+                    },
                     read: match config.delivery {
                         Delivery::ExactlyOnce => last.map(drop).map_err(|error| error.to_string()),
                         Delivery::AtLeastOnce => Ok(()),
                     },
                     stream,
+                    preflight,
                 }
             }
         },
@@ -462,8 +605,15 @@ fn read(bus: &mut Bus<'_>, config: &Config, past: &mut Past) -> Facts {
         bucket: read_bucket(bus, config, streams.is_ok(), past),
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
+        account: streams.is_ok().then(|| read_account(bus)),
         streams: streams.map_err(|error: Error| error.to_string()),
     }
+}
+
+fn read_account(bus: &mut Bus<'_>) -> Result<Account, String> {
+    let answer = bus.ask(|link, timeout| link.call("INFO", Vec::new(), timeout));
+    let answer = answer.map_err(|error| error.to_string())?;
+    serde_json::from_slice(&answer).map_err(|error| error.to_string())
 }
 
 fn read_stream(bus: &mut Bus<'_>, config: &Config, info: StreamInfo, past: &mut Past) -> Stream {

@@ -51,6 +51,7 @@ fn good() -> Facts {
             write: Ok(()),
         },
         park: None,
+        account: Some(Ok(Account::default())),
     }
 }
 
@@ -61,6 +62,7 @@ fn parking_needs_a_stream_that_takes_it() {
         stream: "parked".into(),
         publish,
         read,
+        preflight: Preflight::default(),
     };
     for (park, level, part) in [
         (Park::Missing, Fail, "--subjects='jetstream_outbox.parked'"),
