@@ -131,6 +131,9 @@ impl Decoded {
     }
 }
 
+/// Transactional messages (`messages` of pgoutput) came with it.
+const MESSAGES: u32 = 140_000;
+
 /// Prints where things stand, once or each second.
 pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
     // an error of the start is one of the command line more often than not: it ends `-watch` too
@@ -402,17 +405,27 @@ fn first_event(
         return Ok(Waiting::Unknown);
     }
     let publication = format!("\"{}\"", config.publication.replace('"', "\"\""));
+    let outboxes = outboxes(database, config)?;
+    let prefix = match &config.mapping.message_prefix {
+        Some(prefix) if database.version >= MESSAGES => Some(prefix),
+        _ => None,
+    };
+    let messages = prefix.map_or("", |_| ", 'messages', 'true'");
+    // a string of the protocol ends in a zero
+    let prefix = prefix.map(|prefix| [prefix.as_bytes(), b"\0"].concat());
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
         let rows = database.rows(
             DOING,
-            // 66: Begin; 73: Insert, with the table's object id, of which only outboxes matter
-            "SELECT get_byte(data, 0), CASE WHEN get_byte(data, 0) = 66 THEN substr(data, 2, 16) END \
-             FROM pg_catalog.pg_logical_slot_get_binary_changes($1, NULL, $2, \
-             'proto_version', '1', 'publication_names', $3) WHERE get_byte(data, 0) = 66 OR get_byte(data, 0) = 73 AND \
-             ('x' || encode(substr(data, 2, 4), 'hex'))::bit(32)::bigint IN \
-             (SELECT attrelid::bigint FROM pg_catalog.pg_attribute WHERE attname = 'aggregatetype' AND NOT attisdropped)",
-            &[&copy, &CHANGES, &publication],
+            // 66: Begin; 73: Insert, with the table's object id; 77: Message, of which only transactional ones are events
+            &format!(
+                "SELECT get_byte(data, 0), CASE WHEN get_byte(data, 0) = 66 THEN substr(data, 2, 16) END \
+                 FROM pg_catalog.pg_logical_slot_get_binary_changes($1, NULL, $2, \
+                 'proto_version', '1', 'publication_names', $3{messages}) WHERE get_byte(data, 0) = 66 \
+                 OR get_byte(data, 0) = 73 AND ('x' || encode(substr(data, 2, 4), 'hex'))::bit(32)::bigint = ANY ($4) \
+                 OR get_byte(data, 0) = 77 AND get_byte(data, 1) = 1 AND substr(data, 11, length($5::bytea)) = $5"
+            ),
+            &[&copy, &CHANGES, &publication, &outboxes, &prefix],
         )?;
         if rows.is_empty() {
             return Ok(Waiting::Nothing);
@@ -428,6 +441,29 @@ fn first_event(
         }
     }
     Ok(Waiting::Unknown)
+}
+
+/// The object ids of the tables whose rows are events: what the reader finds out from the relation messages.
+fn outboxes(database: &mut Database, config: &Config) -> Result<Vec<i64>, Error> {
+    let tables = database.rows(
+        "look for the outboxes",
+        "SELECT c.oid::bigint, n.nspname::text, c.relname::text, array_agg(a.attname::text) \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+         WHERE c.relkind IN ('r', 'p') GROUP BY 1, 2, 3",
+        &[],
+    )?;
+    let is_outbox = |table: &&postgres::Row| {
+        let (schema, name): (&str, &str) = (table.get(1), table.get(2));
+        let columns: Vec<&str> = table.get(3);
+        let mapping = config.mapping.of_table(schema, name);
+        mapping.is_some_and(|mapping| {
+            let mut needed = mapping.needed_columns().into_iter();
+            needed.all(|column| columns.contains(&column))
+        })
+    };
+    let outboxes = tables.iter().filter(is_outbox);
+    Ok(outboxes.map(|table| table.get(0)).collect())
 }
 
 /// Of what follows the tag of a Begin message: its commit's LSN and time.

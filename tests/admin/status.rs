@@ -86,6 +86,38 @@ fn what_is_no_event_is_no_lag() {
 }
 
 #[test]
+fn what_the_mapping_makes_an_event_is_lag() {
+    let rig = Rig::start_with_tables(
+        "CREATE TABLE mail (nr int PRIMARY KEY, receiver text, body text); CREATE TABLE other (nr int PRIMARY KEY, receiver text, body text)",
+    );
+    let mapped = "mail:id=nr,payload=body,subject={prefix}.mail.{receiver}";
+    let lag = |more: &[&str]| {
+        let args = [&["status", "--json"], more].concat();
+        on(&rig, &args).json(0)["lag_bytes"].as_u64()
+    };
+    rig.pg.execute("INSERT INTO other VALUES (1, 'a', 'b')");
+    assert_eq!(lag(&["--table", mapped]), Some(0));
+    rig.pg.execute("INSERT INTO mail VALUES (1, 'a', 'b')");
+    assert!(lag(&["--table", mapped]) > Some(0));
+    assert_eq!(lag(&[]), Some(0), "it is no outbox by default");
+
+    let rig = Rig::start();
+    let lag = |more: &[&str]| {
+        let args = [&["status", "--json"], more].concat();
+        on(&rig, &args).json(0)["lag_bytes"].as_u64()
+    };
+    rig.pg
+        .execute("SELECT pg_logical_emit_message(false, 'jetstream_outbox', 'x')");
+    rig.pg
+        .execute("SELECT pg_logical_emit_message(true, 'jetstream_outbox2', 'x')");
+    assert_eq!(lag(&[]), Some(0));
+    rig.pg
+        .execute("SELECT pg_logical_emit_message(true, 'jetstream_outbox', '{}')");
+    assert!(lag(&[]) > Some(0));
+    assert_eq!(lag(&["--no-messages"]), Some(0));
+}
+
+#[test]
 fn a_relay_that_runs_is_named_and_not_disturbed() {
     let rig = Rig::start();
     let relay = rig.relay(&[]);
