@@ -28,8 +28,9 @@ use std::time::{Duration, Instant};
 
 /// So long outstanding acks are waited for when the session ends before everything is settled.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-/// So long the last write of the checkpoint is waited for; without it the next start reads back more.
-const KEEP_LIMIT: Duration = Duration::from_secs(2);
+/// So long the last write of the checkpoint is waited for; without it the next start reads back more. A cluster
+/// that has just lost a node needs some seconds to find the bucket a leader.
+const KEEP_LIMIT: Duration = Duration::from_secs(5);
 /// While something is held back, the confirmable position is looked at this often.
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// Names the answers to writes of the checkpoint; the others are named by the stream's index.
