@@ -200,7 +200,8 @@ fn relays_that_are_stopped_under_load_lose_and_repeat_nothing() {
 
 #[test]
 fn a_relay_that_is_stopped_within_a_large_transaction_goes_on_in_it() {
-    const ROWS: u64 = 50_000;
+    // several times what is read within the reader's half second of grace
+    const ROWS: u64 = 300_000;
     let rig = Rig::start();
     rig.pg.execute(&format!(
         "INSERT INTO outbox SELECT {UUID_SQL}, 'account', 'a', jsonb_build_object('n', n) FROM generate_series(1, {ROWS}) AS n"
