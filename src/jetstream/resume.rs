@@ -197,9 +197,17 @@ pub fn find_tail<E>(
         Some(c) => c.seq,
         None => 0,
     };
-    let floor = bottom.max(extent.last_seq.saturating_sub(LOOK_BACK));
+    // where nothing of ours goes from the end, the newest message is as good a place to look back from, however far down
+    let leaps = extent.keeps_its_end && newest_seq > 0;
+    let end = if leaps { newest_seq } else { extent.last_seq };
+    let floor = bottom.max(end.saturating_sub(LOOK_BACK));
     let mut seq = extent.last_seq;
     while seq > floor {
+        if leaps && seq > newest_seq && extent.last_seq - seq >= LOOK_BACK {
+            found.deleted += seq - newest_seq;
+            seq = newest_seq;
+            continue;
+        }
         if extent.whole && seq > newest_seq && newest_seq >= floor && newest_seq > 0 {
             // nothing was deleted, so what lies above the newest one under the prefix is under other subjects
             found.foreign += seq - newest_seq;
@@ -378,6 +386,69 @@ mod tests {
             Conflict::OtherTimeline(_) => "other timeline",
         });
         assert_eq!(found, translated.map(str::to_string), "{at}");
+    }
+
+    /// What a search in a stream that keeps its end says: ours are the first `kept` messages of `last_seq`, the others are gone.
+    #[track_caller]
+    fn check_lost(kept: u64, last_seq: u64, checkpoint: Option<u64>) {
+        let source = Source {
+            slot: "slot".to_string(),
+            system_id: 7,
+            timeline: 1,
+        };
+        let position = |seq| Position {
+            commit_lsn: Lsn(seq),
+            ordinal: 1,
+        };
+        let message = |seq: u64| StoredMessage {
+            subject: "events.a".to_string(),
+            seq,
+            time: String::new(),
+            headers: vec![(
+                OUTBOX_POSITION.to_string(),
+                format!("{source} {}", position(seq)),
+            )],
+            data: Vec::new(),
+        };
+        let extent = Extent {
+            first_seq: 1,
+            last_seq,
+            whole: kept == last_seq,
+            keeps_its_end: true,
+        };
+        let checkpoint = checkpoint.map(|seq| Checkpoint {
+            seq,
+            position: position(seq),
+            id: None,
+        });
+        let fetch = |seq| Ok::<_, ()>((seq <= kept).then(|| message(seq)));
+        let newest = message(kept);
+        let found = find_tail(&source, extent, Some(&newest), checkpoint.as_ref(), fetch);
+        let lineage = Lineage {
+            source: source.clone(),
+            switch_points: Vec::new(),
+        };
+        let tail = lineage
+            .judge(found.unwrap(), checkpoint.as_ref(), false)
+            .unwrap();
+        let stored = tail.stored.map(|stored| stored.seq);
+        assert_eq!(
+            (stored, tail.lost, tail.consumed),
+            (Some(kept), last_seq - kept, 0)
+        );
+    }
+
+    #[test]
+    fn what_a_stream_has_lost_is_told_however_much_it_is() {
+        check_lost(10, 10, Some(10));
+        check_lost(10, 15, Some(8));
+        check_lost(10, 15, Some(10));
+        check_lost(10, 15, Some(12));
+        check_lost(10, 15, None);
+        // a torn block of 8 MB may have held more than is looked at one by one
+        for checkpoint in [None, Some(5), Some(12_000), Some(30_000 + LOOK_BACK)] {
+            check_lost(20_000, 30_000 + LOOK_BACK, checkpoint);
+        }
     }
 
     #[test]
