@@ -1,4 +1,5 @@
-//! The checkpoint: how far the relay is, kept in a JetStream key-value bucket (ADR-8).
+//! The checkpoint: how far the relay is, kept in a JetStream key-value bucket (ADR-8). Every decision about it: when it
+//! is written, what with, and what an answer means. Pure; [`super::bucket`] has the requests.
 //!
 //! Its marks are for streams whose tail does not stay: work-queue and interest retention, purges, max_age. What
 //! they say is true whenever it is read (an event that was acknowledged at a sequence stays so), so they are
@@ -11,12 +12,8 @@
 //! is refused here, as it is by the fence.
 
 use super::core::{Mark, Marks};
-use super::error::Error;
-use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
-use crate::jetstream::client::Link;
+use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
 use crate::jetstream::resume::Lineage;
-use crate::jetstream::streams;
-use crate::jetstream::{self};
 use crate::outbox::position::SourcePosition;
 use crate::postgres::Lsn;
 use serde::{Deserialize, Serialize};
@@ -26,7 +23,7 @@ use std::time::{Duration, Instant};
 /// How often it is written while events flow.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A write without an answer is forgotten after this; the next one tells more anyway.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Writes that fail for so long are warned of, and again after as long.
 const TELL_AFTER: Duration = Duration::from_secs(60);
@@ -66,8 +63,10 @@ struct Last {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Ripening {
     position: String,
-    /// The NATS server's time at which it was settled, in milliseconds since 1970.
-    since_ms: i64,
+    /// Since when the key has held it, by the NATS server's time in milliseconds since 1970. `None`: since this very
+    /// value was stored; when that would be was not known when it was sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    since_ms: Option<i64>,
 }
 
 /// The key of one slot, and what was last read from or written to it.
@@ -76,6 +75,10 @@ pub struct CheckpointStore {
     bucket: String,
     slot: String,
     state: State,
+    /// How many writes there were.
+    writes: u64,
+    /// The key's last revision known, over all connections.
+    revision: u64,
     /// What the key holds, as far as we know.
     kept: Option<Content>,
     ripening: Option<Ripening>,
@@ -122,14 +125,65 @@ enum State {
     On {
         /// The sequence of the key's last value in the bucket's stream; 0: there is none.
         revision: u64,
-        /// When the write that has no answer yet was sent, and what it says.
-        pending: Option<(Instant, Content, Option<Ripening>)>,
+        pending: Option<Pending>,
         next: Instant,
     },
     /// Not looked at yet on this connection, or unusable.
     Off,
     /// The server's permissions do not let us: it is not tried again.
     Forbidden,
+}
+
+/// A write that has no answer yet.
+#[derive(Debug)]
+struct Pending {
+    number: u64,
+    sent: Instant,
+    content: Content,
+    ripening: Option<Ripening>,
+}
+
+/// What is to be written to the key.
+#[derive(Debug)]
+pub struct Write {
+    /// Names the answer.
+    pub number: u64,
+    /// The revision that must still be the key's last one; 0: it has none.
+    pub revision: u64,
+    /// The new value.
+    pub body: Vec<u8>,
+}
+
+/// The key's last value.
+#[derive(Debug, Default)]
+pub struct Value {
+    /// The sequence in the bucket's stream that it was read at; 0: there is none.
+    pub seq: u64,
+    /// The key's last revision by now: where it was read, or where the same was written once more.
+    pub revision: u64,
+    /// What [`Write::body`] was. What cannot be read says nothing.
+    pub body: Vec<u8>,
+    /// When it was stored, by the server's time in milliseconds since 1970, if that is known.
+    pub stored_ms: Option<i64>,
+    /// The server's time now, likewise.
+    pub time_ms: Option<i64>,
+}
+
+impl Value {
+    /// What to write to say the same once more.
+    pub fn again(&self) -> Vec<u8> {
+        match serde_json::from_slice(&self.body) {
+            Ok(record) => self.since_stored(record).body(),
+            Err(_) => self.body.clone(),
+        }
+    }
+
+    fn since_stored(&self, mut record: Record) -> Record {
+        if let Some(ripening) = &mut record.ripening {
+            ripening.since_ms = ripening.since_ms.or(self.stored_ms);
+        }
+        record
+    }
 }
 
 impl CheckpointStore {
@@ -144,6 +198,8 @@ impl CheckpointStore {
             bucket: bucket.to_string(),
             slot: slot.to_string(),
             state,
+            writes: 0,
+            revision: 0,
             kept: None,
             ripening: None,
             distrusted: false,
@@ -158,115 +214,55 @@ impl CheckpointStore {
         self.publication.clone()
     }
 
-    /// On a new connection: creates the bucket if it is missing and reads the key. What keeps it from being
-    /// used is warned of, and no error, unless the connection was lost by it.
-    pub fn open(&mut self, link: &Link, replicas: u32, timeout: Duration) -> Result<Marks, Error> {
-        if matches!(self.state, State::Forbidden) {
-            return Ok(Marks::default());
+    /// The bucket's name.
+    pub fn bucket(&self) -> &str {
+        &self.bucket
+    }
+
+    /// The key's subject.
+    pub fn subject(&self) -> String {
+        format!("$KV.{}.{}", self.bucket, self.slot)
+    }
+
+    /// What the key holds, read over a new connection.
+    pub fn opened(&mut self, value: Value, now: Instant) -> Opened {
+        let record = value.since_stored(serde_json::from_slice(&value.body).unwrap_or_default());
+        let went_back = value.seq < self.revision;
+        // what was lost may have said that the ripening position no longer is
+        self.distrusted |= went_back;
+        self.revision = value.revision;
+        self.state = State::On {
+            revision: value.revision,
+            pending: None,
+            next: now,
+        };
+        self.clock = value.time_ms.map(|time_ms| (time_ms, now));
+        self.ripening = record.ripening.clone().filter(|_| !self.distrusted);
+        let kept = record.content();
+        if self.publication.get().is_none() {
+            self.publication.set(kept.publication.clone());
         }
-        self.state = State::Off;
-        match self.read(link, replicas, timeout) {
-            Ok((revision, record)) => {
-                self.state = State::On {
-                    revision,
-                    pending: None,
-                    next: Instant::now(),
-                };
-                self.ripening = record.ripening.clone().filter(|_| !self.distrusted);
-                let kept = record.content();
-                if self.publication.get().is_none() {
-                    self.publication.set(kept.publication.clone());
-                }
-                let marks = kept.marks.clone();
-                self.kept = Some(kept);
-                Ok(marks)
-            }
-            Err(error @ (jetstream::Error::Lost { .. } | jetstream::Error::Permission { .. })) => {
-                Err(self.lost(error))
-            }
-            Err(error) if is_passing(&error) => Err(Error::Nats(error)),
-            Err(error) => {
-                log::warn!(
-                    bucket = self.bucket.as_str(), cause:% = error;
-                    "going on without the checkpoint: {WITHOUT}"
-                );
-                self.forbid();
-                Ok(Marks::default())
-            }
+        let marks = kept.marks.clone();
+        self.kept = Some(kept);
+        Opened { marks, went_back }
+    }
+
+    /// The connection is gone.
+    pub fn closed(&mut self) {
+        if self.is_kept() {
+            self.state = State::Off;
         }
     }
 
-    fn forbid(&mut self) {
+    /// It may not be read or written: it is not tried again.
+    pub fn forbid(&mut self) {
         self.state = State::Forbidden;
         self.kept = None;
     }
 
-    /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again. Returns
-    /// what to say of it.
-    pub fn lost(&mut self, error: jetstream::Error) -> Error {
-        let ours = |reason: &str| {
-            reason.contains("$KV.") || reason.contains(&format!("KV_{}", self.bucket))
-        };
-        match error {
-            jetstream::Error::Permission { reason } if ours(&reason) => {
-                self.forbid();
-                Error::WithoutCheckpoint(reason)
-            }
-            error => {
-                if matches!(self.state, State::On { .. }) {
-                    self.state = State::Off;
-                }
-                Error::Nats(error)
-            }
-        }
-    }
-
-    fn read(
-        &mut self,
-        link: &Link,
-        replicas: u32,
-        timeout: Duration,
-    ) -> Result<(u64, Record), jetstream::Error> {
-        let stream = format!("KV_{}", self.bucket);
-        let info = match streams::info(link, &stream, timeout)? {
-            Some(info) => Some(info),
-            None => {
-                let (api, body) = streams::create_bucket_request(&self.bucket, replicas);
-                let answer = link.call(&api, body, timeout)?;
-                streams::parse_info(&answer)
-                    .map_err(|source| jetstream::Error::Api { api, source })?
-            }
-        };
-        let is_replicated = info
-            .as_ref()
-            .is_some_and(|info| info.config.num_replicas > 1);
-        let time = info.and_then(|info| info.ts.parse::<jiff::Timestamp>().ok());
-        self.clock = time.map(|time| (time.as_millisecond(), Instant::now()));
-        let last = streams::last_message_request(&stream, &self.subject());
-        let Some(message) = streams::message(link, last, timeout)? else {
-            return Ok((0, Record::default()));
-        };
-        let record = serde_json::from_slice(&message.data).unwrap_or_default();
-        let mut revision = message.seq;
-        if is_replicated {
-            // a leader that does not know yet that it no longer is one answers with what it has; but it can write nothing
-            let written = self.put(link, revision, message.data, timeout)?;
-            revision = written.seq;
-        }
-        Ok((revision, record))
-    }
-
-    /// Writes the key, and waits for the answer.
-    fn put(
-        &self,
-        link: &Link,
-        revision: u64,
-        body: Vec<u8>,
-        timeout: Duration,
-    ) -> Result<PubAck, jetstream::Error> {
-        let api = self.subject();
-        let answer = link.put_now(&api, revision, body, timeout)?;
-        parse_ack(&answer, None).map_err(|source| jetstream::Error::Api { api, source })
+    /// It was never to be used, or may not be.
+    pub fn is_forbidden(&self) -> bool {
+        matches!(self.state, State::Forbidden)
     }
 
     /// There is a checkpoint.
@@ -274,10 +270,15 @@ impl CheckpointStore {
         matches!(self.state, State::On { .. })
     }
 
+    /// The number of the last write.
+    pub fn writes(&self) -> u64 {
+        self.writes
+    }
+
     /// The position that an earlier run has settled long enough ago to be confirmed.
-    pub fn ripe(&self, lineage: &Lineage, hold_back: Duration) -> Option<Lsn> {
+    pub fn ripe(&self, lineage: &Lineage, hold_back: Duration, now: Instant) -> Option<Lsn> {
         let ripening = self.ripening.as_ref()?;
-        let age_ms = self.time_ms()?.checked_sub(ripening.since_ms)?;
+        let age_ms = self.time_ms(now)?.checked_sub(ripening.since_ms?)?;
         let is_ripe = u128::try_from(age_ms).is_ok_and(|age_ms| age_ms >= hold_back.as_millis());
         let position = ripening.position.parse().ok().filter(|_| is_ripe)?;
         lineage.reach(&position)
@@ -290,9 +291,9 @@ impl CheckpointStore {
     }
 
     /// The server's time.
-    fn time_ms(&self) -> Option<i64> {
+    fn time_ms(&self, now: Instant) -> Option<i64> {
         let (time_ms, at) = self.clock?;
-        time_ms.checked_add_unsigned(at.elapsed().as_millis() as u64)
+        time_ms.checked_add_unsigned(now.saturating_duration_since(at).as_millis() as u64)
     }
 
     /// The ripening position to be written with `marks`: the one before, until it is confirmed.
@@ -307,36 +308,40 @@ impl CheckpointStore {
             None if marks.settled <= confirmed => None,
             None => Some(Ripening {
                 position: format!("{source} {} 0", marks.settled),
-                since_ms: self.time_ms()?,
+                since_ms: None,
             }),
         }
     }
 
-    fn subject(&self) -> String {
-        format!("$KV.{}.{}", self.bucket, self.slot)
+    /// Before anything is published to a stream there is a first mark of it, and it says whether others write there:
+    /// whatever is consumed away later is counted from there. `None`: nothing needs to be written.
+    pub fn begin(&mut self, marks: Marks, now: Instant) -> Option<Write> {
+        if !self.is_kept() {
+            return None;
+        }
+        let kept = self.kept.as_ref();
+        let told = kept.is_some_and(|kept| tells(&kept.marks, &marks));
+        if told && !self.distrusted {
+            return None;
+        }
+        let content = self.content(marks);
+        self.send(content, Lsn::INVALID, now)
     }
 
-    /// Writes `marks` if they are news and it is time, or at once if it is `urgent`. `token` names the answer.
+    /// What to write if `marks` are news and it is time, or at once if it is `urgent`.
     pub fn write(
         &mut self,
-        link: &Link,
         marks: impl FnOnce() -> Marks,
         confirmed: Lsn,
-        token: u64,
         now: Instant,
         urgent: bool,
-    ) {
-        let State::On {
-            pending,
-            next,
-            revision,
-        } = &mut self.state
-        else {
-            return;
+    ) -> Option<Write> {
+        let State::On { pending, next, .. } = &mut self.state else {
+            return None;
         };
-        let waits = |(sent, ..): &(Instant, Content, _)| now < *sent + PATIENCE;
+        let waits = |pending: &Pending| now < pending.sent + PATIENCE;
         if now < *next && !urgent || pending.as_ref().is_some_and(waits) {
-            return;
+            return None;
         }
         if pending.is_some() {
             self.failing.get_or_insert(now + TELL_AFTER);
@@ -349,23 +354,11 @@ impl CheckpointStore {
             );
         }
         *next = now + INTERVAL;
-        let revision = *revision;
         let content = self.content(marks());
         if self.kept.as_ref() == Some(&content) {
-            return;
+            return None;
         }
-        let ripening = self.next_ripening(&content.marks, confirmed);
-        let body = body(&content, ripening.clone());
-        link.put(token, self.subject(), revision, body);
-        if let State::On { pending, .. } = &mut self.state {
-            *pending = Some((now, content, ripening));
-        }
-    }
-
-    /// The key holds `marks`, or never will.
-    pub fn holds(&self, marks: &Marks) -> bool {
-        let kept = self.kept.as_ref();
-        !self.is_kept() || kept.is_some_and(|kept| kept.marks == *marks)
+        self.send(content, confirmed, now)
     }
 
     fn content(&self, marks: Marks) -> Content {
@@ -375,75 +368,76 @@ impl CheckpointStore {
         }
     }
 
-    /// Before anything is published to a stream there is a first mark of it, and it says whether others write there:
-    /// whatever is consumed away later is counted from there. Returns what was written, if there was need to.
-    pub fn begin(
-        &mut self,
-        link: &Link,
-        marks: Marks,
-        timeout: Duration,
-    ) -> Result<Option<&Marks>, Error> {
-        let State::On { revision, .. } = self.state else {
-            return Ok(None);
+    fn send(&mut self, content: Content, confirmed: Lsn, now: Instant) -> Option<Write> {
+        let ripening = self.next_ripening(&content.marks, confirmed);
+        let State::On {
+            revision, pending, ..
+        } = &mut self.state
+        else {
+            return None;
         };
-        let kept = self.kept.as_ref();
-        let told = kept.is_some_and(|kept| tells(&kept.marks, &marks));
-        if told && !self.distrusted {
-            return Ok(None);
-        }
-        let content = self.content(marks);
-        let ripening = self.next_ripening(&content.marks, Lsn::INVALID);
-        let body = body(&content, ripening.clone());
-        match self.put(link, revision, body, timeout) {
-            Ok(ack) => Ok(Some(self.was_written(ack.seq, content, ripening))),
-            Err(error) => Err(self.lost(error)),
-        }
+        self.writes += 1;
+        let write = Write {
+            number: self.writes,
+            revision: *revision,
+            body: Record::of(&content, ripening.clone()).body(),
+        };
+        *pending = Some(Pending {
+            number: write.number,
+            sent: now,
+            content,
+            ripening,
+        });
+        Some(write)
     }
 
-    fn was_written(&mut self, seq: u64, content: Content, ripening: Option<Ripening>) -> &Marks {
-        if let State::On { revision, .. } = &mut self.state {
-            *revision = seq;
-        }
-        self.ripening = ripening;
-        self.distrusted = false;
-        self.failing = None;
-        &self.kept.insert(content).marks
-    }
-
-    /// The answer to a write, and what the key holds by it. `Err`: somebody else has written the key.
+    /// The answer to a write, and what the key holds by it. `Err`: the key had been written before.
+    ///
+    /// An answer that comes after another write was sent says nothing of that one. Had the earlier write been stored,
+    /// the later one is refused, and the key is read again.
     pub fn written(
         &mut self,
-        answer: Result<Vec<u8>, AckError>,
+        number: u64,
+        answer: Result<PubAck, AckError>,
+        now: Instant,
     ) -> Result<Option<&Marks>, Overtaken> {
-        let State::On { pending, .. } = &mut self.state else {
+        let time_ms = self.time_ms(now);
+        let State::On {
+            pending, revision, ..
+        } = &mut self.state
+        else {
             return Ok(None);
         };
-        let Some((_, content, ripening)) = pending.take() else {
+        let Some(answered) = pending.take_if(|pending| pending.number == number) else {
             return Ok(None);
         };
-        match answer.and_then(|body| parse_ack(&body, None)) {
-            Ok(ack) => Ok(Some(self.was_written(ack.seq, content, ripening))),
+        match answer {
+            Ok(ack) => {
+                *revision = ack.seq;
+                self.revision = ack.seq;
+                self.ripening = answered.ripening.map(|ripening| Ripening {
+                    since_ms: ripening.since_ms.or(time_ms),
+                    ..ripening
+                });
+                self.distrusted = false;
+                self.failing = None;
+                Ok(Some(&self.kept.insert(answered.content).marks))
+            }
             Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => {
                 Err(Overtaken)
             }
             Err(error) => {
-                self.failing.get_or_insert(Instant::now() + TELL_AFTER);
+                self.failing.get_or_insert(now + TELL_AFTER);
                 log::debug!(cause:% = error; "the checkpoint was not written; it is tried again");
                 Ok(None)
             }
         }
     }
-}
 
-/// Whether another try may go better: what was read was not the newest, nobody leads the bucket, or no answer came.
-fn is_passing(error: &jetstream::Error) -> bool {
-    match error {
-        jetstream::Error::ApiTimeout { .. } => true,
-        jetstream::Error::Api { source, .. } => matches!(
-            source.kind(),
-            AckErrorKind::WrongLastSequence(_) | AckErrorKind::Busy
-        ),
-        _ => false,
+    /// The key holds `marks`, or never will.
+    pub fn holds(&self, marks: &Marks) -> bool {
+        let kept = self.kept.as_ref();
+        !self.is_kept() || kept.is_some_and(|kept| kept.marks == *marks)
     }
 }
 
@@ -456,18 +450,21 @@ fn tells(kept: &Marks, marks: &Marks) -> bool {
     kept.reached == marks.reached && marks.streams.iter().all(is_known)
 }
 
-fn body(content: &Content, ripening: Option<Ripening>) -> Vec<u8> {
-    let marks = &content.marks;
-    let record = Record {
-        streams: marks.streams.iter().map(Entry::of).collect(),
-        reached: marks.reached.as_ref().map(SourcePosition::to_string),
-        ripening,
-        publication: content.publication.clone(),
-    };
-    serde_json::to_vec(&record).expect("strings and numbers have a JSON form")
-}
-
 impl Record {
+    fn of(content: &Content, ripening: Option<Ripening>) -> Record {
+        let marks = &content.marks;
+        Record {
+            streams: marks.streams.iter().map(Entry::of).collect(),
+            reached: marks.reached.as_ref().map(SourcePosition::to_string),
+            ripening,
+            publication: content.publication.clone(),
+        }
+    }
+
+    fn body(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers have a JSON form")
+    }
+
     fn content(self) -> Content {
         let marks = Marks {
             streams: self.streams.into_iter().filter_map(Entry::mark).collect(),
@@ -485,9 +482,18 @@ impl Record {
 pub const WITHOUT: &str = "a stream whose messages are consumed away can get repeats after a restart, and a slot that was moved or \
                        made anew is not noticed";
 
-/// Another relay has written the checkpoint of this slot.
+/// Another relay has written the checkpoint of this slot, or an earlier write of ours has been stored after all.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Overtaken;
+
+/// What the key held when it was read.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// The marks.
+    pub marks: Marks,
+    /// The server has lost what the key was known to hold.
+    pub went_back: bool,
+}
 
 impl Entry {
     fn of(mark: &Mark) -> Entry {
@@ -522,12 +528,29 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jetstream::ack::ApiError;
 
-    fn store() -> CheckpointStore {
-        CheckpointStore {
-            clock: Some((1_000_000, Instant::now())),
-            ..CheckpointStore::new("bucket", "s")
+    fn store(now: Instant) -> CheckpointStore {
+        let mut store = CheckpointStore::new("bucket", "s");
+        store.opened(value(4, Vec::new(), 1_000_000), now);
+        store
+    }
+
+    fn value(seq: u64, body: Vec<u8>, time_ms: i64) -> Value {
+        Value {
+            seq,
+            revision: seq,
+            body,
+            stored_ms: Some(time_ms),
+            time_ms: Some(time_ms),
         }
+    }
+
+    fn stored(seq: u64) -> Result<PubAck, AckError> {
+        Ok(PubAck {
+            seq,
+            duplicate: false,
+        })
     }
 
     fn marks(settled: u64) -> Marks {
@@ -551,11 +574,49 @@ mod tests {
             marks: marks(0),
             publication: Some("all".into()),
         };
-        let text = String::from_utf8(body(&content, None)).unwrap();
+        let text = String::from_utf8(Record::of(&content, None).body()).unwrap();
         let read: Record = serde_json::from_str(&text).unwrap();
         assert_eq!(read.content(), content);
         let broken: Record = serde_json::from_str(&text.replace("0/16B3748", "x")).unwrap();
         assert_eq!(broken.content().marks.streams, []);
+    }
+
+    #[test]
+    fn an_answer_says_nothing_of_a_later_write() {
+        let now = Instant::now();
+        let mut store = store(now);
+        let first = store.write(|| marks(0x10), Lsn(0), now, false).unwrap();
+        let soon = now + PATIENCE - Duration::from_millis(1);
+        assert!(store.write(|| marks(0x20), Lsn(0), soon, true).is_none());
+        let late = now + PATIENCE;
+        let second = store.write(|| marks(0x20), Lsn(0), late, false).unwrap();
+        assert_eq!((first.revision, second.revision), (4, 4));
+        assert_eq!(store.written(first.number, stored(5), late), Ok(None));
+        assert!(!store.holds(&marks(0x20)));
+        let refused = AckError::Api(ApiError {
+            code: 400,
+            err_code: 10071,
+            description: "wrong last sequence: 5".into(),
+        });
+        assert_eq!(
+            store.written(second.number, Err(refused), late),
+            Err(Overtaken)
+        );
+        // read again: what the key holds is the first
+        let opened = store.opened(value(5, first.body, 0), late);
+        assert_eq!((opened.marks, opened.went_back), (marks(0), false));
+    }
+
+    #[test]
+    fn what_the_server_has_lost_of_the_key_is_told() {
+        let now = Instant::now();
+        let mut store = store(now);
+        let write = store.write(|| marks(0x10), Lsn(0), now, false).unwrap();
+        let is_kept = |marks: Result<Option<&Marks>, _>| marks.unwrap().is_some();
+        assert!(is_kept(store.written(write.number, stored(5), now)));
+        assert!(!store.opened(value(5, write.body, 0), now).went_back);
+        assert!(store.opened(value(4, Vec::new(), 0), now).went_back);
+        assert!(!store.opened(value(4, Vec::new(), 0), now).went_back);
     }
 
     #[test]
@@ -565,26 +626,34 @@ mod tests {
             switch_points: Vec::new(),
         };
         let hold_back = Duration::from_secs(150);
-        let mut store = store();
-        store.ripening = store.next_ripening(&marks(0x10), Lsn(0));
+        let start = Instant::now();
+        let mut store = store(start);
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let write = |store: &mut CheckpointStore, settled, confirmed, seconds| {
+            let now = after(seconds);
+            let write = store.write(|| marks(settled), Lsn(confirmed), now, true);
+            let number = write.unwrap().number;
+            assert!(store.written(number, stored(5), now).unwrap().is_some());
+        };
+        write(&mut store, 0x10, 0, 0);
         let first = store.ripening.clone();
-        assert_eq!(store.ripe(&lineage, hold_back), None);
+        assert_eq!(store.ripe(&lineage, hold_back, after(0)), None);
         // another run goes on, and leaves it
-        store.clock = Some((1_100_000, Instant::now()));
-        store.ripening = store.next_ripening(&marks(0x20), Lsn(5));
+        write(&mut store, 0x20, 5, 100);
         assert_eq!(store.ripening, first);
-        store.clock = Some((1_150_000, Instant::now()));
-        assert_eq!(store.ripe(&lineage, hold_back), Some(Lsn(0x10)));
+        assert_eq!(store.ripe(&lineage, hold_back, after(149)), None);
+        assert_eq!(store.ripe(&lineage, hold_back, after(150)), Some(Lsn(0x10)));
         // confirmed: the next one begins
-        store.ripening = store.next_ripening(&marks(0x30), Lsn(0x10));
-        assert_eq!(store.ripe(&lineage, hold_back), None);
-        assert_eq!(store.ripe(&lineage, Duration::ZERO), Some(Lsn(0x30)));
+        write(&mut store, 0x30, 0x10, 150);
+        let now = after(150);
+        assert_eq!(store.ripe(&lineage, hold_back, now), None);
+        assert_eq!(store.ripe(&lineage, Duration::ZERO, now), Some(Lsn(0x30)));
         // on another timeline it reaches to where the two parted, on another system nowhere
         let mut later = lineage.clone();
         later.source.timeline = 3;
         later.switch_points = vec![(2, Lsn(0x28))];
-        assert_eq!(store.ripe(&later, Duration::ZERO), Some(Lsn(0x28)));
+        assert_eq!(store.ripe(&later, Duration::ZERO, now), Some(Lsn(0x28)));
         later.source.system_id = 9;
-        assert_eq!(store.ripe(&later, Duration::ZERO), None);
+        assert_eq!(store.ripe(&later, Duration::ZERO, now), None);
     }
 }

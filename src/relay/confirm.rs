@@ -104,6 +104,11 @@ impl Confirm {
         &self.confirmable
     }
 
+    /// What made the young ones safe is gone, and has to be done again.
+    pub fn forget_young(&mut self) {
+        self.young.clear();
+    }
+
     /// Something is acknowledged and waits to grow old.
     pub fn is_waiting(&self) -> bool {
         !self.young.is_empty()
@@ -171,6 +176,21 @@ mod tests {
             lsn(&mut confirm, start + HOLD_BACK + Duration::from_millis(999)),
             1000
         );
+    }
+
+    #[test]
+    fn what_has_to_be_done_again_waits_anew() {
+        let start = Instant::now();
+        let mut confirm = Confirm::new(HOLD_BACK);
+        let after = |seconds| start + Duration::from_secs(seconds);
+        confirm.boundary(Lsn(10), Some(start), [1].into_iter());
+        confirm.boundary(Lsn(20), Some(after(100)), [2].into_iter());
+        assert_eq!(lsn(&mut confirm, after(150)), 10);
+        confirm.forget_young();
+        assert_eq!(lsn(&mut confirm, after(900)), 10);
+        confirm.boundary(Lsn(20), Some(after(900)), [2].into_iter());
+        assert_eq!(lsn(&mut confirm, after(1049)), 10);
+        assert_eq!(lsn(&mut confirm, after(1050)), 20);
     }
 
     #[test]

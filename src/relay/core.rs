@@ -384,16 +384,18 @@ impl Stream {
 
     /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
     /// one that was published late settles, later ones stand before it: only once these are settled too, nothing
-    /// behind the position stands at or before the sequence.
+    /// behind the position stands at or before the sequence. And one that was published late may have been confirmed
+    /// since, so that Postgres does not send it again: it stands at the tail at the latest.
     fn settle(&mut self, position: Position, seq: u64) {
         self.settled_seq = self.settled_seq.max(seq);
+        let tail_seq = self.tail.stored.as_ref().map_or(0, |stored| stored.seq);
         if let Some(last) = &mut self.last
             && seq > 0
             && position > last.position
             && !self.tail.is_before_end(position)
         {
             *last = Checkpoint {
-                seq: last.seq.max(self.settled_seq),
+                seq: last.seq.max(self.settled_seq).max(tail_seq),
                 position,
                 id: None,
             };
@@ -732,6 +734,13 @@ impl Core {
             let sequences = marks.streams.iter().map(|mark| mark.settled_seq);
             self.confirm.boundary(self.kept, Some(now), sequences);
         }
+    }
+
+    /// The server has lost what the checkpoint held: whatever waits to be confirmed waits until it holds it again, and
+    /// grows old from then on.
+    pub fn checkpoint_went_back(&mut self) {
+        self.confirm.forget_young();
+        self.kept = Lsn::INVALID;
     }
 
     /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps

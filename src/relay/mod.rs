@@ -3,10 +3,11 @@
 //! [`session`] connects both sides and starts the three threads: [`reader`], [`publisher`], [`feedback`].
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`], what
 //! may be confirmed in [`confirm`]. [`slot`] and [`rejoin`] read what each side holds before a
-//! start, [`checkpoint`] what an earlier process has left; [`publication`] sees whether rows are left out.
+//! start, [`checkpoint`] what an earlier process has left (in a [`bucket`]); [`publication`] sees whether rows are left out.
 //! What the outside may know of all this is in [`vitals`].
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
+pub mod bucket;
 pub mod checkpoint;
 pub mod confirm;
 pub mod core;

@@ -4,7 +4,8 @@
 //! the copy stream from Postgres stands still meanwhile and stays up. It calls nothing that can hang:
 //! publishing and closing are done by threads of the link.
 
-use super::checkpoint::{CheckpointStore, Overtaken};
+use super::bucket;
+use super::checkpoint::{CheckpointStore, Opened, Overtaken};
 use super::core::{Cause, Core, Memory, Next, Tally, Trouble};
 use super::error::{Error, Verdict};
 use super::outage::Outage;
@@ -33,8 +34,6 @@ pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 const KEEP_LIMIT: Duration = Duration::from_secs(5);
 /// While something is held back, the confirmable position is looked at this often.
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
-/// Names the answers to writes of the checkpoint; the others are named by the stream's index.
-const CHECKPOINT_TOKEN: u64 = u64::MAX;
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
@@ -221,8 +220,9 @@ impl<'a> Publisher<'a> {
             let confirmable = self.core.confirmable(now);
             self.progress.confirmable(confirmable);
             let marks = || self.core.marks(&self.lineage.source);
-            self.store
-                .write(link, marks, confirmable, CHECKPOINT_TOKEN, now, settled);
+            if let Some(write) = self.store.write(marks, confirmable, now, settled) {
+                bucket::send(&self.store, link, write);
+            }
             self.report.tick(now, &self.core, self.progress);
             self.pulse
                 .tell(&self.core, self.progress, self.changes.len());
@@ -249,7 +249,7 @@ impl<'a> Publisher<'a> {
                     let Ok(error) = error else {
                         return Err(connection_ended());
                     };
-                    let reason = self.store.lost(error).to_string();
+                    let reason = bucket::lost(&mut self.store, error).to_string();
                     return Err(Interrupt::Reconnect(ReconnectCause::Connection, reason));
                 }
                 recv(changes) -> batch => match batch {
@@ -330,32 +330,47 @@ impl<'a> Publisher<'a> {
                 }
                 Ok(())
             }
-            Some(Incoming::Reply {
-                token: CHECKPOINT_TOKEN,
-                result,
-            }) => match self.store.written(result) {
-                Ok(Some(marks)) => {
-                    self.core.kept(marks, now);
-                    Ok(())
-                }
-                Ok(None) => Ok(()),
-                Err(Overtaken) => Err(Interrupt::Reconnect(
-                    ReconnectCause::Overtaken,
-                    "another relay has written the checkpoint of this slot".to_string(),
-                )),
+            Some(Incoming::Reply { token, result }) => match bucket::answers_to(token) {
+                Some(number) => self.written(number, result, now),
+                None => self.looked_at(token, result),
             },
-            // the other requests of this loop are those of `look`
-            Some(Incoming::Reply {
-                token,
-                result: Ok(body),
-            }) => match streams::parse_info(&body) {
-                Ok(Some(info)) => {
-                    let outcome = self.core.looked_at(token as usize, info.state.last_seq);
-                    self.trouble(outcome)
-                }
-                _ => Ok(()),
-            },
-            Some(Incoming::Reply { .. }) | None => Ok(()),
+            None => Ok(()),
+        }
+    }
+
+    /// The answer to a write of the checkpoint.
+    fn written(
+        &mut self,
+        number: u64,
+        answer: Result<Vec<u8>, AckError>,
+        now: Instant,
+    ) -> Result<(), Interrupt> {
+        match bucket::answered(&mut self.store, number, answer) {
+            Ok(Some(marks)) => {
+                self.core.kept(marks, now);
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Err(Overtaken) => Err(Interrupt::Reconnect(
+                ReconnectCause::Overtaken,
+                "the checkpoint of this slot was written meanwhile: by another relay, or by a write of ours that had no answer in time"
+                    .to_string(),
+            )),
+        }
+    }
+
+    /// The answer to a [look](Self::look) at a stream.
+    fn looked_at(
+        &mut self,
+        token: u64,
+        answer: Result<Vec<u8>, AckError>,
+    ) -> Result<(), Interrupt> {
+        match answer.map(|body| streams::parse_info(&body)) {
+            Ok(Ok(Some(info))) => {
+                let outcome = self.core.looked_at(token as usize, info.state.last_seq);
+                self.trouble(outcome)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -576,7 +591,11 @@ impl<'a> Publisher<'a> {
     fn rejoin(&mut self) -> Result<Link, Error> {
         let found = rejoin::find(self.config, &mut self.said)?;
         let timeout = self.config.nats.request_timeout;
-        let marks = self.store.open(&found.link, found.replicas(), timeout)?;
+        let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
+        let Opened { marks, went_back } = opened.unwrap_or_default();
+        if went_back {
+            self.core.checkpoint_went_back();
+        }
         // a relay that has taken over may have come further, and what it wrote must not be taken back
         let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
         self.core.has_reached(reached.unwrap_or_default());
@@ -599,7 +618,7 @@ impl<'a> Publisher<'a> {
         self.core
             .takes(link.max_payload(), self.source.len(), puts_aside);
         let marks = self.core.marks(&self.lineage.source);
-        if let Some(marks) = self.store.begin(&link, marks, timeout)? {
+        if let Some(marks) = bucket::begin(&mut self.store, &link, marks, timeout)? {
             self.core.kept(marks, Instant::now());
         }
         Ok(link)

@@ -3,6 +3,7 @@
 //! The order of the end is what loses nothing and repeats nothing: the reader stops, the publisher settles
 //! what was read, and only then the feedback thread sends the last status update and CopyDone.
 
+use super::bucket;
 use super::checkpoint::CheckpointStore;
 use super::core::{Core, Limits, Memory, Tally};
 use super::error::Error;
@@ -128,7 +129,8 @@ impl<'a> Session<'a> {
             .map_err(conflict)?;
         let found = rejoin::find(config, &mut self.said)?;
         let timeout = config.nats.request_timeout;
-        let marks = self.store.open(&found.link, found.replicas(), timeout)?;
+        let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
+        let marks = opened.map(|opened| opened.marks).unwrap_or_default();
         let resume_anyway = config.resume_anyway && !self.learned;
         // another relay may have confirmed more since our last session
         let reached = [&self.reached, &marks.reached].into_iter().flatten();
@@ -183,11 +185,12 @@ impl<'a> Session<'a> {
             config.mapping.policy.on_poison != OnPoison::Stop,
         );
         if self.store.is_kept() {
-            core.has_checkpoint(self.store.ripe(&lineage, hold_back));
+            let ripe = self.store.ripe(&lineage, hold_back, Instant::now());
+            core.has_checkpoint(ripe);
         }
         core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
-        match self.store.begin(&link, marks, timeout) {
+        match bucket::begin(&mut self.store, &link, marks, timeout) {
             Ok(Some(marks)) => core.kept(marks, Instant::now()),
             Ok(None) => {}
             Err(error) => {

@@ -6,6 +6,7 @@ use jetstream_outbox::jetstream::resume::OUTBOX_POSITION;
 use jetstream_outbox::jetstream::streams::StoredMessage;
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
 use jetstream_outbox::postgres::Lsn;
+use jetstream_outbox::relay::checkpoint::{Value, Write};
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
@@ -118,6 +119,59 @@ pub fn refused(code: u32, err_code: u32, description: &str) -> AckError {
     })
 }
 
+fn wrong_last_sequence(seq: u64) -> AckError {
+    refused(400, 10071, &format!("wrong last sequence: {seq}"))
+}
+
+/// The checkpoint's key in its bucket.
+#[derive(Default)]
+pub struct Key {
+    last_seq: u64,
+    /// When it was written, at which sequence, and what with.
+    values: Vec<(Instant, u64, Vec<u8>)>,
+}
+
+impl Key {
+    fn revision(&self) -> u64 {
+        self.values.last().map_or(0, |(_, seq, _)| *seq)
+    }
+
+    /// Times are since `begun`.
+    pub fn read(&self, begun: Instant, now: Instant) -> Value {
+        let since = |time: Instant| (time - begun).as_millis() as i64;
+        Value {
+            stored_ms: self.values.last().map(|(time, ..)| since(*time)),
+            time_ms: Some(since(now)),
+            seq: self.revision(),
+            revision: self.revision(),
+            body: self
+                .values
+                .last()
+                .map_or(Vec::new(), |(.., body)| body.clone()),
+        }
+    }
+
+    pub fn put(&mut self, write: &Write, now: Instant) -> Result<PubAck, AckError> {
+        if write.revision != self.revision() {
+            return Err(wrong_last_sequence(self.revision()));
+        }
+        self.last_seq += 1;
+        self.values.push((now, self.last_seq, write.body.clone()));
+        Ok(PubAck {
+            seq: self.last_seq,
+            duplicate: false,
+        })
+    }
+
+    /// The server comes back without what was written after `since`; it may count on.
+    pub fn roll_back(&mut self, since: Instant, counts_on: bool) {
+        self.values.retain(|(time, ..)| *time <= since);
+        if !counts_on {
+            self.last_seq = self.revision();
+        }
+    }
+}
+
 impl Stream {
     pub fn new(
         name: &'static str,
@@ -146,7 +200,7 @@ impl Stream {
         let wrong = flight.expected.is_some_and(|seq| seq != self.last_seq)
             || flight.expected_last.as_ref().is_some_and(other);
         if wrong && !self.replicated {
-            return Err(self.wrong_last_sequence());
+            return Err(wrong_last_sequence(self.last_seq));
         }
         let known = self.ids.get(&flight.event.id);
         if let Some((seq, _)) = known.filter(|(_, time)| now - *time < self.window) {
@@ -156,7 +210,7 @@ impl Stream {
             });
         }
         if wrong {
-            return Err(self.wrong_last_sequence());
+            return Err(wrong_last_sequence(self.last_seq));
         }
         self.store(Some(flight.event.clone()), now);
         self.ids
@@ -166,11 +220,6 @@ impl Stream {
             seq: self.last_seq,
             duplicate: false,
         })
-    }
-
-    fn wrong_last_sequence(&self) -> AckError {
-        let description = format!("wrong last sequence: {}", self.last_seq);
-        refused(400, 10071, &description)
     }
 
     pub fn store(&mut self, event: Option<Event>, time: Instant) {

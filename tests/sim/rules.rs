@@ -41,9 +41,17 @@ pub enum Rule {
     Memory,
     /// It outlives the process.
     Checkpoint,
+    /// An answer to a write of the checkpoint says nothing of a later write.
+    LateAnswer,
+    /// A position that an earlier process has settled is old enough the hold-back after the checkpoint has it.
+    Ripening,
+    /// What waits to be confirmed waits anew once the checkpoint has lost what it rests on.
+    CheckpointBack,
+    /// Nothing grows old enough to be confirmed without a connection.
+    Disconnected,
 }
 
-pub const ALL: [Rule; 19] = [
+pub const ALL: [Rule; 23] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -63,4 +71,8 @@ pub const ALL: [Rule; 19] = [
     Rule::Reached,
     Rule::Memory,
     Rule::Checkpoint,
+    Rule::LateAnswer,
+    Rule::Ripening,
+    Rule::CheckpointBack,
+    Rule::Disconnected,
 ];

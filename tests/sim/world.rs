@@ -3,7 +3,7 @@
 //! The driver does what `session`, `publisher` and `rejoin` do with sockets and threads. A [`Rule`] that is
 //! switched off is left out or falsified here, around the core: there is no hook in the relay.
 
-use crate::model::{Event, Flight, Postgres, Stream, refused};
+use crate::model::{Event, Flight, Key, Postgres, Stream, refused};
 use crate::rules::Rule;
 use jetstream_outbox::jetstream::Delivery;
 use jetstream_outbox::jetstream::ack::{AckError, PubAck};
@@ -13,15 +13,13 @@ use jetstream_outbox::outbox::batch::{Batch, Change, Fate};
 use jetstream_outbox::outbox::park;
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
 use jetstream_outbox::postgres::Lsn;
-use jetstream_outbox::relay::core::{
-    Core, Limits, Mark, Marks, Memory, Next, StreamAtConnect, Trouble,
-};
+use jetstream_outbox::relay::checkpoint::{CheckpointStore, Opened, Overtaken, Value, Write};
+use jetstream_outbox::relay::core::{Core, Limits, Memory, Next, StreamAtConnect, Trouble};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const ACK_TIMEOUT: Duration = Duration::from_secs(2);
-const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// The channel between reader and publisher.
 const CHANNEL_BATCHES: usize = 4;
@@ -36,6 +34,8 @@ const PARK_SUBJECT: &str = "parked";
 enum Kind {
     /// Servers lose what they stored within the hold-back.
     Rollback,
+    /// The server loses the end of the checkpoint's bucket alone.
+    BucketBack,
     /// Others write to the streams.
     Foreign,
     /// The messages are consumed away.
@@ -55,6 +55,12 @@ enum Kind {
 struct Connection {
     out: VecDeque<Flight>,
     answers: VecDeque<(u64, Result<PubAck, AckError>)>,
+    /// Writes of the checkpoint, and when they arrive.
+    writes: VecDeque<(Instant, Write)>,
+    /// The answers to them, and when these arrive.
+    replies: VecDeque<(Instant, u64, Result<PubAck, AckError>)>,
+    /// A stream went back under it: what it publishes behind the old end is not late enough to arrive at a new one.
+    outlived: bool,
 }
 
 /// A copy stream and the core that it feeds.
@@ -82,22 +88,21 @@ pub struct World {
     parking: Option<fastrand::Rng>,
     /// The committed events of each stream, in order.
     committed: Vec<Vec<Event>>,
-    /// The values of the checkpoint's key.
-    bucket: Vec<(Instant, Marks)>,
-    /// Whether the relay may write there.
-    checkpoint: bool,
+    /// The checkpoint's key in the server.
+    key: Key,
+    store: CheckpointStore,
+    /// In some runs the bucket is slow, and fails beside the streams; in the others it answers at once.
+    bucket: Option<fastrand::Rng>,
     lineage: Lineage,
     session: Option<Session>,
     connection: Option<Connection>,
     zombies: Vec<Connection>,
     memory: Memory,
     learned: bool,
-    written: Marks,
     reached: Option<SourcePosition>,
     /// The slot was moved; the relay has said so and ended.
     moved: bool,
     halted: bool,
-    next_write: Instant,
     next_look: Instant,
     /// What [`Rule::TailRead`] falsifies.
     old_tails: Vec<Tail>,
@@ -134,6 +139,8 @@ impl World {
         // so that the other seeds stay what they were
         if seed % 11 == 3 {
             kind = Kind::Purged;
+        } else if seed % 12 == 5 {
+            kind = Kind::BucketBack;
         }
         let replicated = rng.bool();
         let window = Duration::from_secs([1, 20, 120][rng.usize(..3)]);
@@ -151,7 +158,7 @@ impl World {
             streams.push(stream(&("PARKED", PARK_SUBJECT)));
         }
         let shortest = match kind {
-            Kind::Rollback | Kind::Consumed | Kind::Purged => 1,
+            Kind::Rollback | Kind::BucketBack | Kind::Consumed | Kind::Purged => 1,
             Kind::Foreign | Kind::ReusedIds | Kind::Failover | Kind::SlotMoved => 0,
         };
         let hold_back = Duration::from_secs([0, 10, 30][rng.usize(shortest..3)]);
@@ -177,8 +184,9 @@ impl World {
             committed: streams.iter().map(|_| Vec::new()).collect(),
             streams,
             parking,
-            bucket: vec![(now, Marks::default())],
-            checkpoint,
+            key: Key::default(),
+            store: store(checkpoint),
+            bucket: (seed % 4 == 1).then(|| fastrand::Rng::with_seed(seed.rotate_left(32))),
             lineage: Lineage {
                 source,
                 switch_points: Vec::new(),
@@ -188,11 +196,9 @@ impl World {
             zombies: Vec::new(),
             memory: Memory::default(),
             learned: false,
-            written: Marks::default(),
             reached: None,
             moved: false,
             halted: false,
-            next_write: now,
             next_look: now,
             old_tails: Vec::new(),
             trace: Vec::new(),
@@ -249,6 +255,7 @@ impl World {
             92 if self.kind == Kind::Failover && self.one_in(2) => self.fail_over(),
             92 if self.kind == Kind::SlotMoved && self.one_in(2) => self.move_slot(),
             98 => self.deliver_zombie()?,
+            94 | 96 | 99 if self.bucket_fails(1) => self.slow_time()?,
             _ => {}
         }
         Ok(())
@@ -259,6 +266,7 @@ impl World {
         self.lose_connection();
         self.session = None;
         self.memory = Memory::default();
+        self.store = store(!self.store.is_forbidden());
         self.reached = None;
         self.learned = false;
     }
@@ -446,7 +454,9 @@ impl World {
             return self.rejoin();
         }
         let outcome = self.publisher();
-        self.handle(outcome)
+        self.handle(outcome)?;
+        self.bucket_answers();
+        Ok(())
     }
 
     fn publisher(&mut self) -> Result<Result<(), Trouble>, String> {
@@ -530,10 +540,13 @@ impl World {
                 }
             }
         }
-        let marks = session.core.marks(&self.lineage.source);
-        if now >= self.next_write && marks != self.written {
-            self.next_write = now + CHECKPOINT_INTERVAL;
-            self.write_checkpoint(marks);
+        let confirmable = session.core.confirmable(now);
+        let marks = || session.core.marks(&self.lineage.source);
+        if let Some(write) = self.store.write(marks, confirmable, now, false) {
+            let slow = self.bucket.as_mut().filter(|_| !self.healed);
+            let delay = slow.map_or(0, |rng| [0, 1, 12][rng.usize(..3)]);
+            let arrives = now + Duration::from_secs(delay);
+            connection.writes.push_back((arrives, write));
         }
         self.confirm()?;
         let Some(session) = &mut self.session else {
@@ -582,16 +595,75 @@ impl World {
         Ok(())
     }
 
-    fn write_checkpoint(&mut self, marks: Marks) {
-        if !self.checkpoint {
+    /// One of `n`, in runs where the bucket fails.
+    fn bucket_fails(&mut self, n: u32) -> bool {
+        let rng = self.bucket.as_mut().filter(|_| !self.healed);
+        rng.is_some_and(|rng| rng.u32(..n) == 0)
+    }
+
+    fn put(&mut self, write: &Write) -> Result<PubAck, AckError> {
+        if self.is_off(Rule::Checkpoint) {
+            return Ok(PubAck {
+                seq: write.revision,
+                duplicate: false,
+            });
+        }
+        self.key.put(write, self.now)
+    }
+
+    fn read_key(&self) -> Value {
+        let value = self.key.read(self.begun, self.now);
+        match self.is_off(Rule::Ripening) {
+            true => Value {
+                stored_ms: Some(0),
+                ..value
+            },
+            false => value,
+        }
+    }
+
+    /// Writes reach the bucket, and the answers the relay, as far as they are due.
+    fn bucket_answers(&mut self) {
+        let now = self.now;
+        let write = self.connection.as_mut();
+        let write = write.and_then(|it| pop_due(&mut it.writes, |(due, _)| *due <= now));
+        if let Some((_, write)) = write
+            && !self.bucket_fails(10)
+        {
+            let answer = self.put(&write);
+            trace!(self, "checkpoint {} is written: {answer:?}", write.number);
+            let slow = self.bucket.as_mut().filter(|_| !self.healed);
+            let delay = slow.map_or(0, |rng| [0, 1, 12][rng.usize(..3)]);
+            let reply = (now + Duration::from_secs(delay), write.number, answer);
+            if !self.bucket_fails(10)
+                && let Some(connection) = &mut self.connection
+            {
+                connection.replies.push_back(reply);
+            }
+        }
+        let reply = self.connection.as_mut();
+        let reply = reply.and_then(|it| pop_due(&mut it.replies, |(due, ..)| *due <= now));
+        if let Some((_, number, answer)) = reply {
+            let number = match self.is_off(Rule::LateAnswer) {
+                true => self.store.writes(),
+                false => number,
+            };
+            self.written(number, answer);
+        }
+    }
+
+    /// The answer to a write reaches the relay.
+    fn written(&mut self, number: u64, answer: Result<PubAck, AckError>) {
+        let Some(session) = &mut self.session else {
             return;
-        }
-        self.written = marks.clone();
-        if let Some(session) = &mut self.session {
-            session.core.kept(&marks, self.now);
-        }
-        if !self.is_off(Rule::Checkpoint) {
-            self.bucket.push((self.now, marks));
+        };
+        match self.store.written(number, answer, self.now) {
+            Ok(Some(marks)) => session.core.kept(marks, self.now),
+            Ok(None) => {}
+            Err(Overtaken) => {
+                trace!(self, "the checkpoint was written meanwhile");
+                self.lose_connection();
+            }
         }
     }
 
@@ -604,17 +676,17 @@ impl World {
         match trouble {
             Trouble::Reconnect(_) => self.lose_connection(),
             Trouble::Backwards(_) if self.is_off(Rule::Replay) => self.lose_connection(),
-            Trouble::Backwards(_) => self.end_session()?,
+            Trouble::Backwards(_) => {
+                self.end_session()?;
+                self.store.unripe();
+            }
             Trouble::Halt(halt) => return Err(format!("halted without need: {halt:?}")),
         }
         Ok(())
     }
 
     fn start_session(&mut self) -> Outcome {
-        let kept = self
-            .bucket
-            .last()
-            .map_or(Marks::default(), |(_, m)| m.clone());
+        let kept = self.open_bucket().unwrap_or_default().marks;
         let rebased = self.memory.rebase(&self.lineage, false);
         rebased.expect("the server was promoted");
         if !self.learned {
@@ -624,14 +696,9 @@ impl World {
         }
         let reached = [&self.reached, &kept.reached].into_iter().flatten();
         let reached = reached.filter_map(|at| self.lineage.reach(at)).max();
-        // how far the process before had come is not in the record
-        self.written = Marks {
-            settled: Lsn::INVALID,
-            ..kept
-        };
         let confirmed = self.postgres.confirmed;
         let beyond = reached.is_some_and(|reached| reached < confirmed);
-        if self.checkpoint && beyond && !self.is_off(Rule::Reached) {
+        if self.store.is_kept() && beyond && !self.is_off(Rule::Reached) {
             if self.moved {
                 trace!(self, "halted: the slot was moved");
                 self.halted = true;
@@ -683,28 +750,56 @@ impl World {
         );
         self.join(found)?;
         if let Some(session) = &mut self.session {
-            if self.checkpoint {
-                session.core.has_checkpoint(None);
+            if self.store.is_kept() {
+                let ripe = self.store.ripe(&self.lineage, self.hold_back, self.now);
+                session.core.has_checkpoint(ripe);
             }
             session.core.starts_at(start, self.now);
         }
-        self.begin_checkpoint();
+        if !self.begin_checkpoint() {
+            self.lose_session();
+        }
         Ok(())
     }
 
+    /// Reads the checkpoint over a new connection; `None`: the relay may not.
+    fn open_bucket(&mut self) -> Option<Opened> {
+        if self.store.is_forbidden() {
+            return None;
+        }
+        Some(self.store.opened(self.read_key(), self.now))
+    }
+
     fn rejoin(&mut self) -> Outcome {
+        let Opened { marks, went_back } = self.open_bucket().unwrap_or_default();
+        if let Some(session) = &mut self.session {
+            if went_back && self.off != Some(Rule::CheckpointBack) {
+                session.core.checkpoint_went_back();
+            }
+            let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
+            session.core.has_reached(reached.unwrap_or_default());
+        }
         let known = |world: &World, stream: &str| {
             let session = world.session.as_ref()?;
             session.core.last_known(stream).cloned()
         };
         let found = self.read_streams(|stream| known(self, stream));
-        if !self.is_off(Rule::TailRead) {
-            return self.join(found);
+        let stale = |found: Vec<StreamAtConnect>| {
+            let stale = found.into_iter().zip(self.old_tails.clone());
+            stale
+                .map(|(stream, tail)| StreamAtConnect { tail, ..stream })
+                .collect()
+        };
+        let found = if self.is_off(Rule::TailRead) {
+            stale(found)
+        } else {
+            found
+        };
+        self.join(found)?;
+        if !self.begin_checkpoint() {
+            self.lose_connection();
         }
-        let stale = found.into_iter().zip(self.old_tails.clone());
-        let stale = stale.map(|(stream, tail)| StreamAtConnect { tail, ..stream });
-        let stale = stale.collect();
-        self.join(stale)
+        Ok(())
     }
 
     fn join(&mut self, found: Vec<StreamAtConnect>) -> Outcome {
@@ -730,26 +825,28 @@ impl World {
         if let Err(trouble) = session.core.connected(Routes::new(&infos), found, self.now) {
             return self.handle(Ok(Err(trouble)));
         }
-        self.begin_checkpoint();
         Ok(())
     }
 
-    fn begin_checkpoint(&mut self) {
+    /// `false`: the checkpoint could not be written.
+    fn begin_checkpoint(&mut self) -> bool {
         let Some(session) = &self.session else {
-            return;
+            return true;
         };
         let marks = session.core.marks(&self.lineage.source);
-        let known = |mark: &Mark| {
-            let old = self
-                .written
-                .streams
-                .iter()
-                .find(|old| old.name == mark.name);
-            old.is_some_and(|old| old.shared == mark.shared)
+        let Some(write) = self.store.begin(marks, self.now) else {
+            return true;
         };
-        if self.written.reached != marks.reached || !marks.streams.iter().all(known) {
-            self.write_checkpoint(marks);
+        if self.bucket_fails(10) {
+            return false;
         }
+        let answer = self.put(&write);
+        trace!(self, "checkpoint {} begins: {answer:?}", write.number);
+        let is_written = answer.is_ok() && !self.bucket_fails(10);
+        if is_written {
+            self.written(write.number, answer);
+        }
+        is_written
     }
 
     /// `rejoin::Found::join`.
@@ -946,12 +1043,15 @@ impl World {
                 "the connection to NATS ends, {} publishes in flight",
                 connection.out.len()
             );
-            if keep {
+            if keep && !connection.outlived {
                 connection.answers.clear();
                 self.zombies.push(connection);
             }
         }
-        if let Some(session) = &mut self.session {
+        self.store.closed();
+        if self.off != Some(Rule::Disconnected)
+            && let Some(session) = &mut self.session
+        {
             session.core.disconnected();
         }
     }
@@ -961,6 +1061,14 @@ impl World {
             return Ok(());
         }
         let index = self.rng.usize(..self.zombies.len());
+        if let Some((_, write)) = self.zombies[index].writes.pop_front() {
+            let answer = self.put(&write);
+            trace!(
+                self,
+                "a late copy of checkpoint {} arrives: {answer:?}", write.number
+            );
+            return Ok(());
+        }
         match self.zombies[index].out.pop_front() {
             Some(flight) => {
                 trace!(self, "a late copy of {} arrives", flight.event.id);
@@ -1040,11 +1148,8 @@ impl World {
 
     /// Somebody else reads the slot while the relay is away.
     fn move_slot(&mut self) {
-        if self
-            .bucket
-            .last()
-            .is_none_or(|(_, marks)| marks.reached.is_none())
-        {
+        let kept = store(true).opened(self.read_key(), self.now).marks;
+        if kept.reached.is_none() {
             // it was never used
             return;
         }
@@ -1089,19 +1194,59 @@ impl World {
             "{} goes back to {last_seq}, crash: {crash}, counts on: {counts_on}",
             self.streams[index].name
         );
+        // no copy of a publish is late by a roll-back
         self.zombies.clear();
+        if let Some(connection) = &mut self.connection {
+            connection.out.clear();
+            connection.outlived = true;
+        }
         if crash {
-            if let Some(connection) = &mut self.connection {
-                connection.out.clear();
-            }
             self.lose_connection();
             self.zombies.clear();
             // the bucket is on the same disk; its own file may have lost less
             if !counts_on || self.rng.bool() {
-                self.bucket
-                    .retain(|(time, marks)| *marks == Marks::default() || now - *time >= age);
+                self.key.roll_back(now - age, counts_on);
             }
         }
+    }
+
+    /// While the bucket is slow, time passes, perhaps after a crash and without a connection.
+    fn slow_time(&mut self) -> Outcome {
+        let Some(rng) = &mut self.bucket else {
+            return Ok(());
+        };
+        let (kind, seconds, end) = (rng.u32(..5), rng.u32(5..40), rng.u32(..3));
+        match kind {
+            0..3 if self.kind == Kind::Rollback => self.roll_back(),
+            0..3 if self.kind == Kind::BucketBack => self.roll_back_bucket(),
+            3 => self.lose_connection(),
+            _ => {}
+        }
+        trace!(self, "{seconds} s pass");
+        for _ in 0..seconds {
+            self.pass(Duration::from_millis(900))?;
+        }
+        match end {
+            0 => self.end_session()?,
+            1 => self.kill(),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The server crashes, and only the bucket lacks its end when it is back.
+    fn roll_back_bucket(&mut self) {
+        let Some(rng) = &mut self.bucket else {
+            return;
+        };
+        let age = self.hold_back.mul_f64(rng.f64());
+        self.key.roll_back(self.now - age, rng.bool());
+        trace!(self, "the bucket goes back by {age:?}");
+        if let Some(connection) = &mut self.connection {
+            connection.out.clear();
+        }
+        self.lose_connection();
+        self.zombies.clear();
     }
 
     fn foreign(&mut self) {
@@ -1138,6 +1283,17 @@ impl World {
         }
         Ok(())
     }
+}
+
+fn pop_due<T>(queue: &mut VecDeque<T>, is_due: impl Fn(&T) -> bool) -> Option<T> {
+    queue
+        .front()
+        .is_some_and(is_due)
+        .then(|| queue.pop_front())?
+}
+
+fn store(is_wanted: bool) -> CheckpointStore {
+    CheckpointStore::new(if is_wanted { "bucket" } else { "" }, "slot")
 }
 
 fn info(stream: &Stream) -> StreamInfo {
