@@ -119,7 +119,7 @@ fn a_server_that_cannot_be_reached_or_lets_nobody_in() {
         (
             "postgres://postgres@127.0.0.1:1/postgres".to_string(),
             "refused",
-            "correct -db",
+            "is Postgres up",
         ),
         (
             format!("postgres://weak:wrong@127.0.0.1:{}/postgres", rig.pg.port()),
@@ -146,6 +146,11 @@ fn a_server_that_cannot_be_reached_or_lets_nobody_in() {
         assert_eq!(finding(&report["findings"], "nats.read")["level"], "ok");
         assert!(!ended.stdout.contains("wrong@"), "{ended:?}");
     }
+    // no second try helps
+    let db = format!("postgres://weak@127.0.0.1:{}/postgres", rig.pg.port());
+    let ended = run(&["teardown", "-db", &db], &[]);
+    assert!(ended.stderr.contains("none was given"), "{ended:?}");
+    ended.with(78);
     let db = format!("postgres://weak:right@127.0.0.1:{}/postgres", rig.pg.port());
     let report = run(&["check", "-json", "-db", &db, "-nats", &nats], &[]).json(2);
     let found = finding(&report["findings"], "postgres.role");

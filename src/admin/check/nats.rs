@@ -105,11 +105,12 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
     let facts = match Bus::connect(&config.nats) {
         Ok(mut bus) => read(&mut bus, config, &mut past),
         Err(error) => {
+            let error = crate::admin::Error::Nats(error);
             let finding = fail(
                 "nats.connection",
                 error.to_string(),
                 "the relay connects the same way",
-                "correct -nats or what it names",
+                error.mend(),
             );
             return (vec![finding], past);
         }

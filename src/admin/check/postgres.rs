@@ -136,7 +136,7 @@ fn unreachable(error: &Error) -> Finding {
         "postgres.connection",
         error.to_string(),
         "the relay connects the same way",
-        error.remedy(),
+        error.mend(),
     )
 }
 
