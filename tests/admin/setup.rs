@@ -504,6 +504,57 @@ fn permitting(config: &str, requests: &[&str]) -> Nats {
     nats
 }
 
+/// As an administrator runs what was printed.
+#[track_caller]
+fn psql(rig: &Rig, statements: &str) {
+    let file = rig.nats.dir().join("setup.sql");
+    std::fs::write(&file, statements).expect("write the statements");
+    let mut command = Command::new(Postgres::bin().join("psql"));
+    command
+        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d"])
+        .arg(rig.pg.url("postgres", "postgres"))
+        .arg("-f")
+        .arg(&file)
+        .stdout(Stdio::null());
+    let mut psql = Process::spawn("psql", &mut command);
+    assert!(psql.wait_exit(DEADLINE).success(), "{statements}");
+}
+
+/// The tables of the publication, in the order of their names.
+fn published(rig: &Rig) -> Option<String> {
+    rig.pg.scalar::<Option<String>>(
+        "SELECT string_agg(tablename::text, ' ' ORDER BY tablename) FROM pg_publication_tables \
+         WHERE pubname = 'jetstream_outbox'",
+    )?
+}
+
+/// A table that is named in full stands among them; it may be in a schema, and in need of quotes.
+#[test]
+fn the_sql_of_both_kinds_of_names_gathers_all() {
+    let rig = bare();
+    rig.pg.execute(
+        "CREATE TABLE events_a (id uuid, aggregatetype text, aggregateid text, payload jsonb); \
+         CREATE SCHEMA \"My\"; CREATE SCHEMA other; CREATE TABLE other.orders (LIKE events_a)",
+    );
+    let flags = ["-table", "orders,events_*,\"My\".\"Outbox\""];
+    let printed = on(&rig, &[&flags[..], &["setup", "-print-sql"]].concat());
+    psql(&rig, printed.with(0));
+    let tables = "SELECT string_agg(schemaname || '.' || tablename, ' ' ORDER BY tablename) FROM pg_publication_tables";
+    assert_eq!(
+        rig.pg.scalar::<String>(tables).as_deref(),
+        Some("My.Outbox public.events_a public.orders")
+    );
+    // nothing is left to do
+    let ended = on(&rig, &[&flags[..], &["setup"]].concat());
+    assert!(
+        ended
+            .with(0)
+            .contains("found    publication jetstream_outbox\nfound    slot"),
+        "{ended:?}"
+    );
+    check(&rig, &flags, &[]);
+}
+
 /// With no table named in full there is none to write down: psql looks for those that begin so.
 #[test]
 fn the_sql_of_tables_named_by_their_beginning_finds_them() {
@@ -514,22 +565,8 @@ fn the_sql_of_tables_named_by_their_beginning_finds_them() {
     );
     let flags = ["-table", "events_*"];
     let printed = on(&rig, &[&flags[..], &["setup", "-print-sql"]].concat());
-    let file = rig.nats.dir().join("setup.sql");
-    std::fs::write(&file, printed.with(0)).expect("write the statements");
-    let mut command = Command::new(Postgres::bin().join("psql"));
-    command
-        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d"])
-        .arg(rig.pg.url("postgres", "postgres"))
-        .arg("-f")
-        .arg(&file)
-        .stdout(Stdio::null());
-    let mut psql = Process::spawn("psql", &mut command);
-    assert!(psql.wait_exit(DEADLINE).success(), "{}", printed.stdout);
-    let tables = "SELECT string_agg(tablename::text, ' ' ORDER BY tablename) FROM pg_publication_tables WHERE pubname = 'jetstream_outbox'";
-    assert_eq!(
-        rig.pg.scalar::<String>(tables).as_deref(),
-        Some("events_B events_a")
-    );
+    psql(&rig, printed.with(0));
+    assert_eq!(published(&rig).as_deref(), Some("events_B events_a"));
     on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
     check(&rig, &flags, &[]);
 
