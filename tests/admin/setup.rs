@@ -185,6 +185,62 @@ fn setup_makes_the_function_for_the_prefix() {
     assert_eq!(rig.pg.scalar::<bool>(granted), Some(true));
 }
 
+/// The application may have one of that name; the statement that replaces ours would leave it, and make calls ambiguous.
+#[test]
+fn a_function_with_other_arguments_is_told_apart() {
+    let rig = bare();
+    let line = |ended: &Ended, word: &str| {
+        let lines = ended.stdout.lines();
+        let mut lines = lines.filter(|line| line.starts_with(&format!("{word:<7}  function ")));
+        lines.next().unwrap_or_default().to_string()
+    };
+    for (arguments, result, told, dropped) in [
+        (
+            "aggregatetype text, aggregateid text, payload jsonb",
+            "uuid",
+            "outbox_publish(aggregatetype text, aggregateid text, payload jsonb) RETURNS uuid, and not",
+            "DROP ROUTINE outbox_publish(text,text,jsonb);",
+        ),
+        // of the same types, which CREATE OR REPLACE refuses as well
+        (
+            "a text, b text, c json, d jsonb, e uuid",
+            "uuid",
+            "outbox_publish(a text, b text, c json, d jsonb, e uuid) RETURNS uuid, and not",
+            "DROP ROUTINE outbox_publish(text,text,json,jsonb,uuid);",
+        ),
+        (
+            "aggregatetype text, aggregateid text, payload json, headers jsonb, id uuid",
+            "text",
+            "id uuid) RETURNS text, and not",
+            "DROP ROUTINE outbox_publish(text,text,json,jsonb,uuid);",
+        ),
+    ] {
+        rig.pg.execute(&format!(
+            "CREATE FUNCTION outbox_publish({arguments}) RETURNS {result} LANGUAGE sql AS 'SELECT NULL::{result}'"
+        ));
+        let ended = on(&rig, &["setup"]);
+        ended.with(78);
+        let found = line(&ended, "differs");
+        assert!(found.contains(told) && found.contains(dropped), "{ended:?}");
+        let count = "SELECT count(*) FROM pg_proc WHERE proname = 'outbox_publish'";
+        assert_eq!(
+            rig.pg.scalar::<i64>(count),
+            Some(1),
+            "none is put beside it"
+        );
+        rig.pg.execute(dropped);
+    }
+    let ended = on(&rig, &["setup"]);
+    ended.with(0);
+    assert!(!line(&ended, "created").is_empty(), "{ended:?}");
+    // beside ours another is the application's own affair
+    rig.pg
+        .execute("CREATE FUNCTION outbox_publish(a int) RETURNS int LANGUAGE sql AS 'SELECT 1'");
+    let ended = on(&rig, &["setup"]);
+    ended.with(0);
+    assert!(!line(&ended, "found").is_empty(), "{ended:?}");
+}
+
 #[test]
 fn setup_sends_a_partitioned_table_under_its_own_name() {
     let rig = bare();
