@@ -1,5 +1,9 @@
 //! The link against a real nats-server: `NATS_SERVER_BIN`, or `nats-server` on the PATH.
 
+#[path = "support/operator.rs"]
+#[allow(dead_code, reason = "it is shared with other tests")]
+mod operator;
+
 use crossbeam_channel::select;
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
 use jetstream_outbox::jetstream::client::{Incoming, Link, Publish};
@@ -10,6 +14,7 @@ use jetstream_outbox::jetstream::wire;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
+use operator::Operator;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -544,51 +549,14 @@ fn an_nkey_signs_in() {
     }
 }
 
-/// A JWT as nats-server's operator mode wants it (ADR-14).
-fn jwt(issuer: &nkeys::KeyPair, subject: &str, kind: &str, claims: &str) -> String {
-    use base64::Engine;
-    let encode = |bytes: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes);
-    let head = encode(br#"{"typ":"JWT","alg":"ed25519-nkey"}"#);
-    let issuer_key = issuer.public_key();
-    let body = encode(
-        format!(
-            r#"{{"jti":"x","iat":1600000000,"iss":"{issuer_key}","name":"n","sub":"{subject}",{claims}"type":"{kind}","version":2}}}}"#
-        )
-        .as_bytes(),
-    );
-    let signature = encode(&issuer.sign(format!("{head}.{body}").as_bytes()).unwrap());
-    format!("{head}.{body}.{signature}")
-}
-
 #[test]
 fn credentials_sign_in() {
-    let (operator, account) = (
-        nkeys::KeyPair::new_operator(),
-        nkeys::KeyPair::new_account(),
-    );
-    let account_key = account.public_key();
-    let operator_jwt = jwt(&operator, &operator.public_key(), "operator", r#""nats":{"#);
-    let account_jwt = jwt(
-        &operator,
-        &account_key,
-        "account",
-        r#""nats":{"limits":{"subs":-1,"data":-1,"payload":-1,"imports":-1,"exports":-1,"wildcards":true,"conn":-1,"leaf":-1},"#,
-    );
-    let server = Server::with_config(&format!(
-        "operator: {operator_jwt}\nresolver: MEMORY\nresolver_preload: {{ {account_key}: {account_jwt} }}"
-    ));
+    let operator = Operator::new("");
+    let server = Server::with_config(&operator.config());
     let folder = tempfile::tempdir().unwrap();
-    let user_limits = r#""nats":{"subs":-1,"data":-1,"payload":-1,"#;
-    let creds = |name: &str, expiry: &str| {
-        let user = nkeys::KeyPair::new_user();
-        let claims = format!("{expiry}{user_limits}");
-        let user_jwt = jwt(&account, &user.public_key(), "user", &claims);
+    let creds = |name: &str, claims: &str| {
         let path = folder.path().join(name);
-        let text = format!(
-            "-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n-----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
-            user.seed().unwrap()
-        );
-        std::fs::write(&path, text).unwrap();
+        std::fs::write(&path, operator.credentials(claims)).unwrap();
         path
     };
     let malformed = folder.path().join("malformed");

@@ -2,11 +2,11 @@
 
 use super::error::Error;
 use crate::postgres::handover::hand_over;
-use crate::postgres::{ConnInfo, Connection};
+use crate::postgres::{self as relay, ConnInfo, Connection};
 use ::postgres::config::SslMode;
 use ::postgres::types::ToSql;
 use ::postgres::{Client, Config, NoTls, Row};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The other client stands on the same machine and is let in at once.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -17,6 +17,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(40);
 /// A session for SQL.
 pub struct Database {
     client: Client,
+    /// After which the server counts as gone.
+    pub answer_limit: Duration,
     /// Version and cipher; `None`: without TLS.
     pub tls: Option<String>,
     /// `host:port`, or a socket's folder and port.
@@ -39,12 +41,21 @@ pub enum Access {
 impl Database {
     /// Connects to the same host, with the same rights and checks, as the relay would.
     pub fn connect(db: &ConnInfo, access: Access) -> Result<Database, Error> {
+        Database::connect_within(db, access, ANSWER_LIMIT)
+    }
+
+    /// The same for somebody who waits no longer than this for an answer.
+    pub fn connect_within(
+        db: &ConnInfo,
+        access: Access,
+        answer_limit: Duration,
+    ) -> Result<Database, Error> {
         let connection = Connection::connect(&db.without_replication())?;
         let (tls, peer) = (connection.tls_description(), connection.peer().to_string());
         let version = connection.server_version_num();
         let version_text = connection.parameter("server_version").unwrap_or("unknown");
         let version_text = version_text.to_string();
-        let offer = hand_over(connection, ANSWER_LIMIT)?;
+        let offer = hand_over(connection, answer_limit)?;
         let client = Config::new()
             .hostaddr(offer.address.ip())
             .port(offer.address.port())
@@ -58,6 +69,7 @@ impl Database {
             })?;
         let mut database = Database {
             client,
+            answer_limit,
             tls,
             peer,
             version,
@@ -78,22 +90,17 @@ impl Database {
     /// The rows of one statement.
     pub fn rows(
         &mut self,
-        doing: &str,
+        doing: &'static str,
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
-        self.client
-            .query(sql, parameters)
-            .map_err(|source| Error::Sql {
-                doing: doing.into(),
-                source,
-            })
+        self.ask(doing, |client| client.query(sql, parameters))
     }
 
     /// The first row of one statement, if there is one.
     pub fn row(
         &mut self,
-        doing: &str,
+        doing: &'static str,
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
@@ -101,10 +108,26 @@ impl Database {
     }
 
     /// Runs statements without parameters, in one transaction.
-    pub fn run(&mut self, doing: &str, sql: &str) -> Result<(), Error> {
-        self.client.batch_execute(sql).map_err(|source| Error::Sql {
-            doing: doing.into(),
-            source,
+    pub fn run(&mut self, doing: &'static str, sql: &str) -> Result<(), Error> {
+        self.ask(doing, |client| client.batch_execute(sql))
+    }
+
+    /// The session is ended when the limit has passed, of which the client sees only that it is gone.
+    fn ask<T>(
+        &mut self,
+        doing: &'static str,
+        question: impl FnOnce(&mut Client) -> Result<T, ::postgres::Error>,
+    ) -> Result<T, Error> {
+        let start = Instant::now();
+        let after = self.answer_limit;
+        question(&mut self.client).map_err(|source| {
+            match source.as_db_error().is_none() && start.elapsed() >= after {
+                true => Error::Postgres(relay::Error::Timeout { doing, after }),
+                false => Error::Sql {
+                    doing: doing.into(),
+                    source,
+                },
+            }
         })
     }
 }

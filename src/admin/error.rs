@@ -1,5 +1,6 @@
 //! What ends a command, and what a person reads.
 
+use super::remedy;
 use crate::exit::Exit;
 use crate::{jetstream, postgres};
 use std::fmt;
@@ -51,21 +52,32 @@ impl Error {
     pub fn remedy(&self) -> String {
         match self {
             Error::Wrong { remedy, .. } => remedy.clone(),
-            Error::Nats(_) => "correct -nats or what it names; check tells more".into(),
             Error::Output(_) => "give standard output room".into(),
-            Error::Postgres(_) | Error::Sql { .. } => match self.sqlstate() {
-                Some("28P01") => "check the password of -db (or PGPASSWORD, ~/.pgpass)".into(),
-                Some("28000") => "check the lines of pg_hba.conf for this user and database".into(),
-                Some("3D000") => "check the database name of -db".into(),
-                Some("42501") => {
-                    "run it as a role that may do this, or print what an administrator has to run: setup --print-sql".into()
-                }
-                Some("55000") => "set wal_level = logical in postgresql.conf and restart Postgres".into(),
-                Some("53400") => {
-                    "raise max_replication_slots, or drop a slot that nobody needs (pg_replication_slots lists them)".into()
-                }
-                _ => "correct -db or what it names; check tells more".into(),
+            error => match error.known_remedy() {
+                Some(remedy) => remedy.into(),
+                None => format!("{}; check tells more", self.setting()),
             },
+        }
+    }
+
+    /// The same in the mouth of `check`, for an error of one of the two servers.
+    pub fn mend(&self) -> String {
+        self.known_remedy().unwrap_or(self.setting()).into()
+    }
+
+    fn known_remedy(&self) -> Option<&'static str> {
+        match self {
+            Error::Postgres(error) => remedy::postgres(error),
+            Error::Sql { source, .. } => remedy::sql(source),
+            Error::Nats(error) => remedy::nats(error),
+            Error::Wrong { .. } | Error::Output(_) => None,
+        }
+    }
+
+    fn setting(&self) -> &'static str {
+        match self {
+            Error::Nats(_) => "correct -nats or what it names",
+            _ => "correct -db or what it names",
         }
     }
 
@@ -81,7 +93,7 @@ impl Error {
                 | jetstream::Error::Api { .. },
             ) => Exit::Configuration,
             Error::Nats(_) => Exit::Unavailable,
-            Error::Postgres(postgres::Error::Auth(_)) => Exit::Configuration,
+            Error::Postgres(error) if error.is_lasting() => Exit::Configuration,
             // starting up, shutting down, too many connections
             Error::Postgres(_) | Error::Sql { .. } => match self.sqlstate() {
                 Some(state) if !state.starts_with("57") && state != "53300" => Exit::Configuration,

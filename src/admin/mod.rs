@@ -8,6 +8,7 @@ pub mod check;
 pub mod database;
 pub mod error;
 pub mod print;
+mod remedy;
 pub mod setup;
 pub mod statements;
 pub mod status;

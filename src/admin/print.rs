@@ -42,12 +42,8 @@ fn sql(config: &Config, how: &Setup) -> String {
     {
         let _ = writeln!(
             text,
-            "-- The tables {} are to be there already; {}.\n",
-            named.table,
-            match tables.as_slice() {
-                [] => "the publication is made of those that are",
-                _ => "add each to the publication",
-            }
+            "-- The tables {} are to be there already; the publication is made of those that are.\n",
+            named.table
         );
     }
     let names: Vec<String> = tables.iter().map(table_name).collect();
@@ -65,9 +61,9 @@ fn sql(config: &Config, how: &Setup) -> String {
             publish_function(prefix).trim_end()
         );
     }
-    text += &match tables.as_slice() {
-        [] => gather_publication(config),
-        tables => create_publication(config, tables, false),
+    text += &match config.mapping.tables.iter().any(|it| it.table.and_longer) {
+        true => gather_publication(config),
+        false => create_publication(config, &tables, false),
     };
     text += "\n\n-- After the publication: a slot cannot see a publication that is younger. It keeps log from now on,\n\
              -- so start the relay soon, or the log fills the disk.\n";
@@ -76,11 +72,15 @@ fn sql(config: &Config, how: &Setup) -> String {
     text
 }
 
-/// The publication of tables that are all named by their beginning, which psql has to look for.
+/// The publication of tables some of which are named by their beginning, which psql has to look for.
 fn gather_publication(config: &Config) -> String {
     let named = config.mapping.tables.iter().map(|it| &it.table);
     let each: Vec<String> = named
         .map(|table| {
+            if !table.and_longer {
+                // in the schema in which it was created just above
+                return format!("c.oid = {}::regclass", quote_literal(&table_name(table)));
+            }
             let begins = format!(
                 "starts_with(c.relname::text, {})",
                 quote_literal(&table.name)

@@ -18,7 +18,7 @@ use crate::jetstream::preflight::preflight;
 use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, matches};
 use crate::outbox::mapping::TableName;
-use crate::outbox::message::publish_function;
+use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
 use std::time::Duration;
 
 /// `pg_create_logical_replication_slot` has the parameter since.
@@ -315,19 +315,34 @@ fn named_by_their_beginning(
 /// The SQL function by which an application publishes without a table.
 fn function(database: &mut Database, prefix: &str) -> Result<Outcome, Error> {
     let sql = publish_function(prefix);
+    // each overload; ours first
     let found = database.rows(
         "find the function",
-        "SELECT prosrc FROM pg_catalog.pg_proc WHERE proname = 'outbox_publish' AND pg_catalog.pg_function_is_visible(oid)",
-        &[],
+        "SELECT prosrc, s.text = $1, s.text, oid::regprocedure::text FROM pg_catalog.pg_proc, \
+         pg_catalog.format('(%s) RETURNS %s', pg_catalog.pg_get_function_identity_arguments(oid), \
+         pg_catalog.pg_get_function_result(oid)) AS s(text) \
+         WHERE proname = 'outbox_publish' AND pg_catalog.pg_function_is_visible(oid) ORDER BY 2 DESC, 4",
+        &[&PUBLISH_SIGNATURE],
     )?;
-    if found.is_empty() {
+    let Some(first) = found.first() else {
         database.run("create the function", &sql)?;
         return Ok(Outcome::Created);
+    };
+    if !first.get::<_, bool>(1) {
+        // beside it ours might make the application's own calls ambiguous, and it cannot be put in its place
+        let each = found.iter().map(|row| {
+            format!(
+                "there is outbox_publish{}, and not outbox_publish{PUBLISH_SIGNATURE}; if nobody calls it: DROP ROUTINE {}; \
+                 and run setup again; otherwise rename it, or pass -no-messages",
+                row.get::<_, String>(2),
+                row.get::<_, String>(3)
+            )
+        });
+        return Ok(Outcome::Found(each.collect()));
     }
     // between the dollar quotes, as pg_proc keeps it
     let body = sql.split("$$").nth(1).unwrap_or_default();
-    let same = found.iter().any(|row| row.get::<_, String>(0) == body);
-    Ok(Outcome::Found(match same {
+    Ok(Outcome::Found(match first.get::<_, String>(0) == body {
         true => Vec::new(),
         false => vec![format!(
             "it is not the one of this release and of message prefix {prefix}; if nobody has changed it on purpose, replace \

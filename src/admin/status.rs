@@ -11,6 +11,7 @@ use super::{Error, bytes, say, span};
 use crate::config::Config;
 use crate::config::operation;
 use crate::exit::Exit;
+use crate::jetstream::options::Options;
 use crate::jetstream::resume::OUTBOX_POSITION;
 use crate::jetstream::streams::last_message_request;
 use crate::outbox::position::SourcePosition;
@@ -32,6 +33,10 @@ const HISTORY: usize = 60;
 const CHANGES: i32 = 1000;
 /// How long that may take; a slot whose log is long tells no seconds then.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// With `-watch` a server that does not answer for so long is told of. More than the decoding may take.
+const WATCH_LIMIT: Duration = Duration::from_secs(3);
+/// How long the decoding may take then.
+const WATCH_PATIENCE: Duration = Duration::from_secs(2);
 /// `timestamp` counts from 2000-01-01, this many seconds after 1970.
 const POSTGRES_EPOCH_S: i64 = 946_684_800;
 
@@ -136,24 +141,25 @@ const MESSAGES: u32 = 140_000;
 
 /// Prints where things stand, once or each second.
 pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
-    // an error of the start is one of the command line more often than not: it ends `-watch` too
+    if how.watch {
+        return watch(config, how);
+    }
     let mut bus = Bus::connect(&config.nats)?;
     let mut database = Database::connect(&config.db, Access::Read)?;
-    if how.watch {
-        return watch(config, how, bus, database);
-    }
     let standing = look(&mut database, &mut bus, config, &mut None)?;
     tell(&standing, how, "")
 }
 
 /// Prints until somebody ends it. What a server that is away says stands in place of the figures, until it is back.
-fn watch(
-    config: &Config,
-    how: &operation::Status,
-    mut bus: Bus<'_>,
-    database: Database,
-) -> Result<Exit, Error> {
-    let mut database = Some(database);
+fn watch(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
+    let impatient = Options {
+        connect_timeout: WATCH_LIMIT,
+        request_timeout: WATCH_LIMIT,
+        ..config.nats.clone()
+    };
+    // an error of the start is one of the command line more often than not: it ends this too
+    let mut bus = Bus::connect(&impatient)?;
+    let mut database = Some(connect(config)?);
     let mut history = VecDeque::with_capacity(HISTORY);
     let mut decoded = None;
     loop {
@@ -181,6 +187,11 @@ fn watch(
     }
 }
 
+fn connect(config: &Config) -> Result<Database, Error> {
+    let db = config.db.connecting_within(WATCH_LIMIT);
+    Database::connect_within(&db, Access::Read, WATCH_LIMIT)
+}
+
 /// Looks, by a new session if the last look ended in an error of Postgres. ([`Bus`] connects anew by itself.)
 fn look_again(
     config: &Config,
@@ -190,7 +201,7 @@ fn look_again(
 ) -> Result<Standing, Error> {
     let session = match database {
         Some(session) => session,
-        None => database.insert(Database::connect(&config.db, Access::Read)?),
+        None => database.insert(connect(config)?),
     };
     let found = look(session, bus, config, decoded);
     if let Err(Error::Postgres(_) | Error::Sql { .. }) = &found {
@@ -237,7 +248,7 @@ fn look(
     let now = Instant::now();
     let waiting = match decoded.and_then(|decoded| decoded.still(now, known)) {
         Some(waiting) => waiting,
-        None => waiting(database, config, &slot, known),
+        None => waiting(database, config, &slot, known)?,
     };
     if decoded.is_none_or(|decoded| decoded.still(now, known).is_none()) {
         *decoded = Some(Decoded { at: now, waiting });
@@ -338,14 +349,24 @@ fn read_slot(database: &mut Database, config: &Config) -> Result<(Slot, Option<u
     Ok((slot, row.get::<_, Option<i64>>(8).map(|id| id as u64)))
 }
 
-/// Finds the oldest event behind `known`. What keeps it from being found is no error: the rest is still worth telling.
-fn waiting(database: &mut Database, config: &Config, slot: &Slot, known: Option<Lsn>) -> Waiting {
-    match known {
-        Some(known) if known >= slot.current => Waiting::Nothing,
-        _ => decode(database, config, slot, known).unwrap_or_else(|error| {
+/// Finds the oldest event behind `known`. What keeps it from being found is no error, unless the server is gone: the rest
+/// is still worth telling.
+fn waiting(
+    database: &mut Database,
+    config: &Config,
+    slot: &Slot,
+    known: Option<Lsn>,
+) -> Result<Waiting, Error> {
+    if known.is_some_and(|known| known >= slot.current) {
+        return Ok(Waiting::Nothing);
+    }
+    match decode(database, config, slot, known) {
+        Err(error @ Error::Postgres(_)) => Err(error),
+        Err(error) => {
             log::info!(cause:% = error; "how long events have been waiting is not known");
-            Waiting::Unknown
-        }),
+            Ok(Waiting::Unknown)
+        }
+        found => found,
     }
 }
 
@@ -356,7 +377,12 @@ fn decode(
     known: Option<Lsn>,
 ) -> Result<Waiting, Error> {
     let copy = format!("outbox_status_{}", std::process::id());
-    let limit = PATIENCE.as_millis();
+    // before the session is given up
+    let patience = match database.answer_limit <= PATIENCE {
+        true => WATCH_PATIENCE,
+        false => PATIENCE,
+    };
+    let limit = patience.as_millis();
     database.run(
         "copy the slot",
         &format!(
@@ -365,7 +391,7 @@ fn decode(
             quote_literal(&copy)
         ),
     )?;
-    let found = first_event(database, config, slot, known, &copy);
+    let found = first_event(database, config, slot, known, &copy, patience);
     // the session's end would drop it as well
     let dropped = database.run(
         "drop the copy of the slot",
@@ -383,6 +409,7 @@ fn first_event(
     slot: &Slot,
     known: Option<Lsn>,
     copy: &str,
+    patience: Duration,
 ) -> Result<Waiting, Error> {
     const DOING: &str = "decode a copy of the slot";
     if let (Some(known), Some(confirmed)) = (known, slot.confirmed)
@@ -413,7 +440,7 @@ fn first_event(
     let messages = prefix.map_or("", |_| ", 'messages', 'true'");
     // a string of the protocol ends in a zero
     let prefix = prefix.map(|prefix| [prefix.as_bytes(), b"\0"].concat());
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience;
     while Instant::now() < end {
         let rows = database.rows(
             DOING,

@@ -166,7 +166,8 @@ impl fmt::Display for Error {
             }
             Error::ApiTimeout { api, after } => write!(
                 f,
-                "ask JetStream for {api}: no answer within {after:?}: check that it has a leader, and the API prefix"
+                "ask JetStream for {api}: no answer within {:.1} s: check that it has a leader, and the API prefix",
+                after.as_secs_f32()
             ),
             Error::Api { api, source } => match source {
                 AckError::NoResponders => write!(

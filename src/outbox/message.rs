@@ -17,6 +17,10 @@ use std::borrow::Cow;
 const PUBLISH_FUNCTION: &str = include_str!("outbox_publish.sql");
 const DEFAULT_PREFIX: &str = "'jetstream_outbox'";
 
+/// What `pg_get_function_identity_arguments` and `pg_get_function_result` say of it.
+pub const PUBLISH_SIGNATURE: &str =
+    "(aggregatetype text, aggregateid text, payload json, headers jsonb, id uuid) RETURNS uuid";
+
 /// The statement that creates the SQL function `outbox_publish(aggregatetype, aggregateid, payload [, headers] [, id])`,
 /// which emits a message with this prefix and returns the event's id. It checks what the table would.
 ///

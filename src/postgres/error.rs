@@ -70,6 +70,40 @@ impl Error {
         self.server().map(|error| error.code.as_str())
     }
 
+    /// Whether nothing that passes by itself is to blame. Of several hosts one that may come back is enough.
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Error::Connect(attempts) => {
+                !attempts.is_empty() && attempts.iter().all(|(_, error)| error.is_lasting())
+            }
+            Error::Auth(_) => true,
+            Error::Tls { lasting, .. } => *lasting,
+            // invalid authorization or password, no such database, no privilege, no such object, object not
+            // in the state (slot lost, wal_level too low), feature not supported, syntax
+            error => matches!(
+                error.sqlstate(),
+                Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601")
+            ),
+        }
+    }
+
+    /// What to do about what is lasting, where the error does not say it and it does not depend on what was wanted.
+    pub fn remedy(&self) -> Option<&'static str> {
+        if let Error::Connect(attempts) = self {
+            return attempts.last()?.1.remedy();
+        }
+        if let Error::Tls { lasting: true, .. } = self {
+            return Some(
+                "check sslmode, sslrootcert, sslcert and sslkey of -db, and the server's certificate",
+            );
+        }
+        match self.sqlstate()? {
+            "28P01" => Some("check the password of -db (or PGPASSWORD, ~/.pgpass)"),
+            "3D000" => Some("check the database name of -db"),
+            _ => None,
+        }
+    }
+
     /// Sorts a failed read or write: a passed deadline, a lost peer, broken TLS, or the system's own error.
     pub(super) fn from_io(doing: &'static str, after: Duration, source: io::Error) -> Error {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};

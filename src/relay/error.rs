@@ -124,7 +124,7 @@ impl Error {
         match self {
             Error::SlotInUse { .. } => Verdict::WaitForSlot,
             Error::Postgres(postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
-            Error::Postgres(error) if needs_a_person(error) => Verdict::Exit(Exit::Configuration),
+            Error::Postgres(error) if error.is_lasting() => Verdict::Exit(Exit::Configuration),
             Error::Postgres(_) => Verdict::Retry,
             Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
@@ -283,38 +283,14 @@ impl std::error::Error for Error {
     }
 }
 
-/// Whether nothing that passes by itself is to blame. Of several hosts one that may come back is enough.
-fn needs_a_person(error: &postgres::Error) -> bool {
-    match error {
-        postgres::Error::Connect(attempts) => {
-            !attempts.is_empty() && attempts.iter().all(|(_, error)| needs_a_person(error))
-        }
-        postgres::Error::Auth(_) => true,
-        postgres::Error::Tls { lasting, .. } => *lasting,
-        // invalid authorization or password, no such database, no privilege, no such object, object not
-        // in the state (slot lost, wal_level too low), feature not supported, syntax
-        error => matches!(
-            error.sqlstate(),
-            Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601")
-        ),
-    }
-}
-
 /// What to do about an error of Postgres that ends the relay, where the error itself does not say it.
-fn remedy(error: &postgres::Error) -> &'static str {
-    if let postgres::Error::Connect(attempts) = error {
-        return attempts.last().map_or("", |(_, error)| remedy(error));
-    }
-    if let postgres::Error::Tls { lasting: true, .. } = error {
-        return "; check sslmode, sslrootcert, sslcert and sslkey of -db, and the server's certificate";
-    }
-    match error.sqlstate() {
-        Some("28P01") => "; check the password of -db (or PGPASSWORD, ~/.pgpass)",
-        Some("28000") => "; check pg_hba.conf: the relay connects with replication=database",
-        Some("3D000") => "; check the database name of -db",
-        Some("42501") => "; the role needs REPLICATION (ALTER ROLE … REPLICATION)",
-        _ => "",
-    }
+fn remedy(error: &postgres::Error) -> String {
+    let remedy = match error.sqlstate() {
+        Some("28000") => Some("check pg_hba.conf: the relay connects with replication=database"),
+        Some("42501") => Some("the role needs REPLICATION (ALTER ROLE … REPLICATION)"),
+        _ => error.remedy(),
+    };
+    remedy.map_or_else(String::new, |remedy| format!("; {remedy}"))
 }
 
 impl fmt::Display for Backwards {

@@ -4,6 +4,7 @@ use crate::check_postgres::{check, finding, set_up};
 use crate::command::{on, run};
 use crate::rig::{Rig, SLOT, STREAM};
 use crate::support::nats::Nats;
+use crate::support::operator::Operator;
 use crate::support::postgres::Postgres;
 use serde_json::{Value, json};
 
@@ -419,4 +420,45 @@ fn the_account_is_nearly_full() {
     // as the finding says
     let ended = run(&["setup", "-db", &db, "-nats", &url], &[]);
     assert_eq!(ended.code, 78, "{ended:?}");
+}
+
+/// Limits by number of replicas, which an account's token may set in place of the ones for all.
+#[test]
+fn a_tier_of_the_account_is_nearly_full() {
+    let rig = set_up(Postgres::builder());
+    let tier = |storage: u32, streams: u32| {
+        format!(
+            r#"{{"mem_storage":-1,"disk_storage":{storage},"streams":{streams},"consumer":-1,"max_ack_pending":-1}}"#
+        )
+    };
+    let tiers = [tier(100_000, 3), tier(50_000, 1)];
+    let operator = Operator::new(&format!(
+        r#","tiered_limits":{{"R1":{},"R3":{}}}"#,
+        tiers[0], tiers[1]
+    ));
+    let nats = Nats::builder()
+        .config(&operator.config())
+        .file("creds", operator.credentials(""))
+        .client_options(json!({ "jwt": operator.bearer() }))
+        .build();
+    let creds = nats.dir().join("creds").display().to_string();
+    let (db, url) = (rig.pg.url("postgres", "postgres"), nats.url());
+    let servers = ["-db", &db, "-nats", &url, "-creds", &creds];
+    run(&[&["setup"], &servers[..]].concat(), &[]).with(0);
+    let check = |code: i32| {
+        let args = [&["check", "-json", "-strict"], &servers[..]].concat();
+        let report = run(&args, &[]).json(code);
+        let found = finding(&report["findings"], "nats.account");
+        let text = |key: &str| found[key].as_str().unwrap_or_default();
+        format!("{}: {}", text("level"), text("found"))
+    };
+    assert_eq!(
+        check(0),
+        "ok: tier R1: 0 bytes in files of 100.0 kB, 2 streams of 3; tier R3: 0 bytes in files of 150.0 kB, 0 streams of 1"
+    );
+    nats.client().publish("events.a", &[], &[b'x'; 90_000]);
+    assert_eq!(
+        check(1),
+        "warn: tier R1: its files take 90.0 kB of 100.0 kB"
+    );
 }

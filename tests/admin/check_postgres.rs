@@ -119,7 +119,7 @@ fn a_server_that_cannot_be_reached_or_lets_nobody_in() {
         (
             "postgres://postgres@127.0.0.1:1/postgres".to_string(),
             "refused",
-            "correct -db",
+            "is Postgres up",
         ),
         (
             format!("postgres://weak:wrong@127.0.0.1:{}/postgres", rig.pg.port()),
@@ -146,6 +146,11 @@ fn a_server_that_cannot_be_reached_or_lets_nobody_in() {
         assert_eq!(finding(&report["findings"], "nats.read")["level"], "ok");
         assert!(!ended.stdout.contains("wrong@"), "{ended:?}");
     }
+    // no second try helps
+    let db = format!("postgres://weak@127.0.0.1:{}/postgres", rig.pg.port());
+    let ended = run(&["teardown", "-db", &db], &[]);
+    assert!(ended.stderr.contains("none was given"), "{ended:?}");
+    ended.with(78);
     let db = format!("postgres://weak:right@127.0.0.1:{}/postgres", rig.pg.port());
     let report = run(&["check", "-json", "-db", &db, "-nats", &nats], &[]).json(2);
     let found = finding(&report["findings"], "postgres.role");
@@ -542,6 +547,47 @@ fn the_slot_holds_too_much_and_then_has_lost_it() {
     assert!(found == Some(lost) || found == Some(given_up), "{found:?}");
     mend(&rig, &findings, "postgres.slot_log");
     check(&rig, &[], &[]);
+}
+
+/// The server is on this machine, so its disk can be looked at; none is as large as what this slot may take.
+#[test]
+fn the_disk_is_smaller_than_what_the_slot_may_take() {
+    let rig = set_up(Postgres::builder());
+    let findings = check(&rig, &[], &[]);
+    let found = finding(&findings, "postgres.disk")["found"].to_string();
+    let folder = rig.pg.data_dir().join("pg_wal");
+    let end = format!(" are free at {}\"", folder.display());
+    assert!(found.ends_with(&end), "{found}");
+    let found = finding(&findings, "postgres.retained_log")["found"].to_string();
+    assert!(found.contains("nothing but the disk bounds it"), "{found}");
+
+    rig.pg
+        .execute("ALTER SYSTEM SET max_slot_wal_keep_size = '2000TB'");
+    rig.pg.execute("SELECT pg_reload_conf()");
+    let setting = || rig.pg.scalar::<String>("SHOW max_slot_wal_keep_size");
+    eventually("the setting to be read", DEADLINE, || {
+        setting().as_deref() == Some("2000TB")
+    });
+    let findings = check(&rig, &[], &[("postgres.disk", "warn")]);
+    let fix = finding(&findings, "postgres.disk")["fix"].to_string();
+    let statement = fix.split_once(", or: ").expect("a statement").1;
+    let statement = statement.split(" --").next().expect("a statement");
+    for statement in statement.split_inclusive(';') {
+        rig.pg.execute(statement);
+    }
+    eventually("the setting to be read", DEADLINE, || {
+        setting().as_deref() != Some("2000TB")
+    });
+    check(&rig, &[], &[]);
+
+    // a role that may not know where the data are is told nothing of them, nor is one that comes from elsewhere
+    rig.pg.execute("CREATE ROLE plain LOGIN REPLICATION");
+    let away = format!("postgres://postgres@0.0.0.0:{}/postgres", rig.pg.port());
+    let nats = rig.nats.url();
+    for db in [rig.pg.url("plain", "postgres"), away] {
+        let report = run(&["check", "-json", "-db", &db, "-nats", &nats], &[]).json(0);
+        assert!(!report.to_string().contains("postgres.disk"), "{report:#}");
+    }
 }
 
 #[test]

@@ -185,6 +185,62 @@ fn setup_makes_the_function_for_the_prefix() {
     assert_eq!(rig.pg.scalar::<bool>(granted), Some(true));
 }
 
+/// The application may have one of that name; the statement that replaces ours would leave it, and make calls ambiguous.
+#[test]
+fn a_function_with_other_arguments_is_told_apart() {
+    let rig = bare();
+    let line = |ended: &Ended, word: &str| {
+        let lines = ended.stdout.lines();
+        let mut lines = lines.filter(|line| line.starts_with(&format!("{word:<7}  function ")));
+        lines.next().unwrap_or_default().to_string()
+    };
+    for (arguments, result, told, dropped) in [
+        (
+            "aggregatetype text, aggregateid text, payload jsonb",
+            "uuid",
+            "outbox_publish(aggregatetype text, aggregateid text, payload jsonb) RETURNS uuid, and not",
+            "DROP ROUTINE outbox_publish(text,text,jsonb);",
+        ),
+        // of the same types, which CREATE OR REPLACE refuses as well
+        (
+            "a text, b text, c json, d jsonb, e uuid",
+            "uuid",
+            "outbox_publish(a text, b text, c json, d jsonb, e uuid) RETURNS uuid, and not",
+            "DROP ROUTINE outbox_publish(text,text,json,jsonb,uuid);",
+        ),
+        (
+            "aggregatetype text, aggregateid text, payload json, headers jsonb, id uuid",
+            "text",
+            "id uuid) RETURNS text, and not",
+            "DROP ROUTINE outbox_publish(text,text,json,jsonb,uuid);",
+        ),
+    ] {
+        rig.pg.execute(&format!(
+            "CREATE FUNCTION outbox_publish({arguments}) RETURNS {result} LANGUAGE sql AS 'SELECT NULL::{result}'"
+        ));
+        let ended = on(&rig, &["setup"]);
+        ended.with(78);
+        let found = line(&ended, "differs");
+        assert!(found.contains(told) && found.contains(dropped), "{ended:?}");
+        let count = "SELECT count(*) FROM pg_proc WHERE proname = 'outbox_publish'";
+        assert_eq!(
+            rig.pg.scalar::<i64>(count),
+            Some(1),
+            "none is put beside it"
+        );
+        rig.pg.execute(dropped);
+    }
+    let ended = on(&rig, &["setup"]);
+    ended.with(0);
+    assert!(!line(&ended, "created").is_empty(), "{ended:?}");
+    // beside ours another is the application's own affair
+    rig.pg
+        .execute("CREATE FUNCTION outbox_publish(a int) RETURNS int LANGUAGE sql AS 'SELECT 1'");
+    let ended = on(&rig, &["setup"]);
+    ended.with(0);
+    assert!(!line(&ended, "found").is_empty(), "{ended:?}");
+}
+
 #[test]
 fn setup_sends_a_partitioned_table_under_its_own_name() {
     let rig = bare();
@@ -504,6 +560,57 @@ fn permitting(config: &str, requests: &[&str]) -> Nats {
     nats
 }
 
+/// As an administrator runs what was printed.
+#[track_caller]
+fn psql(rig: &Rig, statements: &str) {
+    let file = rig.nats.dir().join("setup.sql");
+    std::fs::write(&file, statements).expect("write the statements");
+    let mut command = Command::new(Postgres::bin().join("psql"));
+    command
+        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d"])
+        .arg(rig.pg.url("postgres", "postgres"))
+        .arg("-f")
+        .arg(&file)
+        .stdout(Stdio::null());
+    let mut psql = Process::spawn("psql", &mut command);
+    assert!(psql.wait_exit(DEADLINE).success(), "{statements}");
+}
+
+/// The tables of the publication, in the order of their names.
+fn published(rig: &Rig) -> Option<String> {
+    rig.pg.scalar::<Option<String>>(
+        "SELECT string_agg(tablename::text, ' ' ORDER BY tablename) FROM pg_publication_tables \
+         WHERE pubname = 'jetstream_outbox'",
+    )?
+}
+
+/// A table that is named in full stands among them; it may be in a schema, and in need of quotes.
+#[test]
+fn the_sql_of_both_kinds_of_names_gathers_all() {
+    let rig = bare();
+    rig.pg.execute(
+        "CREATE TABLE events_a (id uuid, aggregatetype text, aggregateid text, payload jsonb); \
+         CREATE SCHEMA \"My\"; CREATE SCHEMA other; CREATE TABLE other.orders (LIKE events_a)",
+    );
+    let flags = ["-table", "orders,events_*,\"My\".\"Outbox\""];
+    let printed = on(&rig, &[&flags[..], &["setup", "-print-sql"]].concat());
+    psql(&rig, printed.with(0));
+    let tables = "SELECT string_agg(schemaname || '.' || tablename, ' ' ORDER BY tablename) FROM pg_publication_tables";
+    assert_eq!(
+        rig.pg.scalar::<String>(tables).as_deref(),
+        Some("My.Outbox public.events_a public.orders")
+    );
+    // nothing is left to do
+    let ended = on(&rig, &[&flags[..], &["setup"]].concat());
+    assert!(
+        ended
+            .with(0)
+            .contains("found    publication jetstream_outbox\nfound    slot"),
+        "{ended:?}"
+    );
+    check(&rig, &flags, &[]);
+}
+
 /// With no table named in full there is none to write down: psql looks for those that begin so.
 #[test]
 fn the_sql_of_tables_named_by_their_beginning_finds_them() {
@@ -514,22 +621,8 @@ fn the_sql_of_tables_named_by_their_beginning_finds_them() {
     );
     let flags = ["-table", "events_*"];
     let printed = on(&rig, &[&flags[..], &["setup", "-print-sql"]].concat());
-    let file = rig.nats.dir().join("setup.sql");
-    std::fs::write(&file, printed.with(0)).expect("write the statements");
-    let mut command = Command::new(Postgres::bin().join("psql"));
-    command
-        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d"])
-        .arg(rig.pg.url("postgres", "postgres"))
-        .arg("-f")
-        .arg(&file)
-        .stdout(Stdio::null());
-    let mut psql = Process::spawn("psql", &mut command);
-    assert!(psql.wait_exit(DEADLINE).success(), "{}", printed.stdout);
-    let tables = "SELECT string_agg(tablename::text, ' ' ORDER BY tablename) FROM pg_publication_tables WHERE pubname = 'jetstream_outbox'";
-    assert_eq!(
-        rig.pg.scalar::<String>(tables).as_deref(),
-        Some("events_B events_a")
-    );
+    psql(&rig, printed.with(0));
+    assert_eq!(published(&rig).as_deref(), Some("events_B events_a"));
     on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
     check(&rig, &flags, &[]);
 

@@ -3,7 +3,7 @@
 use crate::command::{on, run, servers};
 use crate::rig::{DEADLINE, Rig, SLOT};
 use crate::support::process::Process;
-use crate::support::wait::eventually;
+use crate::support::wait::{eventually, secs};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -258,6 +258,38 @@ impl Watched {
             }
         }
     }
+}
+
+/// A machine that hangs, a network that swallows: nothing is refused, and nothing comes.
+#[test]
+fn watching_says_soon_that_a_server_does_not_answer() {
+    let rig = Rig::start();
+    let mut watched = Watched::start(&rig, &[]);
+    let figures = |line: &str| line == "lag      none: the slot has nothing to send";
+    watched.next("figures", figures);
+    let unknown = |line: &str| line.starts_with("unknown  ");
+    for server in ["NATS", "Postgres"] {
+        let start = Instant::now();
+        match server {
+            "NATS" => rig.nats.freeze(),
+            _ => rig.pg.freeze(),
+        }
+        let line = watched.next(server, unknown);
+        let waited = start.elapsed();
+        // it waits for 3 s, looks each second whether they have passed, and begins a second after the last look
+        assert!(waited < secs(8), "{waited:?}");
+        assert!(line.contains(": no answer within 3"), "{line}");
+        // again, by way of a new connection
+        let again = Instant::now();
+        watched.next(server, unknown);
+        assert!(again.elapsed() < secs(8), "{:?}", again.elapsed());
+        match server {
+            "NATS" => rig.nats.thaw(),
+            _ => rig.pg.thaw(),
+        }
+        watched.next(&format!("figures after {server} moves on"), figures);
+    }
+    watched.process.kill();
 }
 
 #[test]

@@ -2,8 +2,11 @@
 
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, UUID_SQL, counted, uuid};
 use crate::support::oracle::{Event, Expected};
+use crate::support::process::Process;
 use crate::support::wait::eventually;
 use postgres::Client;
+use std::io::Read;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -163,4 +166,65 @@ fn short_drains_with_hold_back_repeat_nothing() {
     let mut expected = Expected::new();
     expected.commit(0, (100..400).map(event));
     expected.check(&rig.messages()).assert_clean();
+}
+
+/// The number before the first `what`, without its thousands' commas.
+fn number_before(text: &str, what: &str) -> Option<u64> {
+    let (before, _) = text.split_once(what)?;
+    let number = before.rsplit(' ').next()?;
+    number.replace(',', "").parse().ok()
+}
+
+/// A person sees how far it is, how fast, and for how long still; a log file gets its lines and nothing to draw with.
+#[test]
+fn a_drain_on_a_terminal_draws_a_bar() {
+    let version = Command::new("script").arg("--version").output();
+    if !version.is_ok_and(|it| String::from_utf8_lossy(&it.stdout).contains("util-linux")) {
+        eprintln!("skipped: there is no script of util-linux here, which makes a terminal");
+        return;
+    }
+    const EVENTS: u64 = 20_000;
+    let rig = Rig::start();
+    commit_many(&mut rig.pg.client(), 1, EVENTS / 10, 10);
+    // one at a time, so that it takes long enough to be watched
+    let relay = format!(
+        "'{}' -drain -inflight 1 -db '{}' -nats '{}'",
+        env!("CARGO_BIN_EXE_jetstream-outbox"),
+        rig.pg.url("postgres", "postgres"),
+        rig.nats.url()
+    );
+    let mut command = Command::new("script");
+    command
+        .args(["-q", "-e", "-c", &relay, "/dev/null"])
+        .env("TERM", "xterm")
+        .stdout(Stdio::piped());
+    let mut process = Process::spawn("script", &mut command);
+    let mut stdout = process.child().stdout.take().expect("stdout is piped");
+    let terminal = thread::spawn(move || {
+        let mut drawn = Vec::new();
+        stdout.read_to_end(&mut drawn).map(|_| drawn)
+    });
+    let status = process.wait_exit(DEADLINE);
+    let drawn = terminal.join().expect("it reads").expect("a terminal");
+    let drawn = String::from_utf8_lossy(&drawn);
+    assert!(status.success(), "{drawn}");
+    let frames: Vec<&str> = (drawn.split(['\r', '\n']))
+        .filter(|line| line.contains(" % of the log, "))
+        .collect();
+    let tells = |frame: &&str| {
+        let number = |what| number_before(frame, what).unwrap_or_default();
+        number(" % of the log, ") < 100
+            && number(" events, ") > 0
+            && number("/s, ") > 0
+            && number("s left") > 0
+    };
+    assert!(frames.iter().any(tells), "{frames:#?}");
+    rig.wait_for_messages(EVENTS);
+
+    commit_many(&mut rig.pg.client(), EVENTS + 1, EVENTS / 40, 10);
+    let log = rig.drain(&["-inflight", "1"]);
+    assert_eq!(counted(&log, "published"), EVENTS / 4);
+    for line in &log {
+        assert!(line.starts_with("ts="), "{line}");
+    }
 }

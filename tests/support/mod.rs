@@ -14,6 +14,7 @@
 pub mod files;
 pub mod nats;
 pub mod natsclient;
+pub mod operator;
 pub mod oracle;
 pub mod ports;
 pub mod postgres;

@@ -467,6 +467,37 @@ impl Postgres {
         self.stop(Signal::QUIT);
     }
 
+    /// It ends when its last session does, and lets nobody in until then.
+    pub fn let_run_out(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    /// SIGSTOP to every process of the cluster: the connections stay open, the system still takes new ones, and
+    /// nothing moves.
+    pub fn freeze(&self) {
+        let postmaster = self.signal(Signal::STOP); // first, so that it forks no more while we look
+        for child in children_of(postmaster) {
+            send(child, Signal::STOP);
+        }
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        let postmaster = lock(&self.server).as_ref().map(Process::id);
+        for child in children_of(postmaster.expect("the server is running")) {
+            send(child, Signal::CONT);
+        }
+        self.signal(Signal::CONT);
+    }
+
+    /// To the postmaster, whose process id it tells.
+    fn signal(&self, signal: Signal) -> u32 {
+        let mut server = lock(&self.server);
+        let process = server.as_mut().expect("the server is running");
+        process.signal(signal);
+        process.id()
+    }
+
     fn stop(&self, signal: Signal) {
         let mut server = lock(&self.server);
         if let Some(process) = server.as_mut() {

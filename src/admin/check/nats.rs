@@ -3,6 +3,8 @@
 //! A permission is tried by doing what needs it, in a form that JetStream must refuse: a publish that expects its
 //! subject to have been stored last at a sequence that no stream reaches.
 
+mod account;
+
 use super::finding::{Finding, fail, ok, warn};
 use super::postgres::is_local;
 use crate::admin::bus::Bus;
@@ -15,6 +17,7 @@ use crate::jetstream::resume::OUTBOX_POSITION;
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, Error};
 use crate::outbox::position::SourcePosition;
+use account::Account;
 use serde::Deserialize;
 
 /// No stream reaches it, and every JSON reader and server holds it.
@@ -57,36 +60,6 @@ struct Facts {
     park: Option<Park>,
     /// `None`: not asked, as the API does not answer.
     account: Option<Result<Account, String>>,
-}
-
-/// What the account holds, and may hold: `$JS.API.INFO`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-struct Account {
-    /// Bytes in files.
-    storage: u64,
-    streams: i64,
-    limits: Limits,
-}
-
-/// −1: no limit. An account with limits by number of replicas (`tiers`) tells none here.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-struct Limits {
-    max_storage: i64,
-    max_streams: i64,
-    /// A stream without `max_bytes` is refused.
-    max_bytes_required: bool,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
-            max_storage: -1,
-            max_streams: -1,
-            max_bytes_required: false,
-        }
-    }
 }
 
 /// Where events are parked.
@@ -132,11 +105,12 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
     let facts = match Bus::connect(&config.nats) {
         Ok(mut bus) => read(&mut bus, config, &mut past),
         Err(error) => {
+            let error = crate::admin::Error::Nats(error);
             let finding = fail(
                 "nats.connection",
                 error.to_string(),
                 "the relay connects the same way",
-                "correct -nats or what it names",
+                error.mend(),
             );
             return (vec![finding], past);
         }
@@ -149,8 +123,18 @@ type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
 const JUDGES: [Judge; 12] = [
-    connection, encryption, jetstream, account, streams, settings, retention, window, publish,
-    read_tail, checkpoint, parking,
+    connection,
+    encryption,
+    jetstream,
+    account::judge,
+    streams,
+    settings,
+    retention,
+    window,
+    publish,
+    read_tail,
+    checkpoint,
+    parking,
 ];
 
 fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
@@ -193,75 +177,6 @@ fn jetstream(facts: &Facts, config: &Config) -> Vec<Finding> {
             },
         ),
     }]
-}
-
-/// Whether the account has room for what comes, and for what is still to be created.
-fn account(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "nats.account";
-    let account = match &facts.account {
-        None => return Vec::new(),
-        // the relay does without, so it is no reason to ask for the permission
-        Some(Err(error)) => {
-            return vec![ok(
-                NAME,
-                format!("its limits are not told to this user: {error}"),
-            )];
-        }
-        Some(Ok(account)) => account,
-    };
-    let limits = &account.limits;
-    let wanted = i64::from(facts.streams.as_ref().is_ok_and(Vec::is_empty))
-        + i64::from(facts.park == Some(Park::Missing));
-    let missing = wanted + i64::from(facts.bucket == Bucket::Missing);
-    // without the bucket the relay goes on
-    let judge = |found: String, why: &str, fix: &str| match wanted {
-        0 => warn(NAME, found, why, fix),
-        _ => fail(NAME, found, why, fix),
-    };
-    let mut findings = Vec::new();
-    if missing > 0 && limits.max_streams >= 0 && account.streams + missing > limits.max_streams {
-        findings.push(judge(
-            format!(
-                "{} of {} streams are taken, and {missing} more must be created (a bucket is a stream)",
-                account.streams, limits.max_streams
-            ),
-            "JetStream refuses to create them",
-            "raise max_streams of the account, or delete a stream that nobody needs",
-        ));
-    }
-    if missing > 0 && limits.max_bytes_required {
-        findings.push(judge(
-            "the account asks for max_bytes of each stream (max_bytes_required)".to_string(),
-            "setup and the relay create streams without it, which JetStream refuses",
-            "create them with the nats tool and --max-bytes, as setup -print-nats has them otherwise",
-        ));
-    }
-    let most = u64::try_from(limits.max_storage).ok();
-    if let Some(most) = most.filter(|most| account.storage > most / 10 * 8) {
-        findings.push(warn(
-            NAME,
-            format!("its files take {} of {}", bytes(account.storage), bytes(most)),
-            "at the limit JetStream refuses events, and the relay waits while Postgres keeps the log",
-            "raise max_file of the account, or let its streams drop what is old: nats stream edit ... --max-age=...",
-        ));
-    }
-    if findings.is_empty() {
-        let limit = |limit: i64, text: &dyn Fn(u64) -> String| match u64::try_from(limit) {
-            Ok(limit) => text(limit),
-            Err(_) => "no limit".into(),
-        };
-        findings.push(ok(
-            NAME,
-            format!(
-                "{} in files of {}, {} streams of {}",
-                bytes(account.storage),
-                limit(limits.max_storage, &bytes),
-                account.streams,
-                limit(limits.max_streams, &|limit| limit.to_string())
-            ),
-        ));
-    }
-    findings
 }
 
 fn streams(facts: &Facts, config: &Config) -> Vec<Finding> {

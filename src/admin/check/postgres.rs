@@ -3,6 +3,8 @@
 //! Sources: the manual's chapters on logical decoding and on logical replication's restrictions, and the
 //! system views its facts are read from.
 
+mod disk;
+
 use super::finding::{Finding, fail, ok, warn};
 use crate::admin::database::{Access, Database};
 use crate::admin::statements::{
@@ -13,6 +15,7 @@ use crate::admin::{Error, bytes};
 use crate::config::Config;
 use crate::outbox::mapping::TableName;
 use crate::postgres::Lsn;
+use disk::Disk;
 use std::collections::BTreeMap;
 
 /// The oldest server the relay works with.
@@ -20,7 +23,9 @@ const OLDEST: u32 = 120_000;
 /// pgoutput sends messages since.
 const MESSAGES: u32 = 140_000;
 /// A backlog of log that an operator should know of, when nothing bounds it.
-const MUCH_LOG: i64 = 1 << 30;
+const MUCH_LOG: u64 = 1 << 30;
+/// What bounds the log that a slot holds, in MB; from 13 on.
+const KEEP_SIZE: &str = "max_slot_wal_keep_size";
 /// Less than this ends sessions that are healthy but slow, in milliseconds.
 const SHORT_TIMEOUT_MS: i64 = 10_000;
 
@@ -48,6 +53,8 @@ struct Facts {
     named: Vec<Named>,
     publication: Option<Publication>,
     slot: Option<Slot>,
+    /// Of the log; `None` where it cannot be looked at.
+    disk: Option<Disk>,
     /// Active physical slots: standbys that follow.
     standbys: Vec<String>,
 }
@@ -129,14 +136,14 @@ fn unreachable(error: &Error) -> Finding {
         "postgres.connection",
         error.to_string(),
         "the relay connects the same way",
-        error.remedy(),
+        error.mend(),
     )
 }
 
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 19] = [
+const JUDGES: [Judge; 20] = [
     connection,
     encryption,
     standby,
@@ -154,6 +161,7 @@ const JUDGES: [Judge; 19] = [
     slot,
     slot_log,
     retained,
+    disk::judge,
     publication_age,
     failover,
 ];
@@ -741,17 +749,15 @@ fn retained(facts: &Facts, config: &Config) -> Vec<Finding> {
     let Some(held) = facts.slot.as_ref().and_then(|slot| slot.retained_bytes) else {
         return Vec::new();
     };
-    let found = format!(
-        "slot {} holds {} of log",
-        config.slot,
-        bytes(held.max(0) as u64)
-    );
-    // in MB, from 13 on; -1: no bound
-    let bound = match facts.number("max_slot_wal_keep_size") {
-        megabytes @ 0.. if facts.settings.contains_key("max_slot_wal_keep_size") => {
-            Some(megabytes << 20)
+    let held = held.max(0) as u64;
+    let found = format!("slot {} holds {} of log", config.slot, bytes(held));
+    let bound = facts.log_bound();
+    let by = match bound {
+        Some(bound) => format!("max_slot_wal_keep_size bounds it at {}", bytes(bound)),
+        None if facts.settings.contains_key(KEEP_SIZE) => {
+            "nothing but the disk bounds it (max_slot_wal_keep_size is -1)".into()
         }
-        _ => None,
+        None => "nothing but the disk bounds it".into(),
     };
     let fix = "start the relay and see with status that it catches up; if it is given up for good, run teardown";
     vec![match bound {
@@ -759,18 +765,13 @@ fn retained(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!(
                 "{found}, more than half of max_slot_wal_keep_size, {}",
-                bytes(bound as u64)
+                bytes(bound)
             ),
             "a slot that holds more loses events",
             fix,
         ),
-        None if held > MUCH_LOG => warn(
-            NAME,
-            found,
-            "nothing bounds it (max_slot_wal_keep_size is -1), and it can fill the disk",
-            fix,
-        ),
-        _ => ok(NAME, found),
+        None if held > MUCH_LOG => warn(NAME, found, by, fix),
+        _ => ok(NAME, format!("{found}; {by}")),
     }]
 }
 
@@ -849,6 +850,13 @@ impl Facts {
     fn number(&self, name: &str) -> i64 {
         self.setting(name).parse().unwrap_or_default()
     }
+
+    /// How much log the slot may hold, in bytes; `None`: no bound.
+    fn log_bound(&self) -> Option<u64> {
+        let megabytes: i64 = self.setting(KEEP_SIZE).parse().ok()?;
+        let megabytes = u64::try_from(megabytes).ok()?;
+        megabytes.checked_mul(1 << 20)
+    }
 }
 
 fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
@@ -866,7 +874,7 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
         "read the settings",
         "SELECT name, setting FROM pg_catalog.pg_settings WHERE name IN ('wal_level', 'max_replication_slots', \
          'max_wal_senders', 'wal_sender_timeout', 'max_slot_wal_keep_size', 'synchronized_standby_slots', \
-         'idle_replication_slot_timeout')",
+         'idle_replication_slot_timeout', 'data_directory')",
         &[],
     )?;
     facts.settings = settings
@@ -880,8 +888,8 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
          (SELECT count(*) FROM pg_catalog.pg_stat_replication), \
          (SELECT system_identifier FROM pg_catalog.pg_control_system()), \
          (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()), \
-         (SELECT confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1) \
-         FROM pg_catalog.pg_roles WHERE rolname = current_user",
+         (SELECT confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1), \
+         pg_catalog.pg_backend_pid() FROM pg_catalog.pg_roles WHERE rolname = current_user",
         &[&config.slot],
     )?;
     if let Some(row) = server {
@@ -897,6 +905,8 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
             timeline: timeline as u32,
             confirmed: log.2.and_then(|lsn| lsn.parse().ok()),
         });
+        // a role that may not know it does not see the setting
+        facts.disk = disk::look(&facts.peer, row.get(8), facts.setting("data_directory"));
     }
     let database_row = database.row(
         "look at the database",

@@ -240,6 +240,14 @@ impl ConnInfo {
         }
     }
 
+    /// The same for somebody who waits no longer than this for a connection, also if `connect_timeout` allows more.
+    pub fn connecting_within(&self, limit: Duration) -> ConnInfo {
+        ConnInfo {
+            connect_timeout: Some(self.connect_timeout.map_or(limit, |given| given.min(limit))),
+            ..self.clone()
+        }
+    }
+
     /// The password stood in the connection string itself, where `ps` and shell histories show it.
     pub fn has_password_inline(&self) -> bool {
         self.password_inline

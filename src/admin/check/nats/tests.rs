@@ -252,6 +252,106 @@ fn the_streams() {
     );
 }
 
+/// As nats-server answers for an account without limits, with one set of them, and with tiers.
+#[test]
+fn the_account() {
+    use Level::{Fail, Ok, Warn};
+    let tiers = |r1: u32, r1_streams: u32, r3: u32| {
+        format!(
+            r#"{{"storage":{0},"streams":{r1_streams},"limits":{{"max_storage":0,"max_streams":0}},"tiers":{{
+            "R1":{{"storage":{r1},"streams":{r1_streams},"limits":{{"max_storage":100,"max_streams":2}}}},
+            "R3":{{"storage":{r3},"streams":1,"limits":{{"max_storage":100,"max_streams":1}}}}}}}}"#,
+            r1 + r3
+        )
+    };
+    let one = |storage: u32| {
+        format!(
+            r#"{{"storage":{storage},"streams":2,"limits":{{"max_storage":100,"max_streams":2}}}}"#
+        )
+    };
+    let none = r#"{"storage":7,"streams":2,"limits":{"max_storage":-1,"max_streams":-1}}"#;
+    for (answer, bucket, streams, level, part) in [
+        (
+            none.into(),
+            true,
+            true,
+            Ok,
+            "7 bytes in files of no limit, 2 streams of no limit",
+        ),
+        (
+            one(80),
+            true,
+            true,
+            Ok,
+            "80 bytes in files of 100 bytes, 2 streams of 2",
+        ),
+        (
+            one(81),
+            true,
+            true,
+            Warn,
+            "its files take 81 bytes of 100 bytes",
+        ),
+        (
+            one(80),
+            false,
+            true,
+            Warn,
+            "2 of 2 streams are taken, and 1 more",
+        ),
+        (
+            one(80),
+            false,
+            false,
+            Fail,
+            "2 of 2 streams are taken, and 2 more",
+        ),
+        (
+            tiers(80, 1, 240),
+            false,
+            true,
+            Ok,
+            "tier R1: 80 bytes in files of 100 bytes, 1 streams of 2; tier R3: 240 bytes in files of 300 bytes, 1 streams of 1",
+        ),
+        (
+            tiers(81, 1, 0),
+            true,
+            true,
+            Warn,
+            "tier R1: its files take 81 bytes of 100 bytes",
+        ),
+        (
+            tiers(0, 1, 241),
+            true,
+            true,
+            Warn,
+            "tier R3: its files take 241 bytes of 300 bytes",
+        ),
+        (
+            tiers(0, 1, 0),
+            false,
+            false,
+            Fail,
+            "tier R1: 1 of 2 streams; tier R3: 1 of 1 streams are taken, and 2 more",
+        ),
+    ] {
+        let mut facts = good();
+        facts.account = Some(Result::Ok(serde_json::from_str(&answer).unwrap()));
+        if !bucket {
+            facts.bucket = Bucket::Missing;
+        }
+        if !streams {
+            facts.streams = Result::Ok(Vec::new());
+        }
+        let findings = account::judge(&facts, &config(&[]));
+        let [finding] = findings.as_slice() else {
+            panic!("{findings:?}");
+        };
+        assert_eq!(finding.level, level, "{finding}");
+        assert!(finding.found.starts_with(part), "{finding}");
+    }
+}
+
 #[test]
 fn permissions() {
     use Level::{Fail, Ok, Warn};

@@ -500,7 +500,7 @@ fn the_slot() {
     check(
         Warn,
         "postgres.retained_log",
-        &["1.1 GB", "fill the disk"],
+        &["1.1 GB", "nothing but the disk"],
         |f| slot(f).retained_bytes = Some((1 << 30) + 1),
     );
     check(
@@ -512,10 +512,6 @@ fn the_slot() {
             slot(f).retained_bytes = Some((50 << 20) + 1);
         },
     );
-    check(Ok, "", &["holds 52.4 MB"], |f| {
-        set(f, "max_slot_wal_keep_size", "100");
-        slot(f).retained_bytes = Some(50 << 20);
-    });
     check(
         Warn,
         "postgres.failover",
@@ -537,6 +533,83 @@ fn the_slot() {
             set(f, "synchronized_standby_slots", "sb, gone");
         },
     );
+}
+
+#[test]
+fn the_log_and_its_bound_are_told() {
+    use Level::Ok;
+    check(
+        Ok,
+        "",
+        &["holds 1.0 kB of log; nothing but the disk bounds it (max_slot_wal_keep_size is -1)"],
+        |_| {},
+    );
+    check(Ok, "", &["of log; nothing but the disk bounds it\n"], |f| {
+        f.settings.remove("max_slot_wal_keep_size");
+    });
+    check(
+        Ok,
+        "",
+        &["holds 52.4 MB of log; max_slot_wal_keep_size bounds it at 104.9 MB"],
+        |f| {
+            set(f, "max_slot_wal_keep_size", "100");
+            slot(f).retained_bytes = Some(50 << 20);
+        },
+    );
+}
+
+/// The file system of the log, of which so much is free.
+fn disk(facts: &mut Facts, free: u64, size: u64) {
+    facts.disk = Some(Disk {
+        folder: "/data/pg_wal".into(),
+        free,
+        size,
+    });
+}
+
+#[test]
+fn the_disk() {
+    use Level::{Ok, Warn};
+    const NAME: &str = "postgres.disk";
+    let parts = [
+        "ok    postgres.disk",
+        "5 bytes of 100 bytes are free at /data/pg_wal\n",
+    ];
+    check(Ok, "", &parts, |f| {
+        slot(f).retained_bytes = Some(5);
+        disk(f, 5, 100);
+    });
+    check(Warn, NAME, &["less than 5 %", "run teardown"], |f| {
+        slot(f).retained_bytes = None;
+        disk(f, 4, 100);
+    });
+    let parts = [
+        "and slot jetstream_outbox holds 1.0 kB of log",
+        "nothing bounds",
+    ];
+    check(Warn, NAME, &parts, |f| disk(f, 999, 1000));
+    let bounded = |held: i64, free: u64| {
+        move |f: &mut Facts| {
+            set(f, "max_slot_wal_keep_size", "100");
+            slot(f).retained_bytes = Some(held << 20);
+            disk(f, free << 20, 1000 << 20);
+        }
+    };
+    // what is held already is not free any more, and not taken a second time
+    check(Ok, "", &["62.9 MB of 1.0 GB are free"], bounded(50, 60));
+    check(Ok, "", &[], bounded(50, 50));
+    let parts = [
+        "less than the 62.9 MB that slot jetstream_outbox may still take",
+        "max_slot_wal_keep_size = '65MB'",
+    ];
+    check(Warn, NAME, &parts, bounded(40, 51));
+}
+
+/// Behind a tunnel there may be the same path, and even a process of that number.
+#[test]
+fn another_machine_s_disk_is_not_looked_at() {
+    let ours = std::process::id() as i32;
+    assert_eq!(disk::look("127.0.0.1:5432", ours, "/"), None);
 }
 
 #[test]
