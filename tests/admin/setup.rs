@@ -565,7 +565,9 @@ fn permitting(config: &str, requests: &[&str]) -> Nats {
 fn psql(rig: &Rig, statements: &str) {
     let file = rig.nats.dir().join("setup.sql");
     std::fs::write(&file, statements).expect("write the statements");
-    let mut command = Command::new(Postgres::bin().join("psql"));
+    let own = Postgres::bin().join("psql");
+    // some distributions of the server come without it
+    let mut command = Command::new(if own.exists() { own } else { "psql".into() });
     command
         .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d"])
         .arg(rig.pg.url("postgres", "postgres"))
