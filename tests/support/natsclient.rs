@@ -4,6 +4,7 @@
 //! (<https://docs.nats.io/reference/reference-protocols/nats-protocol>) and as much of the JetStream API as
 //! tests ask for. No TLS: a server that demands it can be given `allow_non_tls: true`.
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::{Value, json};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -328,6 +329,15 @@ impl NatsClient {
         self.stream_info(stream)["state"]["last_seq"]
             .as_u64()
             .expect("a sequence")
+    }
+
+    /// The checkpoint of the slot that tests use, once there is one. A consumer that reads a bucket to its end can miss a
+    /// value that is replaced meanwhile.
+    pub fn checkpoint(&mut self) -> Option<Value> {
+        let last = json!({ "last_by_subj": "$KV.jetstream_outbox.jetstream_outbox" });
+        let found = self.try_api("STREAM.MSG.GET.KV_jetstream_outbox", &last);
+        let value = BASE64_STANDARD.decode(found.ok()?["message"]["data"].as_str()?);
+        serde_json::from_slice(&value.expect("base64")).expect("JSON")
     }
 
     /// Publishes into a stream and answers the acknowledgement (`stream`, `seq`, `duplicate`) or its `error`.
