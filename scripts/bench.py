@@ -35,6 +35,8 @@ PAYLOAD_BYTES = 300
 LARGE_PAYLOAD = 900_000
 # what the relay has to reach of pg_recvlogical's rate, by events per transaction
 OF_THE_WALSENDER = {"all operations": {1: 1.1, 10: 1.0, 1000: 0.9}, "inserts only": {1: 1.0, 10: 0.8, 1000: 0.65}}
+# one way; through a proxy, as few kernels of virtual machines have netem
+DELAY_MS = 3
 PUBLICATIONS = {"all operations": "every", "inserts only": "inserts"}
 
 
@@ -337,11 +339,12 @@ class Nats:
 class Relay:
     """The program under test: one process on a slot of its own."""
 
-    def __init__(self, bench, nats, publication, slot="relay", prefix="events", extra=()):
+    def __init__(self, bench, nats, publication, slot="relay", prefix="events", extra=(), ports=None):
         self.started = time.time()
+        postgres_port, nats_port = ports or (bench.postgres.port, nats.port)
         command = [
-            bench.binary, "-db", f"postgres://postgres@127.0.0.1:{bench.postgres.port}/postgres", "-nats",
-            f"nats://127.0.0.1:{nats.port}", "-slot", slot, "-publication", publication, "-prefix", prefix, "-logging",
+            bench.binary, "-db", f"postgres://postgres@127.0.0.1:{postgres_port}/postgres", "-nats",
+            f"nats://127.0.0.1:{nats_port}", "-slot", slot, "-publication", publication, "-prefix", prefix, "-logging",
             "warn", *extra,
         ]
         self.log = bench.root / f"{slot}.log"
@@ -420,13 +423,15 @@ class Bench:
                 raise RuntimeError(f"message {i} is not event {i}: {subject} {head!r}")
         self.verified += count
 
-    def drain(self, publication, count, payload=PAYLOAD_BYTES, resume=False):
-        """One trial: from the relay's start to the time at which JetStream stored the last event."""
+    def drain(self, publication, count, payload=PAYLOAD_BYTES, resume=False, delays=None):
+        """One trial: from the relay's start to the time at which JetStream stored the last event. `delays`: ms to
+        Postgres and to NATS."""
         nats = self.nats()
         nats.add_stream(STREAM, "events")
         self.postgres.copy_slot("relay")
         before = cpu_of_tree(self.postgres.process.pid)
-        relay = Relay(self, nats, publication)
+        proxies = [self.proxy(*way) for way in zip((self.postgres.port, nats.port), delays or ())]
+        relay = Relay(self, nats, publication, ports=[port for _, port in proxies])
         state = self.wait_for(nats, relay, STREAM, count)
         peak = peak_mb(relay.process.pid)
         cpu = relay.stop()
@@ -439,7 +444,10 @@ class Bench:
             "rate": count / wall, "cpu": cpu * 1e5 / count, "rss": peak,
             "pg_cpu": pg_cpu * 1e5 / count, "nats_cpu": nats_cpu * 1e5 / count,
             "first": seconds_of(state["first_ts"]) - relay.started,
+            "flow": count / (seconds_of(state["last_ts"]) - seconds_of(state["first_ts"]) or math.inf),
         }
+        for process, _ in proxies:
+            end(process)
         if resume:
             self.postgres.copy_slot("relay")
             relay = Relay(self, nats, publication, extra=("-drain",))
@@ -451,6 +459,12 @@ class Bench:
         self.postgres.drop_slot("relay")
         nats.stop()
         return result
+
+    def proxy(self, port, delay_ms):
+        """The process, and the port behind which everything takes so long."""
+        command = [self.options.tools / "delay_proxy", f"127.0.0.1:{port}", str(delay_ms)]
+        process = spawn(command, stdout=subprocess.PIPE, text=True)
+        return process, int(process.stdout.readline())
 
     def pg_recvlogical(self, publication, count):
         self.postgres.copy_slot("limit")
@@ -467,7 +481,7 @@ class Bench:
 
     def raw_publisher(self, count, *extra):
         nats = self.nats()
-        command = [self.options.raw_publisher, f"127.0.0.1:{nats.port}", "--events", str(count), *extra]
+        command = [self.options.tools / "raw_publisher", f"127.0.0.1:{nats.port}", "--events", str(count), *extra]
         process = spawn(command, stdout=subprocess.PIPE, text=True)
         line = process.stdout.read()
         LIVE.remove(process)
@@ -532,6 +546,10 @@ class Bench:
         self.row("start to the first event stored", f"{took:.0f} ms")
         self.claim("start to the first event stored, ms", took, most=50)
 
+    def latencies(self):
+        self.latency(200, 1, p50=0.24, p99=0.40)
+        self.latency(100, 40, p50=1.0, p99=3.0)
+
     def latency(self, rate, per_transaction, p50, p99):
         """From the return of COMMIT to the time at which JetStream stored the event; then idle wake-ups."""
         nats = self.nats()
@@ -588,6 +606,23 @@ class Bench:
         woken = (switches() - before) / self.options.idle_seconds
         self.row("idle", f"{woken:.1f} wake-ups a second", "all threads")
         self.claim("idle wake-ups a second, all threads", woken, most=5, margin=0)
+
+    def distances(self):
+        """Far servers: the flow from the first to the last event, as the start takes dozens of round trips."""
+        count = self.options.events
+        self.postgres.backlog(count, 10, PAYLOAD_BYTES)
+        ways = {"": (0, 0), "to NATS": (0, DELAY_MS), "to Postgres": (DELAY_MS, 0), "to both": (DELAY_MS, DELAY_MS)}
+        trials = {name: [] for name in ways}
+        for _ in range(self.options.rounds):
+            for name, delays in ways.items():
+                trials[name].append(self.drain("every", count, delays=delays)["flow"])
+        for name, flows in trials.items():
+            if name:
+                share = statistics.median(far / near for far, near in zip(flows, trials[""]))
+                self.row(f"{DELAY_MS} ms each way {name}", f"{statistics.median(flows):,.0f}/s", f"ratio {share:.2f}")
+                self.claim(f"rate with {DELAY_MS} ms each way {name}, of that without", share, least=0.9)
+            else:
+                self.row("through a proxy without delay", f"{statistics.median(flows):,.0f}/s")
 
     def payloads(self):
         """What an event costs as it grows."""
@@ -745,7 +780,9 @@ def parse():
     parser.add_argument("--margin", type=float, default=0.15, help=margin)
     parser.add_argument("--out", default=None, help="where the plots go (target/bench)")
     parser.add_argument("--relay", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--raw-publisher", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--tools", required=True, type=pathlib.Path, help=argparse.SUPPRESS)
+    parts = ["start", "rates", "latency", "distances", "payloads", "transaction", "relays", "backlogs"]
+    parser.add_argument("--only", choices=parts, help="one part, without the plots")
     options = parser.parse_args()
     quick = options.quick
     options.events = options.events or (40_000 if quick else 200_000)
@@ -761,15 +798,22 @@ def parse():
 
 
 def run(bench, folder):
-    bench.start()
-    bench.rates()
-    bench.latency(200, 1, p50=0.24, p99=0.40)
-    bench.latency(100, 40, p50=1.0, p99=3.0)
-    bench.payloads()
-    bench.large_transaction()
-    bench.relays()
-    bench.backlogs()
-    bench.plots(folder)
+    parts = {
+        "start": bench.start,
+        "rates": bench.rates,
+        "latency": bench.latencies,
+        "distances": bench.distances,
+        "payloads": bench.payloads,
+        "transaction": bench.large_transaction,
+        "relays": bench.relays,
+        "backlogs": bench.backlogs,
+    }
+    only = bench.options.only
+    for name, part in parts.items():
+        if only in (None, name):
+            part()
+    if not only:
+        bench.plots(folder)
 
 
 def report(bench, described):
@@ -788,7 +832,7 @@ def report(bench, described):
 
 def main():
     options = parse()
-    folder = pathlib.Path(options.out or f"{pathlib.Path(options.raw_publisher).parent}")
+    folder = pathlib.Path(options.out or options.tools)
     folder.mkdir(parents=True, exist_ok=True)
     described = machine()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
