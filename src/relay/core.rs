@@ -722,9 +722,11 @@ impl Core {
         self.reached = self.reached.max(lsn);
     }
 
-    /// The checkpoint can no longer be written.
-    pub fn has_no_checkpoint(&mut self) {
-        self.checkpoint = false;
+    /// The checkpoint can no longer be written. What it was to hold next may have been acknowledged only now.
+    pub fn has_no_checkpoint(&mut self, now: Instant) {
+        if std::mem::take(&mut self.checkpoint) {
+            self.youngest = Some(now);
+        }
     }
 
     /// The checkpoint holds `marks` now.
@@ -763,7 +765,23 @@ impl Core {
                 aged.map_or(Lsn::INVALID, |aged| aged.commit_lsn)
             });
             self.proven = aged.min().unwrap_or_default();
+        } else if let Some(aged) = self.aged_at_most() {
+            self.proven = self.proven.min(aged);
         }
+    }
+
+    /// Up to where every event is old enough, where a stream's end shows that not all are. The checkpoint may have lost
+    /// that what it says ripens was lost and published again.
+    fn aged_at_most(&self) -> Option<Lsn> {
+        let streams = self.routed.iter().filter_map(|i| self.streams.get(*i));
+        let aged = streams.filter_map(|stream| {
+            // one that is consumed away, and one whose events may be younger than their positions tell, show nothing
+            let end = stream.tail.stored.as_ref()?;
+            let shows = end.id.is_some() && !(stream.shared && stream.replicas > 1);
+            let aged = stream.aged.unwrap_or_default();
+            (shows && aged < end.position).then_some(aged.commit_lsn)
+        });
+        aged.min()
     }
 
     /// Takes the next changes of the copy stream.

@@ -600,7 +600,7 @@ impl<'a> Publisher<'a> {
         let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
         self.core.has_reached(reached.unwrap_or_default());
         if !self.store.is_kept() {
-            self.core.has_no_checkpoint();
+            self.core.has_no_checkpoint(Instant::now());
         }
         let joined = found.join(self.config, self.lineage, |stream| {
             self.core.last_known(stream)

@@ -771,7 +771,20 @@ impl World {
     }
 
     fn rejoin(&mut self) -> Outcome {
+        let needed = match self.kind {
+            Kind::Consumed | Kind::Purged | Kind::SlotMoved | Kind::Foreign => true,
+            Kind::Rollback | Kind::BucketBack | Kind::ReusedIds | Kind::Failover => false,
+        };
+        if !needed && self.bucket_fails(60) {
+            trace!(self, "the bucket may no longer be used");
+            self.store.forbid();
+        }
         let Opened { marks, went_back } = self.open_bucket().unwrap_or_default();
+        if !self.store.is_kept()
+            && let Some(session) = &mut self.session
+        {
+            session.core.has_no_checkpoint(self.now);
+        }
         if let Some(session) = &mut self.session {
             if went_back && self.off != Some(Rule::CheckpointBack) {
                 session.core.checkpoint_went_back();
