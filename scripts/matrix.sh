@@ -24,8 +24,8 @@ run() {
   # tests that say in their #[ignore] that they need it
   at_least 17 "$postgres" && options+=(--include-ignored)
   at_least 18 "$postgres" || options+=(--skip an_idle_slot_is_given_up)
-  # a lifetime that the server cannot read is refused by those that know lifetimes
-  at_least 2.11 "$nats" || options+=(--skip an_event_whose_lifetime --skip an_event_that_is_refused_is_parked --skip nothing_passes_a_parked)
+  # lifetimes need 2.11, and with exactly-once 2.12
+  at_least 2.12 "$nats" || options+=(--skip an_event_whose_lifetime --skip an_event_that_is_refused_is_parked --skip nothing_passes_a_parked)
   # replicated streams need 2.12 (the relay refuses them on older ones)
   at_least 2.12 "$nats" || options+=(--skip faults_cluster::)
   say "Postgres $postgres, nats-server $nats"
@@ -35,7 +35,7 @@ run() {
   passed=$(grep -c '^test .* \.\.\. ok$' "$log") || true
   failed=$(grep -c '^test .* \.\.\. FAILED$' "$log") || true
   names=$(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log" | paste -sd ' ')
-  at_least 2.11 "$nats" || names="${names:+$names }(lifetimes left out)"
+  at_least 2.12 "$nats" || names="${names:+$names }(lifetimes left out)"
   at_least 2.12 "$nats" || names="${names:+$names }(faults_cluster left out)"
   at_least 17 "$postgres" || names="${names:+$names }(synchronized slots left out)"
   # also when the test program ended without a word

@@ -8,6 +8,7 @@ use crate::cli::{Cli, PROGRAM};
 use crate::exit::Exit;
 use crate::jetstream::Delivery;
 use crate::jetstream::options::{Options, parse_servers};
+use crate::jetstream::preflight::Wanted;
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
 use crate::outbox::header::is_schedule;
 use crate::outbox::mapping::{Mapping, TableMapping};
@@ -162,6 +163,14 @@ impl ConfigError {
 }
 
 impl Config {
+    /// What the streams have to be fit for.
+    pub fn wanted(&self) -> Wanted {
+        Wanted {
+            delivery: self.delivery,
+            lifetimes: self.mapping.has_header("Nats-TTL"),
+        }
+    }
+
     /// Puts flags, environment and defaults together. `env` looks a variable up.
     pub fn load(cli: Cli, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
         let from = Sources { env };

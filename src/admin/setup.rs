@@ -13,8 +13,7 @@ use super::{Error, say};
 use crate::config::Config;
 use crate::config::operation::Setup;
 use crate::exit::Exit;
-use crate::jetstream::Delivery;
-use crate::jetstream::preflight::preflight;
+use crate::jetstream::preflight::{Wanted, preflight};
 use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, matches};
 use crate::outbox::mapping::TableName;
@@ -134,7 +133,7 @@ fn streams(
     for stream in &found {
         let subjects = stream.config.subjects.join(", ");
         let what = format!("stream {} of {subjects}", stream.config.name);
-        let mut differences = stream_differences(stream, &bus.info, config.delivery, how);
+        let mut differences = stream_differences(stream, &bus.info, config.wanted(), how);
         if found.len() == 1 && !whole(stream) {
             differences.push(format!(
                 "it does not capture all of {wanted}; an event of another subject stops the relay until a stream captures it"
@@ -159,10 +158,10 @@ fn captures_all(patterns: &[String], wanted: &str) -> bool {
 fn stream_differences(
     stream: &StreamInfo,
     server: &ServerInfo,
-    delivery: Delivery,
+    wanted: Wanted,
     how: &Setup,
 ) -> Vec<String> {
-    let found = preflight(stream, server, delivery);
+    let found = preflight(stream, server, wanted);
     let mut differences: Vec<String> = found.refused.into_iter().chain(found.warnings).collect();
     let config = &stream.config;
     let seconds = |nanos: i64| format!("{}s", nanos as f64 / 1e9);
@@ -229,7 +228,7 @@ fn parked(
             duplicate_window: None,
             ..how.clone()
         };
-        let differences = stream_differences(stream, &bus.info, config.delivery, &how);
+        let differences = stream_differences(stream, &bus.info, config.wanted(), &how);
         return report.tell(&what, Outcome::Found(differences));
     }
     let name = park_stream(how);

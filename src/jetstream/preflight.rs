@@ -6,6 +6,18 @@ use super::streams::{StreamConfig, StreamInfo};
 
 /// The first release whose replicated streams neither answer false duplicates nor poison refused ids.
 const REPLICATED: (u32, u32) = (2, 12);
+/// The first release that still knows its last sequence after it has refused a lifetime. 2.11 counts the refused
+/// message, so the next one passes the fence (measured: 2.11.11).
+const LIFETIMES: (u32, u32) = (2, 12);
+
+/// What the streams are wanted for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// What is promised.
+    pub delivery: Delivery,
+    /// Events bear a `Nats-TTL` that was in the row.
+    pub lifetimes: bool,
+}
 
 /// What the configuration of a stream means.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,17 +29,17 @@ pub struct Preflight {
 }
 
 /// Judges a stream on a server.
-pub fn preflight(info: &StreamInfo, server: &ServerInfo, delivery: Delivery) -> Preflight {
+pub fn preflight(info: &StreamInfo, server: &ServerInfo, wanted: Wanted) -> Preflight {
     Preflight {
-        refused: refusal(&info.config, server, delivery)
+        refused: refusal(&info.config, server, wanted)
             .map(|why| format!("check the stream: {} {why}", info.config.name)),
-        warnings: warnings(&info.config, server, delivery),
+        warnings: warnings(&info.config, server, wanted.delivery),
     }
 }
 
 /// Why it cannot carry the promises, and what to do.
-fn refusal(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> Option<String> {
-    let exactly_once = delivery == Delivery::ExactlyOnce;
+fn refusal(config: &StreamConfig, server: &ServerInfo, wanted: Wanted) -> Option<String> {
+    let exactly_once = wanted.delivery == Delivery::ExactlyOnce;
     let transform = config.subject_transform.as_ref();
     if config.no_ack {
         return Some("acknowledges nothing (no_ack), so nothing can be known to be stored; set no_ack to false".into());
@@ -56,6 +68,18 @@ fn refusal(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> Op
         return Some(format!(
             "is replicated on nats-server {}, which answers false duplicates (2.10) and blocks refused ids (2.10, 2.11); \
              upgrade the servers to 2.12, use one replica, or pass -delivery at-least-once",
+            server.version
+        ));
+    }
+    if exactly_once
+        && wanted.lifetimes
+        && config.allow_msg_ttl
+        && release(&server.version) < LIFETIMES
+    {
+        return Some(format!(
+            "takes lifetimes (allow_msg_ttl) on nats-server {}, which lets the next events in behind one whose Nats-TTL it \
+             refuses, so that one would be lost; upgrade the server to 2.12, map no column to Nats-TTL, or pass -delivery \
+             at-least-once",
             server.version
         ));
     }
@@ -138,7 +162,11 @@ mod tests {
             r#"{{"version": "{version}", "max_payload": 1000, "cluster": {}}}"#,
             if cluster.is_empty() { "null" } else { cluster }
         );
-        preflight(&info, &serde_json::from_str(&server).unwrap(), delivery)
+        let wanted = Wanted {
+            delivery,
+            lifetimes: true,
+        };
+        preflight(&info, &serde_json::from_str(&server).unwrap(), wanted)
     }
 
     #[track_caller]
@@ -192,6 +220,12 @@ mod tests {
             };
             refuses(replicated(), version, ExactlyOnce, refused);
             refuses(replicated(), version, AtLeastOnce, None);
+            let with_lifetimes = || StreamConfig {
+                allow_msg_ttl: true,
+                ..stream()
+            };
+            refuses(with_lifetimes(), version, ExactlyOnce, refused);
+            refuses(with_lifetimes(), version, AtLeastOnce, None);
         }
     }
 

@@ -53,6 +53,13 @@ impl Mapping {
         named.map(|named| &named.mapping)
     }
 
+    /// A column is mapped to this header, in whatever case.
+    pub fn has_header(&self, name: &str) -> bool {
+        let named = self.tables.iter().map(|table| &table.mapping);
+        let mut headers = named.chain([&self.default]).flat_map(|it| &it.headers);
+        headers.any(|header| header.name.eq_ignore_ascii_case(name))
+    }
+
     /// The mapping for messages: the default's, over the members that a message always has.
     pub fn of_messages(&self) -> TableMapping {
         TableMapping {

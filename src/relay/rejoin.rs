@@ -115,7 +115,7 @@ pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
         }
     }
     for info in &infos {
-        let judged = preflight(info, link.server_info(), config.delivery);
+        let judged = preflight(info, link.server_info(), config.wanted());
         if let Some(why) = judged.refused {
             return Err(Error::Setup(why));
         }

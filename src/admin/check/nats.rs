@@ -230,7 +230,7 @@ fn settings(facts: &Facts, config: &Config) -> Vec<Finding> {
     let fine = format!("the streams can carry the promises, in events of up to {most}");
     each(facts, NAME, &fine, |stream| {
         let name = &stream.info.config.name;
-        let found = preflight(&stream.info, &facts.info, config.delivery);
+        let found = preflight(&stream.info, &facts.info, config.wanted());
         // the refusal says why, and after its last semicolon what to do
         let refused = found.refused.map(|text| match text.rsplit_once("; ") {
             Some((why, fix)) => fail(NAME, why, "the relay refuses the stream", fix),
@@ -482,7 +482,7 @@ fn read_park(bus: &mut Bus<'_>, config: &Config) -> Option<Park> {
                 let stream = found.config.name.clone();
                 let preflight = match matches(&format!("{}.>", config.prefix), subject) {
                     true => Preflight::default(),
-                    false => preflight(found, &bus.info, config.delivery),
+                    false => preflight(found, &bus.info, config.wanted()),
                 };
                 let last = bus.message(last_message_request(&stream, subject));
                 Park::Found {
