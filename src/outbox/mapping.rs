@@ -234,6 +234,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_header_is_found_in_the_default_and_in_each_table() {
+        let header = |text| HeaderColumn::parse(text).unwrap();
+        let mut mapping = Mapping::new("events");
+        mapping.default.headers.push(header("a=X"));
+        assert!(!mapping.has_header("Nats-TTL"));
+        mapping.default.headers.push(header("ttl=nats-ttl"));
+        assert!(mapping.has_header("Nats-TTL"));
+        let mapping = Mapping {
+            tables: vec![NamedTable {
+                table: TableName {
+                    schema: None,
+                    name: "t".into(),
+                    and_longer: false,
+                },
+                mapping: std::mem::take(&mut mapping.default),
+            }],
+            ..mapping
+        };
+        assert!(mapping.has_header("Nats-TTL") && mapping.default.headers.is_empty());
+    }
+
+    #[test]
     fn a_table_is_named_with_or_without_its_schema_and_by_its_beginning() {
         let named = |schema: Option<&str>, name: &str, and_longer| TableName {
             schema: schema.map(str::to_string),

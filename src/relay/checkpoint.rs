@@ -77,7 +77,7 @@ pub struct CheckpointStore {
     state: State,
     /// How many writes there were.
     writes: u64,
-    /// The key's last revision known, over all connections.
+    /// The sequence of the key's last value in the bucket's stream, as far as we know over all connections; 0: there is none.
     revision: u64,
     /// What the key holds, as far as we know.
     kept: Option<Content>,
@@ -123,8 +123,6 @@ struct Content {
 enum State {
     /// The bucket can be written.
     On {
-        /// The sequence of the key's last value in the bucket's stream; 0: there is none.
-        revision: u64,
         pending: Option<Pending>,
         next: Instant,
     },
@@ -232,7 +230,6 @@ impl CheckpointStore {
         self.distrusted |= went_back;
         self.revision = value.revision;
         self.state = State::On {
-            revision: value.revision,
             pending: None,
             next: now,
         };
@@ -370,16 +367,13 @@ impl CheckpointStore {
 
     fn send(&mut self, content: Content, confirmed: Lsn, now: Instant) -> Option<Write> {
         let ripening = self.next_ripening(&content.marks, confirmed);
-        let State::On {
-            revision, pending, ..
-        } = &mut self.state
-        else {
+        let State::On { pending, .. } = &mut self.state else {
             return None;
         };
         self.writes += 1;
         let write = Write {
             number: self.writes,
-            revision: *revision,
+            revision: self.revision,
             body: Record::of(&content, ripening.clone()).body(),
         };
         *pending = Some(Pending {
@@ -402,10 +396,7 @@ impl CheckpointStore {
         now: Instant,
     ) -> Result<Option<&Marks>, Overtaken> {
         let time_ms = self.time_ms(now);
-        let State::On {
-            pending, revision, ..
-        } = &mut self.state
-        else {
+        let State::On { pending, .. } = &mut self.state else {
             return Ok(None);
         };
         let Some(answered) = pending.take_if(|pending| pending.number == number) else {
@@ -413,7 +404,6 @@ impl CheckpointStore {
         };
         match answer {
             Ok(ack) => {
-                *revision = ack.seq;
                 self.revision = ack.seq;
                 self.ripening = answered.ripening.map(|ripening| Ripening {
                     since_ms: ripening.since_ms.or(time_ms),

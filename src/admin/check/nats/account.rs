@@ -175,6 +175,6 @@ impl Part<'_> {
 
     fn takes(&self, more: i64) -> bool {
         let most = self.usage.limits.max_streams;
-        most < 0 || self.usage.streams + more <= most
+        most < 0 || self.usage.streams.saturating_add(more) <= most
     }
 }
