@@ -163,6 +163,7 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
             batch: batch.clone(),
             event: *event,
             token: number,
+            reply: number,
             expected_last_sequence: Some(number - 1),
             expected_last: None,
             position_source: source.clone(),
@@ -195,7 +196,7 @@ fn pipeline(link: &Link, count: u64, window: u64, burst: u64, body_len: usize) {
             duplicate: false,
         });
         match next(link) {
-            Incoming::Ack { token, result } => assert_eq!((token, result), (acked, stored)),
+            Incoming::Ack { reply, result } => assert_eq!((reply, result), (acked, stored)),
             other => panic!("{other:?}"),
         }
     }
@@ -351,8 +352,8 @@ fn refusals_are_named() {
     let ask = |first, body_len| {
         link.publish(events(first, 1, body_len));
         match next(&link) {
-            Incoming::Ack { token, result } => {
-                assert_eq!(token, first);
+            Incoming::Ack { reply, result } => {
+                assert_eq!(reply, first);
                 result.map(|ack| ack.seq).map_err(|error| error.kind())
             }
             other => panic!("{other:?}"),
@@ -380,7 +381,7 @@ fn refusals_are_named() {
     link.call("STREAM.DELETE.EVENTS", Vec::new(), LONG).unwrap();
     link.publish(events(1, 1, 1));
     match next(&link) {
-        Incoming::Ack { token: 1, result } => {
+        Incoming::Ack { reply: 1, result } => {
             assert_eq!(result.unwrap_err().kind(), AckErrorKind::NoResponders)
         }
         other => panic!("{other:?}"),
@@ -396,7 +397,7 @@ fn a_server_without_jetstream_is_named() {
     assert!(error.to_string().contains("enable JetStream"), "{error}");
     link.publish(events(1, 1, 1));
     match next(&link) {
-        Incoming::Ack { token: 1, result } => {
+        Incoming::Ack { reply: 1, result } => {
             assert_eq!(result.unwrap_err().kind(), AckErrorKind::NoResponders)
         }
         other => panic!("{other:?}"),
@@ -610,10 +611,10 @@ fn a_message_has_the_size_that_the_server_counts() {
         other => panic!("{other:?}"),
     }
     limit("UPDATE", size);
-    publishes[0].token = 2;
+    publishes[0].reply = 2;
     link.publish(publishes);
     match next(&link) {
-        Incoming::Ack { token, result } => assert_eq!((token, result.is_ok()), (2, true)),
+        Incoming::Ack { reply, result } => assert_eq!((reply, result.is_ok()), (2, true)),
         other => panic!("{other:?}"),
     }
 }

@@ -68,8 +68,10 @@ pub struct Publish {
     pub batch: Arc<Batch>,
     /// The event, one of the batch's.
     pub event: EventSpans,
-    /// Comes back with the answer; the caller's to choose.
+    /// Names the event; the caller's to choose.
     pub token: u64,
+    /// Comes back with the answer; the caller's to choose.
+    pub reply: u64,
     /// The sequence the stream must end at; `None` for no fence.
     pub expected_last_sequence: Option<u64>,
     /// The event whose id the stream's last message must have; never for a replicated stream.
@@ -83,8 +85,8 @@ pub struct Publish {
 pub enum Incoming {
     /// The answer to a publish.
     Ack {
-        /// The publish's token.
-        token: u64,
+        /// The publish's `reply`.
+        reply: u64,
         /// Stored, or why not.
         result: Result<PubAck, AckError>,
     },
@@ -314,9 +316,9 @@ impl Link {
             let result = answer(message);
             return Some(Incoming::Reply { token, result });
         }
-        let token = tail.parse().ok()?;
+        let reply = tail.parse().ok()?;
         let result = parse_ack(&message.data, status(&message));
-        Some(Incoming::Ack { token, result })
+        Some(Incoming::Ack { reply, result })
     }
 
     /// Yields once, why the link is over.
@@ -828,7 +830,7 @@ fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<(
     }
 }
 
-/// `<inbox>.<token>`, in one buffer.
+/// `<inbox>.<number>`, in one buffer.
 struct Reply {
     text: String,
     inbox_len: usize,
@@ -842,10 +844,10 @@ impl Reply {
         }
     }
 
-    fn to(&mut self, token: u64) -> &str {
+    fn to(&mut self, number: u64) -> &str {
         self.text.truncate(self.inbox_len);
         // writing to a String cannot fail
-        let _ = write!(self.text, "{token}");
+        let _ = write!(self.text, "{number}");
         &self.text
     }
 }
@@ -861,7 +863,7 @@ fn send(
     connection
         .publish_with_reply_or_headers(
             event.subject,
-            Some(reply.to(publish.token)),
+            Some(reply.to(publish.reply)),
             Some(&headers),
             event.body,
         )

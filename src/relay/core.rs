@@ -10,7 +10,7 @@
 use super::confirm::{Confirm, Confirmable};
 use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, PubAck};
-use crate::jetstream::chain::{Broken, Chain};
+use crate::jetstream::chain::{AnswerFor, Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
 use crate::jetstream::wire;
@@ -31,6 +31,10 @@ pub struct Limits {
     pub inflight: usize,
     /// Bytes of such events; one event may be larger.
     pub inflight_bytes: usize,
+    /// The names for the answers of one stream's publishes, which they use in turn. Few, since a server works out
+    /// anew where a name leads that it has not seen lately. Under one name several may wait; where it is then open whom
+    /// an answer is about, they are published again with a name each.
+    pub replies: u64,
     /// So long may nothing be acknowledged while something waits.
     pub ack_timeout: Duration,
     /// See [`Confirm`].
@@ -73,8 +77,10 @@ pub struct Publication {
     pub batch: Arc<Batch>,
     /// Which event of it.
     pub event: EventSpans,
-    /// Names the answer: [`Core::answer`].
+    /// Names the event.
     pub token: u64,
+    /// Names the answer: [`Core::answer`].
+    pub reply: u64,
     /// The fence; `None` with [`Delivery::AtLeastOnce`].
     pub expected_last_sequence: Option<u64>,
     /// The other half of the fence, where the stream allows it: the event whose message must be the last
@@ -88,6 +94,13 @@ pub struct Publication {
 pub enum Trouble {
     /// Throw the connection to NATS away, connect, read the tails.
     Reconnect(Cause),
+    /// The same; and the stream will never take the event under this token as it is.
+    Refused {
+        /// Names the event.
+        token: u64,
+        /// What the stream says.
+        error: AckError,
+    },
     /// A stream has lost what it acknowledged: start the copy stream anew from the slot, which still has it.
     Backwards(Backwards),
     /// It cannot be repaired.
@@ -423,6 +436,8 @@ pub struct Core {
     held_bytes: usize,
     waiting: usize,
     waiting_since: Option<Instant>,
+    /// Up to this token each publish that waits has a name of its own for its answer.
+    named_until: u64,
     subjects: HashSet<Box<str>>,
     /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else was.
     /// Between two streams there is no other order, and which of them an event belongs to may only be known
@@ -480,6 +495,7 @@ impl Core {
             held_bytes: 0,
             waiting: 0,
             waiting_since: None,
+            named_until: 0,
             subjects: HashSet::new(),
             parking: false,
             max_payload: usize::MAX,
@@ -951,7 +967,7 @@ impl Core {
                                 }
                                 State::Sent {
                                     stream: index,
-                                    expected: stream.chain.extend(),
+                                    expected: stream.chain.extend(token),
                                 }
                             }
                         },
@@ -963,6 +979,13 @@ impl Core {
                     batch: pending.batch.clone(),
                     event: pending.spans,
                     token,
+                    reply: match self.delivery {
+                        Delivery::AtLeastOnce => token,
+                        Delivery::ExactlyOnce => {
+                            let replies = self.limits.replies;
+                            stream as u64 * replies + expected % replies
+                        }
+                    },
                     expected_last_sequence: (self.delivery == Delivery::ExactlyOnce)
                         .then_some(expected),
                     expected_last: self.streams.get_mut(stream).and_then(|stream| {
@@ -984,25 +1007,48 @@ impl Core {
         Ok(Next::Nothing)
     }
 
-    /// The answer to a publish of this connection.
+    /// The answer to a publish of this connection, by its name. Returns the token of the event that is stored by it.
     pub fn answer(
         &mut self,
-        token: u64,
+        reply: u64,
         answer: Result<PubAck, AckError>,
         now: Instant,
-    ) -> Result<(), Trouble> {
+    ) -> Result<Option<u64>, Trouble> {
+        let found = match self.delivery {
+            Delivery::AtLeastOnce => Some(AnswerFor::One(reply)),
+            Delivery::ExactlyOnce => {
+                let replies = self.limits.replies;
+                let stream = self.streams.get((reply / replies) as usize);
+                stream.and_then(|stream| {
+                    let ack = answer.as_ref().ok();
+                    stream.chain.answer_for(reply % replies, replies, ack)
+                })
+            }
+        };
+        let (token, is_sure) = match found {
+            None => return Ok(None),
+            Some(AnswerFor::One(token)) => (token, true),
+            Some(AnswerFor::OneOf(token)) => (token, false),
+        };
+        if !is_sure {
+            // it is trouble, whichever it is for
+            self.named_until = self.first_token + self.unsent as u64;
+        }
         let index = token
             .checked_sub(self.first_token)
             .map(|index| index as usize);
         let Some((index, Entry::Event(pending))) =
             index.and_then(|i| Some((i, self.window.get_mut(i)?)))
         else {
-            return Ok(());
+            return Ok(None);
         };
         let State::Sent { stream, expected } = pending.state else {
-            return Ok(());
+            return Ok(None);
         };
-        let ack = answer.map_err(|error| Trouble::Reconnect(Cause::Refused(error)))?;
+        let ack = answer.map_err(|error| match is_sure && error.kind().is_for_good() {
+            true => Trouble::Refused { token, error },
+            false => Trouble::Reconnect(Cause::Refused(error)),
+        })?;
         let spans = pending.spans;
         let stored = match self.delivery {
             Delivery::AtLeastOnce => {
@@ -1021,11 +1067,11 @@ impl Core {
             }
             Delivery::ExactlyOnce => {
                 let Some(stream_state) = self.streams.get_mut(stream) else {
-                    return Ok(());
+                    return Ok(None);
                 };
                 if let Err(broken) = stream_state.chain.accept(expected, &ack) {
                     if let Broken::Duplicate { seq } = broken {
-                        pending.suspect = (seq > 0).then_some(seq);
+                        pending.suspect = (seq > 0 && is_sure).then_some(seq);
                     }
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
@@ -1049,7 +1095,7 @@ impl Core {
         if index == 0 {
             self.settle();
         }
-        Ok(())
+        Ok(Some(token))
     }
 
     /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
@@ -1240,9 +1286,12 @@ impl Core {
     }
 
     fn has_room(&self, size: usize) -> bool {
+        let inflight = match self.first_token < self.named_until {
+            true => self.limits.inflight.min(self.limits.replies as usize),
+            false => self.limits.inflight,
+        };
         self.held == 0
-            || self.held < self.limits.inflight
-                && self.held_bytes + size <= self.limits.inflight_bytes
+            || self.held < inflight && self.held_bytes + size <= self.limits.inflight_bytes
     }
 
     /// The event at `unsent` was handed on or found stored.

@@ -350,7 +350,7 @@ impl From<Trouble> for Error {
         match trouble {
             Trouble::Backwards(backwards) => Error::Backwards(backwards),
             Trouble::Halt(halt) => Error::Halt(halt),
-            Trouble::Reconnect(_) => {
+            Trouble::Reconnect(_) | Trouble::Refused { .. } => {
                 Error::Internal("a new connection was found broken before it was used")
             }
         }

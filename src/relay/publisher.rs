@@ -314,22 +314,14 @@ impl<'a> Publisher<'a> {
     /// Hands the core what JetStream said.
     fn take(&mut self, incoming: Option<Incoming>, now: Instant) -> Result<(), Interrupt> {
         match incoming {
-            Some(Incoming::Ack { token, result }) => {
-                let stored = result.is_ok();
-                self.pulse.acked(token, now);
-                match self.core.answer(token, result, now) {
-                    Err(Trouble::Reconnect(Cause::Refused(error)))
-                        if error.kind().is_for_good() =>
-                    {
-                        return Err(Interrupt::Refused { token, error });
-                    }
-                    outcome => self.trouble(outcome)?,
-                }
-                if stored {
+            Some(Incoming::Ack { reply, result }) => match self.core.answer(reply, result, now) {
+                Ok(Some(token)) => {
+                    self.pulse.acked(token, now);
                     self.outage.worked();
+                    Ok(())
                 }
-                Ok(())
-            }
+                outcome => self.trouble(outcome.map(|_| ())),
+            },
             Some(Incoming::Reply { token, result }) => match bucket::answers_to(token) {
                 Some(number) => self.written(number, result, now),
                 None => self.looked_at(token, result),
@@ -406,6 +398,7 @@ impl<'a> Publisher<'a> {
                     burst.push(Publish {
                         event: publication.event,
                         token: publication.token,
+                        reply: publication.reply,
                         expected_last_sequence: publication.expected_last_sequence,
                         expected_last: publication.expected_last,
                         position_source: self.source.clone(),
@@ -545,6 +538,7 @@ impl<'a> Publisher<'a> {
                 };
                 Interrupt::Reconnect(kind, cause.to_string())
             }
+            Err(Trouble::Refused { token, error }) => Interrupt::Refused { token, error },
             Err(Trouble::Backwards(backwards)) => Interrupt::End(Error::Backwards(backwards)),
             Err(Trouble::Halt(halt)) => Interrupt::End(Error::Halt(halt)),
         })

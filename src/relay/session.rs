@@ -33,6 +33,9 @@ use std::time::{Duration, Instant};
 /// Unacknowledged bytes: enough for a thousand events of 4 KiB, or several of the largest size, on their
 /// way at once; it bounds what the relay holds when JetStream is slow.
 const INFLIGHT_BYTES: usize = 4 * 1024 * 1024;
+/// nats-server remembers where the last 512 subjects of a connection led. With a new name for each answer it spends a
+/// fifth more on an event.
+const REPLIES: u64 = 256;
 /// A reader that waits for Postgres is woken by a keepalive that we ask for; a dead Postgres sends none.
 const WAKE_LIMIT: Duration = Duration::from_secs(3);
 /// How often it is asked for until it comes.
@@ -171,6 +174,7 @@ impl<'a> Session<'a> {
         let limits = Limits {
             inflight: config.inflight,
             inflight_bytes: INFLIGHT_BYTES,
+            replies: REPLIES,
             ack_timeout: config.ack_timeout,
             hold_back,
         };

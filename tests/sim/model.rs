@@ -80,6 +80,8 @@ impl Postgres {
 #[derive(Clone, Debug)]
 pub struct Flight {
     pub token: u64,
+    /// The name of its answer.
+    pub reply: u64,
     pub event: Event,
     pub expected: Option<u64>,
     /// The id of the message that must be the last one.

@@ -54,7 +54,7 @@ enum Kind {
 #[derive(Default)]
 struct Connection {
     out: VecDeque<Flight>,
-    answers: VecDeque<(u64, Result<PubAck, AckError>)>,
+    answers: VecDeque<(Flight, Result<PubAck, AckError>)>,
     /// Writes of the checkpoint, and when they arrive.
     writes: VecDeque<(Instant, Write)>,
     /// The answers to them, and when these arrive.
@@ -93,6 +93,8 @@ pub struct World {
     store: CheckpointStore,
     /// In some runs the bucket is slow, and fails beside the streams; in the others it answers at once.
     bucket: Option<fastrand::Rng>,
+    /// In some runs answers share names, and refusals overtake acks; in the others each has a name of its own.
+    names: Option<fastrand::Rng>,
     lineage: Lineage,
     session: Option<Session>,
     connection: Option<Connection>,
@@ -187,6 +189,7 @@ impl World {
             key: Key::default(),
             store: store(checkpoint),
             bucket: (seed % 4 == 1).then(|| fastrand::Rng::with_seed(seed.rotate_left(32))),
+            names: (seed % 6 == 2).then(|| fastrand::Rng::with_seed(seed.reverse_bits())),
             lineage: Lineage {
                 source,
                 switch_points: Vec::new(),
@@ -485,6 +488,7 @@ impl World {
                     }
                     connection.out.push_back(Flight {
                         token: publication.token,
+                        reply: publication.reply,
                         event: event.clone(),
                         expected: publication.expected_last_sequence.filter(|_| fence),
                         expected_last: publication
@@ -674,7 +678,7 @@ impl World {
         };
         trace!(self, "{trouble:?}");
         match trouble {
-            Trouble::Reconnect(_) => self.lose_connection(),
+            Trouble::Reconnect(_) | Trouble::Refused { .. } => self.lose_connection(),
             Trouble::Backwards(_) if self.is_off(Rule::Replay) => self.lose_connection(),
             Trouble::Backwards(_) => {
                 self.end_session()?;
@@ -729,6 +733,7 @@ impl World {
         let limits = Limits {
             inflight: self.rng.usize(1..12),
             inflight_bytes: 1 << 20,
+            replies: self.names.as_mut().map_or(1 << 20, |rng| rng.u64(1..6)),
             ack_timeout: ACK_TIMEOUT,
             hold_back: if self.is_off(Rule::HoldBack) {
                 Duration::ZERO
@@ -995,8 +1000,20 @@ impl World {
             Ok(ack) if self.is_off(Rule::DuplicateFlag) && ack.duplicate => Ok(predicted),
             answer => answer,
         };
+        // a replicated stream refuses at once, and acknowledges once its followers have the message
+        let replicated = self.streams[flight.event.stream].replicated;
+        let names = self.names.as_mut().filter(|_| answer.is_err());
+        let (for_good, overtakes) = names.map_or((false, false), |rng| (rng.bool(), rng.bool()));
+        let answer = match for_good {
+            true => Err(refused(400, 10054, "message size exceeds maximum allowed")),
+            false => answer,
+        };
         if let Some(connection) = &mut self.connection {
-            connection.answers.push_back((flight.token, answer));
+            let answer = (flight.clone(), answer);
+            match overtakes && replicated {
+                true => connection.answers.push_front(answer),
+                false => connection.answers.push_back(answer),
+            }
         }
     }
 
@@ -1041,11 +1058,20 @@ impl World {
     /// An answer reaches the relay.
     fn answer(&mut self) -> Outcome {
         let answer = self.connection.as_mut().and_then(|c| c.answers.pop_front());
-        let (Some((token, answer)), Some(session)) = (answer, &mut self.session) else {
+        let (Some((flight, answer)), Some(session)) = (answer, &mut self.session) else {
             return Ok(());
         };
-        let outcome = session.core.answer(token, answer, self.now);
-        self.handle(Ok(outcome))
+        let outcome = session.core.answer(flight.reply, answer, self.now);
+        if let Ok(Some(token)) | Err(Trouble::Refused { token, .. }) = outcome
+            && token != flight.token
+        {
+            let taken = session.core.event(token).map(|event| event.id.to_string());
+            return Err(format!(
+                "the answer to {} was taken for that to {taken:?}",
+                flight.event.id
+            ));
+        }
+        self.handle(Ok(outcome.map(|_| ())))
     }
 
     fn lose_connection(&mut self) {
