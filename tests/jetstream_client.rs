@@ -6,11 +6,11 @@ mod operator;
 
 use crossbeam_channel::select;
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
-use jetstream_outbox::jetstream::client::{Incoming, Link, Publish};
+use jetstream_outbox::jetstream::client::{Incoming, Link};
 use jetstream_outbox::jetstream::error::Error;
 use jetstream_outbox::jetstream::options::{Options, ServerUrl};
 use jetstream_outbox::jetstream::streams::{self, Routes};
-use jetstream_outbox::jetstream::wire;
+use jetstream_outbox::jetstream::wire::{self, Publish};
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
@@ -130,6 +130,13 @@ fn create_stream(link: &Link, extra: &str) {
     assert!(answer.contains("did_create"), "{answer}");
 }
 
+/// What begins the position header.
+const SOURCE: &str = "slot 7312345678901234567 1";
+
+fn publish(link: &Link, burst: Vec<Publish>) {
+    link.publish(burst, &SOURCE.into());
+}
+
 /// Events `first..first + count` with `body_len` bytes each; the token is the number, the fence number − 1.
 fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
     let mut batch = Batch::default();
@@ -157,7 +164,6 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
             .unwrap();
     }
     let batch = Arc::new(batch);
-    let source: Arc<str> = "slot 7312345678901234567 1".into();
     let publish = |(number, change): (u64, &Change)| match change {
         Change::Event(event) => Publish {
             batch: batch.clone(),
@@ -166,7 +172,6 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
             reply: number,
             expected_last_sequence: Some(number - 1),
             expected_last: None,
-            position_source: source.clone(),
         },
         _ => unreachable!("only events were pushed"),
     };
@@ -187,7 +192,7 @@ fn pipeline(link: &Link, count: u64, window: u64, burst: u64, body_len: usize) {
     while acked < count {
         while first <= count && first + burst - 1 - acked <= window {
             let n = burst.min(count - first + 1);
-            link.publish(events(first, n, body_len));
+            publish(link, events(first, n, body_len));
             first += n;
         }
         acked += 1;
@@ -262,7 +267,7 @@ fn a_server_killed_while_publishing_is_noticed_and_leaves_nothing_behind() {
             create_stream(&link, "");
         }
         for burst in 0..50 {
-            link.publish(events(1 + 10 * burst, 10, 1000));
+            publish(&link, events(1 + 10 * burst, 10, 1000));
         }
         std::thread::sleep(Duration::from_millis(round as u64));
         server.signal("KILL");
@@ -272,7 +277,7 @@ fn a_server_killed_while_publishing_is_noticed_and_leaves_nothing_behind() {
         assert!(elapsed < Duration::from_secs(1), "{elapsed:?}");
         assert!(matches!(error, Error::Lost { .. }), "{error}");
         // more is taken, and goes nowhere
-        link.publish(events(2001, 1000, 1000));
+        publish(&link, events(2001, 1000, 1000));
         let dropped = Instant::now();
         drop(link);
         assert!(dropped.elapsed() < Duration::from_millis(100));
@@ -295,7 +300,7 @@ fn a_frozen_server_blocks_nobody() {
     server.signal("STOP");
     let started = Instant::now();
     for burst in 0..64 {
-        link.publish(events(1001 + burst, 1, 1_000_000));
+        publish(&link, events(1001 + burst, 1, 1_000_000));
         link.request(1, "INFO", Vec::new());
     }
     let mut options = server.options();
@@ -336,7 +341,7 @@ fn a_frozen_server_that_is_killed_frees_its_threads() {
     let link = server.connect();
     create_stream(&link, "");
     server.signal("STOP");
-    link.publish(events(1, 64, 500_000));
+    publish(&link, events(1, 64, 500_000));
     drop(link);
     server.signal("KILL");
     server.restart();
@@ -350,7 +355,7 @@ fn refusals_are_named() {
     let link = server.connect();
     create_stream(&link, r#","max_msg_size":1000"#);
     let ask = |first, body_len| {
-        link.publish(events(first, 1, body_len));
+        publish(&link, events(first, 1, body_len));
         match next(&link) {
             Incoming::Ack { reply, result } => {
                 assert_eq!(reply, first);
@@ -379,7 +384,7 @@ fn refusals_are_named() {
         other => panic!("{other:?}"),
     }
     link.call("STREAM.DELETE.EVENTS", Vec::new(), LONG).unwrap();
-    link.publish(events(1, 1, 1));
+    publish(&link, events(1, 1, 1));
     match next(&link) {
         Incoming::Ack { reply: 1, result } => {
             assert_eq!(result.unwrap_err().kind(), AckErrorKind::NoResponders)
@@ -395,7 +400,7 @@ fn a_server_without_jetstream_is_named() {
     assert!(!link.server_info().jetstream);
     let error = link.call("STREAM.NAMES", Vec::new(), LONG).unwrap_err();
     assert!(error.to_string().contains("enable JetStream"), "{error}");
-    link.publish(events(1, 1, 1));
+    publish(&link, events(1, 1, 1));
     match next(&link) {
         Incoming::Ack { reply: 1, result } => {
             assert_eq!(result.unwrap_err().kind(), AckErrorKind::NoResponders)
@@ -593,17 +598,16 @@ fn a_message_has_the_size_that_the_server_counts() {
     let Publish {
         event,
         expected_last_sequence,
-        position_source,
         ..
     } = &publishes[0];
-    let size = wire::size(event, *expected_last_sequence, None, position_source.len());
+    let size = wire::size(event, *expected_last_sequence, None, SOURCE.len());
     let limit = |call: &str, limit: usize| {
         let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
         link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)
             .unwrap()
     };
     limit("CREATE", size - 1);
-    link.publish(publishes.clone());
+    publish(&link, publishes.clone());
     match next(&link) {
         Incoming::Ack {
             result: Err(error), ..
@@ -612,7 +616,7 @@ fn a_message_has_the_size_that_the_server_counts() {
     }
     limit("UPDATE", size);
     publishes[0].reply = 2;
-    link.publish(publishes);
+    publish(&link, publishes);
     match next(&link) {
         Incoming::Ack { reply, result } => assert_eq!((reply, result.is_ok()), (2, true)),
         other => panic!("{other:?}"),
@@ -628,7 +632,7 @@ fn a_missing_permission_is_named() {
         ] }"#,
     );
     let link = Link::connect(&server.options_for("nats://a:p@127.0.0.1")).unwrap();
-    link.publish(events(1, 1, 1));
+    publish(&link, events(1, 1, 1));
     let error = link.lost().recv_timeout(LONG).unwrap();
     assert!(matches!(error, Error::Permission { .. }), "{error}");
     assert!(error.to_string().contains("events.order.1"), "{error}");
@@ -810,7 +814,7 @@ fn a_long_info_in_pieces_is_noticed() {
         }
     });
     let link = Link::connect(&options).unwrap();
-    link.publish(events(1, 1, 1));
+    publish(&link, events(1, 1, 1));
     let error = link.lost().recv_timeout(LONG).unwrap();
     assert!(error.to_string().contains("thread ended"), "{error}");
 }

@@ -28,8 +28,8 @@ use super::error::Error;
 use super::options::{Options, ServerUrl, UrlAuth};
 use super::probe::{ServerInfo, probe};
 use super::tunnel;
-use super::wire;
-use crate::outbox::batch::{Batch, EventSpans, OutboxEvent};
+use super::wire::{self, Publish};
+use crate::outbox::batch::OutboxEvent;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -61,25 +61,6 @@ const RECONNECT_DELAY: Duration = Duration::from_secs(2);
 /// What the crate hands out; [`Link::decode`] reads it.
 pub type Message = nats::Message;
 
-/// An event to publish.
-#[derive(Clone, Debug)]
-pub struct Publish {
-    /// The batch that holds the event's bytes.
-    pub batch: Arc<Batch>,
-    /// The event, one of the batch's.
-    pub event: EventSpans,
-    /// Names the event; the caller's to choose.
-    pub token: u64,
-    /// Comes back with the answer; the caller's to choose.
-    pub reply: u64,
-    /// The sequence the stream must end at; `None` for no fence.
-    pub expected_last_sequence: Option<u64>,
-    /// The event whose id the stream's last message must have; never for a replicated stream.
-    pub expected_last: Option<(Arc<Batch>, EventSpans)>,
-    /// `<slot> <system id> <timeline>`: the source of `Outbox-Position`.
-    pub position_source: Arc<str>,
-}
-
 /// What came back.
 #[derive(Debug)]
 pub enum Incoming {
@@ -100,7 +81,7 @@ pub enum Incoming {
 }
 
 enum Work {
-    Burst(Vec<Publish>),
+    Burst(Vec<Publish>, Arc<str>),
     Request {
         reply: String,
         subject: String,
@@ -169,11 +150,12 @@ impl Link {
         }
     }
 
-    /// Hands events to the link's sender thread, which keeps their order. Never blocks: the queue's bound is the
+    /// Hands events to the link's sender thread, which keeps their order. `position_source`, `<slot> <system id>
+    /// <timeline>`, begins their `Outbox-Position`. Never blocks: the queue's bound is the
     /// caller's window, as whatever is in it has not been answered. Sizes are the caller's to check
     /// against [`max_payload`](Self::max_payload). Without effect once the link is over.
-    pub fn publish(&self, burst: Vec<Publish>) {
-        self.send(Work::Burst(burst));
+    pub fn publish(&self, burst: Vec<Publish>, position_source: &Arc<str>) {
+        self.send(Work::Burst(burst, position_source.clone()));
     }
 
     /// Asks the JetStream API, for instance `STREAM.INFO.orders`; the answer comes as [`Incoming::Reply`]. Never
@@ -809,10 +791,10 @@ fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<(
             }
         };
         let sent = life.with(|connection| match work {
-            Work::Burst(burst) => burst
+            Work::Burst(burst, source) => burst
                 .iter()
                 .take_while(|_| !life.over.load(Ordering::Relaxed))
-                .try_for_each(|publish| send(life, &connection, &mut reply, publish)),
+                .try_for_each(|publish| send(life, &connection, &mut reply, publish, &source)),
             Work::Request {
                 reply,
                 subject,
@@ -857,9 +839,10 @@ fn send(
     connection: &nats::Connection,
     reply: &mut Reply,
     publish: &Publish,
+    position_source: &str,
 ) -> Result<(), Error> {
     let event = publish.batch.event(&publish.event);
-    let headers = headers(&event, publish)?;
+    let headers = headers(&event, publish, position_source)?;
     connection
         .publish_with_reply_or_headers(
             event.subject,
@@ -872,7 +855,11 @@ fn send(
 
 /// The headers, as one entry of the crate's map whose value holds the lines of the others: the map costs three
 /// allocations an entry and gives them back in random order.
-fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap, Error> {
+fn headers(
+    event: &OutboxEvent<'_>,
+    publish: &Publish,
+    position_source: &str,
+) -> Result<nats::HeaderMap, Error> {
     // subject and id come from the mapper, which lets no such byte through; here they would forge protocol
     let legal = |text: &str| !text.bytes().any(|byte| byte.is_ascii_control());
     if !legal(event.id) || !legal(event.subject) || event.subject.contains(' ') {
@@ -886,7 +873,7 @@ fn headers(event: &OutboxEvent<'_>, publish: &Publish) -> Result<nats::HeaderMap
     let last = publish.expected_last.as_ref();
     let last = last.map(|(batch, last)| batch.id(last));
     let sequence = publish.expected_last_sequence;
-    let (first, lines) = wire::lines(event, sequence, last, &publish.position_source);
+    let (first, lines) = wire::lines(event, sequence, last, position_source);
     let mut headers = nats::HeaderMap::new();
     headers.insert(first, lines);
     Ok(headers)

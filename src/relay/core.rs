@@ -13,7 +13,7 @@ use crate::jetstream::ack::{AckError, PubAck};
 use crate::jetstream::chain::{AnswerFor, Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
-use crate::jetstream::wire;
+use crate::jetstream::wire::{self, Publish};
 use crate::outbox::batch::{Batch, Change, EventSpans, Fate, OutboxEvent};
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
@@ -44,8 +44,8 @@ pub struct Limits {
 /// What to do next.
 #[derive(Debug)]
 pub enum Next {
-    /// Publish this.
-    Publish(Publication),
+    /// Publish this; the answer goes to [`Core::answer`].
+    Publish(Publish),
     /// Look at what stands at `seq` of `stream`, then call [`Core::looked_up`].
     Lookup {
         /// The stream's name.
@@ -68,25 +68,6 @@ pub enum Next {
     },
     /// Nothing now: the window is full or empty.
     Nothing,
-}
-
-/// An event on its way.
-#[derive(Debug)]
-pub struct Publication {
-    /// Holds the event's bytes.
-    pub batch: Arc<Batch>,
-    /// Which event of it.
-    pub event: EventSpans,
-    /// Names the event.
-    pub token: u64,
-    /// Names the answer: [`Core::answer`].
-    pub reply: u64,
-    /// The fence; `None` with [`Delivery::AtLeastOnce`].
-    pub expected_last_sequence: Option<u64>,
-    /// The other half of the fence, where the stream allows it: the event whose message must be the last
-    /// one. Sequences alone would let an event through behind a lost one, when somebody else's message has
-    /// taken the lost one's sequence.
-    pub expected_last: Option<(Arc<Batch>, EventSpans)>,
 }
 
 /// The connection, the copy stream or the whole relay cannot go on as it is.
@@ -974,8 +955,8 @@ impl Core {
                     }
                 }
             };
-            let publication = match next {
-                State::Sent { stream, expected } => Some(Publication {
+            let publish = match next {
+                State::Sent { stream, expected } => Some(Publish {
                     batch: pending.batch.clone(),
                     event: pending.spans,
                     token,
@@ -997,11 +978,11 @@ impl Core {
             };
             self.set_state(self.unsent, next);
             self.hold(size);
-            if let Some(publication) = publication {
-                self.parking = publication.event.fate == Fate::Park;
+            if let Some(publish) = publish {
+                self.parking = publish.event.fate == Fate::Park;
                 self.waiting += 1;
                 self.waiting_since.get_or_insert(now);
-                return Ok(Next::Publish(publication));
+                return Ok(Next::Publish(publish));
             }
         }
         Ok(Next::Nothing)

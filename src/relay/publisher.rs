@@ -18,7 +18,7 @@ use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
 use crate::jetstream::ack::AckError;
-use crate::jetstream::client::{Incoming, Link, Publish};
+use crate::jetstream::client::{Incoming, Link};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
 use crate::jetstream::streams;
 use crate::outbox::batch::{Batch, Fate};
@@ -387,23 +387,15 @@ impl<'a> Publisher<'a> {
         let mut burst = Vec::new();
         let outcome = loop {
             match self.core.next(now) {
-                Ok(Next::Publish(publication)) => {
-                    if publication.event.fate == Fate::Park {
-                        let event = publication.batch.event(&publication.event);
+                Ok(Next::Publish(publish)) => {
+                    if publish.event.fate == Fate::Park {
+                        let event = publish.batch.event(&publish.event);
                         log::warn!(
                             id = event.id, table = event.table, position:% = event.position, cause = park::cause(event.headers);
                             "parked an event that cannot be published"
                         );
                     }
-                    burst.push(Publish {
-                        event: publication.event,
-                        token: publication.token,
-                        reply: publication.reply,
-                        expected_last_sequence: publication.expected_last_sequence,
-                        expected_last: publication.expected_last,
-                        position_source: self.source.clone(),
-                        batch: publication.batch.clone(),
-                    });
+                    burst.push(publish);
                 }
                 Ok(Next::TooLarge {
                     token,
@@ -440,7 +432,7 @@ impl<'a> Publisher<'a> {
         };
         if !burst.is_empty() {
             self.pulse.published(&burst, now);
-            link.publish(burst);
+            link.publish(burst, &self.source);
         }
         outcome
     }

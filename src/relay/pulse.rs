@@ -3,7 +3,7 @@
 use super::core::{Core, Tally};
 use super::progress::Progress;
 use super::vitals::{Vitals, since_commit};
-use crate::jetstream::client::Publish;
+use crate::jetstream::wire::Publish;
 use crate::outbox::batch::{Batch, Change};
 use crate::postgres::Lsn;
 use std::collections::VecDeque;

@@ -424,6 +424,23 @@ fn an_event_that_is_refused_is_parked_before_one_behind_it() {
     assert_eq!(ids(&rig.nats.client().read_all(PARKED)), ["2", "3"]);
 }
 
+/// Far more events are on their way than there are names for their answers.
+#[test]
+fn a_refusal_in_a_large_window_is_taken_for_the_right_event() {
+    let rig = rig_with_lifetimes();
+    rig.pg.execute(
+        "INSERT INTO outbox SELECT n::text, 't', CASE WHEN n IN (700, 1999) THEN 'soon' ELSE '1h' END, 'x'
+         FROM generate_series(1, 3000) AS n",
+    );
+    let log = rig.drain(&[&PARK[..], &[LIFETIME, "--inflight", "3000"]].concat());
+    let is_parked = |n: &i32| matches!(n, 700 | 1999);
+    let (parked, stored): (Vec<i32>, Vec<i32>) = (1..=3000).partition(is_parked);
+    let names = |numbers: Vec<i32>| numbers.iter().map(i32::to_string).collect::<Vec<_>>();
+    assert_eq!(ids(&rig.messages()), names(stored));
+    let messages = rig.nats.client().read_all(PARKED);
+    assert_eq!(ids(&messages), names(parked), "{}", log.join("\n"));
+}
+
 #[test]
 fn nothing_passes_a_parked_event() {
     let rig = rig_with_lifetimes();
