@@ -47,9 +47,14 @@ const CALLS_AT_ONCE: usize = 64;
 /// network vanished at the wrong moment hangs for good, and the server must not be lost with it.
 const MAX_HANGING: usize = 8;
 
-/// Flusher threads at once. One that the crate never answers stays for good; beyond this many, a link does
-/// without and leaves flushing to the crate, which does it every 5 ms.
-const MAX_FLUSHERS: usize = 16;
+/// Flusher threads of a link. One waits for its PONG as long as the server is away, and what is published meanwhile
+/// needs another: with the server 3 ms away and 200 events a second, the median event is stored 3.5 ms after its commit
+/// with four, 5.0 ms with one.
+const FLUSHES_AT_ONCE: usize = 4;
+
+/// Flusher threads at once in the process. One that the crate never answers stays for good; beyond this many, a link
+/// does without and leaves flushing to the crate, which does it every 5 ms.
+const MAX_FLUSHERS: usize = 32;
 
 /// How often, and with what pause, the disconnect callback tries to free the threads that wait in the crate.
 const RELEASE_TRIES: u32 = 20;
@@ -105,7 +110,7 @@ pub struct Link {
     lost: Receiver<Error>,
     /// Kept until the crate's thread is done: it panics when it delivers to a receiver that is gone.
     subscription: Option<nats::Subscription>,
-    /// Sender and flusher.
+    /// Sender and flushers.
     threads: Vec<thread::JoinHandle<()>>,
 }
 
@@ -344,7 +349,7 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         self.life.over.store(true, Ordering::SeqCst);
-        // ends the sender, which ends the flusher
+        // ends the sender, which ends the flushers
         drop(self.work.take());
         let life = self.life.clone();
         let subscription = self.subscription.take();
@@ -640,18 +645,20 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
     let (sender_life, flusher_life) = (life.clone(), life.clone());
     let send = move || send_loop(&sender_life, inbox, &queue, &kick);
     link.threads.push(start("nats-sender", Box::new(send))?);
-    match Flusher::enter() {
-        Some(presence) => {
-            let timeout = options.request_timeout;
-            let flush = move || {
-                flush_loop(&flusher_life, &kicked, timeout);
-                drop(presence);
-            };
-            link.threads.push(start("nats-flusher", Box::new(flush))?);
-        }
-        None => log::warn!(
-            "flush publishes to NATS: {MAX_FLUSHERS} earlier flushes still hang; going on without, at up to 5 ms more per publish"
-        ),
+    for _ in 0..FLUSHES_AT_ONCE {
+        let Some(presence) = Flusher::enter() else {
+            log::warn!(
+                "flush publishes to NATS: {MAX_FLUSHERS} earlier flushes still hang; going on with fewer, at up to 5 ms more per publish"
+            );
+            break;
+        };
+        let timeout = options.request_timeout;
+        let (life, kicked) = (flusher_life.clone(), kicked.clone());
+        let flush = move || {
+            flush_loop(&life, &kicked, timeout);
+            drop(presence);
+        };
+        link.threads.push(start("nats-flusher", Box::new(flush))?);
     }
     Ok(link)
 }

@@ -5,7 +5,8 @@
 //! reconnect, and the only protocol it reads is what nats-server sends for this.
 //!
 //! With `--batch` it sends atomic batches (ADR-50) of so many messages instead: the fence stands on the first, one
-//! ack comes for all. Prints one line of JSON.
+//! ack comes for all. With `--rate` it sends so many a second, each once the one before is stored, and measures
+//! how long an ack takes. Prints one line of JSON.
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -17,7 +18,8 @@ use std::time::{Duration, Instant};
 const SILENCE: Duration = Duration::from_secs(30);
 /// One write holds at least so much while the window has room.
 const WRITE_BYTES: usize = 64 * 1024;
-const USAGE: &str = "raw_publisher ADDRESS --events N [--window N] [--payload BYTES] [--batch N]";
+const USAGE: &str =
+    "raw_publisher ADDRESS --events N [--window N] [--payload BYTES] [--batch N] [--rate N]";
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -27,6 +29,7 @@ struct Options {
     window: u64,
     payload: usize,
     batch: u64,
+    rate: u64,
 }
 
 fn options() -> Outcome<Options> {
@@ -37,6 +40,7 @@ fn options() -> Outcome<Options> {
         window: 1000,
         payload: 300,
         batch: 0,
+        rate: 0,
     };
     while let Some(name) = given.next() {
         let value: u64 = given.next().ok_or(USAGE)?.parse()?;
@@ -45,6 +49,7 @@ fn options() -> Outcome<Options> {
             "--window" => options.window = value,
             "--payload" => options.payload = usize::try_from(value)?,
             "--batch" => options.batch = value,
+            "--rate" => options.rate = value,
             _ => return Err(USAGE.into()),
         }
     }
@@ -196,6 +201,30 @@ impl Connection {
     }
 }
 
+/// One event at a time, `rate` a second. Returns how long the acks took, in ascending order.
+fn one_by_one(
+    connection: &mut Connection,
+    options: &Options,
+    payload: &[u8],
+) -> Outcome<Vec<Duration>> {
+    let start = Instant::now();
+    let mut took = Vec::new();
+    for sent in 0..options.events {
+        let due = Duration::from_secs(sent) / u32::try_from(options.rate)?;
+        std::thread::sleep(due.saturating_sub(start.elapsed()));
+        let begun = Instant::now();
+        connection.publish(options, sent, payload)?;
+        connection.flush()?;
+        let answer = connection.message()?;
+        took.push(begun.elapsed());
+        if number(&answer, "seq") != Some(sent + 1) {
+            return Err(String::from_utf8_lossy(&answer).into());
+        }
+    }
+    took.sort();
+    Ok(took)
+}
+
 /// The number behind `"name":` in a flat JSON object.
 fn number(body: &[u8], name: &str) -> Option<u64> {
     let text = std::str::from_utf8(body).ok()?;
@@ -217,6 +246,16 @@ fn main() -> Outcome<()> {
         "{{\"pad\":\"{}\"}}",
         "x".repeat(options.payload.max(10) - 10)
     );
+    if options.rate > 0 {
+        let took = one_by_one(&mut connection, &options, payload.as_bytes())?;
+        let ms = |share: usize| {
+            let nth = (took.len() * share).div_ceil(100) - 1;
+            took.get(nth)
+                .map_or(0.0, |took| took.as_secs_f64() * 1000.0)
+        };
+        println!("{{\"p50\":{:.3},\"p99\":{:.3}}}", ms(50), ms(99));
+        return Ok(());
+    }
     let per_ack = options.batch.max(1);
     let start = Instant::now();
     let (mut sent, mut acked) = (0, 0);
