@@ -76,7 +76,7 @@ impl Chain {
     /// The ack of a predicted sequence can only be for the publish with that prediction. Any other answer can
     /// be for each one that waits under the name: a replicated stream refuses before it acknowledges what came earlier.
     pub fn answer_for(&self, reply: u64, replies: u64, ack: Option<&PubAck>) -> Option<AnswerFor> {
-        let oldest = self.predicted - self.waiting.len() as u64;
+        let oldest = self.oldest();
         if let Some(PubAck {
             seq,
             duplicate: false,
@@ -97,6 +97,11 @@ impl Chain {
         })
     }
 
+    /// What the first of `waiting` expects.
+    fn oldest(&self) -> u64 {
+        self.predicted - self.waiting.len() as u64
+    }
+
     /// Checks the ack of the publish that carried `expected`.
     pub fn accept(&mut self, expected: u64, ack: &PubAck) -> Result<(), Broken> {
         if ack.duplicate {
@@ -109,8 +114,7 @@ impl Chain {
             });
         }
         self.acked = self.acked.max(ack.seq);
-        let oldest = self.predicted - self.waiting.len() as u64;
-        let nth = expected.checked_sub(oldest);
+        let nth = expected.checked_sub(self.oldest());
         if let Some(waits) = nth.and_then(|nth| self.waiting.get_mut(nth as usize)) {
             *waits = None;
         }
