@@ -14,6 +14,7 @@ pub mod core;
 pub mod error;
 pub mod feedback;
 pub mod outage;
+pub mod pace;
 pub mod progress;
 pub mod publication;
 pub mod publisher;

@@ -2,11 +2,13 @@
 //! the channel.
 //!
 //! A batch is what one read of the socket held: it goes on when the next message would have to be waited
-//! for, so that nothing waits when the outbox is idle, and a backlog travels in large pieces. When the
-//! channel is full the reader stands still, the socket fills up, and Postgres keeps the rest.
+//! for, so that nothing waits when the outbox is idle, and a backlog travels in large pieces; in a flow,
+//! [`Pace`] lets a little gather first. When the channel is full the reader stands still, the socket fills
+//! up, and Postgres keeps the rest.
 
 use super::error::Error;
 use super::feedback::Ask;
+use super::pace::Pace;
 use super::progress::Progress;
 use super::stop::Stop;
 use super::vitals::Vitals;
@@ -26,12 +28,6 @@ use std::time::{Duration, Instant};
 const BATCH_BYTES: usize = 64 * 1024;
 /// The same for transactions without events and very small ones.
 const BATCH_CHANGES: usize = 512;
-/// Batches that follow each other within this time are a flow, not single events.
-const FLOW: Duration = Duration::from_millis(1);
-/// In a flow the reader lets so much time pass before it reads again. Postgres sends each message of a small
-/// transaction by itself; a reader that waits for each is woken for each, and that costs both sides more
-/// than the message does.
-const FLOW_PAUSE: Duration = Duration::from_micros(200);
 /// A transaction that has begun may be read to its end for so long after the request to stop, so that it
 /// can be confirmed.
 const STOP_GRACE: Duration = Duration::from_millis(500);
@@ -105,7 +101,7 @@ impl Reader<'_> {
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
         let mut server_wal_end = Lsn::INVALID;
-        let mut last_sent: Option<Instant> = None;
+        let mut pace = Pace::default();
         let mut stopping: Option<Instant> = None;
         loop {
             if !stream.has_buffered()
@@ -119,16 +115,15 @@ impl Reader<'_> {
                         batch.len_bytes().min(BATCH_BYTES),
                         batch.changes().len(),
                     );
+                    let bytes = batch.len_bytes();
                     let sent = self.changes.send(std::mem::replace(&mut batch, next));
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
                     }
-                    let now = Instant::now();
-                    let flows = last_sent.is_some_and(|last| now.duration_since(last) < FLOW);
-                    last_sent = Some(now);
-                    if flows && !stream.has_buffered() {
-                        thread::sleep(FLOW_PAUSE);
+                    let pause = pace.sent(Instant::now(), bytes);
+                    if !pause.is_zero() && !stream.has_buffered() {
+                        thread::sleep(pause);
                     }
                 }
                 if transaction.is_none() && self.upto.is_some_and(|upto| reached >= upto) {
@@ -175,13 +170,16 @@ impl Reader<'_> {
                     data,
                     wal_start,
                     wal_end,
-                    ..
+                    server_time_us,
                 }) => {
                     server_wal_end = server_wal_end.max(wal_end);
                     let message = pgoutput::decode(data).map_err(|error| Error::Decode {
                         error,
                         at: wal_start,
                     })?;
+                    if let Message::Begin { commit_time_us, .. } = message {
+                        pace.begun(commit_time_us, server_time_us);
+                    }
                     let taken = self.take(message, wal_start, &mut transaction, &mut batch);
                     if taken.is_err() {
                         // what is whole goes out before the relay stops
