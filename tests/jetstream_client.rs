@@ -4,7 +4,7 @@
 #[allow(dead_code, reason = "it is shared with other tests")]
 mod operator;
 
-use crossbeam_channel::select;
+use crossbeam_channel::{select, unbounded};
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
 use jetstream_outbox::jetstream::client::{Incoming, Link};
 use jetstream_outbox::jetstream::error::Error;
@@ -18,10 +18,14 @@ use operator::Operator;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const LONG: Duration = Duration::from_secs(30);
+
+/// What a link sends before it is used.
+const PINGS_TO_CONNECT: usize = 3;
 
 /// The tests count the process' threads, so they take turns.
 static TURN: Mutex<()> = Mutex::new(());
@@ -753,9 +757,9 @@ fn large_events_go_through_tls() {
     pipeline(&link, 64, 64, 64, 900_000);
 }
 
-/// A server that a real one cannot be made to be: it greets each connection, and answers a PING by `pong`, which is
-/// given the connection. Ends with the process.
-fn fake_server(pong: fn(&mut TcpStream)) -> Options {
+/// A server that a real one cannot be made to be: it greets each connection, and hands each line, and the connection,
+/// to `hear`. Ends with the process.
+fn fake_server(hear: impl Fn(&str, &mut TcpStream) + Clone + Send + 'static) -> Options {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
@@ -764,14 +768,12 @@ fn fake_server(pong: fn(&mut TcpStream)) -> Options {
             let info = r#"INFO {"server_id":"N","version":"2.15.1","proto":1,"go":"go1","host":"h","port":1,"headers":true,"max_payload":1048576,"client_id":5}"#;
             // the probe goes away without a word
             let _ = write!(stream, "{info}\r\n");
+            let hear = hear.clone();
             std::thread::spawn(move || {
-                for line in BufReader::new(stream.try_clone().unwrap()).lines() {
-                    match line {
-                        Ok(line) if line == "PING" => pong(&mut stream),
-                        Ok(_) => {}
-                        Err(_) => break,
-                    }
-                }
+                let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                lines
+                    .map_while(Result::ok)
+                    .for_each(|line| hear(&line, &mut stream));
             });
         }
     });
@@ -785,7 +787,7 @@ fn fake_server(pong: fn(&mut TcpStream)) -> Options {
 #[test]
 fn attempts_that_hang_are_limited() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let options = fake_server(|_| {});
+    let options = fake_server(|_, _| {});
     let mut timeouts = 0;
     loop {
         match refused(&options) {
@@ -801,12 +803,14 @@ fn attempts_that_hang_are_limited() {
 #[test]
 fn a_long_info_in_pieces_is_noticed() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let options = fake_server(|stream| {
+    let pings = Arc::new(AtomicUsize::new(0));
+    let options = fake_server(move |line, stream| {
+        if line != "PING" {
+            return;
+        }
         let _ = stream.write_all(b"PONG\r\n");
-        // the fourth PING is the flush of the publish below: connecting takes three
-        let info = format!("INFO {{\"x\":\"{}\"", "x".repeat(4000));
-        static PINGS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-        if PINGS.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 3 {
+        if pings.fetch_add(1, Ordering::SeqCst) == PINGS_TO_CONNECT {
+            let info = format!("INFO {{\"x\":\"{}\"", "x".repeat(4000));
             for piece in [info.as_str(), &"y".repeat(2000)] {
                 let _ = stream.write_all(piece.as_bytes());
                 std::thread::sleep(Duration::from_millis(50));
@@ -817,4 +821,26 @@ fn a_long_info_in_pieces_is_noticed() {
     publish(&link, events(1, 1, 1));
     let error = link.lost().recv_timeout(LONG).unwrap();
     assert!(error.to_string().contains("thread ended"), "{error}");
+}
+
+/// Each flush waits for its PONG; whoever still can has to go on.
+#[test]
+fn a_server_that_answers_no_flush_is_sent_what_comes_all_the_same() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let pings = Arc::new(AtomicUsize::new(0));
+    let (arrived, arrivals) = unbounded();
+    let options = fake_server(move |line, stream| {
+        if line == "PING" && pings.fetch_add(1, Ordering::SeqCst) < PINGS_TO_CONNECT {
+            let _ = stream.write_all(b"PONG\r\n");
+        }
+        if line.starts_with("HPUB ") {
+            arrived.send(()).unwrap();
+        }
+    });
+    let link = Link::connect(&options).unwrap();
+    for number in 1..=20 {
+        publish(&link, events(number, 1, 1));
+        arrivals.recv_timeout(LONG).unwrap();
+    }
+    assert!(link.lost().is_empty());
 }

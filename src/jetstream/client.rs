@@ -9,9 +9,12 @@
 //! | thread | what it may hang in | how long |
 //! | --- | --- | --- |
 //! | connect | name lookup, handshake | until the server moves or the connection breaks; `MAX_HANGING` a server |
-//! | sender | `publish`, when the kernel's buffers are full | the same |
-//! | flusher | `flush`, which waits for a PONG | the same; `MAX_FLUSHERS` in the process |
-//! | reaper | `close` | the same; counted with connect |
+//! | senders | `publish`, when the kernel's buffers are full; `flush`, which waits for a PONG | the same |
+//! | reaper | `close`, or a sender that it waits for | the same; counted with connect |
+//!
+//! One of the senders has the turn: it writes what there is, hands the turn on, and flushes. So the one that was woken
+//! brings an event all the way to the socket, and the next event does not wait for the PONG. When all others wait
+//! for theirs, the last leaves flushing to the crate, which does it every 5 ms.
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
 //! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours. Should a thread
@@ -47,14 +50,10 @@ const CALLS_AT_ONCE: usize = 64;
 /// network vanished at the wrong moment hangs for good, and the server must not be lost with it.
 const MAX_HANGING: usize = 8;
 
-/// Flusher threads of a link. One waits for its PONG as long as the server is away, and what is published meanwhile
-/// needs another: with the server 3 ms away and 200 events a second, the median event is stored 3.5 ms after its commit
-/// with four, 5.0 ms with one.
-const FLUSHES_AT_ONCE: usize = 4;
-
-/// Flusher threads at once in the process. One that the crate never answers stays for good; beyond this many, a link
-/// does without and leaves flushing to the crate, which does it every 5 ms.
-const MAX_FLUSHERS: usize = 32;
+/// Threads of a link that send. One waits for its PONG as long as the server is away, and what is published meanwhile
+/// needs another: with the server 3 ms away and 200 events a second, the median event was stored 3.5 ms after its
+/// commit with four flushes at once, 5.0 ms with one.
+const SENDERS: usize = 5;
 
 /// How often, and with what pause, the disconnect callback tries to free the threads that wait in the crate.
 const RELEASE_TRIES: u32 = 20;
@@ -110,8 +109,7 @@ pub struct Link {
     lost: Receiver<Error>,
     /// Kept until the crate's thread is done: it panics when it delivers to a receiver that is gone.
     subscription: Option<nats::Subscription>,
-    /// Sender and flushers.
-    threads: Vec<thread::JoinHandle<()>>,
+    senders: Vec<thread::JoinHandle<()>>,
 }
 
 /// What the link and its threads share.
@@ -349,17 +347,17 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         self.life.over.store(true, Ordering::SeqCst);
-        // ends the sender, which ends the flushers
+        // ends the senders
         drop(self.work.take());
         let life = self.life.clone();
         let subscription = self.subscription.take();
-        let threads = std::mem::take(&mut self.threads);
+        let senders = std::mem::take(&mut self.senders);
         let presence = Presence::enter(&life.server);
         let reap = move || {
             // they know first whether there is anything left to close
-            for thread in threads {
+            for sender in senders {
                 // a panic has been printed
-                let _ = thread.join();
+                let _ = sender.join();
             }
             // close() also wakes the crate's threads, which a mere drop does not
             life.with(nats::Connection::close);
@@ -623,7 +621,7 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         messages: subscription.receiver().clone(),
         lost: why,
         subscription: Some(subscription),
-        threads: Vec::new(),
+        senders: Vec::new(),
         life: life.clone(),
     };
     // a refused subscription is answered before the flush is
@@ -637,50 +635,23 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         None => return Err(life.lost("the server closed the connection")),
     }
 
-    let (kick, kicked) = bounded(1);
-    let start = |name: &str, task: Box<dyn FnOnce() + Send>| {
-        let spawned = thread::Builder::new().name(name.into()).spawn(task);
-        spawned.map_err(|error| life.lost(format!("start a thread: {error}")))
-    };
-    let (sender_life, flusher_life) = (life.clone(), life.clone());
-    let send = move || send_loop(&sender_life, inbox, &queue, &kick);
-    link.threads.push(start("nats-sender", Box::new(send))?);
-    for _ in 0..FLUSHES_AT_ONCE {
-        let Some(presence) = Flusher::enter() else {
-            log::warn!(
-                "flush publishes to NATS: {MAX_FLUSHERS} earlier flushes still hang; going on with fewer, at up to 5 ms more per publish"
-            );
-            break;
-        };
+    let turn = Arc::new(Turn {
+        flushing: AtomicUsize::new(0),
+        writer: Mutex::new(Writer {
+            queue,
+            reply: Reply::new(inbox),
+        }),
+    });
+    for _ in 0..SENDERS {
         let timeout = options.request_timeout;
-        let (life, kicked) = (flusher_life.clone(), kicked.clone());
-        let flush = move || {
-            flush_loop(&life, &kicked, timeout);
-            drop(presence);
-        };
-        link.threads.push(start("nats-flusher", Box::new(flush))?);
+        let (life, turn) = (link.life.clone(), turn.clone());
+        let started = thread::Builder::new()
+            .name("nats-sender".into())
+            .spawn(move || send_loop(&life, &turn, timeout))
+            .map_err(|error| link.life.lost(format!("start a thread: {error}")))?;
+        link.senders.push(started);
     }
     Ok(link)
-}
-
-/// Counts the flusher threads.
-struct Flusher;
-
-static FLUSHERS: AtomicUsize = AtomicUsize::new(0);
-
-impl Flusher {
-    fn enter() -> Option<Flusher> {
-        let count = FLUSHERS.fetch_add(1, Ordering::SeqCst);
-        let flusher = Flusher;
-        // dropping it counts down again
-        (count < MAX_FLUSHERS).then_some(flusher)
-    }
-}
-
-impl Drop for Flusher {
-    fn drop(&mut self) {
-        FLUSHERS.fetch_sub(1, Ordering::SeqCst);
-    }
 }
 
 fn crate_options(
@@ -773,48 +744,82 @@ fn connect_error(server: &str, info: &ServerInfo, error: io::Error) -> Error {
     }
 }
 
-fn flush_loop(life: &Life, kicked: &Receiver<()>, timeout: Duration) {
-    while kicked.recv().is_ok() {
-        match life.with(|connection| connection.flush_timeout(timeout)) {
-            Some(Ok(())) => {}
-            Some(Err(error)) => return life.broke(life.lost(format!("flush: {error}"))),
-            None => return,
+/// Writes when it has the turn, and flushes when the next has it.
+fn send_loop(life: &Life, turn: &Turn, timeout: Duration) {
+    let write = || {
+        let writer = turn.writer.lock();
+        writer.unwrap_or_else(PoisonError::into_inner).write(life)
+    };
+    loop {
+        match write() {
+            Ok(Written::ToTheEnd) => return,
+            Ok(Written::All) => {}
+            Err(error) => return life.broke(error),
         }
+        // the last one stays for what comes next; the crate flushes within 5 ms
+        if turn.flushing.fetch_add(1, Ordering::SeqCst) + 1 < SENDERS {
+            match life.with(|connection| connection.flush_timeout(timeout)) {
+                Some(Ok(())) => {}
+                Some(Err(error)) => return life.broke(life.lost(format!("flush: {error}"))),
+                None => return,
+            }
+        }
+        turn.flushing.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-fn send_loop(life: &Life, inbox: String, queue: &Receiver<Work>, kick: &Sender<()>) {
-    let mut reply = Reply::new(inbox);
-    loop {
-        let work = match queue.try_recv() {
-            Ok(work) => work,
-            Err(_) => {
-                // one kick that waits covers everything written before it is taken
-                let _ = kick.try_send(());
-                match queue.recv() {
-                    Ok(work) => work,
-                    Err(_) => return,
-                }
-            }
+/// What the senders share.
+struct Turn {
+    /// How many of them flush.
+    flushing: AtomicUsize,
+    /// Held by the one that writes.
+    writer: Mutex<Writer>,
+}
+
+struct Writer {
+    queue: Receiver<Work>,
+    reply: Reply,
+}
+
+/// What a turn has come to.
+enum Written {
+    /// All there was; it is to be flushed.
+    All,
+    /// The link is over.
+    ToTheEnd,
+}
+
+impl Writer {
+    /// Waits for work and writes until there is none.
+    fn write(&mut self, life: &Life) -> Result<Written, Error> {
+        let Ok(mut work) = self.queue.recv() else {
+            return Ok(Written::ToTheEnd);
         };
-        let sent = life.with(|connection| match work {
-            Work::Burst(burst, source) => burst
-                .iter()
-                .take_while(|_| !life.over.load(Ordering::Relaxed))
-                .try_for_each(|publish| send(life, &connection, &mut reply, publish, &source)),
-            Work::Request {
-                reply,
-                subject,
-                headers,
-                body,
-            } => connection
-                .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
-                .map_err(|error| life.lost(error.to_string())),
-        });
-        match sent {
-            Some(Ok(())) => {}
-            Some(Err(error)) => return life.broke(error),
-            None => return,
+        loop {
+            let sent = life.with(|connection| match work {
+                Work::Burst(burst, source) => burst
+                    .iter()
+                    .take_while(|_| !life.over.load(Ordering::Relaxed))
+                    .try_for_each(|publish| {
+                        send(life, &connection, &mut self.reply, publish, &source)
+                    }),
+                Work::Request {
+                    reply,
+                    subject,
+                    headers,
+                    body,
+                } => connection
+                    .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
+                    .map_err(|error| life.lost(error.to_string())),
+            });
+            match sent {
+                Some(sent) => sent?,
+                None => return Ok(Written::ToTheEnd),
+            }
+            match self.queue.try_recv() {
+                Ok(more) => work = more,
+                Err(_) => return Ok(Written::All),
+            }
         }
     }
 }
