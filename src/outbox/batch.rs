@@ -1,7 +1,7 @@
 //! The unit that travels from the reader to the publisher: the changes that were ready at once.
 //!
 //! One buffer holds the bytes of all its events, so that a row costs no allocation of its own; an event
-//! is a set of spans into it. The batch is given back for reuse when its last event is acknowledged.
+//! is a set of spans into it. It lives until its last event is acknowledged.
 
 use super::position::Position;
 use crate::postgres::Lsn;
@@ -143,14 +143,6 @@ impl Batch {
             changes: Vec::with_capacity(changes),
             table: Span::default(),
         }
-    }
-
-    /// Forgets the content and keeps the memory, unless one large event made the buffer larger than `keep`.
-    pub fn clear(&mut self, keep: usize) {
-        self.bytes.clear();
-        self.bytes.shrink_to(keep);
-        self.changes.clear();
-        self.table = Span::default();
     }
 
     /// The changes in stream order.
