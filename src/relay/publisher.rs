@@ -21,6 +21,7 @@ use crate::jetstream::ack::AckError;
 use crate::jetstream::client::{Incoming, Link};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
 use crate::jetstream::streams;
+use crate::jetstream::wire::Publish;
 use crate::outbox::batch::{Batch, Fate};
 use crate::outbox::park::{self, OnPoison};
 use crossbeam_channel::{Receiver, never, select};
@@ -36,6 +37,8 @@ const KEEP_LIMIT: Duration = Duration::from_secs(5);
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// Events that are handed to the connection at once: it begins to send them while the next are being looked at.
+const BURST: usize = 128;
 /// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
 const LOOP_LIMIT: Duration = Duration::from_secs(60);
 /// One attempt to connect: several servers, and dozens of requests, with a deadline each.
@@ -386,6 +389,10 @@ impl<'a> Publisher<'a> {
     fn publish_burst(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
         let mut burst = Vec::new();
         let outcome = loop {
+            if burst.len() == BURST {
+                let next = Vec::with_capacity(BURST);
+                self.hand_over(link, std::mem::replace(&mut burst, next), now);
+            }
             match self.core.next(now) {
                 Ok(Next::Publish(publish)) => {
                     if publish.event.fate == Fate::Park {
@@ -430,11 +437,15 @@ impl<'a> Publisher<'a> {
                 }
             }
         };
+        self.hand_over(link, burst, now);
+        outcome
+    }
+
+    fn hand_over(&mut self, link: &Link, burst: Vec<Publish>, now: Instant) {
         if !burst.is_empty() {
             self.pulse.published(&burst, now);
             link.publish(burst, &self.source);
         }
-        outcome
     }
 
     /// Does with an event that is not on its way, and never can be, what the operator wants done with it; `false`:
