@@ -64,9 +64,9 @@ fn draw(drains: bool, vitals: &Vitals) {
             }
             continue;
         };
-        if !std::mem::replace(&mut is_shown, true) {
+        let appears = !std::mem::replace(&mut is_shown, true);
+        if appears {
             bar.reset();
-            bar.set_draw_target(ProgressDrawTarget::stderr());
         }
         bar.set_length(all);
         bar.set_position(done);
@@ -78,6 +78,11 @@ fn draw(drains: bool, vitals: &Vitals) {
         let published = HumanCount(published);
         let per_second = HumanCount(per_second);
         bar.set_message(format!("{published} events, {per_second}/s, {left}"));
+        if appears {
+            // not before it has something to say
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            bar.tick();
+        }
     }
 }
 

@@ -219,6 +219,9 @@ fn a_drain_on_a_terminal_draws_a_bar() {
             && number("s left") > 0
     };
     assert!(frames.iter().any(tells), "{frames:#?}");
+    // none is drawn before there is something to tell
+    let has_message = |frame: &&str| frame.contains(" events, ");
+    assert!(frames.iter().all(has_message), "{frames:#?}");
     rig.wait_for_messages(EVENTS);
 
     commit_many(&mut rig.pg.client(), EVENTS + 1, EVENTS / 40, 10);
