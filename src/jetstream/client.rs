@@ -187,7 +187,7 @@ impl Link {
     }
 
     /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
-    /// link on which nothing has been published yet.
+    /// link on which no publish waits for its answer.
     pub fn call(&self, api: &str, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, Error> {
         let reply = self.call_inbox();
         self.ask(reply.clone(), api, body);

@@ -46,7 +46,8 @@ pub struct Limits {
 pub enum Next {
     /// Publish this; the answer goes to [`Core::answer`].
     Publish(Publish),
-    /// Look at what stands at `seq` of `stream`, then call [`Core::looked_up`].
+    /// Look at what stands at `seq` of `stream`, then call [`Core::looked_up`]. No answer is due meanwhile: the
+    /// link would drop it.
     Lookup {
         /// The stream's name.
         stream: String,
@@ -933,6 +934,7 @@ impl Core {
                             }
                         }
                         Verdict::Publish | Verdict::Missing => match pending.suspect {
+                            Some(_) if self.waiting > 0 => break,
                             Some(seq) => {
                                 return Ok(Next::Lookup {
                                     stream: stream.name.clone(),

@@ -498,6 +498,9 @@ impl World {
                     });
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
+                    if session.core.waiting() > 0 {
+                        return Err("a look at a message drops the answers that are due".into());
+                    }
                     let source = &self.lineage.source;
                     let found = self.streams.iter().find(|s| s.name == stream);
                     let found = found
