@@ -154,6 +154,8 @@ pub struct StreamAtConnect {
     pub tail: Tail,
     /// The last event of ours that is older than the hold-back, by the stream's own time.
     pub aged: Option<Position>,
+    /// A message under our subjects that is younger stands there.
+    pub has_young: bool,
 }
 
 /// What outlives a session: how far each stream was seen to be.
@@ -318,6 +320,7 @@ struct Stream {
     chain: Chain,
     tail: Tail,
     aged: Option<Position>,
+    has_young: bool,
     /// Everything up to this event stands at or before its sequence, and nothing behind it does.
     last: Option<Checkpoint>,
     /// The highest sequence that was acknowledged or read.
@@ -455,6 +458,7 @@ impl Core {
             chain: Chain::new(0),
             tail: Tail::default(),
             aged: None,
+            has_young: false,
             settled_seq: remembered.confirmed_seq,
             confirmed_seq: remembered.confirmed_seq,
             acked_seq: remembered.acked_seq,
@@ -614,6 +618,7 @@ impl Core {
             stream.tail = tail;
             // an event that was published late is younger than its position tells
             stream.aged = found.aged.filter(|_| !stream.shared || found.replicas <= 1);
+            stream.has_young = found.has_young;
             self.routed.push(index);
         }
         self.routes = routes;
@@ -775,7 +780,7 @@ impl Core {
         let aged = streams.filter_map(|stream| {
             // one that is consumed away, and one whose events may be younger than their positions tell, show nothing
             let end = stream.tail.stored.as_ref()?;
-            let shows = end.id.is_some() && !(stream.shared && stream.replicas > 1);
+            let shows = stream.has_young && !(stream.shared && stream.replicas > 1);
             let aged = stream.aged.unwrap_or_default();
             (shows && aged < end.position).then_some(aged.commit_lsn)
         });
@@ -1233,6 +1238,7 @@ impl Core {
                     chain: Chain::new(0),
                     tail: Tail::default(),
                     aged: None,
+                    has_young: false,
                     last: None,
                     acked_seq: 0,
                     shared: false,

@@ -177,9 +177,9 @@ impl Found {
                 filters,
                 timeout,
             };
-            let (tail, aged) = match config.delivery {
+            let (tail, age) = match config.delivery {
                 Delivery::ExactlyOnce => stream.read_back(config, lineage, known)?,
-                Delivery::AtLeastOnce => (Tail::default(), None),
+                Delivery::AtLeastOnce => (Tail::default(), Age::default()),
             };
             found.push(StreamAtConnect {
                 name: info.config.name.clone(),
@@ -190,7 +190,8 @@ impl Found {
                 },
                 last_seq: info.state.last_seq,
                 tail,
-                aged,
+                aged: age.aged,
+                has_young: age.has_young,
             });
         }
         Ok(Joined {
@@ -223,6 +224,13 @@ fn catch_up(
     Ok(())
 }
 
+/// How old the events of ours in a stream are: see [`StreamAtConnect`].
+#[derive(Debug, Default)]
+struct Age {
+    aged: Option<Position>,
+    has_young: bool,
+}
+
 /// A stream that is being read back.
 struct Stream<'a> {
     link: &'a Link,
@@ -242,7 +250,7 @@ impl Stream<'_> {
         config: &Config,
         lineage: &Lineage,
         checkpoint: Option<&Checkpoint>,
-    ) -> Result<(Tail, Option<Position>), Error> {
+    ) -> Result<(Tail, Age), Error> {
         let name = &self.info.config.name;
         let state = &self.info.state;
         let mut newest: Option<StoredMessage> = None;
@@ -269,12 +277,12 @@ impl Stream<'_> {
                 stream: name.clone(),
                 conflict,
             })?;
-        let mut aged = self.aged(lineage, &tail, config.hold_back)?;
+        let mut age = self.age(lineage, &tail, config.hold_back)?;
         if let Some(between) = self.between(lineage, &tail, checkpoint)? {
-            aged = aged.filter(|aged| *aged <= between.from);
+            age.aged = age.aged.filter(|aged| *aged <= between.from);
             tail.look_between(between);
         }
-        Ok((tail, aged))
+        Ok((tail, age))
     }
 
     /// On a replicated stream, what stands between the last event known to be whole and the tail.
@@ -303,23 +311,17 @@ impl Stream<'_> {
         Ok(Some(Between::read(lineage, known.position, &messages)))
     }
 
-    /// The last event of ours that the stream has had for `hold_back`, by the server's own clock: a search
-    /// for that time among the sequences.
-    fn aged(
-        &self,
-        lineage: &Lineage,
-        tail: &Tail,
-        hold_back: Duration,
-    ) -> Result<Option<Position>, Error> {
+    /// How old the events are, by the server's own clock: a search for the time `hold_back` ago among the sequences.
+    fn age(&self, lineage: &Lineage, tail: &Tail, hold_back: Duration) -> Result<Age, Error> {
         let (Some(stored), Some(now)) = (&tail.stored, time(&self.info.ts)) else {
-            return Ok(None);
+            return Ok(Age::default());
         };
         // what is not older than this is too young
         let Ok(limit) = now.checked_sub(hold_back) else {
-            return Ok(None);
+            return Ok(Age::default());
         };
         let (mut old, mut young) = (self.info.state.first_seq.saturating_sub(1), stored.seq + 1);
-        let mut aged = None;
+        let mut age = Age::default();
         while old + 1 < young {
             let middle = old + (young - old) / 2;
             let mut next: Option<StoredMessage> = None;
@@ -328,22 +330,27 @@ impl Stream<'_> {
                 let found = self.get(streams::next_message_request(name, middle, filter))?;
                 next = next.into_iter().chain(found).min_by_key(|m| m.seq);
             }
-            match next.filter(|message| time(&message.time).is_some_and(|time| time <= limit)) {
-                Some(message) => {
+            let is_old =
+                |message: &StoredMessage| time(&message.time).is_some_and(|time| time <= limit);
+            match next {
+                Some(message) if is_old(&message) => {
                     let position = message
                         .header(OUTBOX_POSITION)
                         .and_then(|text| text.parse::<SourcePosition>().ok());
                     if let Some(position) =
                         position.filter(|position| position.source == lineage.source)
                     {
-                        aged = Some(position.position);
+                        age.aged = Some(position.position);
                     }
                     old = message.seq.max(middle);
                 }
-                None => young = middle,
+                next => {
+                    age.has_young |= next.is_some();
+                    young = middle;
+                }
             }
         }
-        Ok(aged)
+        Ok(age)
     }
 }
 

@@ -22,7 +22,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Seeds that once failed.
 const REGRESSIONS: &[u64] = &[
-    9, 13, 25, 131, 538, 1063, 1529, 2315, 3355, 6108, 24345, 33733, 37929, 170135,
+    9, 13, 25, 131, 538, 1063, 1529, 2315, 3355, 6108, 24345, 33733, 37929, 170135, 5027497,
 ];
 
 fn number(name: &str) -> Option<u64> {

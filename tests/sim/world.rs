@@ -903,6 +903,8 @@ impl World {
                 self.is_off(Rule::Age) || self.now - message.time >= self.hold_back
             };
             let messages = stream.messages.values();
+            let mut ours = messages.clone().filter(|m| m.event.is_some());
+            let has_young = ours.any(|message| !old(&message));
             let aged = messages
                 .filter(old)
                 .filter_map(|m| m.event.as_ref())
@@ -934,6 +936,7 @@ impl World {
                 last_seq: stream.last_seq,
                 tail,
                 aged,
+                has_young,
             });
         }
         found
