@@ -67,7 +67,7 @@ pub enum Next {
         /// The setting that says so.
         setting: &'static str,
     },
-    /// Nothing now: the window is full or empty.
+    /// Nothing now: the window is full or empty, or what comes next waits for the answers that are due.
     Nothing,
 }
 
