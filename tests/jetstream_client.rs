@@ -11,7 +11,7 @@ use jetstream_outbox::jetstream::error::Error;
 use jetstream_outbox::jetstream::options::{Options, ServerUrl};
 use jetstream_outbox::jetstream::streams::{self, Routes};
 use jetstream_outbox::jetstream::wire::{self, Publish};
-use jetstream_outbox::outbox::batch::{Batch, Change};
+use jetstream_outbox::outbox::batch::{Batch, Event};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
 use operator::Operator;
@@ -168,18 +168,15 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
             .unwrap();
     }
     let batch = Arc::new(batch);
-    let publish = |(number, change): (u64, &Change)| match change {
-        Change::Event(event) => Publish {
-            batch: batch.clone(),
-            event: *event,
-            token: number,
-            reply: number,
-            expected_last_sequence: Some(number - 1),
-            expected_last: None,
-        },
-        _ => unreachable!("only events were pushed"),
+    let publish = |(number, index): (u64, usize)| Publish {
+        event: Event::new(&batch, index).unwrap(),
+        token: number,
+        reply: number,
+        expected_last_sequence: Some(number - 1),
+        expected_last: None,
     };
-    (first..).zip(batch.changes()).map(publish).collect()
+    let indexes = 0..batch.changes().len();
+    (first..).zip(indexes).map(publish).collect()
 }
 
 fn next(link: &Link) -> Incoming {
@@ -604,7 +601,7 @@ fn a_message_has_the_size_that_the_server_counts() {
         expected_last_sequence,
         ..
     } = &publishes[0];
-    let size = wire::size(event, *expected_last_sequence, None, SOURCE.len());
+    let size = wire::size(event.spans(), *expected_last_sequence, None, SOURCE.len());
     let limit = |call: &str, limit: usize| {
         let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
         link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)

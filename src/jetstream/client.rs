@@ -32,7 +32,7 @@ use super::options::{Options, ServerUrl, UrlAuth};
 use super::probe::{ServerInfo, probe};
 use super::tunnel;
 use super::wire::{self, Publish};
-use crate::outbox::batch::OutboxEvent;
+use crate::outbox::batch::{Event, OutboxEvent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -853,7 +853,7 @@ fn send(
     publish: &Publish,
     position_source: &str,
 ) -> Result<(), Error> {
-    let event = publish.batch.event(&publish.event);
+    let event = publish.event.view();
     let headers = headers(&event, publish, position_source)?;
     connection
         .publish_with_reply_or_headers(
@@ -882,8 +882,7 @@ fn headers(
             ),
         });
     }
-    let last = publish.expected_last.as_ref();
-    let last = last.map(|(batch, last)| batch.id(last));
+    let last = publish.expected_last.as_ref().map(Event::id);
     let sequence = publish.expected_last_sequence;
     let (first, lines) = wire::lines(event, sequence, last, position_source);
     let mut headers = nats::HeaderMap::new();

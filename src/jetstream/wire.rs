@@ -5,9 +5,8 @@
 //! of the row that holds the name of the fence must not come before it, or the publish would go unfenced. The server
 //! counts block and body against `max_payload` and `max_msg_size`.
 
-use crate::outbox::batch::{Batch, EventSpans, OutboxEvent};
+use crate::outbox::batch::{Event, EventSpans, OutboxEvent};
 use std::fmt::Write;
-use std::sync::Arc;
 
 const MSG_ID: &str = "Nats-Msg-Id";
 const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
@@ -21,10 +20,8 @@ const FENCE_LEN: usize = EXPECTED_LAST_SEQUENCE.len() + "\r\n: ".len();
 /// An event to publish.
 #[derive(Clone, Debug)]
 pub struct Publish {
-    /// The batch that holds the event's bytes.
-    pub batch: Arc<Batch>,
-    /// The event, one of the batch's.
-    pub event: EventSpans,
+    /// The event.
+    pub event: Event,
     /// Names the event.
     pub token: u64,
     /// Names the answer, and comes back with it.
@@ -34,7 +31,7 @@ pub struct Publish {
     /// The other half of the fence, where the stream allows it: the event whose message must be the last
     /// one. Sequences alone would let an event through behind a lost one, when somebody else's message has
     /// taken the lost one's sequence. Never for a replicated stream.
-    pub expected_last: Option<(Arc<Batch>, EventSpans)>,
+    pub expected_last: Option<Event>,
 }
 
 /// The name of the first header, which the client library writes with its colon, and what stands behind that: its

@@ -1,10 +1,12 @@
 //! The unit that travels from the reader to the publisher: the changes that were ready at once.
 //!
 //! One buffer holds the bytes of all its events, so that a row costs no allocation of its own; an event
-//! is a set of spans into it. It lives until its last event is acknowledged.
+//! is a set of spans into it. Behind the channel an [`Event`] names one by its place in the shared batch, which lives
+//! until its last event is acknowledged.
 
 use super::position::Position;
 use crate::postgres::Lsn;
+use std::sync::Arc;
 
 /// A stretch of the bytes of a [`Batch`]. 32 bits suffice: a field of Postgres is smaller than 1 GiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,13 +86,74 @@ impl EventSpans {
     pub fn id_len(&self) -> usize {
         self.id.len as usize
     }
+}
 
-    /// The same event, given up.
-    pub fn lost(self) -> EventSpans {
-        EventSpans {
-            fate: Fate::Lose,
-            ..self
+/// An event of a batch that is shared: the batch, and the event's place among its changes.
+#[derive(Clone)]
+pub struct Event {
+    batch: Arc<Batch>,
+    index: u32,
+    fate: Fate,
+}
+
+impl Event {
+    /// The change at `index` of the batch, if that is an event.
+    pub fn new(batch: &Arc<Batch>, index: usize) -> Option<Event> {
+        match batch.changes.get(index)? {
+            Change::Event(spans) => Some(Event {
+                batch: batch.clone(),
+                index: u32::try_from(index).ok()?,
+                fate: spans.fate,
+            }),
+            _ => None,
         }
+    }
+
+    /// Where its parts stand.
+    pub fn spans(&self) -> &EventSpans {
+        match self.batch.changes.get(self.index as usize) {
+            Some(Change::Event(spans)) => spans,
+            _ => unreachable!("there was an event when this was made"),
+        }
+    }
+
+    /// Where the event stands in Postgres.
+    pub fn position(&self) -> Position {
+        self.spans().position
+    }
+
+    /// What is to be done with it.
+    pub fn fate(&self) -> Fate {
+        self.fate
+    }
+
+    /// The subject alone, for who needs no more: each text of [`view`](Self::view) is checked each time.
+    pub fn subject(&self) -> &str {
+        self.batch.text(self.spans().subject)
+    }
+
+    /// The id alone.
+    pub fn id(&self) -> &str {
+        self.batch.text(self.spans().id)
+    }
+
+    /// All of it.
+    pub fn view(&self) -> OutboxEvent<'_> {
+        OutboxEvent {
+            fate: self.fate,
+            ..self.batch.event(self.spans())
+        }
+    }
+
+    /// It cannot be published, and is given up.
+    pub fn give_up(&mut self) {
+        self.fate = Fate::Lose;
+    }
+}
+
+impl std::fmt::Debug for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.view().fmt(f)
     }
 }
 
@@ -245,23 +308,13 @@ impl Batch {
     pub fn event(&self, spans: &EventSpans) -> OutboxEvent<'_> {
         OutboxEvent {
             fate: spans.fate,
-            subject: self.subject(spans),
-            id: self.id(spans),
+            subject: self.text(spans.subject),
+            id: self.text(spans.id),
             headers: self.text(spans.headers),
             body: self.slice(spans.body),
             table: self.text(spans.table),
             position: spans.position,
         }
-    }
-
-    /// The subject alone, for who needs no more: each text of [`event`](Self::event) is checked each time.
-    pub fn subject(&self, spans: &EventSpans) -> &str {
-        self.text(spans.subject)
-    }
-
-    /// The id alone.
-    pub fn id(&self, spans: &EventSpans) -> &str {
-        self.text(spans.id)
     }
 
     /// The mapper checks that its texts are UTF-8, so nothing is lost here.

@@ -5,12 +5,13 @@
 //! and the subject it was meant for; its own headers stay, but for those that NATS acts on; its body is cut, and
 //! marked so, where it is larger than the server takes.
 
-use super::batch::{Batch, Change, EventSpans, Fate, OutboxEvent};
+use super::batch::{Batch, Event, Fate, OutboxEvent};
 use super::header::is_plain;
 use super::message_id::must_escape;
 use super::percent;
 use std::convert::Infallible;
 use std::fmt;
+use std::sync::Arc;
 
 /// Why the event is parked.
 pub const PARKED: &str = "Outbox-Parked";
@@ -136,12 +137,7 @@ fn write_line(name: &str, value: &str, out: &mut Vec<u8>) {
 
 /// The event as it is parked under `subject`, alone in a batch; `room` is what id, headers and body may have. One
 /// that is parked already is cut to the room.
-pub fn parked(
-    event: &OutboxEvent<'_>,
-    subject: &str,
-    cause: &str,
-    room: usize,
-) -> (Batch, EventSpans) {
+pub fn parked(event: &OutboxEvent<'_>, subject: &str, cause: &str, room: usize) -> Event {
     let again = event.fate == Fate::Park;
     let mut headers = Vec::new();
     if again {
@@ -174,13 +170,7 @@ pub fn parked(
         draft.headers(|out| append(&headers, out))?;
         draft.body(|out| append(event.body.get(..len).unwrap_or_default(), out))
     });
-    match batch.changes() {
-        [Change::Event(spans)] => {
-            let spans = *spans;
-            (batch, spans)
-        }
-        _ => unreachable!("one event was written"),
-    }
+    Event::new(&Arc::new(batch), 0).expect("one event was written")
 }
 
 #[cfg(test)]
@@ -202,8 +192,8 @@ mod tests {
 
     /// Subject, headers and body of the event as parked.
     fn park(event: &OutboxEvent<'_>, room: usize) -> (String, String, String) {
-        let (batch, spans) = parked(event, "s.parked", "too\nlarge", room);
-        let parked = batch.event(&spans);
+        let parked = parked(event, "s.parked", "too\nlarge", room);
+        let parked = parked.view();
         assert_eq!((parked.id, parked.table), (event.id, event.table));
         assert_eq!((parked.fate, parked.position), (Fate::Park, event.position));
         assert_eq!(cause(parked.headers), "too%0Alarge");
@@ -260,10 +250,10 @@ mod tests {
 
     #[test]
     fn what_is_parked_already_is_only_cut() {
-        let (batch, spans) = parked(&event("", &"x".repeat(100)), "s.parked", "first", 10_000);
-        let first = batch.event(&spans);
-        let (again, spans) = parked(&first, "s.parked", "second", first.headers.len() + 30);
-        let again = again.event(&spans);
+        let first = parked(&event("", &"x".repeat(100)), "s.parked", "first", 10_000);
+        let first = first.view();
+        let again = parked(&first, "s.parked", "second", first.headers.len() + 30);
+        let again = again.view();
         assert!(again.headers.starts_with(first.headers) && !again.headers.contains("second"));
         assert!(again.headers.ends_with("\r\nOutbox-Body-Cut: 100"));
         assert_eq!(again.body.len(), 7);

@@ -14,7 +14,7 @@ use crate::jetstream::chain::{AnswerFor, Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
 use crate::jetstream::wire::{self, Publish};
-use crate::outbox::batch::{Batch, Change, EventSpans, Fate, OutboxEvent};
+use crate::outbox::batch::{Batch, Change, Event, Fate, OutboxEvent};
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 use std::collections::{HashSet, VecDeque};
@@ -316,7 +316,7 @@ struct Stream {
     created: String,
     replicas: u32,
     /// What was published last over this connection.
-    previous: Option<(Arc<Batch>, EventSpans)>,
+    previous: Option<Event>,
     chain: Chain,
     tail: Tail,
     aged: Option<Position>,
@@ -343,8 +343,7 @@ enum Entry {
 
 #[derive(Debug)]
 struct Pending {
-    batch: Arc<Batch>,
-    spans: EventSpans,
+    event: Event,
     state: State,
     /// The server called it a duplicate of what stands at this sequence.
     suspect: Option<u64>,
@@ -377,7 +376,7 @@ impl Stream {
     /// The length of the id that the next publish names, where it names one.
     fn last_id_len(&self) -> Option<usize> {
         let previous = self.previous.as_ref().filter(|_| self.replicas == 1);
-        previous.map(|(_, last)| last.id_len())
+        previous.map(|last| last.spans().id_len())
     }
 
     /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
@@ -652,24 +651,23 @@ impl Core {
     pub fn event(&self, token: u64) -> Option<OutboxEvent<'_>> {
         let index = token.checked_sub(self.first_token)? as usize;
         match self.window.get(index)? {
-            Entry::Event(pending) => Some(pending.batch.event(&pending.spans)),
+            Entry::Event(pending) => Some(pending.event.view()),
             Entry::Boundary(_) => None,
         }
     }
 
     /// Another form of the event under this token, at its position, is to be published in its place. Only of one
     /// that is not on its way.
-    pub fn replace(&mut self, token: u64, batch: Batch, spans: EventSpans) {
+    pub fn replace(&mut self, token: u64, event: Event) {
         self.put(token, |pending| {
-            assert_eq!(spans.position, pending.spans.position);
-            pending.batch = Arc::new(batch);
-            pending.spans = spans;
+            assert_eq!(event.position(), pending.event.position());
+            pending.event = event;
         });
     }
 
     /// The event under this token is not published at all. Only of one that is not on its way.
     pub fn give_up(&mut self, token: u64) {
-        self.put(token, |pending| pending.spans = pending.spans.lost());
+        self.put(token, |pending| pending.event.give_up());
     }
 
     fn put(&mut self, token: u64, change: impl FnOnce(&mut Pending)) {
@@ -789,7 +787,7 @@ impl Core {
 
     /// Takes the next changes of the copy stream.
     pub fn offer(&mut self, batch: Arc<Batch>) {
-        for change in batch.changes() {
+        for (index, change) in batch.changes().iter().enumerate() {
             let entry = match *change {
                 Change::Event(spans) => {
                     assert!(
@@ -797,9 +795,9 @@ impl Core {
                         "Postgres sends transactions in commit order"
                     );
                     self.offered = spans.position;
+                    let event = Event::new(&batch, index).expect("the change is an event");
                     Entry::Event(Pending {
-                        batch: batch.clone(),
-                        spans,
+                        event,
                         state: State::Unsent,
                         suspect: None,
                         counted: false,
@@ -840,8 +838,9 @@ impl Core {
                 self.settle();
                 continue;
             };
-            let spans = pending.spans;
-            let size = spans.size();
+            let event = &pending.event;
+            let spans = event.spans();
+            let (position, size) = (spans.position, spans.size());
             if !self.has_room(size) {
                 break;
             }
@@ -849,7 +848,7 @@ impl Core {
                 self.hold(size);
                 continue;
             }
-            if spans.fate == Fate::Lose {
+            if event.fate() == Fate::Lose {
                 self.tally.lost += u64::from(!pending.counted);
                 let state = State::Stored {
                     stream: None,
@@ -860,10 +859,10 @@ impl Core {
                 self.hold(size);
                 continue;
             }
-            let subject = pending.batch.subject(&spans);
+            let subject = event.subject();
             let (limit, setting) = self.limit(subject);
             let too_large = |expected: Option<u64>, last_id_len: Option<usize>| {
-                let size = wire::size(&spans, expected, last_id_len, self.position_source_len);
+                let size = wire::size(spans, expected, last_id_len, self.position_source_len);
                 (size > limit).then_some(Next::TooLarge {
                     token,
                     size,
@@ -886,7 +885,7 @@ impl Core {
                     }
                 }
                 Delivery::ExactlyOnce => {
-                    if spans.fate == Fate::Park && self.waiting > 0 {
+                    if event.fate() == Fate::Park && self.waiting > 0 {
                         break;
                     }
                     // what fits nowhere in this stream is not in it, wherever its tail is
@@ -907,12 +906,12 @@ impl Core {
                     if !stream.has_room(now) {
                         break;
                     }
-                    let id = pending.batch.id(&spans);
-                    match stream.tail.verdict(spans.position, id) {
+                    let id = event.id();
+                    match stream.tail.verdict(position, id) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
                                 stream: stream.name.clone(),
-                                position: spans.position,
+                                position,
                                 id: id.to_string(),
                                 stored_id: stream
                                     .tail
@@ -925,13 +924,13 @@ impl Core {
                         Verdict::Stored(seq) => {
                             self.tally.skipped += u64::from(!pending.counted);
                             if let Some(stored) = &stream.tail.stored
-                                && stored.position == spans.position
+                                && stored.position == position
                                 && stream.tail.between.is_none()
                             {
                                 // one that was consumed away is counted once, also after a reconnect
                                 stream.last = Some(stored.clone());
                             }
-                            let aged = stream.aged.is_some_and(|aged| spans.position <= aged);
+                            let aged = stream.aged.is_some_and(|aged| position <= aged);
                             State::Stored {
                                 stream: Some(index),
                                 seq: seq.unwrap_or(0),
@@ -964,8 +963,7 @@ impl Core {
             };
             let publish = match next {
                 State::Sent { stream, expected } => Some(Publish {
-                    batch: pending.batch.clone(),
-                    event: pending.spans,
+                    event: event.clone(),
                     token,
                     reply: match self.delivery {
                         Delivery::AtLeastOnce => token,
@@ -977,8 +975,7 @@ impl Core {
                     expected_last_sequence: (self.delivery == Delivery::ExactlyOnce)
                         .then_some(expected),
                     expected_last: self.streams.get_mut(stream).and_then(|stream| {
-                        let this = (pending.batch.clone(), pending.spans);
-                        (stream.replicas == 1).then(|| stream.previous.replace(this))?
+                        (stream.replicas == 1).then(|| stream.previous.replace(event.clone()))?
                     }),
                 }),
                 _ => None,
@@ -986,7 +983,7 @@ impl Core {
             self.set_state(self.unsent, next);
             self.hold(size);
             if let Some(publish) = publish {
-                self.parking = publish.event.fate == Fate::Park;
+                self.parking = publish.event.fate() == Fate::Park;
                 self.waiting += 1;
                 self.waiting_since.get_or_insert(now);
                 return Ok(Next::Publish(publish));
@@ -1037,7 +1034,6 @@ impl Core {
             true => Trouble::Refused { token, error },
             false => Trouble::Reconnect(Cause::Refused(error)),
         })?;
-        let spans = pending.spans;
         let stored = match self.delivery {
             Delivery::AtLeastOnce => {
                 // a duplicate is stored too, unless it is the false answer that names no sequence
@@ -1046,7 +1042,7 @@ impl Core {
                         seq: 0,
                     })));
                 }
-                self.subjects.remove(pending.batch.subject(&spans));
+                self.subjects.remove(pending.event.subject());
                 State::Stored {
                     stream: None,
                     seq: ack.seq,
@@ -1064,7 +1060,7 @@ impl Core {
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
                 stream_state.acked_seq = stream_state.acked_seq.max(ack.seq);
-                if stream_state.tail.is_before_end(spans.position) {
+                if stream_state.tail.is_before_end(pending.event.position()) {
                     self.tally.late += 1;
                 }
                 State::Stored {
@@ -1075,8 +1071,8 @@ impl Core {
             }
         };
         self.tally.published += 1;
-        self.tally.published_bytes += spans.body_len() as u64;
-        self.tally.parked += u64::from(spans.fate == Fate::Park);
+        self.tally.published_bytes += pending.event.spans().body_len() as u64;
+        self.tally.parked += u64::from(pending.event.fate() == Fate::Park);
         pending.state = stored;
         self.waiting -= 1;
         self.waiting_since = (self.waiting > 0).then_some(now);
@@ -1102,7 +1098,7 @@ impl Core {
             return None;
         };
         let seq = pending.suspect.take()?;
-        let event = pending.batch.event(&pending.spans);
+        let event = pending.event.view();
         match found {
             // the same position would be this very event, and the tail, read again, says so
             Some((id, position))
@@ -1302,10 +1298,11 @@ impl Core {
         loop {
             match self.window.front() {
                 Some(Entry::Event(Pending {
-                    spans,
+                    event,
                     state: State::Stored { stream, seq, at },
                     ..
                 })) if self.unsent > 0 => {
+                    let spans = event.spans();
                     if let Some(stream) = stream.and_then(|index| self.streams.get_mut(index)) {
                         stream.settle(spans.position, *seq);
                     }

@@ -390,13 +390,12 @@ impl<'a> Publisher<'a> {
         let mut burst = Vec::new();
         let outcome = loop {
             if burst.len() == BURST {
-                let next = Vec::with_capacity(BURST);
-                self.hand_over(link, std::mem::replace(&mut burst, next), now);
+                self.hand_over(link, std::mem::take(&mut burst), now);
             }
             match self.core.next(now) {
                 Ok(Next::Publish(publish)) => {
-                    if publish.event.fate == Fate::Park {
-                        let event = publish.batch.event(&publish.event);
+                    if publish.event.fate() == Fate::Park {
+                        let event = publish.event.view();
                         log::warn!(
                             id = event.id, table = event.table, position:% = event.position, cause = park::cause(event.headers);
                             "parked an event that cannot be published"
@@ -460,8 +459,8 @@ impl<'a> Publisher<'a> {
             (Fate::Park, _) if event.headers.contains(park::BODY_CUT) => false,
             (Fate::Park, _) | (_, OnPoison::Park) => {
                 let subject = &policy.park_subject;
-                let (batch, spans) = park::parked(&event, subject, cause, self.core.room(subject));
-                self.core.replace(token, batch, spans);
+                let parked = park::parked(&event, subject, cause, self.core.room(subject));
+                self.core.replace(token, parked);
                 true
             }
             (_, OnPoison::Skip) => {

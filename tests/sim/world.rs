@@ -476,14 +476,14 @@ impl World {
         loop {
             match session.core.next(now) {
                 Ok(Next::Publish(publication)) => {
-                    let position = publication.event.position;
+                    let position = publication.event.position();
                     let event = self
                         .committed
                         .iter()
                         .flatten()
                         .find(|event| event.position == position && !event.forgotten)
                         .ok_or("an event that was never committed")?;
-                    if (publication.event.fate == Fate::Park) != (event.stream >= homes) {
+                    if (publication.event.fate() == Fate::Park) != (event.stream >= homes) {
                         return Err(format!("published in the wrong form: {event:?}"));
                     }
                     connection.out.push_back(Flight {
@@ -494,7 +494,7 @@ impl World {
                         expected_last: publication
                             .expected_last
                             .filter(|_| fence)
-                            .map(|(batch, spans)| batch.event(&spans).id.to_string()),
+                            .map(|last| last.id().to_string()),
                     });
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
@@ -528,8 +528,8 @@ impl World {
                         .event(token)
                         .ok_or("an event that is not there")?;
                     let room = session.core.room(PARK_SUBJECT);
-                    let (batch, spans) = park::parked(&event, PARK_SUBJECT, "too large", room);
-                    session.core.replace(token, batch, spans);
+                    let parked = park::parked(&event, PARK_SUBJECT, "too large", room);
+                    session.core.replace(token, parked);
                 }
                 Ok(Next::Nothing) => break,
                 Err(trouble) => return Ok(Err(trouble)),
