@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A write without an answer is forgotten after this; the next one tells more anyway.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// The same of an urgent one: a leader that steps down takes what it was sent along, and there is no time to lose.
+const URGENT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Writes that fail for so long are warned of, and again after as long.
 const TELL_AFTER: Duration = Duration::from_secs(60);
@@ -336,7 +338,8 @@ impl CheckpointStore {
         let State::On { pending, next, .. } = &mut self.state else {
             return None;
         };
-        let waits = |pending: &Pending| now < pending.sent + PATIENCE;
+        let patience = if urgent { URGENT_PATIENCE } else { PATIENCE };
+        let waits = |pending: &Pending| now < pending.sent + patience;
         if now < *next && !urgent || pending.as_ref().is_some_and(waits) {
             return None;
         }
@@ -577,7 +580,7 @@ mod tests {
         let mut store = store(now);
         let first = store.write(|| marks(0x10), Lsn(0), now, false).unwrap();
         let soon = now + PATIENCE - Duration::from_millis(1);
-        assert!(store.write(|| marks(0x20), Lsn(0), soon, true).is_none());
+        assert!(store.write(|| marks(0x20), Lsn(0), soon, false).is_none());
         let late = now + PATIENCE;
         let second = store.write(|| marks(0x20), Lsn(0), late, false).unwrap();
         assert_eq!((first.revision, second.revision), (4, 4));
@@ -595,6 +598,18 @@ mod tests {
         // read again: what the key holds is the first
         let opened = store.opened(value(5, first.body, 0), late);
         assert_eq!((opened.marks, opened.went_back), (marks(0), false));
+    }
+
+    #[test]
+    fn an_urgent_write_waits_less_for_an_answer_that_may_never_come() {
+        let now = Instant::now();
+        let mut store = store(now);
+        assert!(store.write(|| marks(0x10), Lsn(0), now, true).is_some());
+        let soon = now + URGENT_PATIENCE - Duration::from_millis(1);
+        assert!(store.write(|| marks(0x10), Lsn(0), soon, true).is_none());
+        let late = now + URGENT_PATIENCE;
+        assert!(store.write(|| marks(0x10), Lsn(0), late, false).is_none());
+        assert!(store.write(|| marks(0x10), Lsn(0), late, true).is_some());
     }
 
     #[test]

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 /// So long outstanding acks are waited for when the session ends before everything is settled.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-/// So long the last write of the checkpoint is waited for; without it the next start reads back more. A cluster
+/// So long the last write of the checkpoint is tried; without it the next start reads back more. A cluster
 /// that has just lost a node needs some seconds to find the bucket a leader.
 const KEEP_LIMIT: Duration = Duration::from_secs(5);
 /// While something is held back, the confirmable position is looked at this often.
