@@ -208,6 +208,12 @@ impl Batch {
         }
     }
 
+    /// Gives back the room that is left.
+    pub fn shrink(&mut self) {
+        self.bytes.shrink_to_fit();
+        self.changes.shrink_to_fit();
+    }
+
     /// The changes in stream order.
     pub fn changes(&self) -> &[Change] {
         &self.changes

@@ -31,6 +31,8 @@ const BATCH_CHANGES: usize = 512;
 /// A transaction that has begun may be read to its end for so long after the request to stop, so that it
 /// can be confirmed.
 const STOP_GRACE: Duration = Duration::from_millis(500);
+/// By so much a batch goes beyond `BATCH_BYTES` when its last event is an ordinary one.
+const BATCH_SLACK: usize = 4 * 1024;
 /// How many batches may wait for the publisher.
 pub const CHANNEL_BATCHES: usize = 4;
 
@@ -94,10 +96,16 @@ impl Transaction {
     }
 }
 
+/// With room for all it will ever hold, but for large events: one that grows is copied again and again, and leaves
+/// holes in memory. What it does not use is not touched, and given back when it goes on.
+fn empty() -> Batch {
+    Batch::with_capacity(BATCH_BYTES + BATCH_SLACK, BATCH_CHANGES)
+}
+
 impl Reader<'_> {
     /// Reads until the end, which drops the channel to the publisher.
     pub fn run(mut self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
-        let mut batch = Batch::default();
+        let mut batch = empty();
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
         let mut server_wal_end = Lsn::INVALID;
@@ -110,13 +118,10 @@ impl Reader<'_> {
             {
                 if !batch.is_empty() {
                     self.progress.sending(true);
-                    // the next is about as large; one that grows is copied again and again
-                    let next = Batch::with_capacity(
-                        batch.len_bytes().min(BATCH_BYTES),
-                        batch.changes().len(),
-                    );
                     let bytes = batch.len_bytes();
-                    let sent = self.changes.send(std::mem::replace(&mut batch, next));
+                    let mut full = std::mem::replace(&mut batch, empty());
+                    full.shrink();
+                    let sent = self.changes.send(full);
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
