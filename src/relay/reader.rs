@@ -19,7 +19,7 @@ use crate::outbox::position::Position;
 use crate::postgres::pgoutput::{self, Message, TupleValue};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crate::postgres::{self, Lsn};
-use crossbeam_channel::Sender;
+use crossbeam_channel::{SendError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,7 @@ const BATCH_CHANGES: usize = 512;
 const STOP_GRACE: Duration = Duration::from_millis(500);
 /// By so much a batch goes beyond `BATCH_BYTES` when its last event is an ordinary one.
 const BATCH_SLACK: usize = 4 * 1024;
-/// How many batches may wait for the publisher.
+/// How many batches may wait for the publisher; a large one counts for several.
 pub const CHANNEL_BATCHES: usize = 4;
 
 /// What the reader works with.
@@ -121,7 +121,7 @@ impl Reader<'_> {
                     let bytes = batch.len_bytes();
                     let mut full = std::mem::replace(&mut batch, empty());
                     full.shrink();
-                    let sent = self.changes.send(full);
+                    let sent = self.send(full);
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
@@ -198,6 +198,15 @@ impl Reader<'_> {
                 }
             }
         }
+    }
+
+    /// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
+    fn send(&self, batch: Batch) -> Result<(), SendError<Batch>> {
+        let places = (batch.len_bytes() / BATCH_BYTES).min(CHANNEL_BATCHES);
+        for _ in 1..places {
+            self.changes.send(Batch::default())?;
+        }
+        self.changes.send(batch)
     }
 
     /// One pgoutput message. Returns the end of a transaction.
