@@ -214,6 +214,12 @@ impl Batch {
         self.changes.shrink_to_fit();
     }
 
+    /// Bytes of memory that it takes.
+    #[cfg(test)]
+    pub(crate) fn room(&self) -> usize {
+        self.bytes.capacity() + self.changes.capacity() * size_of::<Change>()
+    }
+
     /// The changes in stream order.
     pub fn changes(&self) -> &[Change] {
         &self.changes

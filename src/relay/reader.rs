@@ -102,6 +102,15 @@ fn empty() -> Batch {
     Batch::with_capacity(BATCH_BYTES + BATCH_SLACK, BATCH_CHANGES)
 }
 
+/// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
+fn send(changes: &Sender<Batch>, batch: Batch) -> Result<(), SendError<Batch>> {
+    let places = (batch.len_bytes() / BATCH_BYTES).min(CHANNEL_BATCHES);
+    for _ in 1..places {
+        changes.send(Batch::default())?;
+    }
+    changes.send(batch)
+}
+
 impl Reader<'_> {
     /// Reads until the end, which drops the channel to the publisher.
     pub fn run(mut self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
@@ -121,7 +130,7 @@ impl Reader<'_> {
                     let bytes = batch.len_bytes();
                     let mut full = std::mem::replace(&mut batch, empty());
                     full.shrink();
-                    let sent = self.send(full);
+                    let sent = send(&self.changes, full);
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
@@ -198,15 +207,6 @@ impl Reader<'_> {
                 }
             }
         }
-    }
-
-    /// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
-    fn send(&self, batch: Batch) -> Result<(), SendError<Batch>> {
-        let places = (batch.len_bytes() / BATCH_BYTES).min(CHANNEL_BATCHES);
-        for _ in 1..places {
-            self.changes.send(Batch::default())?;
-        }
-        self.changes.send(batch)
     }
 
     /// One pgoutput message. Returns the end of a transaction.
@@ -308,5 +308,47 @@ impl Reader<'_> {
             Message::Message { .. } | Message::Origin { .. } | Message::Type { .. } => {}
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::bounded;
+    use std::convert::Infallible;
+
+    fn batch(bytes: usize) -> Batch {
+        let mut batch = empty();
+        let body = |out: &mut Vec<u8>| {
+            out.resize(out.len() + bytes, b'x');
+            Ok::<(), Infallible>(())
+        };
+        let Ok(()) = batch.push_event("", Position::default(), |_| Ok(()), |_| Ok(()), body);
+        batch
+    }
+
+    #[test]
+    fn what_waits_for_the_publisher_is_bounded_in_bytes() {
+        for bytes in [100, BATCH_BYTES + 100, 2 * BATCH_BYTES, 14 * BATCH_BYTES] {
+            let (sender, receiver) = bounded(CHANNEL_BATCHES);
+            while CHANNEL_BATCHES - sender.len() >= (bytes / BATCH_BYTES).clamp(1, CHANNEL_BATCHES)
+            {
+                send(&sender, batch(bytes)).unwrap();
+            }
+            assert!(sender.is_full());
+            let waiting: usize = receiver.try_iter().map(|batch| batch.len_bytes()).sum();
+            let most = CHANNEL_BATCHES * (BATCH_BYTES + BATCH_SLACK);
+            assert!(
+                waiting <= most.max(bytes),
+                "{waiting} bytes of {bytes} each"
+            );
+        }
+    }
+
+    #[test]
+    fn a_batch_keeps_no_more_than_it_holds() {
+        let mut full = batch(100);
+        full.shrink();
+        assert!(full.room() < 1024, "{} bytes", full.room());
     }
 }
