@@ -395,6 +395,29 @@ fn refusals_are_named() {
 }
 
 #[test]
+fn a_call_hands_on_the_answers_to_others() {
+    let server = Server::start();
+    let link = server.connect();
+    create_stream(&link, "");
+    link.put(7, "events.kept".into(), 0, b"{}".to_vec());
+    let deadline = Instant::now() + LONG;
+    while link.messages().is_empty() {
+        assert!(Instant::now() < deadline, "the write is not answered");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut others = Vec::new();
+    let request = streams::message_request("EVENTS", 1);
+    let found = streams::message_among(&link, request, LONG, |other| others.push(other));
+    assert_eq!(found.unwrap().unwrap().data, b"{}");
+    let others: Vec<Incoming> = others.into_iter().filter_map(|m| link.decode(m)).collect();
+    let [Incoming::Reply { token: 7, result }] = &others[..] else {
+        panic!("{others:?}");
+    };
+    let answer = String::from_utf8_lossy(result.as_ref().unwrap());
+    assert!(answer.contains(r#""seq":1"#), "{answer}");
+}
+
+#[test]
 fn a_server_without_jetstream_is_named() {
     let server = Server::with_config("");
     let link = server.connect();

@@ -183,15 +183,26 @@ impl Link {
     ) -> Result<Vec<u8>, Error> {
         let reply = self.call_inbox();
         self.send_put(reply.clone(), subject.into(), last, body);
-        self.wait_for(&reply, subject, timeout)
+        self.wait_for(&reply, subject, timeout, |_| ())
     }
 
     /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
-    /// link on which no publish waits for its answer.
+    /// link on which no other answer is due.
     pub fn call(&self, api: &str, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, Error> {
+        self.call_among(api, body, timeout, |_| ())
+    }
+
+    /// As [`call`](Self::call), and hands on the other messages that come meanwhile.
+    pub fn call_among(
+        &self,
+        api: &str,
+        body: Vec<u8>,
+        timeout: Duration,
+        other: impl FnMut(Message),
+    ) -> Result<Vec<u8>, Error> {
         let reply = self.call_inbox();
         self.ask(reply.clone(), api, body);
-        self.wait_for(&reply, api, timeout)
+        self.wait_for(&reply, api, timeout, other)
     }
 
     /// An answer that comes after its deadline must not be taken for the next call's.
@@ -247,13 +258,20 @@ impl Link {
         Ok(answers.into_iter().flatten().collect())
     }
 
-    fn wait_for(&self, reply: &str, asked: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
+    fn wait_for(
+        &self,
+        reply: &str,
+        asked: &str,
+        timeout: Duration,
+        mut other: impl FnMut(Message),
+    ) -> Result<Vec<u8>, Error> {
         let api = || asked.to_string();
         let deadline = Instant::now() + timeout;
         while let Some(message) = self.next_message(deadline)? {
             if message.subject == reply {
                 return answer(message).map_err(|source| Error::Api { api: api(), source });
             }
+            other(message);
         }
         Err(Error::ApiTimeout {
             api: api(),

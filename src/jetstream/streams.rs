@@ -5,7 +5,7 @@
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
 use super::ack::{AckError, ApiError};
-use super::client::Link;
+use super::client::{Link, Message};
 use super::error::Error;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -312,7 +312,18 @@ pub fn message(
     request: Request,
     timeout: Duration,
 ) -> Result<Option<StoredMessage>, Error> {
-    ask(link, request, timeout, parse_message)
+    message_among(link, request, timeout, |_| ())
+}
+
+/// As [`message`], on a link on which other answers are due: hands them on.
+pub fn message_among(
+    link: &Link,
+    (api, body): Request,
+    timeout: Duration,
+    other: impl FnMut(Message),
+) -> Result<Option<StoredMessage>, Error> {
+    let answer = link.call_among(&api, body, timeout, other)?;
+    parse_message(&answer).map_err(|source| Error::Api { api, source })
 }
 
 /// What stands at each of these sequences, in their order; `None` where it was deleted.

@@ -46,8 +46,7 @@ pub struct Limits {
 pub enum Next {
     /// Publish this; the answer goes to [`Core::answer`].
     Publish(Publish),
-    /// Look at what stands at `seq` of `stream`, then call [`Core::looked_up`]. No answer is due meanwhile: the
-    /// link would drop it.
+    /// Look at what stands at `seq` of `stream`, then call [`Core::looked_up`]. No publish waits for its answer meanwhile.
     Lookup {
         /// The stream's name.
         stream: String,

@@ -422,11 +422,9 @@ impl<'a> Publisher<'a> {
                     }
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
-                    if let Err(error) = self.look_up(link, &stream, seq, token) {
-                        break Err(Interrupt::Reconnect(
-                            ReconnectCause::Connection,
-                            error.to_string(),
-                        ));
+                    let outcome = self.look_up(link, &stream, seq, token);
+                    if outcome.is_err() {
+                        break outcome;
                     }
                 }
                 Ok(Next::Nothing) => break Ok(()),
@@ -484,9 +482,20 @@ impl<'a> Publisher<'a> {
     }
 
     /// An event was taken for a duplicate although it is not stored: by whom its id was used is told.
-    fn look_up(&mut self, link: &Link, stream: &str, seq: u64, token: u64) -> Result<(), Error> {
+    fn look_up(
+        &mut self,
+        link: &Link,
+        stream: &str,
+        seq: u64,
+        token: u64,
+    ) -> Result<(), Interrupt> {
         let timeout = self.config.nats.request_timeout;
-        let found = streams::message(link, streams::message_request(stream, seq), timeout)?;
+        let request = streams::message_request(stream, seq);
+        // no publish waits now, but a write of the checkpoint may
+        let mut meanwhile = Vec::new();
+        let keep = |message| meanwhile.push(message);
+        let found = streams::message_among(link, request, timeout, keep)
+            .map_err(|error| Interrupt::Reconnect(ReconnectCause::Connection, error.to_string()))?;
         let position = found
             .as_ref()
             .and_then(|message| message.header(OUTBOX_POSITION)?.parse().ok());
@@ -500,6 +509,9 @@ impl<'a> Publisher<'a> {
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
             // the stream answers, and the window moves on
             self.outage.worked();
+        }
+        for message in meanwhile {
+            self.take(link.decode(message), Instant::now())?;
         }
         Ok(())
     }

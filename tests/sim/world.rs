@@ -499,7 +499,7 @@ impl World {
                 }
                 Ok(Next::Lookup { stream, seq, token }) => {
                     if session.core.waiting() > 0 {
-                        return Err("a look at a message drops the answers that are due".into());
+                        return Err("a look at a message while answers to publishes are due".into());
                     }
                     let source = &self.lineage.source;
                     let found = self.streams.iter().find(|s| s.name == stream);
