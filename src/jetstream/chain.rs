@@ -5,8 +5,9 @@
 //! documentation name the header). So publishes can be pipelined n, n+1, n+2 … and still: when one is not
 //! stored, no later one is; a second relay, or a late copy of an old publish, cannot write in between.
 //!
-//! The chain is used up by the first answer it did not predict. What stands in the stream is then read
-//! back and a new chain begun; it never repairs itself by guessing.
+//! The chain is used up by the first answer it did not predict, unless nothing else is on its way and the answer says
+//! that nothing was stored. What stands in the stream is then read back and a new chain begun; it never repairs itself
+//! by guessing.
 
 use super::ack::PubAck;
 use std::collections::VecDeque;
@@ -124,6 +125,17 @@ impl Chain {
         Ok(())
     }
 
+    /// The only publish that waits was not stored: the next one takes its place. `false`: it is not the only one, and those
+    /// behind it carry what the stream will never come to.
+    pub fn retract(&mut self) -> bool {
+        let is_only = self.waiting.len() == 1;
+        if is_only {
+            self.waiting.clear();
+            self.predicted -= 1;
+        }
+        is_only
+    }
+
     /// The highest sequence known to be in the stream.
     pub fn acked(&self) -> u64 {
         self.acked
@@ -141,6 +153,18 @@ mod tests {
 
     fn ack(seq: u64, duplicate: bool) -> PubAck {
         PubAck { seq, duplicate }
+    }
+
+    #[test]
+    fn only_a_publish_that_waits_alone_is_retracted() {
+        let mut chain = Chain::new(41);
+        assert!(!chain.retract());
+        assert_eq!([chain.extend(1), chain.extend(2)], [41, 42]);
+        assert!(!chain.retract());
+        chain.accept(41, &ack(42, false)).unwrap();
+        assert!(chain.retract() && chain.is_settled());
+        assert_eq!(chain.extend(3), 42);
+        assert_eq!(chain.accept(42, &ack(43, false)), Ok(()));
     }
 
     #[test]

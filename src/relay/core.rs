@@ -24,6 +24,10 @@ use std::time::{Duration, Instant};
 /// So long after a message of somebody else a replicated stream gets one publish at a time.
 const SHARED_FOR: Duration = Duration::from_secs(600);
 
+/// So many changes behind an event whose id was used before go one at a time: where an id is used twice, more often
+/// are, and a connection is lost with what is on its way behind each.
+const CAREFUL_FOR: u64 = 256;
+
 /// The bounds of the window.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -421,6 +425,10 @@ pub struct Core {
     waiting_since: Option<Instant>,
     /// Up to this token each publish that waits has a name of its own for its answer.
     named_until: u64,
+    /// Up to this token one publish goes at a time.
+    careful_until: u64,
+    /// The event whose publish was called a duplicate on this connection, which goes on.
+    doubted: Option<u64>,
     subjects: HashSet<Box<str>>,
     /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else was.
     /// Between two streams there is no other order, and which of them an event belongs to may only be known
@@ -480,6 +488,8 @@ impl Core {
             waiting: 0,
             waiting_since: None,
             named_until: 0,
+            careful_until: 0,
+            doubted: None,
             subjects: HashSet::new(),
             parking: false,
             max_payload: usize::MAX,
@@ -704,6 +714,7 @@ impl Core {
         self.waiting_since = None;
         self.subjects.clear();
         self.parking = false;
+        self.doubted = None;
     }
 
     /// Another batch is wanted: everything that came so far was handed on.
@@ -1053,8 +1064,16 @@ impl Core {
                     return Ok(None);
                 };
                 if let Err(broken) = stream_state.chain.accept(expected, &ack) {
-                    if let Broken::Duplicate { seq } = broken {
-                        pending.suspect = (seq > 0 && is_sure).then_some(seq);
+                    if let Broken::Duplicate { seq: 1.. } = broken
+                        && is_sure
+                    {
+                        pending.suspect = Some(ack.seq);
+                        self.careful_until = token + CAREFUL_FOR;
+                        if self.waiting == 1 && stream_state.chain.retract() {
+                            stream_state.previous = None;
+                            self.doubt(index, token);
+                            return Ok(None);
+                        }
                     }
                     return Err(Trouble::Reconnect(Cause::Broken(broken)));
                 }
@@ -1081,12 +1100,56 @@ impl Core {
         Ok(Some(token))
     }
 
+    /// Nothing is on its way but this event, and it was not stored: the window goes on from it once it is looked up.
+    fn doubt(&mut self, index: usize, token: u64) {
+        for entry in self.window.range(index..self.unsent) {
+            if let Entry::Event(pending) = entry {
+                self.held -= 1;
+                self.held_bytes -= pending.event.spans().size();
+            }
+        }
+        self.set_state(index, State::Unsent);
+        self.unsent = index;
+        self.doubted = Some(token);
+        (self.waiting, self.waiting_since) = (0, None);
+    }
+
     /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
     /// Returns the id of the event if it is dropped.
     ///
+    /// What that leaves open, a new look at the stream's tail has to tell: on a new connection it just has.
+    pub fn looked_up(
+        &mut self,
+        token: u64,
+        found: Option<(&str, Option<&SourcePosition>)>,
+        now: Instant,
+    ) -> Result<Option<String>, Trouble> {
+        let is_doubted = self.doubted.take() == Some(token);
+        let Some((index, seq)) = self.suspected(token) else {
+            return Ok(None);
+        };
+        let dropped = self.judge(token, found, now);
+        match self.window.get_mut(index) {
+            Some(Entry::Event(pending)) if is_doubted && pending.state == State::Unsent => {
+                pending.suspect = Some(seq);
+                let duplicate = Broken::Duplicate { seq };
+                Err(Trouble::Reconnect(Cause::Broken(duplicate)))
+            }
+            _ => Ok(dropped),
+        }
+    }
+
+    fn suspected(&self, token: u64) -> Option<(usize, u64)> {
+        let index = token.checked_sub(self.first_token)? as usize;
+        match self.window.get(index)? {
+            Entry::Event(pending) => Some((index, pending.suspect?)),
+            Entry::Boundary(_) => None,
+        }
+    }
+
     /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can
     /// only have been this very event.
-    pub fn looked_up(
+    fn judge(
         &mut self,
         token: u64,
         found: Option<(&str, Option<&SourcePosition>)>,
@@ -1270,9 +1333,12 @@ impl Core {
     }
 
     fn has_room(&self, size: usize) -> bool {
-        let inflight = match self.first_token < self.named_until {
-            true => self.limits.inflight.min(self.limits.replies as usize),
-            false => self.limits.inflight,
+        let inflight = if self.first_token + (self.unsent as u64) < self.careful_until {
+            1
+        } else if self.first_token < self.named_until {
+            self.limits.inflight.min(self.limits.replies as usize)
+        } else {
+            self.limits.inflight
         };
         self.held == 0
             || self.held < inflight && self.held_bytes + size <= self.limits.inflight_bytes

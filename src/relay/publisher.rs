@@ -195,7 +195,7 @@ impl<'a> Publisher<'a> {
             };
             self.vitals.nats_is_connected(false);
             self.vitals.reconnects(cause);
-            self.pulse.disconnected();
+            self.pulse.nothing_waits();
             self.core.disconnected();
             drop(link);
             match self.reconnect(&reason)? {
@@ -491,7 +491,8 @@ impl<'a> Publisher<'a> {
     ) -> Result<(), Interrupt> {
         let timeout = self.config.nats.request_timeout;
         let request = streams::message_request(stream, seq);
-        // no publish waits now, but a write of the checkpoint may
+        self.pulse.nothing_waits();
+        // a write of the checkpoint may wait
         let mut meanwhile = Vec::new();
         let keep = |message| meanwhile.push(message);
         let found = streams::message_among(link, request, timeout, keep)
@@ -502,7 +503,10 @@ impl<'a> Publisher<'a> {
         let used = found
             .as_ref()
             .and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
-        if let Some(id) = self.core.looked_up(token, used, Instant::now()) {
+        let outcome = self.core.looked_up(token, used, Instant::now());
+        let mut dropped = None;
+        self.trouble(outcome.map(|id| dropped = id))?;
+        if let Some(id) = dropped {
             let earlier = position
                 .map(|position| position.to_string())
                 .unwrap_or_default();

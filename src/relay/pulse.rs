@@ -76,8 +76,8 @@ impl<'a> Pulse<'a> {
         }
     }
 
-    /// The connection is gone; no ack comes any more.
-    pub fn disconnected(&mut self) {
+    /// No publish waits for its ack any more.
+    pub fn nothing_waits(&mut self) {
         self.timed = None;
     }
 

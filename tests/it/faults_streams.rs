@@ -353,6 +353,39 @@ fn an_id_used_twice_drops_the_second_event_and_names_both() {
     assert_eq!(bodies, ["\"first\"", "\"between\"", "\"after\""]);
 }
 
+/// Each takes a look at what used the id, but no new connection; and the checkpoint is written all the while. Every tenth
+/// time an event of its own follows.
+#[test]
+fn many_events_under_one_id_are_dropped_over_one_connection() {
+    let nats = Nats::start();
+    nats.client().add_seed_stream();
+    let pg = Postgres::start();
+    pg.seed_setup();
+    let mut relay = Relay::start(&pg, &nats, &["--hold-back", "0"]);
+    pg.execute(
+        "DO $$ BEGIN FOR i IN 1..4000 LOOP
+           INSERT INTO outbox VALUES ('00000000-0000-0000-0000-000000000001', 'account', 'a', '\"same\"');
+           IF i % 10 = 0 THEN
+             INSERT INTO outbox VALUES (gen_random_uuid(), 'account', 'a', '\"another\"');
+           END IF;
+           DELETE FROM outbox;
+         END LOOP; END $$",
+    );
+    let last = pg.current_wal_lsn();
+    eventually("all of them to be confirmed", secs(60), || {
+        pg.confirmed_flush_lsn(NAME) >= last
+    });
+    relay.term();
+    assert_eq!(relay.wait_exit(secs(30)), 0);
+    assert_eq!(nats.client().message_count(NAME), 401);
+    let log = relay.log();
+    let count = |text| log.iter().filter(|line| line.contains(text)).count();
+    assert_eq!(count("dropped an event"), 3999);
+    // the first one finds others on their way behind it
+    assert!(count("connected to NATS again") <= 1, "{log:?}");
+    assert_eq!(count("was written meanwhile"), 0, "{log:?}");
+}
+
 #[test]
 fn two_streams_under_one_prefix_are_each_complete_and_in_order() {
     for hold_back in ["0", "150s"] {

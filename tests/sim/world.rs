@@ -519,7 +519,10 @@ impl World {
                     } else {
                         Some(("another", None))
                     };
-                    let dropped = session.core.looked_up(token, used, now);
+                    let dropped = match session.core.looked_up(token, used, now) {
+                        Ok(dropped) => dropped,
+                        Err(trouble) => return Ok(Err(trouble)),
+                    };
                     trace!(self, "looked at {seq} of {stream}, dropped {dropped:?}");
                 }
                 Ok(Next::TooLarge { token, .. }) => {
