@@ -24,9 +24,9 @@ use std::time::{Duration, Instant};
 /// So long after a message of somebody else a replicated stream gets one publish at a time.
 const SHARED_FOR: Duration = Duration::from_secs(600);
 
-/// So many changes behind an event whose id was used before go one at a time: where an id is used twice, more often
-/// are, and a connection is lost with what is on its way behind each.
-const CAREFUL_FOR: u64 = 256;
+/// So many changes behind an event whose id was used before go one at a time: where one id is used twice, more often
+/// are, and a connection is lost with what is on its way behind each. This many take about as long as a new connection.
+const CAREFUL_FOR: u64 = 128;
 
 /// The bounds of the window.
 #[derive(Clone, Copy, Debug)]
