@@ -5,9 +5,9 @@
 //! documentation name the header). So publishes can be pipelined n, n+1, n+2 … and still: when one is not
 //! stored, no later one is; a second relay, or a late copy of an old publish, cannot write in between.
 //!
-//! The chain is used up by the first answer it did not predict, unless nothing else is on its way and the answer says
-//! that nothing was stored. What stands in the stream is then read back and a new chain begun; it never repairs itself
-//! by guessing.
+//! The chain is used up by the first answer it did not predict. What stands in the stream is then read
+//! back and a new chain begun; it never repairs itself by guessing. A lone publish that was not stored needs no
+//! guess: [`Chain::retract`].
 
 use super::ack::PubAck;
 use std::collections::VecDeque;

@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 const SHARED_FOR: Duration = Duration::from_secs(600);
 
 /// So many changes behind an event whose id was used before go one at a time: where one id is used twice, more often
-/// are, and a connection is lost with what is on its way behind each. This many take about as long as a new connection.
+/// are, and a connection is lost with what is on its way behind each. Near the server this
+/// many take about as long as a new connection.
 const CAREFUL_FOR: u64 = 128;
 
 /// The bounds of the window.
@@ -451,6 +452,11 @@ pub struct Core {
     youngest: Option<Instant>,
     confirm: Confirm,
     tally: Tally,
+}
+
+/// A message with the event's id, but at another position.
+fn is_another(event: &OutboxEvent<'_>, (id, position): (&str, Option<&SourcePosition>)) -> bool {
+    id == event.id && position.is_none_or(|at| at.position != event.position)
 }
 
 impl Core {
@@ -1117,34 +1123,32 @@ impl Core {
     /// What a [`Next::Lookup`] found: the message's id and position, `None` if there is no such message.
     /// Returns the id of the event if it is dropped.
     ///
-    /// What that leaves open, a new look at the stream's tail has to tell: on a new connection it just has.
+    /// Whatever it is but another message with the same id, the stream's tail has to tell: on a new connection it has been
+    /// read.
     pub fn looked_up(
         &mut self,
         token: u64,
         found: Option<(&str, Option<&SourcePosition>)>,
         now: Instant,
     ) -> Result<Option<String>, Trouble> {
-        let is_doubted = self.doubted.take() == Some(token);
-        let Some((index, seq)) = self.suspected(token) else {
-            return Ok(None);
-        };
-        let dropped = self.judge(token, found, now);
-        match self.window.get_mut(index) {
-            Some(Entry::Event(pending)) if is_doubted && pending.state == State::Unsent => {
-                pending.suspect = Some(seq);
-                let duplicate = Broken::Duplicate { seq };
-                Err(Trouble::Reconnect(Cause::Broken(duplicate)))
-            }
-            _ => Ok(dropped),
+        if self.doubted.take() == Some(token)
+            && let Some(seq) = self.left_open(token, found)
+        {
+            let duplicate = Broken::Duplicate { seq };
+            return Err(Trouble::Reconnect(Cause::Broken(duplicate)));
         }
+        Ok(self.judge(token, found, now))
     }
 
-    fn suspected(&self, token: u64) -> Option<(usize, u64)> {
+    /// What the event is suspected to repeat, unless that is another one with its id.
+    fn left_open(&self, token: u64, found: Option<(&str, Option<&SourcePosition>)>) -> Option<u64> {
         let index = token.checked_sub(self.first_token)? as usize;
-        match self.window.get(index)? {
-            Entry::Event(pending) => Some((index, pending.suspect?)),
-            Entry::Boundary(_) => None,
-        }
+        let Entry::Event(pending) = self.window.get(index)? else {
+            return None;
+        };
+        let event = pending.event.view();
+        let is_another = found.is_some_and(|found| is_another(&event, found));
+        pending.suspect.filter(|_| !is_another)
     }
 
     /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can
@@ -1163,11 +1167,7 @@ impl Core {
         let event = pending.event.view();
         match found {
             // the same position would be this very event, and the tail, read again, says so
-            Some((id, position))
-                if id != event.id || position.is_some_and(|p| p.position == event.position) =>
-            {
-                return None;
-            }
+            Some(found) if !is_another(&event, found) => return None,
             Some(_) => {}
             None => {
                 let route = self.routes.route(event.subject);
