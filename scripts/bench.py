@@ -2,8 +2,8 @@
 """What the two servers can do, and the relay between them; scripts/bench builds everything and starts this.
 
 The limits are measured beside the relay, in turn within each round, because only what one machine did within the same
-minute can be compared: Postgres sends to pg_recvlogical, which writes to /dev/null, and a raw publisher
-(tests/bench) stores in JetStream. Every trial has a fresh nats-server; Postgres is one cluster, and each trial begins
+minute can be compared: Postgres sends to pg_recvlogical, which writes to /dev/null, a raw publisher (tests/bench)
+stores in JetStream, and a bare relay (there) does both and promises nothing. Every trial has a fresh nats-server; Postgres is one cluster, and each trial begins
 with a copy of one slot, so that all of them are sent the same log. Standard library only.
 """
 
@@ -337,20 +337,14 @@ class Nats:
         return used
 
 
-class Relay:
-    """The program under test: one process on a slot of its own."""
+class Child:
+    """One process between the two servers."""
 
-    def __init__(self, bench, nats, publication, slot="relay", prefix="events", extra=(), ports=None):
+    def __init__(self, command, log):
         self.started = time.time()
-        postgres_port, nats_port = ports or (bench.postgres.port, nats.port)
-        command = [
-            bench.binary, "-db", f"postgres://postgres@127.0.0.1:{postgres_port}/postgres", "-nats",
-            f"nats://127.0.0.1:{nats_port}", "-slot", slot, "-publication", publication, "-prefix", prefix, "-logging",
-            "warn", *extra,
-        ]
-        self.log = bench.root / f"{slot}.log"
-        with open(self.log, "w") as log:
-            self.process = spawn(command, stdout=log, stderr=log, env={"PATH": os.environ["PATH"]})
+        self.log = log
+        with open(log, "w") as out:
+            self.process = spawn(command, stdout=out, stderr=out, env={"PATH": os.environ["PATH"]})
 
     def is_alive(self):
         if self.process.poll() is not None:
@@ -359,6 +353,28 @@ class Relay:
 
     def stop(self):
         return end(self.process)
+
+
+class Relay(Child):
+    """The program under test, on a slot of its own."""
+
+    def __init__(self, bench, nats, publication, slot="relay", prefix="events", extra=(), ports=None):
+        postgres_port, nats_port = ports or (bench.postgres.port, nats.port)
+        command = [
+            bench.binary, "-db", f"postgres://postgres@127.0.0.1:{postgres_port}/postgres", "-nats",
+            f"nats://127.0.0.1:{nats_port}", "-slot", slot, "-publication", publication, "-prefix", prefix, "-logging",
+            "warn", *extra,
+        ]
+        super().__init__(command, bench.root / f"{slot}.log")
+
+
+class BareRelay(Child):
+    """The floor: what is left without any promise."""
+
+    def __init__(self, bench, nats, publication, ports=None):
+        addresses = [f"127.0.0.1:{port}" for port in ports or (bench.postgres.port, nats.port)]
+        command = [bench.options.tools / "bare_relay", *addresses, "relay", publication]
+        super().__init__(command, bench.root / "bare.log")
 
 
 def seconds_of(text):
@@ -424,7 +440,7 @@ class Bench:
                 raise RuntimeError(f"message {i} is not event {i}: {subject} {head!r}")
         self.verified += count
 
-    def drain(self, publication, count, payload=PAYLOAD_BYTES, resume=False, delays=None, **stream):
+    def drain(self, publication, count, payload=PAYLOAD_BYTES, resume=False, delays=None, who=Relay, **stream):
         """One trial: from the relay's start to the time at which JetStream stored the last event. `delays`: ms to
         Postgres and to NATS. `stream`: settings of it."""
         nats = self.nats()
@@ -432,14 +448,14 @@ class Bench:
         self.postgres.copy_slot("relay")
         before = cpu_of_tree(self.postgres.process.pid)
         proxies = [self.proxy(*way) for way in zip((self.postgres.port, nats.port), delays or ())]
-        relay = Relay(self, nats, publication, ports=[port for _, port in proxies])
+        relay = who(self, nats, publication, ports=[port for _, port in proxies])
         state = self.wait_for(nats, relay, STREAM, count)
         peak = peak_mb(relay.process.pid)
         cpu = relay.stop()
         pg_cpu = cpu_of_tree(self.postgres.process.pid) - before
         nats_cpu = cpu_of_tree(nats.process.pid)
         wall = seconds_of(state["last_ts"]) - relay.started
-        if self.options.verify:
+        if self.options.verify and who is Relay:
             self.verify(nats, STREAM, "events", count, payload)
         result = {
             "rate": count / wall, "cpu": cpu * 1e5 / count, "rss": peak,
@@ -501,12 +517,13 @@ class Bench:
         raw, cpus, peaks = [], [], []
         for per_transaction in (1, 10, 1000):
             self.postgres.backlog(count, per_transaction, PAYLOAD_BYTES)
-            trials = {name: ([], []) for name in PUBLICATIONS}
+            trials, bare = {name: ([], []) for name in PUBLICATIONS}, []
             for _ in range(self.options.rounds):
                 for name, publication in PUBLICATIONS.items():
                     limit, relay = trials[name]
                     limit.append(self.pg_recvlogical(publication, count))
                     relay.append(self.drain(publication, count, resume=name == "all operations"))
+                bare.append(self.drain("every", count, who=BareRelay))
                 trial = self.raw_publisher(count)
                 raw.append(trial | {"rate": count / trial["seconds"]})
             for name, (limit, relay) in trials.items():
@@ -520,7 +537,7 @@ class Bench:
                     f"pg_recvlogical {middle('rate', limit):,.0f}/s, ratio {ratio:.2f};"
                     f" CPU s per 100,000: relay {middle('cpu', relay):.2f},"
                     f" Postgres {middle('pg_cpu', relay):.2f} ({middle('pg_cpu', limit):.2f}),"
-                    f" nats-server {middle('nats_cpu', relay):.2f}",
+                    f" nats-server {middle('nats_cpu', relay):.2f}; {max(trial['rss'] for trial in relay):.1f} MB resident",
                 )
                 self.claim(f"rate, {name}, {per_transaction} per transaction, of pg_recvlogical's", ratio,
                            least=OF_THE_WALSENDER[name][per_transaction])
@@ -528,6 +545,10 @@ class Bench:
                     (per_transaction, middle("rate", relay), middle("rate", limit))
                 )
                 if name == "all operations":
+                    of_bare = statistics.median(ours["rate"] / floor["rate"] for ours, floor in zip(relay, bare))
+                    self.row(f"bare relay, {per_transaction} per transaction", f"{middle('rate', bare):,.0f}/s",
+                             f"the relay to it: {of_bare:.2f}; CPU s per 100,000: {middle('cpu', bare):.2f},"
+                             f" Postgres {middle('pg_cpu', bare):.2f}, nats-server {middle('nats_cpu', bare):.2f}")
                     resumed = statistics.median(
                         ours["resume"] / theirs["rate"] for ours, theirs in zip(relay, limit)
                     )
@@ -554,14 +575,31 @@ class Bench:
         self.latency(200, 1, p50=DELAY_MS + 1, p99=DELAY_MS + 2, delay=DELAY_MS)
 
     def latency(self, rate, per_transaction, p50, p99, delay=0):
-        """From the return of COMMIT to the time at which JetStream, `delay` ms away, stored the event; where it is near,
-        then what the servers take, and idle wake-ups."""
+        """To reach are p50 and p99, in ms, or where the machine is slower than that what the bare relay takes."""
+        transactions = rate * self.options.latency_seconds
+        away = f", {delay} ms away from NATS" if delay else ""
+        what = f"latency, {rate} transactions of {per_transaction} a second{away}"
+        is_plain = per_transaction == 1 and not delay
+        ours = self.latency_of(Relay, rate, per_transaction, delay, idle=is_plain)
+        floor = self.latency_of(BareRelay, rate, per_transaction, delay)
+        show = lambda taken: "p50 {:.2f} ms, p99 {:.2f} ms".format(*taken)
+        self.row(what, show(ours), f"bare relay {show(floor)}; from the return of COMMIT to stored")
+        if is_plain:
+            raw = self.raw_publisher(transactions, "--rate", str(rate))
+            self.row(f"raw publisher, {rate} a second", show((raw["p50"], raw["p99"])),
+                     "from publish to ack, one at a time")
+        for name, value, floor, aim in zip(("p50", "p99"), ours, floor, (p50, p99)):
+            self.claim(f"{what}, {name} ms ({aim:g}, or the bare relay's)", value, most=round(max(aim, floor), 2))
+
+    def latency_of(self, who, rate, per_transaction, delay, idle=False):
+        """p50 and p99, in ms, from the return of COMMIT to the time at which JetStream, `delay` ms away, stored the
+        event; and the idle wake-ups afterwards, if asked for."""
         nats = self.nats()
         nats.add_stream(STREAM, "events")
         self.postgres.drop_slot("relay")
         self.postgres.sql.query("SELECT pg_create_logical_replication_slot('relay', 'pgoutput')")
         proxy, port = self.proxy(nats.port, delay) if delay else (None, nats.port)
-        relay = Relay(self, nats, "every", ports=(self.postgres.port, port))
+        relay = who(self, nats, "every", ports=(self.postgres.port, port))
         writer, returned, i = self.postgres.connect(), {}, 0
         writer.query(event_sql(0, PAYLOAD_BYTES))
         self.wait_for(nats, relay, STREAM, 1)
@@ -584,24 +622,14 @@ class Bench:
         if returned:
             raise RuntimeError(f"{len(returned)} events are not in the stream")
         took.sort()
-        half, most = (took[math.ceil(share * len(took)) - 1] for share in (0.5, 0.99))
-        away = f", {delay} ms away from NATS" if delay else ""
-        what = f"latency, {rate} transactions of {per_transaction} a second{away}"
-        self.row(what, f"p50 {half:.2f} ms, p99 {most:.2f} ms", "from the return of COMMIT to stored")
-        is_plain = per_transaction == 1 and not delay
-        if is_plain:
+        if idle:
             self.idle(relay)
         relay.stop()
         if proxy:
             end(proxy)
         nats.stop()
         self.postgres.drop_slot("relay")
-        if is_plain:
-            raw = self.raw_publisher(transactions, "--rate", str(rate))
-            self.row(f"raw publisher, {rate} a second", f"p50 {raw['p50']:.2f} ms, p99 {raw['p99']:.2f} ms",
-                     "from publish to ack, one at a time")
-        self.claim(f"{what}, p50 ms", half, most=p50)
-        self.claim(f"{what}, p99 ms", most, most=p99)
+        return [took[math.ceil(share * len(took)) - 1] for share in (0.5, 0.99)]
 
     def idle(self, relay):
         def switches():

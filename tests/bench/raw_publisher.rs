@@ -1,27 +1,21 @@
 //! The yardstick of `scripts/bench`: publishes to JetStream as fast as one connection can, and nothing else.
 //!
 //! It writes what the relay writes (message id, fence, position) with a window of unacknowledged publishes, and
-//! takes an ack only at the sequence it predicted. It is no client library: one thread, one socket, no TLS, no
-//! reconnect, and the only protocol it reads is what nats-server sends for this.
+//! takes an ack only at the sequence it predicted.
 //!
 //! With `--batch` it sends atomic batches (ADR-50) of so many messages instead: the fence stands on the first, one
 //! ack comes for all. With `--rate` it sends so many a second, each once the one before is stored, and measures
 //! how long an ack takes. Prints one line of JSON.
 
-use std::error::Error;
+mod connection;
+
+use connection::{CHUNK_BYTES, Connection, Outcome};
 use std::fmt::Write as _;
-use std::io::{Read, Write as _};
-use std::net::TcpStream;
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-/// A server that says nothing for so long has failed.
-const SILENCE: Duration = Duration::from_secs(30);
-/// One write holds at least so much while the window has room.
-const WRITE_BYTES: usize = 64 * 1024;
 const USAGE: &str =
     "raw_publisher ADDRESS --events N [--window N] [--payload BYTES] [--batch N] [--rate N]";
-
-type Outcome<T> = Result<T, Box<dyn Error>>;
 
 struct Options {
     address: String,
@@ -59,146 +53,58 @@ fn options() -> Outcome<Options> {
     Ok(options)
 }
 
-/// One connection, its unread bytes, and what is to be written.
-struct Connection {
-    socket: TcpStream,
-    received: Vec<u8>,
-    taken: usize,
-    outgoing: Vec<u8>,
+/// A request to the JetStream API, with nothing else under way.
+fn request(connection: &mut Connection, api: &str, body: &str) -> Outcome<String> {
+    write!(
+        connection.outgoing,
+        "PUB $JS.API.{api} i.a {}\r\n{body}\r\n",
+        body.len()
+    )?;
+    connection.flush()?;
+    Ok(String::from_utf8(connection.message()?)?)
 }
 
-impl Connection {
-    fn open(address: &str) -> Outcome<Connection> {
-        let socket = TcpStream::connect(address)?;
-        socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(SILENCE))?;
-        socket.set_write_timeout(Some(SILENCE))?;
-        let mut connection = Connection {
-            socket,
-            received: Vec::new(),
-            taken: 0,
-            outgoing: Vec::new(),
-        };
-        connection.outgoing.extend_from_slice(
-            b"CONNECT {\"verbose\":false,\"pedantic\":false,\"headers\":true,\"no_responders\":true}\r\n\
-              SUB i.* 1\r\n",
-        );
-        connection.flush()?;
-        Ok(connection)
+fn publish(
+    connection: &mut Connection,
+    options: &Options,
+    number: u64,
+    payload: &[u8],
+) -> Outcome<()> {
+    let place = number % options.batch.max(1);
+    let mut head = String::with_capacity(300);
+    head.push_str("NATS/1.0\r\n");
+    if options.batch == 0 || place == 0 {
+        write!(head, "Nats-Expected-Last-Sequence: {number}\r\n")?;
     }
-
-    fn flush(&mut self) -> Outcome<()> {
-        self.socket.write_all(&self.outgoing)?;
-        self.outgoing.clear();
-        Ok(())
-    }
-
-    /// A line without its end, if a whole one is there.
-    fn line(&mut self) -> Option<&[u8]> {
-        let unread = self.received.get(self.taken..)?;
-        let end = unread.windows(2).position(|pair| pair == b"\r\n")?;
-        let start = self.taken;
-        self.taken += end + 2;
-        self.received.get(start..start + end)
-    }
-
-    fn fill(&mut self) -> Outcome<()> {
-        self.received.drain(..self.taken);
-        self.taken = 0;
-        let used = self.received.len();
-        self.received.resize(used + WRITE_BYTES, 0);
-        let count = self
-            .socket
-            .read(self.received.get_mut(used..).unwrap_or_default())?;
-        self.received.truncate(used + count);
-        if count == 0 {
-            return Err("the server closed the connection".into());
-        }
-        Ok(())
-    }
-
-    /// The body of the next message.
-    fn message(&mut self) -> Outcome<Vec<u8>> {
-        loop {
-            match self.message_if_there()? {
-                Some(body) => return Ok(body),
-                None => self.fill()?,
-            }
-        }
-    }
-
-    /// The same, if one has arrived. A body is one line here: JSON without line breaks, or nothing behind a status.
-    fn message_if_there(&mut self) -> Outcome<Option<Vec<u8>>> {
-        loop {
-            let start = self.taken;
-            let Some(line) = self.line() else {
-                return Ok(None);
-            };
-            if line.starts_with(b"MSG ") {
-                return match self.line() {
-                    Some(body) => Ok(Some(body.to_vec())),
-                    None => {
-                        self.taken = start;
-                        Ok(None)
-                    }
-                };
-            }
-            if line == b"PING" {
-                self.outgoing.extend_from_slice(b"PONG\r\n");
-            } else if line.starts_with(b"-ERR") || line.starts_with(b"HMSG ") {
-                return Err(String::from_utf8_lossy(line).into());
-            }
-        }
-    }
-
-    /// A request to the JetStream API, with nothing else under way.
-    fn request(&mut self, api: &str, body: &str) -> Outcome<String> {
-        write!(
-            self.outgoing,
-            "PUB $JS.API.{api} i.a {}\r\n{body}\r\n",
-            body.len()
-        )?;
-        self.flush()?;
-        Ok(String::from_utf8(self.message()?)?)
-    }
-
-    fn publish(&mut self, options: &Options, number: u64, payload: &[u8]) -> Outcome<()> {
-        let place = number % options.batch.max(1);
-        let mut head = String::with_capacity(300);
-        head.push_str("NATS/1.0\r\n");
-        if options.batch == 0 || place == 0 {
-            write!(head, "Nats-Expected-Last-Sequence: {number}\r\n")?;
-        }
+    write!(
+        head,
+        "Nats-Msg-Id: 00000000-0000-4000-8000-{number:012x}\r\n\
+         Outbox-Position: jetstream_outbox 7312345678901234567 1 0/{number:X} 1\r\n"
+    )?;
+    let mut asks = true;
+    if options.batch > 0 {
+        let first = number - place;
         write!(
             head,
-            "Nats-Msg-Id: 00000000-0000-4000-8000-{number:012x}\r\n\
-             Outbox-Position: jetstream_outbox 7312345678901234567 1 0/{number:X} 1\r\n"
+            "Nats-Batch-Id: b{first}\r\nNats-Batch-Sequence: {}\r\n",
+            place + 1
         )?;
-        let mut asks = true;
-        if options.batch > 0 {
-            let first = number - place;
-            write!(
-                head,
-                "Nats-Batch-Id: b{first}\r\nNats-Batch-Sequence: {}\r\n",
-                place + 1
-            )?;
-            asks = place + 1 == options.batch || number + 1 == options.events;
-            if asks {
-                head.push_str("Nats-Batch-Commit: 1\r\n");
-            }
+        asks = place + 1 == options.batch || number + 1 == options.events;
+        if asks {
+            head.push_str("Nats-Batch-Commit: 1\r\n");
         }
-        head.push_str("\r\n");
-        let reply = if asks { "i.0 " } else { "" };
-        let (head_len, len) = (head.len(), head.len() + payload.len());
-        write!(
-            self.outgoing,
-            "HPUB events.order.agg-{} {reply}{head_len} {len}\r\n{head}",
-            number % 1000
-        )?;
-        self.outgoing.extend_from_slice(payload);
-        self.outgoing.extend_from_slice(b"\r\n");
-        Ok(())
     }
+    head.push_str("\r\n");
+    let reply = if asks { "i.0 " } else { "" };
+    let (head_len, len) = (head.len(), head.len() + payload.len());
+    write!(
+        connection.outgoing,
+        "HPUB events.order.agg-{} {reply}{head_len} {len}\r\n{head}",
+        number % 1000
+    )?;
+    connection.outgoing.extend_from_slice(payload);
+    connection.outgoing.extend_from_slice(b"\r\n");
+    Ok(())
 }
 
 /// One event at a time, `rate` a second. Returns how long the acks took, in ascending order.
@@ -213,7 +119,7 @@ fn one_by_one(
         let due = Duration::from_secs(sent) / u32::try_from(options.rate)?;
         std::thread::sleep(due.saturating_sub(start.elapsed()));
         let begun = Instant::now();
-        connection.publish(options, sent, payload)?;
+        publish(connection, options, sent, payload)?;
         connection.flush()?;
         let answer = connection.message()?;
         took.push(begun.elapsed());
@@ -238,7 +144,7 @@ fn main() -> Outcome<()> {
     let mut connection = Connection::open(&options.address)?;
     let config =
         "{\"name\":\"raw\",\"subjects\":[\"events.>\"],\"storage\":\"file\",\"allow_atomic\":true}";
-    let made = connection.request("STREAM.CREATE.raw", config)?;
+    let made = request(&mut connection, "STREAM.CREATE.raw", config)?;
     if made.contains("\"error\"") {
         return Err(made.into());
     }
@@ -262,9 +168,9 @@ fn main() -> Outcome<()> {
     while acked < options.events {
         while sent < options.events
             && sent - acked < options.window.max(per_ack)
-            && connection.outgoing.len() < WRITE_BYTES
+            && connection.outgoing.len() < CHUNK_BYTES
         {
-            connection.publish(&options, sent, payload.as_bytes())?;
+            publish(&mut connection, &options, sent, payload.as_bytes())?;
             sent += 1;
         }
         connection.flush()?;
