@@ -12,9 +12,9 @@
 //! | senders | `publish`, when the kernel's buffers are full; `flush`, which waits for a PONG | the same |
 //! | reaper | `close`, or a sender that it waits for | the same; counted with connect |
 //!
-//! One of the senders has the turn: it writes what there is, hands the turn on, and flushes. So the one that was woken
-//! brings an event all the way to the socket, and the next event does not wait for the PONG. When all others wait
-//! for theirs, the last leaves flushing to the crate, which does it every 5 ms.
+//! One of the senders at a time has the turn ([`turns`](super::turns)): it writes what there is, and flushes. So the one
+//! that was woken brings an event all the way to the socket, and the next event does not wait for the PONG. When all others
+//! wait for theirs, the last leaves flushing to the crate, which does it every 5 ms.
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
 //! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours. Should a thread
@@ -31,9 +31,10 @@ use super::error::Error;
 use super::options::{Options, ServerUrl, UrlAuth};
 use super::probe::{ServerInfo, probe};
 use super::tunnel;
+use super::turns::{Giver, Turns, turns};
 use super::wire::{self, Publish};
 use crate::outbox::batch::{Event, OutboxEvent};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 use std::cell::RefCell;
 use std::fmt::Write;
 use std::io;
@@ -104,7 +105,7 @@ pub struct Link {
     inbox: String,
     api_prefix: String,
     calls: AtomicU64,
-    work: Option<Sender<Work>>,
+    work: Option<Giver<Work>>,
     messages: Receiver<Message>,
     lost: Receiver<Error>,
     /// Kept until the crate's thread is done: it panics when it delivers to a receiver that is gone.
@@ -355,9 +356,9 @@ impl Link {
     }
 
     fn send(&self, work: Work) {
-        if let Some(queue) = &self.work {
+        if let Some(giver) = &self.work {
             // a sender that is gone has said so on `lost`
-            let _ = queue.send(work);
+            giver.give(work);
         }
     }
 }
@@ -629,7 +630,7 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         .map_err(|error| life.lost(error.to_string()))?;
     drop(connection);
 
-    let (work, queue) = unbounded();
+    let (work, turns) = turns();
     let mut link = Link {
         info,
         inbox: inbox.clone(),
@@ -653,19 +654,18 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         None => return Err(life.lost("the server closed the connection")),
     }
 
-    let turn = Arc::new(Turn {
-        flushing: AtomicUsize::new(0),
-        writer: Mutex::new(Writer {
-            queue,
-            reply: Reply::new(inbox),
-        }),
-    });
+    let flushing = Arc::new(AtomicUsize::new(0));
     for _ in 0..SENDERS {
+        let sender = LinkSender {
+            life: link.life.clone(),
+            turns: turns.clone(),
+            flushing: flushing.clone(),
+            reply: Reply::new(inbox.clone()),
+        };
         let timeout = options.request_timeout;
-        let (life, turn) = (link.life.clone(), turn.clone());
         let started = thread::Builder::new()
             .name("nats-sender".into())
-            .spawn(move || send_loop(&life, &turn, timeout))
+            .spawn(move || sender.run(timeout))
             .map_err(|error| link.life.lost(format!("start a thread: {error}")))?;
         link.senders.push(started);
     }
@@ -762,83 +762,57 @@ fn connect_error(server: &str, info: &ServerInfo, error: io::Error) -> Error {
     }
 }
 
-/// Writes when it has the turn, and flushes when the next has it.
-fn send_loop(life: &Life, turn: &Turn, timeout: Duration) {
-    let write = || {
-        let writer = turn.writer.lock();
-        writer.unwrap_or_else(PoisonError::into_inner).write(life)
-    };
-    loop {
-        match write() {
-            Ok(Written::ToTheEnd) => return,
-            Ok(Written::All) => {}
-            Err(error) => return life.broke(error),
-        }
-        // the last one stays for what comes next; the crate flushes within 5 ms
-        if turn.flushing.fetch_add(1, Ordering::SeqCst) + 1 < SENDERS {
-            match life.with(|connection| connection.flush_timeout(timeout)) {
-                Some(Ok(())) => {}
-                Some(Err(error)) => return life.broke(life.lost(format!("flush: {error}"))),
-                None => return,
-            }
-        }
-        turn.flushing.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// What the senders share.
-struct Turn {
+/// One of the threads that send.
+struct LinkSender {
+    life: Arc<Life>,
+    turns: Turns<Work>,
     /// How many of them flush.
-    flushing: AtomicUsize,
-    /// Held by the one that writes.
-    writer: Mutex<Writer>,
-}
-
-struct Writer {
-    queue: Receiver<Work>,
+    flushing: Arc<AtomicUsize>,
     reply: Reply,
 }
 
-/// What a turn has come to.
-enum Written {
-    /// All there was; it is to be flushed.
-    All,
-    /// The link is over.
-    ToTheEnd,
-}
-
-impl Writer {
-    /// Waits for work and writes until there is none.
-    fn write(&mut self, life: &Life) -> Result<Written, Error> {
-        let Ok(mut work) = self.queue.recv() else {
-            return Ok(Written::ToTheEnd);
-        };
-        loop {
-            let sent = life.with(|connection| match work {
-                Work::Burst(burst, source) => burst
-                    .iter()
-                    .take_while(|_| !life.over.load(Ordering::Relaxed))
-                    .try_for_each(|publish| {
-                        send(life, &connection, &mut self.reply, publish, &source)
-                    }),
-                Work::Request {
-                    reply,
-                    subject,
-                    headers,
-                    body,
-                } => connection
-                    .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
-                    .map_err(|error| life.lost(error.to_string())),
-            });
-            match sent {
-                Some(sent) => sent?,
-                None => return Ok(Written::ToTheEnd),
+impl LinkSender {
+    /// Writes when it has the turn, and flushes when the next can have it.
+    fn run(mut self, timeout: Duration) {
+        while self.turns.wait() {
+            while let Some(work) = self.turns.next() {
+                match self.write(work) {
+                    Some(Ok(())) => {}
+                    // the turn is kept: nobody is to write behind what is lost
+                    Some(Err(error)) => return self.life.broke(error),
+                    None => return,
+                }
             }
-            match self.queue.try_recv() {
-                Ok(more) => work = more,
-                Err(_) => return Ok(Written::All),
+            // the last one stays for what comes next; the crate flushes within 5 ms
+            if self.flushing.fetch_add(1, Ordering::SeqCst) + 1 < SENDERS {
+                let life = &self.life;
+                match life.with(|connection| connection.flush_timeout(timeout)) {
+                    Some(Ok(())) => {}
+                    Some(Err(error)) => return life.broke(life.lost(format!("flush: {error}"))),
+                    None => return,
+                }
             }
+            self.flushing.fetch_sub(1, Ordering::SeqCst);
         }
+    }
+
+    /// None when the link is over.
+    fn write(&mut self, work: Work) -> Option<Result<(), Error>> {
+        let (life, reply) = (&self.life, &mut self.reply);
+        life.with(|connection| match work {
+            Work::Burst(burst, source) => burst
+                .iter()
+                .take_while(|_| !life.over.load(Ordering::Relaxed))
+                .try_for_each(|publish| send(life, &connection, reply, publish, &source)),
+            Work::Request {
+                reply,
+                subject,
+                headers,
+                body,
+            } => connection
+                .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
+                .map_err(|error| life.lost(error.to_string())),
+        })
     }
 }
 

@@ -1,9 +1,9 @@
 //! JetStream as the relay uses it.
 //!
 //! [`client`] is the only place that names the `nats` crate; [`probe`] looks at a server before it does;
-//! [`tunnel`] is TLS; [`options`] say where NATS is; [`ack`] reads PubAcks and errors; [`streams`] knows which
-//! stream captures a subject, [`preflight`] whether a stream can carry the promises; [`wire`] is what a
-//! publish looks like; [`chain`] and [`resume`] are the fence and the resume.
+//! [`turns`] lets the client's threads send in order; [`tunnel`] is TLS; [`options`] say where NATS is; [`ack`] reads
+//! PubAcks and errors; [`streams`] knows which stream captures a subject, [`preflight`] whether a stream can carry the
+//! promises; [`wire`] is what a publish looks like; [`chain`] and [`resume`] are the fence and the resume.
 
 pub mod ack;
 pub mod chain;
@@ -15,6 +15,7 @@ pub mod probe;
 pub mod resume;
 pub mod streams;
 pub mod tunnel;
+pub mod turns;
 pub mod wire;
 
 pub use error::Error;
