@@ -96,19 +96,22 @@ mod tests {
     fn everything_is_done_once_and_in_order_whoever_does_it() {
         let (giver, turns) = turns();
         let (done, seen) = unbounded();
+        let at_work = Arc::new(AtomicBool::new(false));
         let workers: Vec<_> = (0..3)
             .map(|_| {
-                let (turns, done) = (turns.clone(), done.clone());
+                let (turns, done, at_work) = (turns.clone(), done.clone(), at_work.clone());
                 thread::spawn(move || {
                     while turns.wait() {
                         while let Some(work) = turns.next() {
+                            assert!(!at_work.swap(true, Ordering::SeqCst), "two at work");
                             done.send(work).unwrap();
+                            at_work.store(false, Ordering::SeqCst);
                         }
                     }
                 })
             })
             .collect();
-        for number in 0..200_000_u32 {
+        for number in 0..2_000_000_u32 {
             giver.give(number);
             if number % 4 == 3 {
                 for expected in number - 3..=number {
