@@ -537,7 +537,8 @@ class Bench:
                     f"pg_recvlogical {middle('rate', limit):,.0f}/s, ratio {ratio:.2f};"
                     f" CPU s per 100,000: relay {middle('cpu', relay):.2f},"
                     f" Postgres {middle('pg_cpu', relay):.2f} ({middle('pg_cpu', limit):.2f}),"
-                    f" nats-server {middle('nats_cpu', relay):.2f}; {max(trial['rss'] for trial in relay):.1f} MB resident",
+                    f" nats-server {middle('nats_cpu', relay):.2f};"
+                    f" {max(trial['rss'] for trial in relay):.1f} MB resident",
                 )
                 self.claim(f"rate, {name}, {per_transaction} per transaction, of pg_recvlogical's", ratio,
                            least=OF_THE_WALSENDER[name][per_transaction])

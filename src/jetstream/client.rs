@@ -154,7 +154,7 @@ impl Link {
         }
     }
 
-    /// Hands events to the link's sender thread, which keeps their order. `position_source`, `<slot> <system id>
+    /// Hands events to the link's senders, which keep their order. `position_source`, `<slot> <system id>
     /// <timeline>`, begins their `Outbox-Position`. Never blocks: the queue's bound is the
     /// caller's window, as whatever is in it has not been answered. Sizes are the caller's to check
     /// against [`max_payload`](Self::max_payload). Without effect once the link is over.
