@@ -1,16 +1,15 @@
 //! The floor of `scripts/bench`: a relay that promises nothing. It publishes each insert of the replication stream with
-//! the headers the relay writes, and has a window of unacknowledged publishes; it confirms nothing, checks no ack, and
-//! ends with an error wherever the relay would go on. What the relay takes beyond it is the price of its promises.
+//! the headers the relay writes, and has a window of unacknowledged publishes; it confirms nothing, takes any ack that is no
+//! error, and ends wherever the relay would go on. What the relay takes beyond it is the price of its promises.
 //!
 //! A slot for pgoutput, a table as that of bench.py (id, aggregatetype, aggregateid, payload), and trust for the user
 //! postgres are taken for granted. It runs until it is killed.
 
 mod connection;
 
-use connection::{CHUNK_BYTES, Connection, Outcome};
+use connection::{Connection, Input, Outcome};
 use std::fmt::Write as _;
-use std::io::{Read, Write as _};
-use std::net::TcpStream;
+use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -21,28 +20,18 @@ const WINDOW: u64 = 1000;
 const LOOK: Duration = Duration::from_secs(1);
 const USAGE: &str = "bare_relay POSTGRES_ADDRESS NATS_ADDRESS SLOT PUBLICATION";
 
-/// The replication connection and its unread bytes.
-struct Replication {
-    socket: TcpStream,
-    received: Vec<u8>,
-    taken: usize,
-}
+/// The replication connection.
+struct Replication(Input);
 
 impl Replication {
     fn open(address: &str, slot: &str, publication: &str) -> Outcome<Replication> {
-        let socket = TcpStream::connect(address)?;
-        socket.set_nodelay(true)?;
-        let mut replication = Replication {
-            socket,
-            received: Vec::new(),
-            taken: 0,
-        };
+        let mut replication = Replication(Input::open(address)?);
         let parameters = "user\0postgres\0database\0postgres\0replication\0database\0\0";
         let mut startup = Vec::new();
         startup.extend_from_slice(&u32::try_from(parameters.len() + 8)?.to_be_bytes());
         startup.extend_from_slice(&0x0003_0000_u32.to_be_bytes());
         startup.extend_from_slice(parameters.as_bytes());
-        replication.socket.write_all(&startup)?;
+        replication.0.socket.write_all(&startup)?;
         replication.skip_to(b'Z')?;
         let start = format!(
             "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0 (proto_version '1', publication_names '{publication}')\0"
@@ -56,32 +45,15 @@ impl Replication {
         let mut message = vec![kind];
         message.extend_from_slice(&u32::try_from(body.len() + 4)?.to_be_bytes());
         message.extend_from_slice(body);
-        Ok(self.socket.write_all(&message)?)
+        Ok(self.0.socket.write_all(&message)?)
     }
 
     /// The next message, if a whole one is there: its kind and its body.
     fn message_if_there(&mut self) -> Option<(u8, &[u8])> {
-        let unread = self.received.get(self.taken..)?;
-        let (&kind, rest) = unread.split_first()?;
+        let (&kind, rest) = self.0.unread().split_first()?;
         let length = u32::from_be_bytes(*rest.first_chunk()?) as usize;
-        let body = rest.get(4..length)?;
-        self.taken += 1 + length;
-        Some((kind, body))
-    }
-
-    fn fill(&mut self) -> Outcome<()> {
-        self.received.drain(..self.taken);
-        self.taken = 0;
-        let used = self.received.len();
-        self.received.resize(used + CHUNK_BYTES, 0);
-        let count = self
-            .socket
-            .read(self.received.get_mut(used..).unwrap_or_default())?;
-        self.received.truncate(used + count);
-        if count == 0 {
-            return Err("Postgres closed the connection".into());
-        }
-        Ok(())
+        rest.get(..length)?;
+        Some((kind, self.0.take(1 + length).get(5..)?))
     }
 
     fn skip_to(&mut self, wanted: u8) -> Outcome<()> {
@@ -90,7 +62,7 @@ impl Replication {
                 Some((b'E', body)) => return Err(String::from_utf8_lossy(body).into()),
                 Some((kind, _)) if kind == wanted => return Ok(()),
                 Some(_) => {}
-                None => self.fill()?,
+                None => self.0.fill()?,
             }
         }
     }
@@ -185,7 +157,7 @@ fn main() -> Outcome<()> {
         return Err(USAGE.into());
     };
     let reader = Connection::open(nats)?;
-    let mut socket = reader.socket.try_clone()?;
+    let mut socket = reader.input.socket.try_clone()?;
     let acked = Arc::new(AtomicU64::new(0));
     let (counted, publisher) = (Arc::clone(&acked), thread::current());
     thread::spawn(move || count_acks(reader, &counted, &publisher));
@@ -200,7 +172,7 @@ fn main() -> Outcome<()> {
         socket.write_all(&outgoing)?;
         outgoing.clear();
         if is_read {
-            replication.fill()?;
+            replication.0.fill()?;
         }
     }
 }

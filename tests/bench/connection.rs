@@ -1,5 +1,5 @@
-//! A socket to nats-server for the tools of `scripts/bench`. It is no client library: no TLS, no reconnect, and the only
-//! protocol it reads is what nats-server sends for this.
+//! Sockets for the tools of `scripts/bench`, and as much of NATS's protocol as nats-server uses for them: no TLS, no
+//! reconnect.
 
 use std::error::Error;
 use std::io::{Read, Write};
@@ -13,50 +13,39 @@ pub const CHUNK_BYTES: usize = 64 * 1024;
 
 pub type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// One connection, its unread bytes, and what is to be written.
-pub struct Connection {
+/// A socket and its unread bytes.
+pub struct Input {
     pub socket: TcpStream,
     received: Vec<u8>,
     taken: usize,
-    pub outgoing: Vec<u8>,
 }
 
-impl Connection {
-    pub fn open(address: &str) -> Outcome<Connection> {
+impl Input {
+    pub fn open(address: &str) -> Outcome<Input> {
         let socket = TcpStream::connect(address)?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(SILENCE))?;
         socket.set_write_timeout(Some(SILENCE))?;
-        let mut connection = Connection {
+        Ok(Input {
             socket,
             received: Vec::new(),
             taken: 0,
-            outgoing: Vec::new(),
-        };
-        connection.outgoing.extend_from_slice(
-            b"CONNECT {\"verbose\":false,\"pedantic\":false,\"headers\":true,\"no_responders\":true}\r\n\
-              SUB i.* 1\r\n",
-        );
-        connection.flush()?;
-        Ok(connection)
+        })
     }
 
-    pub fn flush(&mut self) -> Outcome<()> {
-        self.socket.write_all(&self.outgoing)?;
-        self.outgoing.clear();
-        Ok(())
+    pub fn unread(&self) -> &[u8] {
+        self.received.get(self.taken..).unwrap_or_default()
     }
 
-    /// A line without its end, if a whole one is there.
-    fn line(&mut self) -> Option<&[u8]> {
-        let unread = self.received.get(self.taken..)?;
-        let end = unread.windows(2).position(|pair| pair == b"\r\n")?;
+    /// The next bytes; there must be so many.
+    pub fn take(&mut self, count: usize) -> &[u8] {
         let start = self.taken;
-        self.taken += end + 2;
-        self.received.get(start..start + end)
+        self.taken += count;
+        self.received.get(start..self.taken).unwrap_or_default()
     }
 
-    fn fill(&mut self) -> Outcome<()> {
+    /// Waits for more.
+    pub fn fill(&mut self) -> Outcome<()> {
         self.received.drain(..self.taken);
         self.taken = 0;
         let used = self.received.len();
@@ -70,13 +59,50 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// One connection to nats-server, and what is to be written.
+pub struct Connection {
+    pub input: Input,
+    pub outgoing: Vec<u8>,
+}
+
+impl Connection {
+    pub fn open(address: &str) -> Outcome<Connection> {
+        let mut connection = Connection {
+            input: Input::open(address)?,
+            outgoing: Vec::new(),
+        };
+        connection.outgoing.extend_from_slice(
+            b"CONNECT {\"verbose\":false,\"pedantic\":false,\"headers\":true,\"no_responders\":true}\r\n\
+              SUB i.* 1\r\n",
+        );
+        connection.flush()?;
+        Ok(connection)
+    }
+
+    pub fn flush(&mut self) -> Outcome<()> {
+        self.input.socket.write_all(&self.outgoing)?;
+        self.outgoing.clear();
+        Ok(())
+    }
+
+    /// A line without its end, if a whole one is there.
+    fn line(&mut self) -> Option<&[u8]> {
+        let end = self
+            .input
+            .unread()
+            .windows(2)
+            .position(|pair| pair == b"\r\n")?;
+        self.input.take(end + 2).get(..end)
+    }
 
     /// The body of the next message.
     pub fn message(&mut self) -> Outcome<Vec<u8>> {
         loop {
             match self.message_if_there()? {
                 Some(body) => return Ok(body),
-                None => self.fill()?,
+                None => self.input.fill()?,
             }
         }
     }
@@ -84,7 +110,7 @@ impl Connection {
     /// The same, if one has arrived. A body is one line here: JSON without line breaks, or nothing behind a status.
     pub fn message_if_there(&mut self) -> Outcome<Option<Vec<u8>>> {
         loop {
-            let start = self.taken;
+            let start = self.input.taken;
             let Some(line) = self.line() else {
                 return Ok(None);
             };
@@ -92,7 +118,7 @@ impl Connection {
                 return match self.line() {
                     Some(body) => Ok(Some(body.to_vec())),
                     None => {
-                        self.taken = start;
+                        self.input.taken = start;
                         Ok(None)
                     }
                 };
