@@ -3,8 +3,9 @@
 
 The limits are measured beside the relay, in turn within each round, because only what one machine did within the same
 minute can be compared: Postgres sends to pg_recvlogical, which writes to /dev/null, a raw publisher (tests/bench)
-stores in JetStream, and a bare relay (there) does both and promises nothing. Every trial has a fresh nats-server; Postgres is one cluster, and each trial begins
-with a copy of one slot, so that all of them are sent the same log. Standard library only.
+stores in JetStream, and a bare relay (there) does both and promises nothing. Every trial has a fresh nats-server;
+Postgres is one cluster, and each trial begins with a copy of one slot, so that all of them are sent the same log.
+Standard library only.
 """
 
 import argparse

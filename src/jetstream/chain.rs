@@ -125,8 +125,8 @@ impl Chain {
         Ok(())
     }
 
-    /// The only publish that waits was not stored: the next one takes its place. `false`: it is not the only one, and those
-    /// behind it carry what the stream will never come to.
+    /// The only publish that waits was not stored: the next one takes its place. `false`: it is not the only one, and
+    /// those behind it carry what the stream will never come to.
     pub fn retract(&mut self) -> bool {
         let is_only = self.waiting.len() == 1;
         if is_only {

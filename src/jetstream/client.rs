@@ -12,9 +12,9 @@
 //! | senders | `publish`, when the kernel's buffers are full; `flush`, which waits for a PONG | the same |
 //! | reaper | `close`, or a sender that it waits for | the same; counted with connect |
 //!
-//! One of the senders at a time has the turn ([`turns`](super::turns)): it writes what there is, and flushes. So the one
-//! that was woken brings an event all the way to the socket, and the next event does not wait for the PONG. When all others
-//! wait for theirs, the last leaves flushing to the crate, which does it every 5 ms.
+//! One of the senders at a time has the turn ([`turns`](super::turns)): it writes what there is, and flushes. So the
+//! one that was woken brings an event all the way to the socket, and the next event does not wait for the PONG. When all
+//! others wait for theirs, the last leaves flushing to the crate, which does it every 5 ms.
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
 //! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours. Should a thread

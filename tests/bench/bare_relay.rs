@@ -3,7 +3,7 @@
 //! error, and ends wherever the relay would go on. What the relay takes beyond it is the price of its promises.
 //!
 //! A slot for pgoutput, a table as that of bench.py (id, aggregatetype, aggregateid, payload), and trust for the user
-//! postgres are taken for granted. It runs until it is killed.
+//! postgres are taken for granted. It runs until it is killed, or until nats-server misses its PONGs, after some minutes.
 
 mod connection;
 
