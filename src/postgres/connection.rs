@@ -178,8 +178,7 @@ impl Connection {
                 return Ok(frame);
             }
             self.stream
-                .set_read_timeout(Some(deadline.remaining()?))
-                .and_then(|()| self.stream.read(self.frames.space()))
+                .read(self.frames.space(), Some(deadline.end))
                 .map_err(|source| deadline.error(source))
                 .and_then(|count| match count {
                     0 => Err(Error::Closed {

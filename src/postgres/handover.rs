@@ -179,10 +179,9 @@ fn carry_in(
     answer_limit: Duration,
 ) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK_BYTES];
-    server.set_read_timeout(Some(LOOK))?;
     client.set_write_timeout(Some(WRITE_TIMEOUT))?;
     loop {
-        match server.read(&mut chunk) {
+        match server.read(&mut chunk, Some(Instant::now() + LOOK)) {
             Ok(0) => return Ok(()),
             Ok(count) => {
                 let bytes = chunk.get(..count).unwrap_or_default();

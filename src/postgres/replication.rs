@@ -88,7 +88,7 @@ pub fn start_replication(
     }
     connection
         .stream
-        .set_read_timeout(None)
+        .wait_for_ever()
         .map_err(|source| deadline.error(source))?;
     connection.frames.set_max_bytes(MAX_COPY_MESSAGE_BYTES);
     let writer = ReplicationWriter {
@@ -201,7 +201,7 @@ impl ReplicationReader {
         while !self.ended {
             let Some(frame) = frames.take()? else {
                 let received = stream
-                    .read(frames.space())
+                    .read(frames.space(), None)
                     .map_err(|source| Error::from_io(doing, Duration::ZERO, source))?;
                 if received == 0 {
                     return Err(Error::Closed { doing });
@@ -322,6 +322,11 @@ impl ReplicationWriter {
         let mut message = BytesMut::new();
         frontend::copy_done(&mut message);
         self.send("end replication", &message)
+    }
+
+    /// So long ago bytes came from the server last, be it a part of a message.
+    pub fn silence(&self) -> Duration {
+        self.stream.silence()
     }
 
     /// Takes leave of the server, if it still listens.

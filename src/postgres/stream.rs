@@ -10,6 +10,7 @@ use rustls::ClientConnection;
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,9 @@ pub(super) struct Stream {
     tls: Option<Tls>,
     /// Held while bytes go to the socket, from encryption on.
     sending: Mutex<()>,
+    made: Instant,
+    /// When bytes last came, in milliseconds after `made`.
+    heard_ms: AtomicU64,
 }
 
 struct Tls {
@@ -40,6 +44,8 @@ impl Stream {
             socket,
             tls: None,
             sending: Mutex::new(()),
+            made: Instant::now(),
+            heard_ms: AtomicU64::new(0),
         }
     }
 
@@ -68,20 +74,38 @@ impl Stream {
         Some(format!("{:?} {:?}", version, suite.suite()))
     }
 
-    /// How long [`Stream::read`] waits before it fails with `WouldBlock`; `None`: for ever.
-    pub(super) fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.socket.set_read_timeout(timeout)
+    /// From here on [`Stream::read`] without a deadline waits for ever, whatever earlier reads had.
+    pub(super) fn wait_for_ever(&self) -> io::Result<()> {
+        self.socket.set_read_timeout(None)
     }
 
-    /// Reads what there is, at least one byte; 0 is the end of the stream.
-    pub(super) fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+    /// Reads what there is, at least one byte; 0 is the end of the stream. Fails with `WouldBlock` at the deadline, and
+    /// can go on after that.
+    pub(super) fn read(&self, into: &mut [u8], deadline: Option<Instant>) -> io::Result<usize> {
         match &self.tls {
-            None => read_socket(&self.socket, into),
-            Some(tls) => self.read_tls(tls, into),
+            None => self.receive(into, deadline),
+            Some(tls) => self.read_tls(tls, into, deadline),
         }
     }
 
-    fn read_tls(&self, tls: &Tls, into: &mut [u8]) -> io::Result<usize> {
+    /// So long ago bytes came last.
+    pub(super) fn silence(&self) -> Duration {
+        let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
+        self.made.elapsed().saturating_sub(heard)
+    }
+
+    fn receive(&self, into: &mut [u8], deadline: Option<Instant>) -> io::Result<usize> {
+        let socket = &self.socket;
+        let count = match deadline {
+            None => read_socket(socket, into)?,
+            Some(deadline) => Deadlined { socket, deadline }.read(into)?,
+        };
+        let heard_ms = self.made.elapsed().as_millis() as u64;
+        self.heard_ms.store(heard_ms, Ordering::Relaxed);
+        Ok(count)
+    }
+
+    fn read_tls(&self, tls: &Tls, into: &mut [u8], deadline: Option<Instant>) -> io::Result<usize> {
         let mut received = lock(&tls.received);
         loop {
             let (decrypted, answer_due) = {
@@ -99,8 +123,9 @@ impl Stream {
                 Decrypted::NeedsMore => {}
             }
             let Received { bytes, start, end } = &mut *received;
-            *start = 0;
-            *end = read_socket(&self.socket, bytes)?;
+            // used up, also when nothing comes in its place
+            (*start, *end) = (0, 0);
+            *end = self.receive(bytes, deadline)?;
             if *end == 0 {
                 return Ok(0);
             }
@@ -339,18 +364,67 @@ mod tests {
                     stream.write_all(&[b's'; 39], deadline).unwrap();
                 }
             });
-            stream
-                .set_read_timeout(Some(Duration::from_secs(30)))
-                .unwrap();
             let mut buffer = vec![0; 128 << 10];
             let mut received = 0;
             while received < ROUNDS * SENT_PER_ROUND {
-                let count = stream.read(&mut buffer).unwrap();
+                let deadline = Instant::now() + Duration::from_secs(30);
+                let count = stream.read(&mut buffer, Some(deadline)).unwrap();
                 assert!(count > 0 && buffer[..count].iter().all(|byte| *byte == b'x'));
                 received += count;
             }
             writing.join().unwrap();
             assert_eq!(serving.join().unwrap(), WRITES * 39);
+        });
+    }
+
+    /// Sends `text`, a byte of the ciphertext at a time.
+    fn send_slowly(
+        server: &mut ServerConnection,
+        socket: &mut UnixStream,
+        text: &str,
+        pause: Duration,
+    ) {
+        server.writer().write_all(text.as_bytes()).unwrap();
+        let mut records = Vec::new();
+        server.write_tls(&mut records).unwrap();
+        for byte in records {
+            // who has seen enough closes it
+            if socket.write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(pause);
+        }
+    }
+
+    #[test]
+    fn a_read_that_ended_at_its_deadline_can_go_on() {
+        let (stream, mut server, mut theirs) = connected();
+        let soon = || Some(Instant::now() + Duration::from_millis(20));
+        let long = || Some(Instant::now() + Duration::from_secs(30));
+        let mut buffer = [0; 100];
+        for text in ["first", "second", "third"] {
+            send_slowly(&mut server, &mut theirs, text, Duration::ZERO);
+            let count = stream.read(&mut buffer, long()).unwrap();
+            assert_eq!(&buffer[..count], text.as_bytes());
+            let error = stream.read(&mut buffer, soon()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        }
+    }
+
+    #[test]
+    fn bytes_that_drip_in_end_the_silence_and_do_not_move_the_deadline() {
+        let (stream, mut server, mut theirs) = connected();
+        let pause = Duration::from_millis(10);
+        std::thread::scope(|scope| {
+            // a minute's worth
+            scope.spawn(move || send_slowly(&mut server, &mut theirs, &"x".repeat(6_000), pause));
+            let start = Instant::now();
+            let limit = Duration::from_millis(500);
+            let error = stream.read(&mut [0; 10], Some(start + limit)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            assert!(start.elapsed() < Duration::from_secs(20));
+            assert!(stream.silence() < limit, "{:?}", stream.silence());
+            stream.shutdown();
         });
     }
 

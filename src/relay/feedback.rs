@@ -86,7 +86,8 @@ fn work(
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Finished),
         };
-        let silence = progress.silence();
+        // a large message may take its time
+        let silence = progress.silence().min(writer.silence());
         if silence > SILENCE_LIMIT {
             return Err(postgres::Error::Timeout {
                 doing: "wait for Postgres to send anything",

@@ -76,7 +76,7 @@ impl Progress {
         self.mark(&self.sending_since, waiting);
     }
 
-    /// So long Postgres has sent nothing although the reader waits for it.
+    /// So long Postgres has sent no whole message although the reader waits for one.
     pub fn silence(&self) -> Duration {
         self.since(&self.reading_since)
     }
