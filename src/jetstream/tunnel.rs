@@ -314,7 +314,10 @@ fn carry_in(
         let mut rest = sealed.get(..n).unwrap_or_default();
         let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
         while !rest.is_empty() {
-            session.read_tls(&mut rest)?;
+            if session.read_tls(&mut rest)? == 0 {
+                // the server has said that nothing follows
+                return Ok(());
+            }
             session.process_new_packets().map_err(io::Error::other)?;
             take_plaintext(&mut session, &mut open)?;
         }
