@@ -98,6 +98,11 @@ impl Chain {
         })
     }
 
+    /// Nothing published before the publish with this token waits.
+    pub fn is_oldest(&self, token: u64) -> bool {
+        self.waiting.front() == Some(&Some(token))
+    }
+
     /// What the first of `waiting` expects.
     fn oldest(&self) -> u64 {
         self.predicted - self.waiting.len() as u64

@@ -36,6 +36,7 @@ use super::wire::{self, Publish};
 use crate::outbox::batch::{Event, OutboxEvent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::io;
 use std::path::Path;
@@ -43,9 +44,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// Requests of [`Link::call_each`] that wait for their answer: enough to hide the way, few for the server.
-const CALLS_AT_ONCE: usize = 64;
 
 /// Connects and closes that may hang at once for one server. More than one, because a connection whose
 /// network vanished at the wrong moment hangs for good, and the server must not be lost with it.
@@ -212,32 +210,30 @@ impl Link {
         format!("{}c{call}", self.inbox)
     }
 
-    /// As [`call`](Self::call) for many requests, some of them on their way at once. The answers come in the requests'
-    /// order; `timeout` is how long each may take.
+    /// As [`call`](Self::call) for `count` requests, `at_once` of them on their way at a time. `take` is given each answer
+    /// as it comes, in any order, so that no more than those are held; `timeout` is how long each may take.
     pub fn call_each(
         &self,
-        requests: &[(String, Vec<u8>)],
+        count: usize,
+        request: impl Fn(usize) -> (String, Vec<u8>),
+        at_once: usize,
         timeout: Duration,
-    ) -> Result<Vec<Vec<u8>>, Error> {
-        let first = self
-            .calls
-            .fetch_add(requests.len() as u64, Ordering::Relaxed);
+        mut take: impl FnMut(&[u8]) -> Result<(), AckError>,
+    ) -> Result<(), Error> {
+        let first = self.calls.fetch_add(count as u64, Ordering::Relaxed);
         let inbox = format!("{}c", self.inbox);
-        let mut answers = vec![None; requests.len()];
-        let (mut asked, mut answered) = (0, 0);
-        while answered < requests.len() {
-            while asked - answered < CALLS_AT_ONCE
-                && let Some((api, body)) = requests.get(asked)
-            {
-                self.ask(
-                    format!("{inbox}{}", first + asked as u64),
-                    api,
-                    body.clone(),
-                );
+        // which were asked and not answered
+        let mut due = BTreeSet::new();
+        let mut asked = 0;
+        while asked < count || !due.is_empty() {
+            while due.len() < at_once && asked < count {
+                let (api, body) = request(asked);
+                self.ask(format!("{inbox}{}", first + asked as u64), &api, body);
+                due.insert(asked);
                 asked += 1;
             }
             let Some(message) = self.next_message(Instant::now() + timeout)? else {
-                let (api, _) = requests.get(answered).cloned().unwrap_or_default();
+                let (api, _) = request(due.first().copied().unwrap_or_default());
                 return Err(Error::ApiTimeout {
                     api,
                     after: timeout,
@@ -245,18 +241,21 @@ impl Link {
             };
             let nth = message.subject.strip_prefix(&inbox);
             let nth: Option<u64> = nth.and_then(|nth| nth.parse().ok());
-            let index = nth
-                .and_then(|nth| nth.checked_sub(first))
-                .unwrap_or(u64::MAX) as usize;
-            if let (Some(slot @ None), Some((api, _))) =
-                (answers.get_mut(index), requests.get(index))
-            {
-                let api = api.clone();
-                *slot = Some(answer(message).map_err(|source| Error::Api { api, source })?);
-                answered += 1;
-            }
+            let index = nth.and_then(|nth| nth.checked_sub(first));
+            let Some(index) = index
+                .map(|index| index as usize)
+                .filter(|index| due.remove(index))
+            else {
+                continue;
+            };
+            answer(message)
+                .and_then(|body| take(&body))
+                .map_err(|source| Error::Api {
+                    api: request(index).0,
+                    source,
+                })?;
         }
-        Ok(answers.into_iter().flatten().collect())
+        Ok(())
     }
 
     fn wait_for(

@@ -6,7 +6,8 @@
 //!
 //! Two things can hide that last message. Somebody else's messages may follow it: they are passed over.
 //! Or it was consumed away (work-queue retention, purge, max_age): then a [`Checkpoint`] of ours tells
-//! how far the stream was at some sequence, and each later sequence that is gone was one more event.
+//! how far the stream was at some sequence, and each later sequence that is gone was one more event, unless it
+//! is known that somebody else's message may have stood there.
 //! On a stream where messages do not go like that, the server has lost them: after a power loss its index may
 //! be newer than its blocks, and then it still counts what it no longer has (measured, nats-server 2.15.1).
 //!
@@ -19,8 +20,9 @@ use super::streams::StoredMessage;
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 
-/// How many messages are looked at one by one for the last one of ours. Foreign messages at the end of
-/// a stream are few where the fence holds; at about 0.1 ms a look this is a second at most.
+/// How many messages are looked at one by one for the last one of ours, above the newest under our subjects and from
+/// there down. Foreign messages at the end of a stream are few where the fence holds; at about 0.1 ms a look this is
+/// two seconds at most.
 pub const LOOK_BACK: u64 = 10_000;
 
 /// The header that carries a [`SourcePosition`].
@@ -65,21 +67,21 @@ pub struct Between {
 }
 
 impl Between {
-    /// Reads the messages that follow an event at `from`, up to the tail.
-    pub fn read(lineage: &Lineage, from: Position, messages: &[Option<StoredMessage>]) -> Between {
-        let mut between = Between {
+    /// Of the messages that follow an event at `from`; [`Between::take`] takes them.
+    pub fn after(from: Position) -> Between {
+        Between {
             from,
             ..Between::default()
-        };
-        for message in messages.iter().flatten() {
-            match ours(&lineage.source, message) {
-                Some(at) if lineage.shares(&at) => between.stored.push((at.position, message.seq)),
-                Some(_) => {}
-                None => between.others = true,
-            }
         }
-        between.stored.sort_unstable();
-        between
+    }
+
+    /// One of the messages up to the tail; they come in any order.
+    pub fn take(&mut self, lineage: &Lineage, message: &StoredMessage) {
+        match ours(&lineage.source, message) {
+            Some(at) if lineage.shares(&at) => self.stored.push((at.position, message.seq)),
+            Some(_) => {}
+            None => self.others = true,
+        }
     }
 
     fn sequence(&self, position: Position) -> Option<u64> {
@@ -105,7 +107,8 @@ pub enum Verdict {
 
 impl Tail {
     /// Takes in what was read of the stretch before the tail.
-    pub fn look_between(&mut self, between: Between) {
+    pub fn look_between(&mut self, mut between: Between) {
+        between.stored.sort_unstable();
         if let (Some((position, _)), Some(stored)) = (between.stored.last(), &mut self.stored)
             && *position > stored.position
         {
@@ -127,8 +130,9 @@ impl Tail {
     }
 
     /// Whether the event at `position` with `id` is in the stream. Asked once per event of the stream,
-    /// in order: each event that was consumed away answers for one.
-    pub fn verdict(&mut self, position: Position, id: &str) -> Verdict {
+    /// in order: each event that was consumed away answers for one. `was_sent`: somebody may have published it already; if
+    /// not, what is gone was somebody else's.
+    pub fn verdict(&mut self, position: Position, id: &str, was_sent: bool) -> Verdict {
         let Some(stored) = &self.stored else {
             return Verdict::Publish;
         };
@@ -143,6 +147,9 @@ impl Tail {
                 },
                 _ => Verdict::Stored((position == stored.position).then_some(stored.seq)),
             };
+        }
+        if !was_sent {
+            self.consumed = 0;
         }
         if self.consumed > 0 {
             self.consumed -= 1;
@@ -197,27 +204,39 @@ pub fn find_tail<E>(
         Some(c) => c.seq,
         None => 0,
     };
-    // where nothing of ours goes from the end, the newest message is as good a place to look back from, however far down
-    let leaps = extent.keeps_its_end && newest_seq > 0;
-    let end = if leaps { newest_seq } else { extent.last_seq };
-    let floor = bottom.max(end.saturating_sub(LOOK_BACK));
+    let mut looks = LOOK_BACK;
     let mut seq = extent.last_seq;
-    while seq > floor {
-        if leaps && seq > newest_seq && extent.last_seq - seq >= LOOK_BACK {
-            found.deleted += seq - newest_seq;
-            seq = newest_seq;
-            continue;
-        }
-        if extent.whole && seq > newest_seq && newest_seq >= floor && newest_seq > 0 {
+    while seq > bottom {
+        if extent.whole && seq > newest_seq && newest_seq >= bottom && newest_seq > 0 {
             // nothing was deleted, so what lies above the newest one under the prefix is under other subjects
             found.foreign += seq - newest_seq;
             seq = newest_seq;
             continue;
         }
+        if seq < extent.first_seq {
+            found.deleted += seq - bottom;
+            break;
+        }
+        if looks == 0 {
+            // nothing of ours is above the newest one under the prefix
+            let next = newest_seq.max(bottom);
+            if seq <= next {
+                break;
+            }
+            match extent.keeps_its_end && newest_seq > 0 {
+                true => found.deleted += seq - next,
+                // some may have been ours: it cannot be told how many
+                false => found.foreign += seq - next,
+            }
+            (seq, looks) = (next, LOOK_BACK);
+            continue;
+        }
         let message = match newest {
             Some(message) if message.seq == seq => Some(message.clone()),
-            _ if seq < extent.first_seq => None,
-            _ => fetch(seq)?,
+            _ => {
+                looks -= 1;
+                fetch(seq)?
+            }
         };
         match message {
             None => found.deleted += 1,
@@ -231,7 +250,7 @@ pub fn find_tail<E>(
         }
         seq -= 1;
     }
-    found.reached_checkpoint = checkpoint.is_some_and(|c| c.seq >= floor);
+    found.reached_checkpoint = checkpoint.is_some();
     Ok(found)
 }
 
@@ -240,7 +259,7 @@ pub fn find_tail<E>(
 pub struct Found {
     /// The last message of ours, and where it says it stands.
     pub message: Option<(StoredMessage, SourcePosition)>,
-    /// Without one: the search came down to the checkpoint.
+    /// Without one: there is a checkpoint, and the search came down to it, or met too many of others' messages above.
     pub reached_checkpoint: bool,
     /// Sequences above it that hold no message any more.
     pub deleted: u64,

@@ -100,6 +100,8 @@ pub struct SubjectTransform {
 pub struct StreamState {
     /// How many messages.
     pub messages: u64,
+    /// Their size in the store.
+    pub bytes: u64,
     /// The lowest sequence still there; one past `last_seq` when emptied, 0 when there never was a message.
     pub first_seq: u64,
     /// The highest sequence given so far.
@@ -326,19 +328,25 @@ pub fn message_among(
     parse_message(&answer).map_err(|source| Error::Api { api, source })
 }
 
-/// What stands at each of these sequences, in their order; `None` where it was deleted.
+/// Reads what stands at each of these sequences and was not deleted, up to `at_once` at a time; hands it to `take` as it
+/// comes, in any order.
 pub fn messages(
     link: &Link,
     stream: &str,
     sequences: RangeInclusive<u64>,
     timeout: Duration,
-) -> Result<Vec<Option<StoredMessage>>, Error> {
-    let requests: Vec<Request> = sequences.map(|seq| message_request(stream, seq)).collect();
-    let answers = link.call_each(&requests, timeout)?;
-    let read = |(answer, (api, _)): (Vec<u8>, Request)| {
-        parse_message(&answer).map_err(|source| Error::Api { api, source })
-    };
-    answers.into_iter().zip(requests).map(read).collect()
+    at_once: usize,
+    mut take: impl FnMut(&StoredMessage),
+) -> Result<(), Error> {
+    let first = *sequences.start();
+    let count = sequences.count();
+    let request = |nth: usize| message_request(stream, first + nth as u64);
+    link.call_each(count, request, at_once, timeout, |answer| {
+        if let Some(message) = parse_message(answer)? {
+            take(&message);
+        }
+        Ok(())
+    })
 }
 
 fn ask<T>(
@@ -550,6 +558,7 @@ mod tests {
                 },
                 state: StreamState {
                     messages: 2,
+                    bytes: 122,
                     first_seq: 1,
                     last_seq: 2,
                     num_deleted: 0,

@@ -77,6 +77,18 @@ pub fn begin<'s>(
             let written = store.written(number, Ok(ack), Instant::now());
             Ok(written.unwrap_or_default())
         }
+        // the bucket is there, over the API's prefix, but its subjects lead nowhere
+        Err(jetstream::Error::Api { source, .. })
+            if source.kind() == AckErrorKind::NoResponders =>
+        {
+            let subject = store.subject();
+            log::warn!(
+                bucket = store.bucket(), subject;
+                "going on without the checkpoint: nobody answers on its subject, which is outside of the API's prefix: {WITHOUT}"
+            );
+            store.forbid();
+            Ok(None)
+        }
         Err(error) => Err(lost(store, error)),
     }
 }

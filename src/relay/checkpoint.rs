@@ -50,6 +50,8 @@ struct Entry {
     last: Option<Last>,
     #[serde(default)]
     shared: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    at_rest: bool,
     confirmed_seq: u64,
 }
 
@@ -438,7 +440,9 @@ impl CheckpointStore {
 fn tells(kept: &Marks, marks: &Marks) -> bool {
     let is_known = |mark: &Mark| {
         let mut kept = kept.streams.iter();
-        kept.any(|old| old.name == mark.name && old.shared == mark.shared)
+        kept.any(|old| {
+            (&old.name, old.shared, old.at_rest) == (&mark.name, mark.shared, mark.at_rest)
+        })
     };
     kept.reached == marks.reached && marks.streams.iter().all(is_known)
 }
@@ -498,6 +502,7 @@ impl Entry {
                 position: at.to_string(),
             }),
             shared: mark.shared,
+            at_rest: mark.at_rest,
             confirmed_seq: mark.confirmed_seq,
         }
     }
@@ -512,6 +517,7 @@ impl Entry {
             name: self.name,
             created: self.created,
             shared: self.shared,
+            at_rest: self.at_rest,
             settled_seq: 0,
             confirmed_seq: self.confirmed_seq,
         })
@@ -553,6 +559,7 @@ mod tests {
                 created: "2026-11-23T09:26:06Z".into(),
                 last: Some((7, "s 1 2 0/16B3748 3".parse().unwrap())),
                 shared: true,
+                at_rest: true,
                 settled_seq: 0,
                 confirmed_seq: 5,
             }],

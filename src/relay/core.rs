@@ -9,7 +9,7 @@
 
 use super::confirm::{Confirm, Confirmable};
 use crate::jetstream::Delivery;
-use crate::jetstream::ack::{AckError, PubAck};
+use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
 use crate::jetstream::chain::{AnswerFor, Broken, Chain};
 use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
 use crate::jetstream::streams::Routes;
@@ -40,7 +40,7 @@ pub struct Limits {
     /// anew where a name leads that it has not seen lately. Under one name several may wait; where it is then open whom
     /// an answer is about, they are published again with a name each.
     pub replies: u64,
-    /// So long may nothing be acknowledged while something waits.
+    /// So long may the oldest publish that waits go without an answer.
     pub ack_timeout: Duration,
     /// See [`Confirm`].
     pub hold_back: Duration,
@@ -100,7 +100,7 @@ pub enum Cause {
     Broken(Broken),
     /// Refused by the stream.
     Refused(AckError),
-    /// Nothing was acknowledged for the ack timeout.
+    /// The oldest event that waits was not acknowledged within the ack timeout.
     AckTimeout,
     /// No stream captures this subject.
     NoStream(String),
@@ -192,6 +192,7 @@ struct Remembered {
     last: Option<Checkpoint>,
     acked_seq: u64,
     shared: bool,
+    at_rest: bool,
     confirmed_seq: u64,
 }
 
@@ -206,6 +207,9 @@ pub struct Mark {
     pub last: Option<(u64, SourcePosition)>,
     /// Others were seen to write to it.
     pub shared: bool,
+    /// Nothing was on its way to it, and nothing has been published since: what comes and goes behind `last` is somebody
+    /// else's.
+    pub at_rest: bool,
     /// The sequence that [`Marks::settled`] rests on.
     pub settled_seq: u64,
     /// The sequence that the confirmed LSN rests on.
@@ -222,6 +226,12 @@ impl Memory {
             .as_ref()
     }
 
+    /// What a stream has acknowledged, or the checkpoint says of it.
+    pub fn acked_seq(&self, stream: &str) -> u64 {
+        let found = self.streams.iter().find(|known| known.name == stream);
+        found.map_or(0, |known| known.acked_seq)
+    }
+
     /// Before a session: the server may be another than that of the last one, a standby that was promoted or an
     /// old primary that came back. A conflict, with the stream's name, ends the relay.
     pub fn rebase(
@@ -235,6 +245,8 @@ impl Memory {
             return Ok(());
         };
         for stream in &mut self.streams {
+            // what is gone behind it may have been an event that is not in this log
+            stream.at_rest = true;
             // the default, nothing of ours, is true of every log
             let known = |last: &&mut Checkpoint| last.position != Position::default();
             let Some(last) = stream.last.as_mut().filter(known) else {
@@ -270,6 +282,8 @@ impl Memory {
             if known || !mark.last.as_ref().is_none_or(is_ours) {
                 continue;
             }
+            let is_old = |(_, at): &(u64, SourcePosition)| at.source != lineage.source;
+            let at_rest = mark.at_rest || mark.last.as_ref().is_some_and(is_old);
             let last = match mark.last {
                 None => None,
                 Some((seq, at)) => match lineage.translate(&at) {
@@ -288,6 +302,7 @@ impl Memory {
                 acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
                 last,
                 shared: mark.shared,
+                at_rest,
                 confirmed_seq: mark.confirmed_seq,
             });
         }
@@ -333,6 +348,8 @@ struct Stream {
     shared: bool,
     /// When that was last seen.
     others_at: Option<Instant>,
+    /// What is gone by the next connection from behind `last` was somebody else's, or may have been.
+    at_rest: bool,
     /// The sequence of the last settled event: what a confirmation may rest on.
     settled_seq: u64,
     /// What the confirmed LSN rests on.
@@ -375,6 +392,12 @@ impl Stream {
     fn has_room(&self, now: Instant) -> bool {
         let others = self.others_at.is_some_and(|at| now < at + SHARED_FOR);
         self.replicas <= 1 || !others || self.chain.is_settled()
+    }
+
+    /// Somebody else's message has come behind ours, whether it is still there or not.
+    fn has_met_others(&mut self, now: Instant) {
+        self.shared = true;
+        self.others_at = Some(now);
     }
 
     /// The length of the id that the next publish names, where it names one.
@@ -439,6 +462,11 @@ pub struct Core {
     position_source_len: usize,
     puts_aside: bool,
     offered: Position,
+    /// No event behind this was ever published; nor, behind the other, over an earlier connection.
+    sent: Position,
+    sent_before: Position,
+    /// Nothing is, or will be, on its way: see [`Mark::at_rest`].
+    at_rest: bool,
     start: Lsn,
     /// Up to here everything is known to be stored and old enough; told once it was received. 0/0: nothing is.
     proven: Lsn,
@@ -476,6 +504,7 @@ impl Core {
             acked_seq: remembered.acked_seq,
             shared: remembered.shared,
             others_at: None,
+            at_rest: remembered.at_rest,
             last: remembered.last,
         };
         Core {
@@ -502,6 +531,9 @@ impl Core {
             position_source_len: 0,
             puts_aside: false,
             offered: Position::default(),
+            sent: Position::default(),
+            sent_before: Position::default(),
+            at_rest: false,
             start: Lsn::INVALID,
             proven: Lsn::INVALID,
             reached: memory.reached,
@@ -514,14 +546,26 @@ impl Core {
         }
     }
 
+    /// Every event that was ever published is settled.
+    fn nothing_is_out(&self) -> bool {
+        let first = self.window.iter().find_map(|entry| match entry {
+            Entry::Event(pending) => Some(pending.event.position()),
+            Entry::Boundary(_) => None,
+        });
+        let has_come = self.offered >= self.sent || self.settled >= self.sent.commit_lsn;
+        first.map_or(has_come, |position| position > self.sent)
+    }
+
     /// What the next session has to know.
-    pub fn into_memory(self) -> Memory {
+    pub fn into_memory(mut self) -> Memory {
+        self.disconnected();
         let remember = |s: Stream| Remembered {
             name: s.name,
             created: s.created,
             last: s.last,
             acked_seq: s.acked_seq,
             shared: s.shared,
+            at_rest: s.at_rest,
             confirmed_seq: s.confirmed_seq,
         };
         Memory {
@@ -545,6 +589,7 @@ impl Core {
                 .as_ref()
                 .map(|last| (last.seq, at(last.position))),
             shared: stream.shared,
+            at_rest: self.at_rest,
             settled_seq: stream.settled_seq,
             confirmed_seq: stream.confirmed_seq,
         };
@@ -566,6 +611,12 @@ impl Core {
             .find(|s| s.name == stream)?
             .last
             .as_ref()
+    }
+
+    /// What a stream has acknowledged.
+    pub fn acked_seq(&self, stream: &str) -> u64 {
+        let found = self.streams.iter().find(|known| known.name == stream);
+        found.map_or(0, |known| known.acked_seq)
     }
 
     /// A new connection, and what the streams that capture the prefix hold, in the order of `routes`.
@@ -602,10 +653,10 @@ impl Core {
             };
             let mut tail = found.tail;
             if stream.last.is_some() && tail.has_others() {
-                stream.others_at = Some(now);
-                stream.shared = true;
+                stream.has_met_others(now);
             }
-            if stream.shared {
+            let at_rest = std::mem::take(&mut stream.at_rest);
+            if stream.shared || at_rest {
                 // what is gone may have been theirs: rather twice than never
                 tail.consumed = 0;
             } else {
@@ -615,7 +666,12 @@ impl Core {
             if let Some(stored) = &tail.stored {
                 stream.acked_seq = stream.acked_seq.max(stored.seq);
                 if tail.between.is_none() {
-                    stream.last = Some(stored.clone());
+                    let last = stream.last.insert(stored.clone());
+                    if at_rest {
+                        // nor is it counted from here on
+                        last.seq = last.seq.max(found.last_seq);
+                        stream.acked_seq = stream.acked_seq.max(last.seq);
+                    }
                 }
             } else if stream.last.is_none() && self.delivery == Delivery::ExactlyOnce {
                 // nothing of ours up to here: what the checkpoint has to say before the first ack, or what
@@ -637,6 +693,7 @@ impl Core {
         }
         self.routes = routes;
         self.connected = true;
+        self.sent_before = self.sent;
         Ok(())
     }
 
@@ -701,7 +758,11 @@ impl Core {
     /// The connection is gone. What is not settled will be asked of the streams, also what was acknowledged: where
     /// messages are consumed away, each event must answer for one sequence.
     pub fn disconnected(&mut self) {
-        self.connected = false;
+        if std::mem::take(&mut self.connected) && self.nothing_is_out() {
+            for stream in &mut self.streams {
+                stream.at_rest = true;
+            }
+        }
         for entry in self.window.iter_mut().take(self.unsent) {
             if let Entry::Event(event) = entry {
                 match event.state {
@@ -760,6 +821,21 @@ impl Core {
     pub fn checkpoint_went_back(&mut self) {
         self.confirm.forget_young();
         self.kept = Lsn::INVALID;
+    }
+
+    /// The log ended at `lsn` when this session had got the slot: whoever published before, published nothing beyond.
+    pub fn log_ended_at(&mut self, lsn: Lsn) {
+        let commit_lsn = lsn;
+        self.sent = self.sent.max(Position {
+            commit_lsn,
+            ordinal: 0,
+        });
+        self.sent_before = self.sent;
+    }
+
+    /// Nothing more will be published: [`Core::marks`] says from now on whether everything that was is settled.
+    pub fn rest(&mut self) {
+        self.at_rest = self.nothing_is_out();
     }
 
     /// Where the copy stream starts, once connected. What Postgres skips before it is stored, but perhaps
@@ -831,6 +907,13 @@ impl Core {
                     Entry::Boundary(wal_end)
                 }
             };
+            if let (Some(Entry::Boundary(last)), Entry::Boundary(lsn)) =
+                (self.window.back_mut(), &entry)
+            {
+                // an idle stream's keepalives must not pile up behind what waits
+                *last = (*last).max(*lsn);
+                continue;
+            }
             self.window.push_back(entry);
         }
         if self.unsent == 0 {
@@ -923,7 +1006,7 @@ impl Core {
                         break;
                     }
                     let id = event.id();
-                    match stream.tail.verdict(position, id) {
+                    match stream.tail.verdict(position, id, position <= self.sent) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
                                 stream: stream.name.clone(),
@@ -944,7 +1027,11 @@ impl Core {
                                 && stream.tail.between.is_none()
                             {
                                 // one that was consumed away is counted once, also after a reconnect
-                                stream.last = Some(stored.clone());
+                                let known = stream.last.as_ref().map_or(0, |last| last.seq);
+                                stream.last = Some(Checkpoint {
+                                    seq: stored.seq.max(known),
+                                    ..stored.clone()
+                                });
                             }
                             let aged = stream.aged.is_some_and(|aged| position <= aged);
                             State::Stored {
@@ -1000,6 +1087,7 @@ impl Core {
             self.hold(size);
             if let Some(publish) = publish {
                 self.parking = publish.event.fate() == Fate::Park;
+                self.sent = self.sent.max(position);
                 self.waiting += 1;
                 self.waiting_since.get_or_insert(now);
                 return Ok(Next::Publish(publish));
@@ -1046,6 +1134,18 @@ impl Core {
         let State::Sent { stream, expected } = pending.state else {
             return Ok(None);
         };
+        if let Err(error) = &answer
+            && let AckErrorKind::WrongLastSequence(Some(last_seq)) = error.kind()
+            && last_seq > expected
+            && pending.event.position() > self.sent_before
+            && let Some(stream) = self.streams.get_mut(stream)
+            // a replicated stream refuses before it acknowledges what came earlier
+            && (is_sure || stream.replicas <= 1)
+            && stream.chain.is_oldest(token)
+        {
+            // no late copy can have taken its place
+            stream.has_met_others(now);
+        }
         let ack = answer.map_err(|error| match is_sure && error.kind().is_for_good() {
             true => Trouble::Refused { token, error },
             false => Trouble::Reconnect(Cause::Refused(error)),
@@ -1099,8 +1199,12 @@ impl Core {
         self.tally.parked += u64::from(pending.event.fate() == Fate::Park);
         pending.state = stored;
         self.waiting -= 1;
-        self.waiting_since = (self.waiting > 0).then_some(now);
+        if self.waiting == 0 {
+            self.waiting_since = None;
+        }
         if index == 0 {
+            // the oldest: what another stream acknowledges says nothing of this one
+            self.waiting_since = (self.waiting > 0).then_some(now);
             self.settle();
         }
         Ok(Some(token))
@@ -1199,12 +1303,17 @@ impl Core {
     }
 
     /// What a look at an idle stream says.
-    pub fn looked_at(&mut self, index: usize, last_seq: u64) -> Result<(), Trouble> {
-        let stream = self.streams.get(index);
-        let Some(stream) = stream else {
+    pub fn looked_at(&mut self, index: usize, last_seq: u64, now: Instant) -> Result<(), Trouble> {
+        let nothing_is_out = self.nothing_is_out();
+        let stream = self.streams.get_mut(index);
+        let Some(stream) = stream.filter(|_| self.delivery == Delivery::ExactlyOnce) else {
             return Ok(());
         };
-        if self.delivery == Delivery::AtLeastOnce || last_seq >= stream.acked_seq {
+        if last_seq >= stream.acked_seq {
+            let is_ours = !nothing_is_out || !self.routed.contains(&index);
+            if self.connected && !is_ours && last_seq > stream.chain.acked() {
+                stream.has_met_others(now);
+            }
             return Ok(());
         }
         Err(Trouble::Reconnect(Cause::EndsEarly(Backwards {
@@ -1301,6 +1410,7 @@ impl Core {
                     acked_seq: 0,
                     shared: false,
                     others_at: None,
+                    at_rest: false,
                     settled_seq: 0,
                     confirmed_seq: 0,
                 });

@@ -32,7 +32,7 @@ use crate::config::Config;
 use crate::exit::Exit;
 use crate::outbox::mapper::Mapper;
 use error::{Error, Verdict};
-use outage::Outage;
+use outage::{Outage, WORKING};
 use repeated::Repeated;
 use session::{Ended, Session};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -44,8 +44,6 @@ use vitals::{Phase, Vitals};
 
 /// How often a standby looks whether the slot is free: the time a takeover takes at most.
 const SLOT_INTERVAL: Duration = Duration::from_secs(1);
-/// A session that lasted so long, or published something, was a working one.
-const WORKING: Duration = Duration::from_secs(10);
 /// What the supervisor does between two looks at itself: connecting to several servers, with dozens of requests,
 /// each with a deadline of seconds.
 const SUPERVISOR_LIMIT: Duration = Duration::from_secs(600);

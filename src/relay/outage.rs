@@ -10,6 +10,9 @@ const SHORTEST: Duration = Duration::from_millis(50);
 /// The longest: an operator who mends something sees the effect while watching.
 const LONGEST: Duration = Duration::from_secs(5);
 
+/// What lasted so long, a session or a connection, has worked, also when there was nothing to do.
+pub const WORKING: Duration = Duration::from_secs(10);
+
 /// The time since something last worked.
 #[derive(Debug)]
 pub struct Outage {

@@ -8,7 +8,7 @@ use super::bucket;
 use super::checkpoint::{CheckpointStore, Opened, Overtaken};
 use super::core::{Cause, Core, Memory, Next, Tally, Trouble};
 use super::error::{Error, Verdict};
-use super::outage::Outage;
+use super::outage::{Outage, WORKING};
 use super::progress::Progress;
 use super::pulse::Pulse;
 use super::rejoin::{self, Joined};
@@ -179,6 +179,7 @@ impl<'a> Publisher<'a> {
         let mut link = link;
         loop {
             self.vitals.nats_is_connected(true);
+            let start = Instant::now();
             let (cause, reason) = match self.serve(&link) {
                 Ok(()) => return Ok(()),
                 Err(Interrupt::End(error)) => return Err(error),
@@ -193,6 +194,10 @@ impl<'a> Publisher<'a> {
                     (ReconnectCause::Refused, reason)
                 }
             };
+            if start.elapsed() >= WORKING {
+                // also when there was nothing to publish
+                self.outage.worked();
+            }
             self.vitals.nats_is_connected(false);
             self.vitals.reconnects(cause);
             self.pulse.nothing_waits();
@@ -220,6 +225,9 @@ impl<'a> Publisher<'a> {
             self.look(link, now);
             self.tell_late(now);
             let settled = self.is_settled(now);
+            if self.drained {
+                self.core.rest();
+            }
             let confirmable = self.core.confirmable(now);
             self.progress.confirmable(confirmable);
             let marks = || self.core.marks(&self.lineage.source);
@@ -362,7 +370,10 @@ impl<'a> Publisher<'a> {
     ) -> Result<(), Interrupt> {
         match answer.map(|body| streams::parse_info(&body)) {
             Ok(Ok(Some(info))) => {
-                let outcome = self.core.looked_at(token as usize, info.state.last_seq);
+                let last_seq = info.state.last_seq;
+                let outcome = self
+                    .core
+                    .looked_at(token as usize, last_seq, Instant::now());
                 self.trouble(outcome)
             }
             _ => Ok(()),
@@ -611,12 +622,11 @@ impl<'a> Publisher<'a> {
         // a relay that has taken over may have come further, and what it wrote must not be taken back
         let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
         self.core.has_reached(reached.unwrap_or_default());
-        if !self.store.is_kept() {
-            self.core.has_no_checkpoint(Instant::now());
-        }
-        let joined = found.join(self.config, self.lineage, |stream| {
-            self.core.last_known(stream)
-        })?;
+        let (last_known, acked_seq) = (
+            |stream: &str| self.core.last_known(stream),
+            |stream: &str| self.core.acked_seq(stream),
+        );
+        let joined = found.join(self.config, self.lineage, last_known, acked_seq)?;
         joined.tell_others(&mut self.said);
         let Joined {
             link,
@@ -632,6 +642,9 @@ impl<'a> Publisher<'a> {
         let marks = self.core.marks(&self.lineage.source);
         if let Some(marks) = bucket::begin(&mut self.store, &link, marks, timeout)? {
             self.core.kept(marks, Instant::now());
+        }
+        if !self.store.is_kept() {
+            self.core.has_no_checkpoint(Instant::now());
         }
         Ok(link)
     }

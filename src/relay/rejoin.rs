@@ -25,6 +25,9 @@ const CATCH_UP_PAUSE: Duration = Duration::from_millis(250);
 /// So many messages of a replicated stream are read back one by one at most, which takes some seconds: what
 /// is published between two writes of the checkpoint, with room to spare.
 const READ_BETWEEN: u64 = 100_000;
+/// So many of them, or of bytes, are on their way at a time: enough to hide the way, few for the server and in memory.
+const READ_AT_ONCE: u64 = 64;
+const READ_AT_ONCE_BYTES: u64 = 4 * 1024 * 1024;
 
 /// A connection, and what was read over it.
 pub struct Joined {
@@ -157,20 +160,19 @@ impl Found {
             })
     }
 
-    /// Reads the tails, from the last known event of each stream.
+    /// Reads the tails, from the last known event of each stream, which acknowledged up to `acked_seq`.
     pub fn join<'c>(
         mut self,
         config: &Config,
         lineage: &Lineage,
         last_known: impl Fn(&str) -> Option<&'c Checkpoint>,
+        acked_seq: impl Fn(&str) -> u64,
     ) -> Result<Joined, Error> {
         let timeout = config.nats.request_timeout;
         let mut found = Vec::with_capacity(self.infos.len());
         for (info, filters) in self.infos.iter_mut().zip(&self.filters) {
             let known = last_known(&info.config.name);
-            if let Some(known) = known {
-                catch_up(&self.link, info, known.seq, timeout)?;
-            }
+            catch_up(&self.link, info, acked_seq(&info.config.name), timeout)?;
             let stream = Stream {
                 link: &self.link,
                 info,
@@ -307,8 +309,13 @@ impl Stream<'_> {
             );
             return Ok(None);
         }
-        let messages = streams::messages(self.link, name, stretch, self.timeout)?;
-        Ok(Some(Between::read(lineage, known.position, &messages)))
+        let state = &self.info.state;
+        let average = state.bytes / state.messages.max(1);
+        let at_once = (READ_AT_ONCE_BYTES / average.max(1)).clamp(1, READ_AT_ONCE) as usize;
+        let mut between = Between::after(known.position);
+        let take = |message: &StoredMessage| between.take(lineage, message);
+        streams::messages(self.link, name, stretch, self.timeout, at_once, take)?;
+        Ok(Some(between))
     }
 
     /// How old the events are, by the server's own clock: a search for the time `hold_back` ago among the sequences.

@@ -120,10 +120,10 @@ impl<'a> Session<'a> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
+        let log_end = slot::current_lsn(&mut connection)?;
         if config.drain && self.upto.is_none() {
-            let upto = slot::current_lsn(&mut connection)?;
-            self.vitals.drains_upto.set(upto.0);
-            self.upto = Some(upto);
+            self.vitals.drains_upto.set(log_end.0);
+            self.upto = Some(log_end);
         }
         let lineage = lineage(&mut connection, &config.slot)?;
         let conflict = |(stream, conflict)| Error::Conflict { stream, conflict };
@@ -150,6 +150,14 @@ impl<'a> Session<'a> {
             });
         }
         self.memory.reached = reached.unwrap_or_default().max(slot.confirmed_flush_lsn);
+        // accepted, also when this session comes to nothing and the checkpoint still holds the old one
+        self.reached = Some(SourcePosition {
+            source: lineage.source.clone(),
+            position: Position {
+                commit_lsn: self.memory.reached,
+                ordinal: 0,
+            },
+        });
         if !self.learned {
             let mut marks = marks.streams;
             marks.retain(|mark| !resume_anyway || found.has_kept(mark));
@@ -157,7 +165,12 @@ impl<'a> Session<'a> {
         }
         self.learned = true;
         let published = self.check_publication(&mut connection)?;
-        let joined = found.join(config, &lineage, |stream| self.memory.last_known(stream))?;
+        let memory = &self.memory;
+        let (last_known, acked_seq) = (
+            |stream: &str| memory.last_known(stream),
+            |stream: &str| memory.acked_seq(stream),
+        );
+        let joined = found.join(config, &lineage, last_known, acked_seq)?;
         joined.tell_others(&mut self.said);
         let start = joined.start_position();
         let Joined {
@@ -192,6 +205,7 @@ impl<'a> Session<'a> {
             let ripe = self.store.ripe(&lineage, hold_back, Instant::now());
             core.has_checkpoint(ripe);
         }
+        core.log_ended_at(log_end);
         core.starts_at(start, Instant::now());
         let marks = core.marks(&lineage.source);
         match bucket::begin(&mut self.store, &link, marks, timeout) {
@@ -201,6 +215,9 @@ impl<'a> Session<'a> {
                 self.memory = core.into_memory();
                 return Err(error);
             }
+        }
+        if !self.store.is_kept() {
+            core.has_no_checkpoint(Instant::now());
         }
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),

@@ -49,9 +49,13 @@ pub enum Rule {
     CheckpointBack,
     /// Nothing grows old enough to be confirmed without a connection.
     Disconnected,
+    /// What nobody can have published yet is not what is gone from a stream.
+    Sent,
+    /// Nor is what is published after a stop in order.
+    Rest,
 }
 
-pub const ALL: [Rule; 23] = [
+pub const ALL: [Rule; 25] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -75,4 +79,6 @@ pub const ALL: [Rule; 23] = [
     Rule::Ripening,
     Rule::CheckpointBack,
     Rule::Disconnected,
+    Rule::Sent,
+    Rule::Rest,
 ];

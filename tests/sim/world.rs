@@ -48,6 +48,8 @@ enum Kind {
     Failover,
     /// Somebody else moves the slot, or makes it anew.
     SlotMoved,
+    /// A message of somebody else comes and is purged with all others, while nothing of ours is on its way.
+    Guest,
 }
 
 /// A connection to NATS; an abandoned one still delivers what it had been given.
@@ -143,6 +145,8 @@ impl World {
             kind = Kind::Purged;
         } else if seed % 12 == 5 {
             kind = Kind::BucketBack;
+        } else if seed % 13 == 7 {
+            kind = Kind::Guest;
         }
         let replicated = rng.bool();
         let window = Duration::from_secs([1, 20, 120][rng.usize(..3)]);
@@ -160,13 +164,13 @@ impl World {
             streams.push(stream(&("PARKED", PARK_SUBJECT)));
         }
         let shortest = match kind {
-            Kind::Rollback | Kind::BucketBack | Kind::Consumed | Kind::Purged => 1,
+            Kind::Rollback | Kind::BucketBack | Kind::Consumed | Kind::Purged | Kind::Guest => 1,
             Kind::Foreign | Kind::ReusedIds | Kind::Failover | Kind::SlotMoved => 0,
         };
         let hold_back = Duration::from_secs([0, 10, 30][rng.usize(shortest..3)]);
         // consumed messages, and others on a replicated stream, are not coped with without one
-        let needed = matches!(kind, Kind::Consumed | Kind::Purged | Kind::SlotMoved)
-            || kind == Kind::Foreign && replicated;
+        let consumed = matches!(kind, Kind::Consumed | Kind::Purged | Kind::Guest);
+        let needed = consumed || kind == Kind::SlotMoved || kind == Kind::Foreign && replicated;
         let checkpoint = needed || rng.bool();
         let now = Instant::now();
         let source = Source {
@@ -250,7 +254,8 @@ impl World {
             }
             89 => self.lose_connection(),
             90 if self.one_in(2) => self.end_session()?,
-            91 if self.one_in(2) => self.kill(),
+            91 if self.kind != Kind::Guest && self.one_in(2) => self.kill(),
+            95..98 if self.kind == Kind::Guest => self.guest()?,
             92 if self.kind == Kind::Rollback => self.roll_back(),
             93..95 if self.kind == Kind::Foreign => self.foreign(),
             95..98 if self.kind == Kind::Consumed => self.consume(),
@@ -286,10 +291,7 @@ impl World {
                 self.roll_back();
             }
             for _ in 0..60 {
-                self.walsender();
-                self.relay()?;
-                self.deliver()?;
-                self.answer()?;
+                self.work()?;
             }
             self.pass(Duration::from_secs(1))?;
             if self.halted {
@@ -545,7 +547,7 @@ impl World {
             for (index, name) in idle {
                 let stream = self.streams.iter().find(|s| s.name == name);
                 let last_seq = stream.map_or(0, |s| s.last_seq);
-                if let Err(trouble) = session.core.looked_at(index, last_seq) {
+                if let Err(trouble) = session.core.looked_at(index, last_seq, now) {
                     return Ok(Err(trouble));
                 }
             }
@@ -765,6 +767,10 @@ impl World {
                 let ripe = self.store.ripe(&self.lineage, self.hold_back, self.now);
                 session.core.has_checkpoint(ripe);
             }
+            session.core.log_ended_at(match self.off {
+                Some(Rule::Sent) => Lsn(u64::MAX),
+                _ => self.postgres.wal_end,
+            });
             session.core.starts_at(start, self.now);
         }
         if !self.begin_checkpoint() {
@@ -783,7 +789,7 @@ impl World {
 
     fn rejoin(&mut self) -> Outcome {
         let needed = match self.kind {
-            Kind::Consumed | Kind::Purged | Kind::SlotMoved | Kind::Foreign => true,
+            Kind::Consumed | Kind::Purged | Kind::Guest | Kind::SlotMoved | Kind::Foreign => true,
             Kind::Rollback | Kind::BucketBack | Kind::ReusedIds | Kind::Failover => false,
         };
         if !needed && self.bucket_fails(60) {
@@ -918,9 +924,12 @@ impl World {
                 &tail.stored,
             ) {
                 let stretch = known.seq + 1..=stored.seq;
-                let messages: Vec<_> = stretch.map(|seq| stream.read(source, seq)).collect();
-                if !messages.is_empty() {
-                    tail.look_between(Between::read(&self.lineage, known.position, &messages));
+                if !stretch.is_empty() {
+                    let mut between = Between::after(known.position);
+                    for message in stretch.filter_map(|seq| stream.read(source, seq)) {
+                        between.take(&self.lineage, &message);
+                    }
+                    tail.look_between(between);
                 }
             }
             let from = tail.between.as_ref().map(|between| between.from);
@@ -1013,6 +1022,8 @@ impl World {
         let replicated = self.streams[flight.event.stream].replicated;
         let names = self.names.as_mut().filter(|_| answer.is_err());
         let (for_good, overtakes) = names.map_or((false, false), |rng| (rng.bool(), rng.bool()));
+        // the sequence that is refused tells of others
+        let for_good = for_good && self.kind != Kind::Guest;
         let answer = match for_good {
             true => Err(refused(400, 10054, "message size exceeds maximum allowed")),
             false => answer,
@@ -1034,7 +1045,7 @@ impl World {
         let length = stream.history.len();
         let answer = stream.publish(&flight, self.now);
         // on a replicated stream somebody else's message lets publishes in behind a refused one
-        let ordered = !stream.replicated || self.kind != Kind::Foreign;
+        let ordered = !stream.replicated || !matches!(self.kind, Kind::Foreign | Kind::Guest);
         let (_, earlier) = stream
             .history
             .split_last()
@@ -1276,7 +1287,7 @@ impl World {
         }
         match end {
             0 => self.end_session()?,
-            1 => self.kill(),
+            1 if self.kind != Kind::Guest => self.kill(),
             _ => {}
         }
         Ok(())
@@ -1315,6 +1326,68 @@ impl World {
             "consumed, left are {:?}",
             self.streams[index].messages.keys()
         );
+    }
+
+    /// Once nothing is on its way the relay is stopped in order, loses its connection, or goes on; a message of somebody
+    /// else comes and goes; and the relay finds that out, or publishes, before anything else fails.
+    fn guest(&mut self) -> Outcome {
+        let faults = std::mem::replace(&mut self.healed, true);
+        for _ in 0..30 {
+            self.work()?;
+        }
+        let is_settled =
+            |session: &Session| session.core.is_settled() && session.channel.is_empty();
+        if self.connection.is_some() && self.session.as_ref().is_some_and(is_settled) {
+            match self.rng.u32(..3) {
+                0 => self.stop(),
+                1 => self.lose_connection(),
+                _ => {}
+            }
+            self.foreign();
+            self.purge();
+            if self.rng.bool() {
+                self.commit();
+                for _ in 0..30 {
+                    self.work()?;
+                }
+            }
+            self.next_look = self.now;
+            self.work()?;
+        }
+        self.healed = faults;
+        Ok(())
+    }
+
+    /// A round of everybody.
+    fn work(&mut self) -> Outcome {
+        self.walsender();
+        self.relay()?;
+        self.deliver()?;
+        self.answer()
+    }
+
+    /// The relay has nothing left to do and ends, if the checkpoint takes its last word.
+    fn stop(&mut self) {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        if self.off != Some(Rule::Rest) {
+            session.core.rest();
+        }
+        let confirmable = session.core.confirmable(self.now);
+        let marks = session.core.marks(&self.lineage.source);
+        let write = self
+            .store
+            .write(|| marks.clone(), confirmable, self.now, true);
+        if let Some(write) = write {
+            let answer = self.put(&write);
+            trace!(self, "checkpoint {} is the last: {answer:?}", write.number);
+            self.written(write.number, answer);
+        }
+        match self.store.is_kept() && self.store.holds(&marks) {
+            true => self.kill(),
+            false => self.lose_session(),
+        }
     }
 
     fn purge(&mut self) {
