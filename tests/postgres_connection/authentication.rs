@@ -1,6 +1,7 @@
 //! Every authentication method, and what is said when it fails.
 
 use crate::cluster::{connect, connect_with, primary};
+use crate::support::files::temp_dir;
 
 /// What `text` leads to: `ok`, or what the error says.
 #[track_caller]
@@ -147,7 +148,7 @@ fn client_certificates() {
 fn the_password_file_is_read_unless_others_can_read_it() {
     use std::os::unix::fs::PermissionsExt;
     let server = primary();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = temp_dir("passwords-");
     let path = folder.path().join("passwords");
     let port = server.port;
     std::fs::write(&path, format!("127.0.0.1:{port}:*:by_scram:pass word\n")).unwrap();

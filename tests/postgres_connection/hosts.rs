@@ -1,6 +1,8 @@
 //! Which server is chosen: sockets, addresses, several hosts, kinds of session, deadlines.
 
-use crate::cluster::{connect, free_port, primary};
+use crate::cluster::{connect, primary};
+use crate::support::ports::free_port;
+use crate::support::postgres::Postgres;
 use jetstream_outbox::postgres::Error;
 use std::io::Read;
 use std::net::TcpListener;
@@ -10,27 +12,39 @@ use std::time::{Duration, Instant};
 fn sockets_names_and_addresses() {
     let server = primary();
     let port = server.port;
-    let socket = server.file("").replace('/', "%2F");
-    for text in [
-        server.admin(),
-        format!("postgres://postgres@{socket}:{port}/postgres"),
-        format!("postgres://postgres@127.0.0.1:{port}/postgres?replication=database"),
-        format!("postgresql://postgres@[::1]:{port}/postgres"),
-        format!("postgres://postgres@localhost:{port}/postgres"),
-        format!("host=no.such.host.invalid hostaddr=127.0.0.1 port={port} user=postgres"),
-        format!(
-            "host=localhost port={port} user=postgres keepalives_idle=5 keepalives_interval=2 \
+    let socket = server.socket().replace('/', "%2F");
+    for (text, over_tls) in [
+        (server.admin(), false),
+        (
+            format!("postgres://postgres@{socket}:{port}/postgres"),
+            false,
+        ),
+        (
+            format!("postgres://postgres@127.0.0.1:{port}/postgres?replication=database"),
+            true,
+        ),
+        (format!("postgresql://postgres@[::1]:{port}/postgres"), true),
+        (
+            format!("postgres://postgres@localhost:{port}/postgres"),
+            true,
+        ),
+        (
+            format!("host=no.such.host.invalid hostaddr=127.0.0.1 port={port} user=postgres"),
+            true,
+        ),
+        (
+            format!(
+                "host=localhost port={port} user=postgres keepalives_idle=5 keepalives_interval=2 \
                  keepalives_count=3 tcp_user_timeout=30000"
+            ),
+            true,
         ),
     ] {
         let connection = connect(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
         assert!(connection.backend_pid() > 0);
         assert!(connection.server_version_num() >= 120_000);
-        assert_eq!(
-            connection.tls_description().is_some(),
-            !text.contains("pgconn"),
-            "{text}"
-        );
+        let found = connection.tls_description();
+        assert_eq!(found.is_some(), over_tls, "{text}");
     }
 }
 
@@ -112,9 +126,9 @@ fn a_refusal_is_not_carried_to_the_next_host() {
 
 #[test]
 fn target_session_attrs_choose_among_primary_and_standby() {
-    let primary = primary();
-    let standby = primary.standby();
-    let (p, s) = (primary.port, standby.port);
+    let primary = Postgres::start();
+    let standby = Postgres::builder().build_standby_of(&primary, "standby");
+    let (p, s) = (primary.port(), standby.port());
     for (first, second, attrs, expected) in [
         (p, s, "any", Some(p)),
         (s, p, "any", Some(s)),

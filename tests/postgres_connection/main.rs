@@ -5,4 +5,6 @@ mod cluster;
 mod hosts;
 mod scripted;
 mod streaming;
+#[path = "../support/mod.rs"]
+mod support;
 mod tls;

@@ -1,6 +1,7 @@
 //! `sslmode` against certificates that fit and ones that do not, and servers that do not keep to TLS.
 
 use crate::cluster::{Cluster, connect, primary};
+use crate::support::files::temp_dir;
 use jetstream_outbox::postgres::Error;
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -158,7 +159,7 @@ fn openssl(folder: &std::path::Path, arguments: &str) {
 
 #[test]
 fn certificates_as_people_make_them_by_the_manual() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = temp_dir("openssl-");
     let folder = folder.path();
     let request = "req -new -newkey rsa:2048 -nodes -subj /CN=localhost -keyout";
     openssl(
@@ -203,8 +204,12 @@ fn certificates_as_people_make_them_by_the_manual() {
             ],
         ),
     ] {
-        let file = |suffix: &str| folder.join(format!("{certificate}.{suffix}"));
-        let server = Cluster::with_certificate(&file("crt"), &file("key"), &file("crt"));
+        let file = |name: &str, suffix: &str| {
+            let path = folder.join(format!("{certificate}.{suffix}"));
+            (name.to_string(), std::fs::read_to_string(path).unwrap())
+        };
+        let (shown, key) = (file("server.crt", "crt"), file("server.key", "key"));
+        let server = Cluster::start(vec![shown, key, file("ca.crt", "crt")]);
         let roots = folder.join(format!("{roots}.crt"));
         for (sslmode, expected) in outcomes {
             let text = format!(

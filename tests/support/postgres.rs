@@ -156,6 +156,7 @@ fn initdb(data: &Path) {
 pub struct Builder {
     settings: Vec<(String, String)>,
     hba: String,
+    hba_alone: bool,
     files: Vec<(String, Vec<u8>)>,
     own_system_id: bool,
 }
@@ -172,6 +173,12 @@ impl Builder {
     pub fn hba(mut self, lines: &str) -> Builder {
         self.hba.push_str(lines);
         self.hba.push('\n');
+        self
+    }
+
+    /// Nobody is trusted over TCP: only [`Builder::hba`] lets in there.
+    pub fn hba_alone(mut self) -> Builder {
+        self.hba_alone = true;
         self
     }
 
@@ -234,10 +241,10 @@ impl Builder {
         for (name, value) in &self.settings {
             conf += &format!("{name} = '{}'\n", value.replace('\'', "''"));
         }
-        let hba = format!(
-            "{}local all,replication all trust\nhost all,replication all 127.0.0.1/32 trust\n",
-            self.hba
-        );
+        let mut hba = self.hba + "local all,replication all trust\n";
+        if !self.hba_alone {
+            hba += "host all,replication all 127.0.0.1/32 trust\n";
+        }
         write_private(&data.join("postgresql.conf"), conf.as_bytes());
         write_private(&data.join("pg_hba.conf"), hba.as_bytes());
         for (name, content) in &self.files {
