@@ -5,13 +5,12 @@
 //! To capture anew: `PG_BIN=<its bin folder> PGOUTPUT_CAPTURE=<version> cargo test --test pgoutput_golden`,
 //! then read the difference.
 
+mod support;
+
 use jetstream_outbox::postgres::pgoutput::{Message, OldTuple, Tuple, TupleValue, decode};
-use postgres::{Client, NoTls};
+use postgres::Client;
 use std::fmt::Write as _;
-use std::os::unix::fs::{MetadataExt, chown};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use support::postgres::Postgres;
 
 struct Golden {
     version: &'static str,
@@ -347,11 +346,10 @@ fn borrowed_bytes(message: Message<'_>) -> usize {
 
 #[test]
 fn a_live_server_sends_what_the_golden_one_sent() {
-    let bin = server_binaries()
-        .expect("no PostgreSQL server on this machine: install postgresql-15 or set PG_BIN");
-    let mut server = Server::start(&bin);
-    let has_messages = server.version >= 140_000;
-    let messages = server.capture(has_messages);
+    let server = Postgres::builder().setting("autovacuum", "off").build();
+    let version = Postgres::major_version();
+    let has_messages = version >= 14;
+    let messages = capture(&mut server.client(), has_messages);
 
     if let Ok(version) = std::env::var("PGOUTPUT_CAPTURE") {
         let file = |extension| format!("tests/data/pgoutput/{version}.{extension}");
@@ -376,8 +374,7 @@ fn a_live_server_sends_what_the_golden_one_sent() {
     assert_eq!(
         shapes(messages),
         shapes(golden.messages()),
-        "server {}",
-        server.version
+        "server {version}"
     );
 }
 
@@ -425,161 +422,24 @@ const MESSAGES: [&str; 2] = [
     "SELECT pg_logical_emit_message(true, 'golden', 'in a transaction')",
 ];
 
-/// A private cluster, reachable through a socket in its own folder; ended when dropped.
-struct Server {
-    bin: PathBuf,
-    folder: tempfile::TempDir,
-    user: Option<(u32, u32)>,
-    client: Option<Client>,
-    version: u32,
-}
-
-impl Server {
-    fn start(bin: &Path) -> Server {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().to_path_buf();
-        let user = user_instead_of_root(&path);
-        if let Some((uid, gid)) = user {
-            chown(&path, Some(uid), Some(gid)).unwrap();
+/// What pgoutput sends for the work; with `messages` what is new in version 14 as well.
+fn capture(client: &mut Client, messages: bool) -> Vec<Vec<u8>> {
+    let mut read = |work: &[&str], options: &str| -> Vec<Vec<u8>> {
+        for transaction in work {
+            client.batch_execute(transaction).unwrap();
         }
-        let mut server = Server {
-            bin: bin.to_path_buf(),
-            folder,
-            user,
-            client: None,
-            version: 0,
-        };
-        let data = path.join("data");
-        server.run(
-            "initdb",
-            &[
-                "--auth=trust",
-                "--username=golden",
-                "--encoding=UTF8",
-                "--locale=C",
-                "--no-sync",
-            ],
-            &data,
+        let get = format!(
+            "SELECT data FROM pg_logical_slot_get_binary_changes('golden', NULL, NULL,
+                 'proto_version', '1', 'publication_names', 'golden'{options})"
         );
-        let settings = format!(
-            "-c wal_level=logical -c listen_addresses= -c fsync=off -c autovacuum=off -k {}",
-            path.display()
-        );
-        let log = path.join("log");
-        server.run(
-            "pg_ctl",
-            &[
-                "start",
-                "-w",
-                "-t",
-                "60",
-                "-o",
-                &settings,
-                "-l",
-                log.to_str().unwrap(),
-            ],
-            &data,
-        );
-
-        let conninfo = format!(
-            "host={} user=golden dbname=postgres connect_timeout=10",
-            path.display()
-        );
-        let mut client = Client::connect(&conninfo, NoTls).unwrap();
-        let row = client
-            .query_one("SELECT current_setting('server_version_num')", &[])
-            .unwrap();
-        server.version = row.get::<_, &str>(0).parse().unwrap();
-        server.client = Some(client);
-        server
-    }
-
-    /// What pgoutput sends for the work; with `messages` what is new in version 14 as well.
-    fn capture(&mut self, messages: bool) -> Vec<Vec<u8>> {
-        let client = self.client.as_mut().unwrap();
-        let mut read = |work: &[&str], options: &str| -> Vec<Vec<u8>> {
-            for transaction in work {
-                client.batch_execute(transaction).unwrap();
-            }
-            let get = format!(
-                "SELECT data FROM pg_logical_slot_get_binary_changes('golden', NULL, NULL,
-                     'proto_version', '1', 'publication_names', 'golden'{options})"
-            );
-            let rows = client.query(&get, &[]).unwrap();
-            rows.iter().map(|row| row.get(0)).collect()
-        };
-        read(&TABLES, "");
-        let mut captured = read(&WORK, "");
-        if messages {
-            captured.extend(read(&MESSAGES, ", 'messages', 'true'"));
-            captured.extend(read(&WORK[1..2], ", 'binary', 'true'"));
-        }
-        captured
-    }
-
-    fn run(&self, program: &str, arguments: &[&str], data: &Path) {
-        let mut command = Command::new(self.bin.join(program));
-        command
-            .args(arguments)
-            .arg("-D")
-            .arg(data)
-            .current_dir(self.folder.path());
-        // pg_ctl leaves its output to the server, which would keep a pipe open for ever
-        let output = self.folder.path().join(format!("{program}.out"));
-        let file = std::fs::File::create(&output).unwrap();
-        command.stdout(file.try_clone().unwrap()).stderr(file);
-        if let Some((uid, gid)) = self.user {
-            command.uid(uid).gid(gid);
-        }
-        let status = command.status().unwrap();
-        assert!(
-            status.success(),
-            "{program}: {}",
-            std::fs::read_to_string(&output).unwrap()
-        );
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.client = None;
-        let data = self.folder.path().join("data");
-        if data.join("postmaster.pid").exists() {
-            self.run(
-                "pg_ctl",
-                &["stop", "-w", "-t", "30", "-m", "immediate"],
-                &data,
-            );
-        }
-    }
-}
-
-/// Postgres refuses to run as root: then the user of Debian's package runs it.
-fn user_instead_of_root(folder: &Path) -> Option<(u32, u32)> {
-    let id = |option| {
-        let output = Command::new("id")
-            .args([option, "postgres"])
-            .output()
-            .unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        text.trim()
-            .parse()
-            .expect("as root, this test needs a user named postgres")
+        let rows = client.query(&get, &[]).unwrap();
+        rows.iter().map(|row| row.get(0)).collect()
     };
-    let owner = std::fs::metadata(folder).unwrap().uid();
-    (owner == 0).then(|| (id("-u"), id("-g")))
-}
-
-/// `PG_BIN`, or the newest of Debian's.
-fn server_binaries() -> Option<PathBuf> {
-    if let Some(bin) = std::env::var_os("PG_BIN") {
-        return Some(bin.into());
+    read(&TABLES, "");
+    let mut captured = read(&WORK, "");
+    if messages {
+        captured.extend(read(&MESSAGES, ", 'messages', 'true'"));
+        captured.extend(read(&WORK[1..2], ", 'binary', 'true'"));
     }
-    let folder = Path::new("/usr/lib/postgresql");
-    let versions = std::fs::read_dir(folder).ok()?;
-    let newest = versions
-        .filter_map(|version| version.unwrap().file_name().to_str()?.parse::<u32>().ok())
-        .filter(|version| folder.join(version.to_string()).join("bin/initdb").exists())
-        .max()?;
-    Some(folder.join(newest.to_string()).join("bin"))
+    captured
 }
