@@ -2,7 +2,7 @@
 
 use super::files::{copy_folder, temp_dir};
 use super::natsclient::NatsClient;
-use super::ports::free_port;
+use super::ports::{TRIES, free_port};
 use super::process::{Process, Signal, lock};
 use super::wait::{eventually, secs};
 use serde_json::{Value, json};
@@ -111,7 +111,10 @@ impl Builder {
             builder: self,
             server: Mutex::new(None),
         };
-        while let Err(Exited { log }) = server.try_start() {
+        for _ in 0..TRIES {
+            let Err(Exited { log }) = server.try_start() else {
+                return server;
+            };
             // another program took the port between our look and the server's
             assert!(
                 log.contains("address already in use"),
@@ -119,7 +122,9 @@ impl Builder {
             );
             *lock(&server.port) = free_port();
         }
-        server
+        panic!(
+            "start nats-server: {TRIES} times a port of its own, or that of its routes, was taken"
+        );
     }
 }
 
@@ -344,12 +349,17 @@ impl Nats {
                 .stdout(log.try_clone().expect("duplicate a file handle"))
                 .stderr(log),
         );
+        // a node says that it is ready before it has the port of its routes, and may yet end for the lack of it
+        let last_step = match self.builder.cluster {
+            Some(_) => "Listening for route connections",
+            None => "Server is ready",
+        };
         let ready = eventually("nats-server to be ready", START_DEADLINE, || {
             if process.try_exit().is_some() {
                 return Some(false);
             }
             let new = self.log().split_off(log_before);
-            new.contains("Server is ready").then_some(true)
+            new.contains(last_step).then_some(true)
         });
         if !ready {
             let log = self.log().split_off(log_before);

@@ -14,6 +14,9 @@ use std::sync::{LazyLock, Mutex};
 /// Below Linux' default ephemeral range (32768 to 60999), above the well-known ports of servers.
 const RANGE: Range<u16> = 15_000..32_000;
 
+/// How often a fixture tries another port when its server finds the first one taken.
+pub const TRIES: usize = 10;
+
 static TAKEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
 
 /// A port of 127.0.0.1 on which nothing listens, and that this function never returns again.

@@ -6,7 +6,7 @@
 //! operating system has. The superuser is `postgres`, trusted on the socket and on 127.0.0.1.
 
 use super::files::{copy_folder, run, temp_dir};
-use super::ports::free_port;
+use super::ports::{TRIES, free_port};
 use super::process::{Process, Signal, lock, send};
 use super::wait::{eventually, secs};
 use jetstream_outbox::postgres::Lsn;
@@ -255,7 +255,10 @@ impl Builder {
             port: Mutex::new(free_port()),
             server: Mutex::new(None),
         };
-        while let Err(Exited { log }) = server.try_start() {
+        for _ in 0..TRIES {
+            let Err(Exited { log }) = server.try_start() else {
+                return server;
+            };
             // another program took the port between our look and the server's
             assert!(
                 log.contains("Address already in use"),
@@ -263,7 +266,7 @@ impl Builder {
             );
             *lock(&server.port) = free_port();
         }
-        server
+        panic!("start Postgres: {TRIES} ports were all taken");
     }
 }
 
