@@ -26,6 +26,26 @@ fn a_restarted_or_killed_nats_server_loses_repeats_and_reorders_nothing() {
     run.finish(relay).assert_confirmed();
 }
 
+/// Its connections stay open for the grace period, in which JetStream answers no more.
+#[test]
+fn a_nats_server_in_lame_duck_mode_loses_repeats_and_reorders_nothing() {
+    let nats = Nats::builder()
+        .config("lame_duck_duration: 30s\nlame_duck_grace_period: 2s")
+        .build();
+    let run = Scenario::start(&nats);
+    let relay = run.relay(&["--hold-back", "0"]);
+    run.wait_for_relay("the start");
+    for _ in 0..2 {
+        run.wait_for_commits(100);
+        nats.lame_duck();
+        run.wait_for_commits(100);
+        nats.start_again();
+        run.wait_for_relay("lame duck mode");
+    }
+    relay.wait_for_log("JetStream is off", secs(1));
+    run.finish(relay).assert_confirmed();
+}
+
 /// At such a pace the relay is often hit while it connects or reads back.
 #[test]
 fn a_nats_server_killed_again_and_again_loses_repeats_and_reorders_nothing() {

@@ -53,11 +53,10 @@ fn version_numbers(text: &str) -> Option<Vec<u32>> {
 }
 
 /// What a server is to be; see [`Nats::builder`].
-#[derive(Clone)]
 pub struct Builder {
     name: String,
     config: String,
-    jetstream: Option<String>,
+    jetstream: bool,
     cluster: Option<String>,
     files: Vec<(String, Vec<u8>)>,
     client_options: Value,
@@ -72,17 +71,9 @@ impl Builder {
         self
     }
 
-    /// Lines for the `jetstream` block: `sync_interval: always`, `domain: x`.
-    pub fn jetstream(mut self, lines: &str) -> Builder {
-        let block = self.jetstream.get_or_insert_default();
-        block.push_str(lines);
-        block.push('\n');
-        self
-    }
-
     /// A server that only forwards.
     pub fn without_jetstream(mut self) -> Builder {
-        self.jetstream = None;
+        self.jetstream = false;
         self
     }
 
@@ -152,7 +143,7 @@ impl Nats {
         Builder {
             name: "test".to_string(),
             config: String::new(),
-            jetstream: Some(String::new()),
+            jetstream: true,
             cluster: None,
             files: Vec::new(),
             client_options: json!({}),
@@ -204,8 +195,18 @@ impl Nats {
 
     /// An orderly end; streams are written out.
     pub fn stop(&self) {
+        self.end(Signal::TERM);
+    }
+
+    /// Lame duck mode, to its end: JetStream is shut down and the clients are told to go; after the grace period
+    /// (`lame_duck_grace_period`, 10 s) those that stay are cut off one by one.
+    pub fn lame_duck(&self) {
+        self.end(Signal::USR2);
+    }
+
+    fn end(&self, signal: Signal) {
         if let Some(mut process) = lock(&self.server).take() {
-            process.signal(Signal::TERM);
+            process.signal(signal);
             process.wait_exit(START_DEADLINE);
         }
     }
@@ -223,11 +224,6 @@ impl Nats {
     /// SIGCONT.
     pub fn thaw(&self) {
         self.signal(Signal::CONT);
-    }
-
-    /// Lame duck mode: the server tells its clients to go, then ends.
-    pub fn lame_duck(&self) {
-        self.signal(Signal::USR2);
     }
 
     fn signal(&self, signal: Signal) {
@@ -314,10 +310,10 @@ impl Nats {
             self.port(),
             self.builder.config
         );
-        if let Some(lines) = &self.builder.jetstream {
+        if self.builder.jetstream {
             let store = self.store_dir();
             config += &format!(
-                "jetstream {{\nstore_dir: \"{}\"\nmax_memory_store: 1GB\nmax_file_store: 8GB\n{lines}}}\n",
+                "jetstream {{\nstore_dir: \"{}\"\nmax_memory_store: 1GB\nmax_file_store: 8GB\n}}\n",
                 store.display()
             );
         }
@@ -388,11 +384,6 @@ pub struct NatsCluster {
 impl NatsCluster {
     /// Starts three servers and waits until a stream with three replicas can be made.
     pub fn start() -> NatsCluster {
-        NatsCluster::start_with(&Nats::builder())
-    }
-
-    /// The same, each built like `builder`.
-    pub fn start_with(builder: &Builder) -> NatsCluster {
         let routes = [free_port(), free_port(), free_port()];
         let list = routes
             .map(|port| format!("nats-route://127.0.0.1:{port}"))
@@ -400,7 +391,7 @@ impl NatsCluster {
         let mut number = 0;
         let nodes = routes.map(|port| {
             number += 1;
-            let mut node = builder.clone();
+            let mut node = Nats::builder();
             node.name = format!("node{number}");
             node.cluster = Some(format!(
                 "cluster {{\nname: test\nlisten: 127.0.0.1:{port}\nroutes: [{list}]\n}}\n"
@@ -410,11 +401,6 @@ impl NatsCluster {
         let cluster = NatsCluster { nodes };
         cluster.wait_ready();
         cluster
-    }
-
-    /// The comma list of all servers.
-    pub fn url(&self) -> String {
-        self.nodes.each_ref().map(Nats::url).join(",")
     }
 
     /// Waits until a stream with three replicas can be made: the metadata has a leader that knows all.
