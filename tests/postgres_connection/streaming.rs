@@ -1,13 +1,17 @@
 //! The copy-both stream: data one way, status updates the other way, and its end.
 
 use crate::cluster::{Cluster, connect, primary};
+use crate::support::wait::{eventually, secs};
 use jetstream_outbox::postgres::replication::{
     ReplicationMessage, ReplicationReader, ReplicationWriter, StandbyStatusUpdate, identify_system,
     start_replication,
 };
 use jetstream_outbox::postgres::{Error, Lsn};
-use std::sync::mpsc;
+use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
+
+/// More than anything takes on a machine that is busy with other tests.
+const DEADLINE: Duration = secs(60);
 
 /// A slot, a publication and a table of this name.
 struct Feed {
@@ -28,6 +32,24 @@ impl Feed {
     fn open(&self, text: &str) -> Result<(ReplicationReader, ReplicationWriter), Error> {
         let options = [("proto_version", "1"), ("publication_names", self.name)];
         start_replication(connect(text).unwrap(), self.name, Lsn::INVALID, &options)
+    }
+}
+
+/// What a thread comes to: a reader waits without a deadline, so here is one.
+#[track_caller]
+fn join<T>(thread: JoinHandle<T>) -> T {
+    eventually("the thread to end", DEADLINE, || thread.is_finished());
+    thread.join().unwrap()
+}
+
+/// What a stream ends with that must end in an error.
+fn read_to_error(reader: &mut ReplicationReader) -> Error {
+    loop {
+        match reader.read() {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("ended in order"),
+            Err(error) => return error,
+        }
     }
 }
 
@@ -100,13 +122,17 @@ fn rows_come_and_confirmations_go_over_every_kind_of_stream() {
         ));
         server.sql(&format!("INSERT INTO {name} VALUES ('z')"));
         let (mut reader, writer) = feed.open(&text).unwrap();
-        let (bytes, end) = read_commits(&mut reader, 3);
+        let reading = spawn(move || (read_commits(&mut reader, 3), reader));
+        let ((bytes, end), mut reader) = join(reading);
         assert!(bytes > 22_000_000, "{bytes}");
 
         writer.send_status(&status(end)).unwrap();
         writer.copy_done().unwrap();
-        while reader.read().unwrap().is_some() {}
-        reader.finish(Duration::from_secs(10)).unwrap();
+        let reading = spawn(move || {
+            while reader.read().unwrap().is_some() {}
+            reader
+        });
+        join(reading).finish(secs(10)).unwrap();
         let slot = format!(
             "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{name}'"
         );
@@ -123,13 +149,8 @@ fn a_writer_is_never_held_up_by_a_reader_that_waits() {
         let (mut reader, writer) = feed
             .open(&server.tcp("postgres", &format!("sslmode={sslmode}")))
             .unwrap();
-        let (done, finished) = mpsc::channel();
-        let reading = std::thread::spawn(move || {
-            let read = read_commits(&mut reader, 101);
-            done.send(()).unwrap();
-            (reader, read)
-        });
-        let writing = std::thread::spawn({
+        let reading = spawn(move || (read_commits(&mut reader, 101), reader));
+        let writing = spawn({
             let writer = writer.clone();
             move || {
                 for _ in 0..1000 {
@@ -149,14 +170,13 @@ fn a_writer_is_never_held_up_by_a_reader_that_waits() {
                 ))
                 .unwrap();
         }
-        writing.join().unwrap();
+        join(writing);
         // nothing comes any more, the reader waits: a status still goes out at once, and so does the last commit
         writer.send_status(&status(Lsn::INVALID)).unwrap();
         loader
             .simple_query(&format!("INSERT INTO {name} VALUES ('end')"))
             .unwrap();
-        finished.recv_timeout(Duration::from_secs(60)).unwrap();
-        let (reader, (bytes, _)) = reading.join().unwrap();
+        let ((bytes, _), reader) = join(reading);
         assert!(bytes > 30_000_000, "{bytes}");
         drop((reader, writer));
         drop_slot(&server, name);
@@ -166,9 +186,9 @@ fn a_writer_is_never_held_up_by_a_reader_that_waits() {
 /// The server notices that its client is gone a moment later.
 fn drop_slot(server: &Cluster, name: &str) {
     let active = format!("SELECT active FROM pg_replication_slots WHERE slot_name = '{name}'");
-    while server.sql(&active)[0][0].as_deref() == Some("t") {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    eventually("the slot to be free", DEADLINE, || {
+        server.sql(&active)[0][0].as_deref() == Some("f")
+    });
     server.sql(&format!("SELECT pg_drop_replication_slot('{name}')"));
 }
 
@@ -180,17 +200,10 @@ fn shutdown_wakes_a_reader_that_waits() {
         let (mut reader, writer) = feed
             .open(&server.tcp("postgres", &format!("sslmode={sslmode}")))
             .unwrap();
-        let reading = std::thread::spawn(move || {
-            loop {
-                match reader.read() {
-                    Ok(Some(ReplicationMessage::PrimaryKeepalive { .. })) => {}
-                    other => return format!("{other:?}"),
-                }
-            }
-        });
+        let reading = spawn(move || read_to_error(&mut reader));
         writer.shutdown();
-        let ended = reading.join().unwrap();
-        assert!(ended.contains("Closed"), "{ended}");
+        let error = join(reading);
+        assert!(matches!(error, Error::Closed { .. }), "{error}");
         assert!(writer.send_status(&status(Lsn::INVALID)).is_err());
         drop_slot(&server, name);
     }
@@ -215,13 +228,7 @@ fn a_terminated_walsender_is_an_error_of_the_server() {
     let feed = Feed::new(&server, "terminated");
     let (mut reader, _writer) = feed.open(&server.tcp("postgres", "")).unwrap();
     server.sql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'terminated'");
-    let error = loop {
-        match reader.read() {
-            Ok(Some(ReplicationMessage::PrimaryKeepalive { .. })) => {}
-            Err(error) => break error,
-            Ok(other) => panic!("{other:?}"),
-        }
-    };
+    let error = join(spawn(move || read_to_error(&mut reader)));
     assert_eq!(error.sqlstate(), Some("57P01"), "{error}");
     drop_slot(&server, "terminated");
 }
@@ -232,13 +239,7 @@ fn a_missing_publication_is_an_error_while_streaming() {
     let feed = Feed::new(&server, "no_publication");
     server.sql("DROP PUBLICATION no_publication; INSERT INTO no_publication VALUES ('x')");
     let (mut reader, _writer) = feed.open(&server.admin()).unwrap();
-    let error = loop {
-        match reader.read() {
-            Ok(Some(_)) => {}
-            Err(error) => break error,
-            Ok(None) => panic!("ended"),
-        }
-    };
+    let error = join(spawn(move || read_to_error(&mut reader)));
     assert_eq!(error.sqlstate(), Some("42704"), "{error}");
     drop_slot(&server, "no_publication");
 }
