@@ -5,6 +5,7 @@ use jetstream_outbox::postgres::{ConnInfo, Connection, Error};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
 };
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 const SETTINGS: [(&str, &str); 6] = [
@@ -100,6 +101,15 @@ impl Cluster {
     pub fn sql(&self, sql: &str) -> Vec<Vec<Option<String>>> {
         connect(&self.admin()).unwrap().simple_query(sql).unwrap()
     }
+}
+
+/// Whether a connection to `address` can be tested: not to ::1 on a machine without IPv6, of which it tells.
+pub fn reachable(address: &str) -> bool {
+    let reachable = !address.contains("::1") || TcpListener::bind("[::1]:0").is_ok();
+    if !reachable {
+        eprintln!("skipped, there is no IPv6 here: {address}");
+    }
+    reachable
 }
 
 /// Connects with an environment that holds a home without files, and nothing else.
