@@ -13,6 +13,7 @@ use crate::support::natsclient::{NatsClient, StreamMessage};
 use crate::support::oracle::{Event, Expected};
 use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
+use crate::support::truth::{self, Confirmed, Logged, TooEarly};
 use crate::support::wait::{eventually, secs};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use jetstream_outbox::postgres::Lsn;
@@ -24,7 +25,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// The relay's slot, and the seed's stream.
 pub const NAME: &str = "jetstream_outbox";
@@ -50,12 +51,6 @@ pub struct Scenario {
     stop: Option<Sender<Infallible>>,
     writers: Vec<JoinHandle<()>>,
     poller: Option<JoinHandle<Vec<Confirmed>>>,
-}
-
-/// `confirmed_flush_lsn` as it was at a time.
-struct Confirmed {
-    lsn: Lsn,
-    time_ns: u64,
 }
 
 /// What the end of a scenario tells beyond that all was right.
@@ -243,19 +238,13 @@ impl Scenario {
         let mut transactions = Vec::new();
         let mut ids = Vec::new();
         for row in rows {
-            let message: &[u8] = row.get(0);
-            match message.first() {
-                Some(b'I') => ids.push(first_column(message)),
-                // flags, commit_lsn, end_lsn, time
-                Some(b'C') => {
-                    let end_lsn = message[10..18].try_into().expect("eight bytes");
-                    let end_lsn = Lsn(u64::from_be_bytes(end_lsn));
-                    if !ids.is_empty() {
-                        transactions.push(Transaction {
-                            end_lsn,
-                            ids: std::mem::take(&mut ids),
-                        });
-                    }
+            match truth::read(row.get(0)) {
+                Some(Logged::Insert(id)) => ids.push(id.to_string()),
+                Some(Logged::Commit(end_lsn)) if !ids.is_empty() => {
+                    transactions.push(Transaction {
+                        end_lsn,
+                        ids: std::mem::take(&mut ids),
+                    });
                 }
                 _ => {}
             }
@@ -351,27 +340,15 @@ impl Scenario {
             !confirmations.is_empty(),
             "confirmed_flush_lsn was never read"
         );
-        // both are in order: one walk finds the youngest event at or before each confirmation
-        let mut transactions = truth.iter().peekable();
-        let mut youngest = 0;
-        let mut highest = Lsn::INVALID;
-        for Confirmed { lsn, time_ns } in confirmations {
-            // a crash takes the slot back to its last checkpoint
-            highest = highest.max(lsn);
-            while let Some(transaction) = transactions.next_if(|t| t.end_lsn <= highest) {
-                youngest = transaction
-                    .ids
-                    .iter()
-                    .map(|id| time_of[id])
-                    .fold(youngest, u64::max);
-            }
-            if lsn == highest {
-                assert!(
-                    youngest <= time_ns,
-                    "{lsn} was confirmed {} ms before all up to it was stored",
-                    (youngest - time_ns) / 1_000_000
-                );
-            }
+        let (mut ends, mut stored_ns) = (Vec::new(), Vec::new());
+        for transaction in truth {
+            stored_ns.extend(transaction.ids.iter().map(|id| time_of[id]));
+            ends.push((transaction.end_lsn, stored_ns.len()));
+        }
+        let early = truth::too_early(&confirmations, &ends, &stored_ns, Duration::ZERO);
+        if let Some(TooEarly { lsn, age_ms, .. }) = early.first() {
+            let late_ms = -age_ms.expect("all events are stored");
+            panic!("{lsn} was confirmed {late_ms} ms before all up to it was stored");
         }
     }
 
@@ -406,15 +383,6 @@ pub struct Transaction {
     pub end_lsn: Lsn,
     /// The ids of its rows, in the order of the inserts.
     pub ids: Vec<String>,
-}
-
-/// The first column of an Insert message: type, relation (4), 'N', number of columns (2), then for each
-/// 't', its length (4) and text.
-fn first_column(insert: &[u8]) -> String {
-    assert_eq!((insert[5], insert[8]), (b'N', b't'), "an id is never null");
-    let length = u32::from_be_bytes(insert[9..13].try_into().expect("four bytes"));
-    let text = &insert[13..13 + length as usize];
-    String::from_utf8(text.to_vec()).expect("an id is ASCII")
 }
 
 /// Whether the stop channel closed within the pause.
@@ -538,15 +506,11 @@ fn poll_until(stopping: &Receiver<Infallible>, pg: &Postgres) -> Vec<Confirmed> 
         );
         match session.query_one(&sql, &[]) {
             Ok(row) => {
-                let time = SystemTime::now()
-                    .duration_since(UNIX_EPOCH)
-                    .expect("it is after 1970");
-                let time_ns = u64::try_from(time.as_nanos()).expect("it is before 2554");
                 let lsn = row
                     .get::<_, String>(0)
                     .parse()
                     .expect("Postgres prints LSNs");
-                seen.push(Confirmed { lsn, time_ns });
+                seen.push(Confirmed::now(lsn));
             }
             Err(_) => client = None,
         }

@@ -21,4 +21,5 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod relay;
+pub mod truth;
 pub mod wait;

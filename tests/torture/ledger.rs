@@ -9,6 +9,7 @@
 use crate::events::EventId;
 use crate::support::natsclient::StreamMessage;
 use crate::support::postgres::Postgres;
+use crate::support::truth::{self, Confirmed, Logged, TooEarly};
 use jetstream_outbox::postgres::Lsn;
 use postgres::Client;
 use std::collections::{HashMap, HashSet};
@@ -19,12 +20,6 @@ const TRUTH: &str = "truth";
 
 /// Rows and other changes of one look; it ends at a transaction's end.
 const CHANGES_A_LOOK: u32 = 20_000;
-
-/// `confirmed_flush_lsn` as it was at a time.
-pub struct Confirmed {
-    pub lsn: Lsn,
-    pub time_ns: u64,
-}
 
 /// What went wrong, by kind, with examples.
 #[derive(Default)]
@@ -134,14 +129,15 @@ impl Ledger {
         let mut last_end = None;
         let before = self.ids.len();
         for row in &rows {
-            let message: &[u8] = row.get(0);
-            if message[0] == b'I' {
-                self.ids.push(first_column(message));
-                continue;
-            }
-            // Commit: flags, commit_lsn, end_lsn, time
-            let end_lsn: [u8; 8] = message[10..18].try_into().expect("eight bytes");
-            let end_lsn = Lsn(u64::from_be_bytes(end_lsn));
+            let end_lsn = match truth::read(row.get(0)) {
+                Some(Logged::Insert(id)) => {
+                    let id = EventId::parse(id).expect("all rows are ours");
+                    self.ids.push(id);
+                    continue;
+                }
+                Some(Logged::Commit(end_lsn)) => end_lsn,
+                None => continue,
+            };
             last_end = Some(end_lsn);
             let noted = self.ends.last().copied().unwrap_or_default();
             if end_lsn <= noted.0 {
@@ -193,15 +189,6 @@ impl Ledger {
             latest: None,
         }
     }
-}
-
-/// The first column of an Insert message: type, relation (4), 'N', number of columns (2), then for each
-/// 't', its length (4) and text.
-fn first_column(insert: &[u8]) -> EventId {
-    assert_eq!((insert[5], insert[8]), (b'N', b't'), "an id is never null");
-    let length = u32::from_be_bytes(insert[9..13].try_into().expect("four bytes"));
-    let text = std::str::from_utf8(&insert[13..13 + length as usize]).expect("an id is ASCII");
-    EventId::parse(text).expect("all rows are ours")
 }
 
 /// Compares the stream with the ledger, message by message.
@@ -278,38 +265,18 @@ impl StreamJudge<'_> {
             }
             before = Some(*id);
         }
-        self.judge_confirmations(confirmations, hold_back, violations);
-    }
-
-    /// Nothing was confirmed before it had been in the stream for the hold-back.
-    fn judge_confirmations(
-        &self,
-        confirmations: &[Confirmed],
-        hold_back: Duration,
-        violations: &mut Violations,
-    ) {
-        // both are in order: one walk finds the youngest event at or before each confirmation
-        let mut ends = self.ledger.ends.iter().peekable();
-        let mut judged = 0;
-        let mut youngest_ns = 0;
-        for Confirmed { lsn, time_ns } in confirmations {
-            while let Some((_, count)) = ends.next_if(|(end, _)| end <= lsn) {
-                let times = &self.time_ns[judged..*count];
-                if let Some(missing) = times.iter().position(|time| *time == 0) {
-                    let id = self.ledger.ids[judged + missing].uuid();
-                    let example = format!("{lsn}, with {id}");
-                    violations.add("confirmed, but not in the stream", example);
-                }
-                youngest_ns = times.iter().copied().fold(youngest_ns, u64::max);
-                judged = *count;
-            }
-            let age_ms = (*time_ns as i64 - youngest_ns as i64) / 1_000_000;
-            if judged > 0 && age_ms < hold_back.as_millis() as i64 {
-                let id = self.ledger.ids[judged - 1].uuid();
-                violations.add(
+        // nothing may be confirmed before it has been in the stream for the hold-back
+        let ends = &self.ledger.ends;
+        for TooEarly { lsn, event, age_ms } in
+            truth::too_early(confirmations, ends, &self.time_ns, hold_back)
+        {
+            let id = self.ledger.ids[event].uuid();
+            match age_ms {
+                None => violations.add("confirmed, but not in the stream", format!("{lsn}, with {id}")),
+                Some(age_ms) => violations.add(
                     "confirmed too early",
                     format!("{lsn}, with {id}, when the youngest event up to it was stored {age_ms} ms ago"),
-                );
+                ),
             }
         }
     }

@@ -20,7 +20,7 @@ mod writers;
 
 use faults::{Dealer, Fault, On};
 use fleet::Fleet;
-use ledger::{Confirmed, Ledger, Violations};
+use ledger::{Ledger, Violations};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
@@ -28,6 +28,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use support::process::lock;
+use support::truth::Confirmed;
 use support::wait::{pause, poll, secs};
 use world::{NAME, Stop, World};
 use writers::{Bursts, WRITERS, Written, write_until};

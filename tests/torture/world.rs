@@ -1,11 +1,12 @@
 //! The servers under torture, the proxies between them and the relay, and what is noted on the way.
 
-use crate::ledger::{Confirmed, Violations};
+use crate::ledger::Violations;
 use crate::support::nats::{Nats, NatsCluster};
 use crate::support::natsclient::NatsClient;
 use crate::support::postgres::Postgres;
 use crate::support::process::lock;
 use crate::support::proxy::Proxy;
+use crate::support::truth::Confirmed;
 use crate::support::wait::secs;
 use jetstream_outbox::postgres::Lsn;
 use serde_json::{Value, json};
@@ -14,7 +15,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// The relay's slot, and the stream.
@@ -178,8 +179,6 @@ impl World {
                 .parse()
                 .expect("Postgres prints LSNs");
             let start: String = row.get(1);
-            let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-            let time_ns = since_1970.expect("it is after 1970").as_nanos() as u64;
             if let Some(last) = seen.last() {
                 // a crash takes the slot back to its last checkpoint
                 if lsn < last.lsn && start == started {
@@ -188,7 +187,7 @@ impl World {
                 }
             }
             if seen.last().is_none_or(|last| last.lsn != lsn) {
-                seen.push(Confirmed { lsn, time_ns });
+                seen.push(Confirmed::now(lsn));
             }
             started = start;
         }
