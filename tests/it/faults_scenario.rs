@@ -50,6 +50,7 @@ pub struct Scenario {
     committed: Arc<AtomicU64>,
     stop: Option<Sender<Infallible>>,
     writers: Vec<JoinHandle<()>>,
+    stop_polling: Option<Sender<Infallible>>,
     poller: Option<JoinHandle<Vec<Confirmed>>>,
 }
 
@@ -119,6 +120,7 @@ impl Scenario {
             thread::spawn(move || write_until(&stopping, number, &pg, &committed))
         });
         let writers = writers.collect();
+        let (stop_polling, stopping) = bounded(0);
         let poller = thread::spawn({
             let pg = pg.clone();
             move || poll_until(&stopping, &pg)
@@ -131,6 +133,7 @@ impl Scenario {
             committed,
             stop: Some(stop),
             writers,
+            stop_polling: Some(stop_polling),
             poller: Some(poller),
         }
     }
@@ -334,6 +337,7 @@ impl Scenario {
     /// Nothing was confirmed before it was stored.
     #[track_caller]
     fn judge_confirmations(&mut self, truth: &[Transaction], time_of: &HashMap<String, u64>) {
+        self.stop_polling = None;
         let poller = self.poller.take().expect("a scenario is judged once");
         let confirmations = poller.join().expect("the poller works until it is stopped");
         assert!(
@@ -368,6 +372,7 @@ impl Drop for Scenario {
     fn drop(&mut self) {
         // the threads hold the Postgres, which must not outlive the test
         self.stop = None;
+        self.stop_polling = None;
         for writer in self.writers.drain(..) {
             let _ = writer.join();
         }
@@ -493,27 +498,27 @@ fn payload(id: &str) -> String {
     format!(r#"{{"id":"{id}","pad":"{}"}}"#, "x".repeat(size as usize))
 }
 
+/// Reads `confirmed_flush_lsn` until stopped, and then once more.
 fn poll_until(stopping: &Receiver<Infallible>, pg: &Postgres) -> Vec<Confirmed> {
+    let sql = format!(
+        "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{NAME}'"
+    );
     let mut client = None;
     let mut seen = Vec::new();
-    while !stopped(stopping, POLL_INTERVAL) {
-        let Some(session) = &mut client else {
+    loop {
+        let last = stopped(stopping, POLL_INTERVAL);
+        if client.is_none() {
             client = pg.try_client().ok();
-            continue;
-        };
-        let sql = format!(
-            "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{NAME}'"
-        );
-        match session.query_one(&sql, &[]) {
-            Ok(row) => {
-                let lsn = row
-                    .get::<_, String>(0)
-                    .parse()
-                    .expect("Postgres prints LSNs");
-                seen.push(Confirmed::now(lsn));
-            }
-            Err(_) => client = None,
+        }
+        let row = client.as_mut().map(|session| session.query_one(&sql, &[]));
+        if let Some(Ok(row)) = row {
+            let lsn = row.get::<_, String>(0).parse();
+            seen.push(Confirmed::now(lsn.expect("Postgres prints LSNs")));
+        } else {
+            client = None;
+        }
+        if last {
+            return seen;
         }
     }
-    seen
 }
