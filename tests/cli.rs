@@ -1,73 +1,13 @@
 //! The command line of the real binary: what it prints, where, and the exit code. No server is reached.
 
-use std::io::{Read, Write};
+mod support;
+
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant};
-
-/// More than the slowest machine needs to start the program and give up on a closed port.
-const DEADLINE: Duration = Duration::from_secs(30);
-
-struct Ended {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-fn command(args: &[&str], env: &[(&str, &str)]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
-    command
-        .args(args)
-        .env_clear()
-        .envs(env.iter().copied())
-        .stdin(Stdio::null());
-    command
-}
-
-/// Runs to the end, which comes within the deadline or fails the test.
-fn run(args: &[&str], env: &[(&str, &str)]) -> Ended {
-    let mut child = command(args, env)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let stdout = read_all(child.stdout.take().unwrap());
-    let stderr = read_all(child.stderr.take().unwrap());
-    let code = wait(&mut child);
-    Ended {
-        code,
-        stdout: stdout.recv_timeout(DEADLINE).unwrap(),
-        stderr: stderr.recv_timeout(DEADLINE).unwrap(),
-    }
-}
-
-fn read_all(mut from: impl Read + Send + 'static) -> mpsc::Receiver<String> {
-    let (done, text) = mpsc::channel();
-    thread::spawn(move || {
-        let mut text = String::new();
-        from.read_to_string(&mut text).unwrap();
-        done.send(text)
-    });
-    text
-}
-
-fn wait(child: &mut Child) -> Option<i32> {
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status.code();
-        }
-        if start.elapsed() > DEADLINE {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            panic!("the program did not end");
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-}
+use std::process::{Command, Stdio};
+use support::command::{DEADLINE, command, run};
+use support::process::Process;
 
 /// Flags that start the relay towards closed ports and end it soon.
 const CLOSED: [&str; 7] = [
@@ -101,7 +41,7 @@ fn version_and_help_go_to_standard_output() {
         (&["-h"], "Usage: jetstream-outbox [command] [flags]\n"),
     ] {
         let ended = run(args, &[]);
-        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+        assert_eq!((ended.code, ended.stderr.as_str()), (0, ""));
         assert!(ended.stdout.starts_with(expect), "{}", ended.stdout);
     }
 }
@@ -173,7 +113,7 @@ fn usage_errors_name_the_flag_and_end_with_what_to_do() {
         ),
     ] {
         let ended = run(args, env);
-        assert_eq!(ended.code, Some(code), "{args:?}: {}", ended.stderr);
+        assert_eq!(ended.code, code, "{args:?}: {}", ended.stderr);
         assert_eq!(ended.stdout, "", "{args:?}");
         for part in expect {
             assert!(ended.stderr.contains(part), "{args:?}: {}", ended.stderr);
@@ -259,12 +199,11 @@ fn nobody_reading_standard_error_does_not_hold_the_program_up() {
             while stderr.write(&[b'x'; 4096]).is_ok() {}
             stderr.set_nonblocking(false).unwrap();
         }
-        let mut child = command(&CLOSED, &[])
-            .stdout(Stdio::null())
-            .stderr(OwnedFd::from(stderr))
-            .spawn()
-            .unwrap();
-        assert!(wait(&mut child).is_some(), "closed: {closed}: a signal");
+        let mut command = command(&CLOSED, &[]);
+        command.stdout(Stdio::null()).stderr(OwnedFd::from(stderr));
+        let mut process = Process::spawn("the program", &mut command);
+        let status = process.wait_exit(DEADLINE);
+        assert!(status.code().is_some(), "closed: {closed}: {status}");
     }
 }
 
@@ -298,7 +237,7 @@ fn bash_completes_commands_and_their_flags() {
     assert_eq!(complete("st"), "status");
     assert_eq!(complete("--db ''"), "", "a value is the operator's");
     let ended = run(&["completions", "tcsh"], &[]);
-    assert_eq!(ended.code, Some(64));
+    assert_eq!(ended.code, 64);
     assert!(
         ended.stderr.contains("bash, zsh and fish"),
         "{}",

@@ -1,47 +1,11 @@
-//! A command run to its end.
+//! A command run to its end against servers of the test's.
 
-use crate::rig::{DEADLINE, Rig};
+use crate::rig::Rig;
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
-use crate::support::process::Process;
 use serde_json::Value;
-use std::io::Read;
-use std::process::{ChildStderr, ChildStdout, Command, Stdio};
-use std::thread;
 
-/// What a command said, and how it ended.
-#[derive(Debug)]
-pub struct Ended {
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
-}
-
-/// Runs it with these arguments and environment alone.
-#[track_caller]
-pub fn run(args: &[&str], env: &[(&str, &str)]) -> Ended {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
-    command.args(args).env_clear().envs(env.iter().copied());
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut process = Process::spawn("the command", &mut command);
-    let child = process.child();
-    let stdout: ChildStdout = child.stdout.take().expect("stdout is piped");
-    let stderr: ChildStderr = child.stderr.take().expect("stderr is piped");
-    let stdout = thread::spawn(|| text(stdout));
-    let stderr = thread::spawn(|| text(stderr));
-    let status = process.wait_exit(DEADLINE);
-    Ended {
-        code: status.code().expect("it ends by itself"),
-        stdout: stdout.join().expect("its output is read"),
-        stderr: stderr.join().expect("its errors are read"),
-    }
-}
-
-fn text(mut from: impl Read) -> String {
-    let mut text = String::new();
-    from.read_to_string(&mut text).expect("it writes UTF-8");
-    text
-}
+pub use crate::support::command::{Ended, command, run};
 
 /// The flags that name the two servers, as superuser.
 pub fn servers(pg: &Postgres, nats: &Nats) -> [String; 4] {

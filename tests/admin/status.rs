@@ -1,12 +1,12 @@
 //! `status`: both sides' own words about where things stand.
 
-use crate::command::{on, run, servers};
+use crate::command::{command, on, run, servers};
 use crate::rig::{DEADLINE, Rig, SLOT};
 use crate::support::process::Process;
 use crate::support::wait::{eventually, secs};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Instant;
@@ -196,9 +196,8 @@ fn what_cannot_be_found_out_is_unknown_and_exceeds_a_limit() {
 #[test]
 fn watching_prints_again_with_a_history() {
     let rig = Rig::start();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
+    let mut command = command(&["status", "--watch"], &[]);
     command
-        .args(["status", "--watch"])
         .args(servers(&rig.pg, &rig.nats))
         .stdout(Stdio::piped());
     let mut process = Process::spawn("status", &mut command);
@@ -222,9 +221,8 @@ struct Watched {
 
 impl Watched {
     fn start(rig: &Rig, more: &[&str]) -> Watched {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
+        let mut command = command(&["status", "--watch"], &[]);
         command
-            .args(["status", "--watch"])
             .args(more)
             .args(servers(&rig.pg, &rig.nats))
             .stdout(Stdio::piped());

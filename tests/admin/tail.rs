@@ -1,13 +1,13 @@
 //! `tail`: events as they stand, from any place, without a consumer.
 
-use crate::command::{Ended, on, run};
+use crate::command::{Ended, command, on, run};
 use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::process::Process;
 use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -141,12 +141,19 @@ fn it_follows_also_over_a_restart_of_the_server() {
     let nats = Nats::start();
     nats.client().add_seed_stream();
     nats.client().publish("events.a", &[], b"0");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
-    command
-        .args(["tail", "-follow", "-from", "end", "-json"])
-        .args(["-db=host=unused", "-nats", &nats.url()])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
+    let url = nats.url();
+    let args = [
+        "tail",
+        "-follow",
+        "-from",
+        "end",
+        "-json",
+        "-db=host=unused",
+        "-nats",
+        &url,
+    ];
+    let mut command = command(&args, &[]);
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
     let mut process = Process::spawn("tail", &mut command);
     let stdout = process.child().stdout.take().expect("stdout is piped");
     let lines = Arc::new(Mutex::new(Vec::<String>::new()));
@@ -186,10 +193,8 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     let mut client = nats.client();
     client.add_seed_stream();
     client.fill("events.a", (1..=2000).map(|n| n.to_string().into()));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_jetstream-outbox"));
-    command
-        .args(["tail", "-db=host=unused", "-nats", &nats.url()])
-        .stdout(Stdio::piped());
+    let mut command = command(&["tail", "-db=host=unused", "-nats", &nats.url()], &[]);
+    command.stdout(Stdio::piped());
     let mut process = Process::spawn("tail", &mut command);
     let stdout = process.child().stdout.take().expect("stdout is piped");
     let first = BufReader::new(stdout)

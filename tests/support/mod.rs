@@ -11,6 +11,7 @@
     reason = "a fixture offers what a server can do, whether or not a test uses it today"
 )]
 
+pub mod command;
 pub mod files;
 pub mod nats;
 pub mod natsclient;
