@@ -11,6 +11,7 @@ mod faults_postgres;
 mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
+mod histories;
 mod mapping;
 mod observe;
 mod operation;

@@ -1,0 +1,57 @@
+//! A stream that was written from another history of Postgres than that of the server which the relay reads.
+
+use crate::rig::{Rig, uuid};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+
+fn ids(rig: &Rig) -> Vec<String> {
+    let messages = rig.messages();
+    messages.iter().map(|m| m.id().to_string()).collect()
+}
+
+/// Runs the relay until it ends by itself, which must be with this code; the last line of its log.
+#[track_caller]
+fn halts(rig: &Rig, code: i32) -> String {
+    let (found, log) = rig.run(&[]);
+    let last = log.last().cloned().expect("it says why");
+    assert_eq!(found, code, "{last}");
+    last
+}
+
+/// A database that was dumped and restored, say.
+#[test]
+fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() {
+    let rig = |nats: Nats| {
+        let pg = Postgres::builder().own_system_id().build();
+        pg.seed_setup();
+        Rig { pg, nats }
+    };
+    let old = rig(Nats::start());
+    old.nats.client().add_seed_stream();
+    // more log than the new one has at first: its events have lower positions
+    old.pg
+        .execute("SELECT pg_logical_emit_message(true, 'filler', repeat('x', 1000000))");
+    for number in 1..=3 {
+        old.commit_event(number, "a");
+    }
+    old.drain(&["--hold-back", "0"]);
+
+    let new = rig(old.nats);
+    for number in 4..=5 {
+        new.commit_event(number, "a");
+    }
+    for _ in 0..2 {
+        let last = halts(&new, 78);
+        assert!(
+            last.contains("was written from another Postgres system")
+                && last.contains("--accept-new-system"),
+            "{last}"
+        );
+        assert_eq!(new.messages().len(), 3);
+    }
+    new.drain(&["--accept-new-system", "--hold-back", "0"]);
+    // once: its own events are the stream's end now
+    new.commit_event(6, "a");
+    new.drain(&["--hold-back", "0"]);
+    assert_eq!(ids(&new), (1..=6).map(uuid).collect::<Vec<_>>());
+}
