@@ -1,8 +1,9 @@
 //! A stream that was written from another history of Postgres than that of the server which the relay reads.
 
-use crate::rig::{Rig, uuid};
+use crate::rig::{Rig, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
+use serde_json::json;
 
 fn ids(rig: &Rig) -> Vec<String> {
     let messages = rig.messages();
@@ -54,4 +55,32 @@ fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() 
     new.commit_event(6, "a");
     new.drain(&["--hold-back", "0"]);
     assert_eq!(ids(&new), (1..=6).map(uuid).collect::<Vec<_>>());
+}
+
+/// Two copies of one cluster have the same system and timeline: only the ids tell their events apart.
+#[test]
+fn another_event_at_the_same_position_halts() {
+    let rig = Rig::start();
+    rig.commit_event(1, "a");
+    rig.drain(&[]);
+    let position = rig.messages()[0]
+        .header("Outbox-Position")
+        .map(String::from);
+    let position = position.expect("an event bears its position");
+    // as the other copy's relay has stored it
+    let (call, other) = (format!("STREAM.MSG.DELETE.{STREAM}"), uuid(9));
+    let mut client = rig.nats.client();
+    client.api(&call, &json!({ "seq": 1 }));
+    let headers = [
+        ("Nats-Msg-Id", other.as_str()),
+        ("Outbox-Position", &position),
+    ];
+    client.publish("events.account.a", &headers, b"{}");
+    rig.commit_event(2, "a");
+    let last = halts(&rig, 65);
+    let at = position.splitn(4, ' ').last().expect("five words");
+    for part in ["the two do not belong together", at, &uuid(1), &other] {
+        assert!(last.contains(part), "{part:?} is not in {last}");
+    }
+    assert_eq!(ids(&rig), [other.as_str()]);
 }
