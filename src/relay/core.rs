@@ -1502,3 +1502,6 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! Rules that the simulator does not switch off one by one.
+
+use super::*;
+use crate::jetstream::streams::{StreamConfig, StreamInfo, StreamState};
+use std::convert::Infallible;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn core(delivery: Delivery, memory: Memory) -> Core {
+    let limits = Limits {
+        inflight: 100,
+        inflight_bytes: 1 << 20,
+        replies: 8,
+        ack_timeout: 10 * SECOND,
+        hold_back: Duration::ZERO,
+    };
+    Core::new(delivery, limits, memory)
+}
+
+/// A new connection to a stream of so many replicas, which holds so many messages of others and none of ours.
+fn connect(core: &mut Core, replicas: u32, foreign: u64, now: Instant) {
+    let stream = StreamInfo {
+        config: StreamConfig {
+            subjects: vec!["events.>".into()],
+            ..StreamConfig::default()
+        },
+        state: StreamState::default(),
+        created: String::new(),
+        ts: String::new(),
+    };
+    let found = StreamAtConnect {
+        name: "stream".into(),
+        created: String::new(),
+        replicas,
+        last_seq: foreign,
+        tail: Tail {
+            foreign,
+            ..Tail::default()
+        },
+        aged: None,
+        has_young: false,
+    };
+    let routes = Routes::new(&[stream]);
+    core.connected(routes, vec![found], now).unwrap();
+}
+
+/// Events of one transaction; of each the subject, which is its id too.
+fn offer(core: &mut Core, subjects: &[&str]) {
+    let mut batch = Batch::default();
+    for (ordinal, subject) in (1..).zip(subjects) {
+        let commit_lsn = Lsn(1);
+        let text = |bytes: &mut Vec<u8>| {
+            bytes.extend_from_slice(subject.as_bytes());
+            Ok::<(), Infallible>(())
+        };
+        let position = Position {
+            commit_lsn,
+            ordinal,
+        };
+        let Ok(()) = batch.push_event("outbox", position, text, text, text);
+    }
+    core.offer(Arc::new(batch));
+}
+
+/// What goes now.
+fn publishes(core: &mut Core, now: Instant) -> Vec<Publish> {
+    let mut publishes = Vec::new();
+    loop {
+        match core.next(now).unwrap() {
+            Next::Publish(publish) => publishes.push(publish),
+            Next::Nothing => return publishes,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn subjects(publishes: &[Publish]) -> Vec<&str> {
+    publishes.iter().map(|it| it.event.subject()).collect()
+}
+
+fn ack(core: &mut Core, publish: &Publish, now: Instant) {
+    let seq = publish.expected_last_sequence.unwrap_or(publish.token) + 1;
+    let duplicate = false;
+    let stored = core.answer(publish.reply, Ok(PubAck { seq, duplicate }), now);
+    assert_eq!(stored, Ok(Some(publish.token)));
+}
+
+#[test]
+fn at_least_once_has_one_event_of_a_subject_on_its_way() {
+    let now = Instant::now();
+    let mut core = core(Delivery::AtLeastOnce, Memory::default());
+    connect(&mut core, 1, 0, now);
+    offer(&mut core, &["events.a", "events.b", "events.a", "events.b"]);
+    let first = publishes(&mut core, now);
+    assert_eq!(subjects(&first), ["events.a", "events.b"]);
+    ack(&mut core, &first[1], now);
+    assert_eq!(subjects(&publishes(&mut core, now)), [""; 0]);
+
+    // what was not answered goes again, and still alone
+    connect(&mut core, 1, 0, now);
+    let again = publishes(&mut core, now);
+    assert_eq!(subjects(&again), ["events.a"]);
+    assert_eq!(again[0].token, first[0].token);
+    ack(&mut core, &again[0], now);
+    let last = publishes(&mut core, now);
+    assert_eq!(subjects(&last), ["events.a", "events.b"]);
+    last.iter().for_each(|it| ack(&mut core, it, now));
+    assert!(core.is_settled());
+}
