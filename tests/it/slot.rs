@@ -1,6 +1,7 @@
 //! The slot itself: moved or made anew by somebody else, and confirmed by runs that are shorter than the hold-back.
 
 use crate::rig::{DEADLINE, Rig, SLOT};
+use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, secs};
 use std::time::Duration;
 
@@ -75,6 +76,52 @@ fn a_slot_that_is_moved_while_the_relay_is_away_halts() {
     assert_eq!(relay.wait_exit(DEADLINE), 78);
     assert!(relay.log().join("\n").contains("moved by somebody else"));
     assert_eq!(rig.messages().len(), 1);
+}
+
+/// A limit on what a slot may keep is one on how long the relay may be away.
+#[test]
+fn a_slot_whose_log_is_gone_halts_and_says_that_events_are_missing() {
+    if Postgres::major_version() < 13 {
+        eprintln!("skipped: max_slot_wal_keep_size came with Postgres 13");
+        return;
+    }
+    for while_it_runs in [true, false] {
+        let rig = Rig::start_with(Postgres::builder().setting("max_slot_wal_keep_size", "1MB"));
+        let mut relay = rig.relay(&["--hold-back", "0"]);
+        relay.wait_for_log("msg=\"connected\"", DEADLINE);
+        rig.commit_event(1, "a");
+        rig.wait_for_messages(1);
+        match while_it_runs {
+            true => relay.freeze(),
+            false => relay.kill(),
+        }
+        let status =
+            format!("SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{SLOT}'");
+        let mut number = 1;
+        eventually("the log to be removed", DEADLINE, || {
+            number += 1;
+            rig.commit_event(number, "a");
+            // the rest of a segment counts; and one is removed at a checkpoint
+            rig.pg.execute("SELECT pg_switch_wal()");
+            rig.pg.execute("CHECKPOINT");
+            rig.pg.scalar::<String>(&status).as_deref() == Some("lost")
+        });
+        match while_it_runs {
+            true => relay.thaw(),
+            false => relay = rig.relay(&[]),
+        }
+        let (code, log) = (relay.wait_exit(DEADLINE), relay.log());
+        let last = log.last().expect("it says why");
+        assert_eq!(code, 78, "{last}");
+        for part in [
+            "max_slot_wal_keep_size",
+            "events are missing",
+            "create it anew",
+        ] {
+            assert!(last.contains(part), "{part:?} is not in {last}");
+        }
+        assert_eq!(rig.messages().len(), 1);
+    }
 }
 
 /// Each drain is over long before what it published is old enough.
