@@ -177,15 +177,19 @@ impl Pair {
     }
 }
 
-fn relay_of(servers: &[&Postgres], nats: &Nats, extra: &[&str]) -> Relay {
+fn url(servers: &[&Postgres], attributes: &str) -> String {
     let hosts: Vec<String> = servers
         .iter()
         .map(|server| format!("127.0.0.1:{}", server.port()))
         .collect();
-    let db = format!(
-        "postgres://postgres@{}/postgres?target_session_attrs=primary",
+    format!(
+        "postgres://postgres@{}/postgres{attributes}",
         hosts.join(",")
-    );
+    )
+}
+
+fn relay_of(servers: &[&Postgres], nats: &Nats, extra: &[&str]) -> Relay {
+    let db = url(servers, "?target_session_attrs=primary");
     let nats = format!("127.0.0.1:{}", nats.port());
     let mut args = vec!["-db", &db, "-nats", &nats];
     args.extend(extra);
@@ -349,6 +353,26 @@ fn a_relay_that_is_led_back_to_the_abandoned_primary_halts() {
     relay.thaw();
     assert_halts(&pair, relay);
     assert_eq!(pair.last_message().seq, mark_message.seq);
+}
+
+/// It is no outage that could pass: a standby that is named first is reached before the primary.
+#[test]
+fn a_relay_that_does_not_ask_for_the_primary_halts_on_the_standby() {
+    let mut pair = Pair::start(Slot::ByHand);
+    pair.commit(|pair| &pair.old, 1);
+    pair.old.wait_for_standby(&pair.new);
+    let servers = [&pair.new, &pair.old];
+    let relay = |attributes: &str| {
+        let db = url(&servers, attributes);
+        Relay::run(&["-db", &db, "-nats", &pair.nats.url()], &[])
+    };
+    let mut halted = relay("");
+    let (code, log) = (halted.wait_exit(DEADLINE), halted.log());
+    let last = log.last().expect("it says why");
+    assert_eq!(code, 78, "{last}");
+    assert!(last.contains(SLOT), "{last}");
+    assert_eq!(pair.nats.client().last_seq(STREAM), 0);
+    pair.finish(relay("?target_session_attrs=primary"));
 }
 
 /// A clean failover, after which the new primary has published.
