@@ -107,3 +107,38 @@ fn at_least_once_has_one_event_of_a_subject_on_its_way() {
     last.iter().for_each(|it| ack(&mut core, it, now));
     assert!(core.is_settled());
 }
+
+/// How many of four events go at once at these times after others were seen to write.
+#[track_caller]
+fn check_shared(replicas: u32, expected: &[(Duration, usize)]) {
+    for (after, at_once) in expected {
+        let seen = Instant::now();
+        let mut core = core(Delivery::ExactlyOnce, Memory::default());
+        connect(&mut core, replicas, 0, seen);
+        connect(&mut core, replicas, 3, seen);
+        let now = seen + *after;
+        offer(&mut core, &["events.a", "events.b", "events.c", "events.d"]);
+        let mut publish = publishes(&mut core, now);
+        let found = publish.len();
+        assert_eq!(found, *at_once, "{replicas} replicas, after {after:?}");
+        // one by one, or together, all of them
+        let mut all = 0;
+        while !publish.is_empty() {
+            all += publish.len();
+            publish.iter().for_each(|it| ack(&mut core, it, now));
+            publish = publishes(&mut core, now);
+        }
+        assert_eq!(all, 4);
+    }
+}
+
+#[test]
+fn a_replicated_stream_gets_one_event_at_a_time_for_ten_minutes_after_a_message_of_others() {
+    let expected = [
+        (Duration::ZERO, 1),
+        (600 * SECOND - Duration::from_millis(1), 1),
+        (600 * SECOND, 4),
+    ];
+    check_shared(3, &expected);
+    check_shared(1, &[(Duration::ZERO, 4)]);
+}
