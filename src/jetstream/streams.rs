@@ -490,6 +490,32 @@ mod tests {
     }
 
     #[test]
+    fn only_limits_on_one_replica_without_lifetimes_keep_a_streams_end() {
+        let limits = || StreamConfig {
+            retention: "limits".into(),
+            num_replicas: 1,
+            ..StreamConfig::default()
+        };
+        let check = |expected: bool, change: fn(&mut StreamConfig)| {
+            let mut config = limits();
+            change(&mut config);
+            assert_eq!(config.keeps_its_end(), expected, "{config:?}");
+        };
+        check(true, |_| {});
+        // an older server does not say
+        check(true, |config| config.num_replicas = 0);
+        // what goes by itself goes oldest first
+        check(true, |config| {
+            (config.max_msgs, config.max_age) = (10, 1_000_000_000);
+            config.discard = "old".into();
+        });
+        check(false, |config| config.retention = "workqueue".into());
+        check(false, |config| config.retention = "interest".into());
+        check(false, |config| config.num_replicas = 3);
+        check(false, |config| config.allow_msg_ttl = true);
+    }
+
+    #[test]
     fn each_subject_goes_to_the_stream_that_captures_it() {
         let routes = Routes::new(&[
             stream(&["events.account.>"]),
