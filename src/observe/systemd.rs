@@ -75,3 +75,35 @@ fn notify(state: &[NotifyState<'_>]) {
         log::debug!(cause:% = error; "systemd was not told");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watchdog_hears_nothing_while_a_thread_is_late() {
+        const EVERY: Duration = Duration::from_secs(2);
+        let vitals = Vitals::default();
+        let start = Instant::now();
+        let mut teller = Teller::default();
+        let mut told_at = |vitals: &Vitals, after: u64| {
+            let now = start + Duration::from_secs(after);
+            teller.tell(vitals, Some(EVERY), now);
+            teller.alive_at == Some(now)
+        };
+        vitals.publisher.within(Duration::from_secs(10));
+        assert!(told_at(&vitals, 0));
+        // not before it is due
+        assert!(!told_at(&vitals, 1));
+        assert!(told_at(&vitals, 2));
+        assert!(!told_at(&vitals, 100));
+        // it is back
+        vitals.publisher.within(Duration::from_secs(200));
+        assert!(told_at(&vitals, 101));
+
+        // a unit without a WatchdogSec asks for nothing
+        let mut teller = Teller::default();
+        teller.tell(&vitals, None, start);
+        assert_eq!(teller.alive_at, None);
+    }
+}
