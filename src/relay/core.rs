@@ -193,6 +193,7 @@ struct Remembered {
     acked_seq: u64,
     shared: bool,
     at_rest: bool,
+    others_at: Option<Instant>,
     confirmed_seq: u64,
 }
 
@@ -303,6 +304,7 @@ impl Memory {
                 last,
                 shared: mark.shared,
                 at_rest,
+                others_at: None,
                 confirmed_seq: mark.confirmed_seq,
             });
         }
@@ -503,7 +505,7 @@ impl Core {
             confirmed_seq: remembered.confirmed_seq,
             acked_seq: remembered.acked_seq,
             shared: remembered.shared,
-            others_at: None,
+            others_at: remembered.others_at,
             at_rest: remembered.at_rest,
             last: remembered.last,
         };
@@ -566,6 +568,7 @@ impl Core {
             acked_seq: s.acked_seq,
             shared: s.shared,
             at_rest: s.at_rest,
+            others_at: s.others_at,
             confirmed_seq: s.confirmed_seq,
         };
         Memory {

@@ -110,13 +110,17 @@ fn at_least_once_has_one_event_of_a_subject_on_its_way() {
 
 /// How many of four events go at once at these times after others were seen to write.
 #[track_caller]
-fn check_shared(replicas: u32, expected: &[(Duration, usize)]) {
+fn check_shared(replicas: u32, new_session: bool, expected: &[(Duration, usize)]) {
     for (after, at_once) in expected {
         let seen = Instant::now();
         let mut core = core(Delivery::ExactlyOnce, Memory::default());
         connect(&mut core, replicas, 0, seen);
         connect(&mut core, replicas, 3, seen);
         let now = seen + *after;
+        if new_session {
+            core = self::core(Delivery::ExactlyOnce, core.into_memory());
+            connect(&mut core, replicas, 0, now);
+        }
         offer(&mut core, &["events.a", "events.b", "events.c", "events.d"]);
         let mut publish = publishes(&mut core, now);
         let found = publish.len();
@@ -139,6 +143,8 @@ fn a_replicated_stream_gets_one_event_at_a_time_for_ten_minutes_after_a_message_
         (600 * SECOND - Duration::from_millis(1), 1),
         (600 * SECOND, 4),
     ];
-    check_shared(3, &expected);
-    check_shared(1, &[(Duration::ZERO, 4)]);
+    check_shared(3, false, &expected);
+    // also where the session to Postgres is lost meanwhile
+    check_shared(3, true, &expected);
+    check_shared(1, false, &[(Duration::ZERO, 4)]);
 }
