@@ -84,6 +84,11 @@ impl StreamConfig {
     pub fn keeps_its_end(&self) -> bool {
         self.retention == "limits" && !self.allow_msg_ttl && self.num_replicas <= 1
     }
+
+    /// The same, and each message stays while an older one does, whatever their subjects.
+    pub fn keeps_its_order(&self) -> bool {
+        self.keeps_its_end() && self.max_msgs_per_subject <= 0
+    }
 }
 
 /// How the subject of a published message becomes that of the stored one.
@@ -500,8 +505,11 @@ mod tests {
             let mut config = limits();
             change(&mut config);
             assert_eq!(config.keeps_its_end(), expected, "{config:?}");
+            let in_order = expected && config.max_msgs_per_subject <= 0;
+            assert_eq!(config.keeps_its_order(), in_order, "{config:?}");
         };
         check(true, |_| {});
+        check(true, |config| config.max_msgs_per_subject = -1);
         // an older server does not say
         check(true, |config| config.num_replicas = 0);
         // what goes by itself goes oldest first
@@ -509,6 +517,8 @@ mod tests {
             (config.max_msgs, config.max_age) = (10, 1_000_000_000);
             config.discard = "old".into();
         });
+        // the newest of each subject stays
+        check(true, |config| config.max_msgs_per_subject = 1);
         check(false, |config| config.retention = "workqueue".into());
         check(false, |config| config.retention = "interest".into());
         check(false, |config| config.num_replicas = 3);

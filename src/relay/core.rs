@@ -160,6 +160,8 @@ pub struct StreamAtConnect {
     pub aged: Option<Position>,
     /// A message under our subjects that is younger stands there.
     pub has_young: bool,
+    /// What is gone from here on was deleted or lost, and not consumed; `None`: that cannot be told.
+    pub keeps_from: Option<u64>,
 }
 
 /// What outlives a session: how far each stream was seen to be.
@@ -342,6 +344,7 @@ struct Stream {
     tail: Tail,
     aged: Option<Position>,
     has_young: bool,
+    keeps_from: Option<u64>,
     /// Everything up to this event stands at or before its sequence, and nothing behind it does.
     last: Option<Checkpoint>,
     /// The highest sequence that was acknowledged or read.
@@ -501,6 +504,7 @@ impl Core {
             tail: Tail::default(),
             aged: None,
             has_young: false,
+            keeps_from: None,
             settled_seq: remembered.confirmed_seq,
             confirmed_seq: remembered.confirmed_seq,
             acked_seq: remembered.acked_seq,
@@ -692,6 +696,7 @@ impl Core {
             // an event that was published late is younger than its position tells
             stream.aged = found.aged.filter(|_| !stream.shared || found.replicas <= 1);
             stream.has_young = found.has_young;
+            stream.keeps_from = found.keeps_from;
             self.routed.push(index);
         }
         self.routes = routes;
@@ -1259,7 +1264,8 @@ impl Core {
     }
 
     /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can
-    /// only have been this very event.
+    /// only have been this very event. Where none is consumed it was deleted, this event or another with its id: it goes
+    /// again, until JetStream has forgotten the id and takes it.
     fn judge(
         &mut self,
         token: u64,
@@ -1280,8 +1286,9 @@ impl Core {
                 let route = self.routes.route(event.subject);
                 let index = route.and_then(|route| self.routed.get(route).copied());
                 let stream = index.and_then(|index| self.streams.get(index))?;
-                if seq > stream.chain.acked() {
-                    // not consumed: the stream went backwards
+                let was_deleted = stream.keeps_from.is_some_and(|from| seq >= from);
+                if seq > stream.chain.acked() || was_deleted {
+                    // not consumed: somebody took it, or the stream went backwards
                     return None;
                 }
                 if stream.last.as_ref().is_none_or(|last| last.seq < seq) {
@@ -1409,6 +1416,7 @@ impl Core {
                     tail: Tail::default(),
                     aged: None,
                     has_young: false,
+                    keeps_from: None,
                     last: None,
                     acked_seq: 0,
                     shared: false,

@@ -183,6 +183,7 @@ impl Found {
                 Delivery::ExactlyOnce => stream.read_back(config, lineage, known)?,
                 Delivery::AtLeastOnce => (Tail::default(), Age::default()),
             };
+            let keeps = info.config.keeps_its_order();
             found.push(StreamAtConnect {
                 name: info.config.name.clone(),
                 created: info.created.clone(),
@@ -194,6 +195,7 @@ impl Found {
                 tail,
                 aged: age.aged,
                 has_young: age.has_young,
+                keeps_from: keeps.then_some(info.state.first_seq),
             });
         }
         Ok(Joined {

@@ -1,7 +1,7 @@
 //! What befalls the streams themselves: put back to a copy, deleted, missing, shared with others, several.
 
 use crate::faults_scenario::{NAME, Scenario};
-use crate::rig::UUID_SQL;
+use crate::rig::{Rig, UUID_SQL, counted, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Direction, Mode, Proxy};
@@ -86,6 +86,39 @@ fn the_end_of_a_stream_that_is_lost_but_still_counted_is_filled_again_in_order()
         let said = |line: &String| line.contains("the last messages of this stream are gone");
         assert!(outcome.log.iter().any(said), "{:#?}", outcome.log);
     }
+}
+
+/// They count as lost: nothing consumes the newest messages of such a stream and leaves older ones. Each comes again as soon
+/// as JetStream no longer takes it for a repeat.
+#[test]
+fn the_last_messages_that_somebody_deletes_are_published_again_and_a_purge_of_all_is_not() {
+    const WINDOW: Duration = secs(4);
+    let rig = Rig::start();
+    let mut client = rig.nats.client();
+    let window = json!({ "name": NAME, "subjects": ["events.>"], "duplicate_window": WINDOW.as_nanos() as u64 });
+    client.api(&format!("STREAM.UPDATE.{NAME}"), &window);
+    (1..=8).for_each(|number| rig.commit_event(number, "a"));
+    rig.drain(&[]);
+    // the one may go long before the other
+    pause(WINDOW / 2);
+    (9..=10).for_each(|number| rig.commit_event(number, "a"));
+    rig.drain(&[]);
+    for seq in 8..=10 {
+        client.api(&format!("STREAM.MSG.DELETE.{NAME}"), &json!({ "seq": seq }));
+    }
+    let log = rig.drain(&[]);
+    assert_eq!(counted(&log, "published"), 3, "{log:#?}");
+    let said = |line: &String| line.contains("the last messages of this stream are gone");
+    assert!(log.iter().any(said), "{log:#?}");
+    let messages = rig.messages();
+    let ids: Vec<&str> = messages.iter().map(|message| message.id()).collect();
+    assert_eq!(ids, (1..=10).map(uuid).collect::<Vec<_>>());
+
+    client.api(&format!("STREAM.PURGE.{NAME}"), &Value::Null);
+    rig.commit_event(11, "a");
+    let log = rig.drain(&[]);
+    assert_eq!(counted(&log, "published"), 1, "{log:#?}");
+    assert_eq!(rig.messages()[0].id(), uuid(11));
 }
 
 /// What a server has acknowledged may go with it. A relay that cannot look at it confirms nothing meanwhile, not even with

@@ -949,6 +949,7 @@ impl World {
                 tail,
                 aged,
                 has_young,
+                keeps_from: extent.keeps_its_end.then_some(extent.first_seq),
             });
         }
         found

@@ -39,6 +39,7 @@ fn connect(core: &mut Core, replicas: u32, foreign: u64, now: Instant) {
         },
         aged: None,
         has_young: false,
+        keeps_from: None,
     };
     let routes = Routes::new(&[stream]);
     core.connected(routes, vec![found], now).unwrap();
