@@ -2,6 +2,7 @@
 //!
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
+mod credentials;
 mod drain;
 mod failover;
 mod faults_cluster;

@@ -1,0 +1,48 @@
+//! What signs in to NATS is read anew at each connect: it can be replaced while the relay runs.
+
+use crate::rig::{DEADLINE, Rig};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
+use nkeys::KeyPair;
+use serde_json::json;
+use std::fs;
+
+/// The user that the server lets in beside the test's own.
+fn users(key: &KeyPair) -> String {
+    format!(
+        "authorization {{ users: [ {{ user: test, password: test }}, {{ nkey: {} }} ] }}\n",
+        key.public_key()
+    )
+}
+
+#[test]
+fn a_key_that_is_replaced_signs_in_at_the_next_connect() {
+    let (old, new) = (KeyPair::new_user(), KeyPair::new_user());
+    let seed = |key: &KeyPair| key.seed().expect("a pair that was made has its seed");
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::builder()
+            .config("include users")
+            .file("users", users(&old))
+            .file("seed", seed(&old))
+            .client_options(json!({ "user": "test", "pass": "test" }))
+            .build(),
+    };
+    rig.pg.seed_setup();
+    rig.nats.client().add_seed_stream();
+    let file = rig.nats.dir().join("seed");
+    let mut relay = rig.relay(&["-nats-nkey", file.to_str().expect("a path of ours")]);
+    rig.commit_event(1, "a");
+    rig.wait_for_messages(1);
+
+    rig.nats.stop();
+    fs::write(rig.nats.dir().join("users"), users(&new)).expect("write the users");
+    rig.nats.start_again();
+    // the one that it has is good no more
+    relay.wait_for_log("sign in to NATS", DEADLINE);
+    fs::write(file, seed(&new)).expect("write the seed");
+    rig.commit_event(2, "a");
+    rig.wait_for_messages(2);
+    relay.term();
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+}
