@@ -13,6 +13,7 @@ mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
 mod histories;
+mod internal;
 mod mapping;
 mod observe;
 mod operation;
