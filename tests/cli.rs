@@ -2,6 +2,8 @@
 
 mod support;
 
+use argh::ArgsInfo;
+use jetstream_outbox::cli::Cli;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -27,11 +29,13 @@ fn start_line(args: &[&str], env: &[(&str, &str)]) -> String {
     found.unwrap_or_else(|| panic!("{}", ended.stderr)).into()
 }
 
+const VERSION: &str = concat!("jetstream-outbox ", env!("CARGO_PKG_VERSION"), "\n");
+
 #[test]
 fn version_and_help_go_to_standard_output() {
     for (args, expect) in [
-        (&["--version"][..], "jetstream-outbox 0.1.0\n"),
-        (&["-version"], "jetstream-outbox 0.1.0\n"),
+        (&["--version"][..], VERSION),
+        (&["-version"], VERSION),
         (&["--help"], "Usage: jetstream-outbox [command] [flags]\n"),
         (&["-help"], "Usage: jetstream-outbox [command] [flags]\n"),
         (
@@ -49,34 +53,17 @@ fn version_and_help_go_to_standard_output() {
 #[test]
 fn help_lists_every_flag_with_its_default() {
     let help = run(&["--help"], &[]).stdout;
-    let words: Vec<&str> = help.split_whitespace().collect();
-    let help = words.join(" ");
-    for flag in [
-        "db",
-        "nats",
-        "creds",
-        "nats-nkey",
-        "nats-tls-ca",
-        "nats-tls-cert",
-        "nats-tls-key",
-        "nats-api-prefix",
-        "prefix",
-        "slot",
-        "publication",
-        "table",
-        "inflight",
-        "ack-timeout",
-        "max-outage",
-        "delivery",
-        "hold-back",
-        "drain",
-        "no-wait",
-        "logging",
-        "log-format",
-    ] {
-        let (_, text) = help.split_once(&format!(" --{flag} ")).expect(flag);
-        let own = text.split(" --").next().unwrap();
-        assert!(own.contains("(default"), "{flag}: {own}");
+    let (flags, _) = help.split_once("\n\nExamples:").expect("examples follow");
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    // each begins a line, and goes on further in
+    let listed: Vec<String> = flags.split("\n  --").skip(1).map(words).collect();
+    let flags = Cli::get_args_info().flags;
+    assert_eq!(listed.len(), flags.len(), "{listed:#?}");
+    for flag in flags.iter().map(|flag| flag.long.trim_start_matches('-')) {
+        let of_it = |text: &&String| text.split([' ', ',']).next() == Some(flag);
+        let own = listed.iter().find(of_it).expect(flag);
+        let has_value = !["help", "version"].contains(&flag);
+        assert_eq!(own.contains("(default"), has_value, "{own}");
     }
 }
 
