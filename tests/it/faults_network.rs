@@ -6,7 +6,7 @@ use crate::support::postgres::Postgres;
 use crate::support::proxy::{Direction, Mode, Proxy};
 use crate::support::relay::Relay;
 use crate::support::wait::{eventually, secs};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longer than the relay's patience with a silent Postgres (60 s) and its longest pause.
 const NOTICE_LIMIT: Duration = secs(90);
@@ -86,13 +86,22 @@ fn a_slow_network_loses_repeats_and_reorders_nothing() {
     rig.finish();
 }
 
-/// At 50 ms each way the window alone makes the throughput.
+/// At 50 ms each way the window alone makes the throughput: 1,536 events in 100 ms. A tenth of that is asked for.
 #[test]
 fn a_distant_jetstream_keeps_up() {
+    const EACH_WAY: Duration = Duration::from_millis(50);
     let rig = Rig::start();
-    rig.to_nats.set(Mode::Delay(Duration::from_millis(50)));
-    rig.run.wait_for_commits(1_000);
+    rig.to_nats.set(Mode::Delay(EACH_WAY));
+    let (begun, before) = (Instant::now(), rig.run.committed());
+    rig.run.commit_a_backlog();
     rig.run.wait_for_relay("a backlog over a delayed network");
+    let windows = (rig.run.committed() - before) / 1_536;
+    let limit = 2 * EACH_WAY * u32::try_from(windows).expect("a few") * 10;
+    assert!(
+        begun.elapsed() < limit,
+        "{:?} of {limit:?}",
+        begun.elapsed()
+    );
     rig.finish();
 }
 
