@@ -385,6 +385,7 @@ pub fn parse_timeline_history(text: &str) -> Vec<(u32, Lsn)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ops::Range;
 
     /// Timelines 1 and 2 ended at 0/100 and 0/200.
     #[track_caller]
@@ -407,39 +408,51 @@ mod tests {
         assert_eq!(found, translated.map(str::to_string), "{at}");
     }
 
-    /// What a search in a stream that keeps its end says: ours are the first `kept` messages of `last_seq`, the others are gone.
-    #[track_caller]
-    fn check_lost(kept: u64, last_seq: u64, checkpoint: Option<u64>) {
-        let source = Source {
+    fn source() -> Source {
+        Source {
             slot: "slot".to_string(),
             system_id: 7,
             timeline: 1,
-        };
-        let position = |seq| Position {
-            commit_lsn: Lsn(seq),
-            ordinal: 1,
-        };
-        let message = |seq: u64| StoredMessage {
+        }
+    }
+
+    /// The event of this LSN, which stands at that sequence.
+    fn checkpoint(seq: u64) -> Checkpoint {
+        Checkpoint {
+            seq,
+            position: Position {
+                commit_lsn: Lsn(seq),
+                ordinal: 1,
+            },
+            id: None,
+        }
+    }
+
+    fn message(seq: u64) -> StoredMessage {
+        let position = checkpoint(seq).position;
+        StoredMessage {
             subject: "events.a".to_string(),
             seq,
             time: String::new(),
             headers: vec![(
                 OUTBOX_POSITION.to_string(),
-                format!("{source} {}", position(seq)),
+                format!("{} {position}", source()),
             )],
             data: Vec::new(),
-        };
+        }
+    }
+
+    /// What a search in a stream that keeps its end says: ours are the first `kept` messages of `last_seq`, the others are gone.
+    #[track_caller]
+    fn check_lost(kept: u64, last_seq: u64, known: Option<u64>) {
+        let source = source();
         let extent = Extent {
             first_seq: 1,
             last_seq,
             whole: kept == last_seq,
             keeps_its_end: true,
         };
-        let checkpoint = checkpoint.map(|seq| Checkpoint {
-            seq,
-            position: position(seq),
-            id: None,
-        });
+        let checkpoint = known.map(checkpoint);
         let fetch = |seq| Ok::<_, ()>((seq <= kept).then(|| message(seq)));
         let newest = message(kept);
         let found = find_tail(&source, extent, Some(&newest), checkpoint.as_ref(), fetch);
@@ -455,6 +468,75 @@ mod tests {
             (stored, tail.lost, tail.consumed),
             (Some(kept), last_seq - kept, 0)
         );
+    }
+
+    /// A stream of `last_seq` messages: ours and those of others, each a range of sequences, are there, the rest is gone. What
+    /// is known of it with a checkpoint at `known`: the last event that is stored, and how many were consumed after it.
+    #[track_caller]
+    fn check_search(
+        last_seq: u64,
+        known: u64,
+        (kept, others): (Range<u64>, Range<u64>),
+        expected: (u64, u64),
+    ) {
+        let (source, checkpoint) = (source(), checkpoint(known));
+        let extent = Extent {
+            first_seq: (1..=last_seq)
+                .find(|seq| kept.contains(seq) || others.contains(seq))
+                .unwrap_or(last_seq + 1),
+            last_seq,
+            whole: false,
+            keeps_its_end: false,
+        };
+        let mut looks = 0;
+        let fetch = |seq| {
+            looks += 1;
+            let found = match (kept.contains(&seq), others.contains(&seq)) {
+                (true, _) => Some(message(seq)),
+                (_, true) => Some(StoredMessage {
+                    headers: Vec::new(),
+                    ..message(seq)
+                }),
+                _ => None,
+            };
+            Ok::<_, ()>(found)
+        };
+        let newest = kept.clone().last().map(message);
+        let found = find_tail(&source, extent, newest.as_ref(), Some(&checkpoint), fetch).unwrap();
+        let lineage = Lineage {
+            source,
+            switch_points: Vec::new(),
+        };
+        let tail = lineage.judge(found, Some(&checkpoint), false).unwrap();
+        let stored = tail.stored.map_or(0, |stored| stored.seq);
+        assert_eq!((stored, tail.consumed), expected);
+        assert!(looks <= 2 * LOOK_BACK, "{looks}");
+    }
+
+    #[test]
+    fn a_search_comes_to_something_however_far_it_has_to_go() {
+        const MANY: u64 = 3 * LOOK_BACK;
+        let none = || 0..0;
+        // all consumed
+        check_search(MANY, 5, (none(), none()), (5, MANY - 5));
+        // all but the last ones, which another slot's consumer has not had yet
+        check_search(MANY, 5, (none(), MANY..MANY + 1), (5, 0));
+        // others' messages under other subjects, some of which are gone
+        check_search(MANY, 5, (2..8, 9..MANY + 1), (7, 0));
+        check_search(MANY, 5, (none(), 9..MANY + 1), (5, 0));
+    }
+
+    #[test]
+    fn what_is_gone_is_no_event_that_nobody_can_have_published() {
+        let mut tail = Tail {
+            stored: Some(checkpoint(5)),
+            consumed: 2,
+            ..Tail::default()
+        };
+        let mut verdict = |lsn, was_sent| tail.verdict(checkpoint(lsn).position, "id", was_sent);
+        assert_eq!(verdict(6, true), Verdict::Stored(Some(6)));
+        assert_eq!(verdict(7, false), Verdict::Publish);
+        assert_eq!(verdict(8, true), Verdict::Publish);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! it is stored.
 
 use crate::faults_scenario::{NAME, Scenario};
-use crate::rig::{Rig, uuid};
+use crate::rig::{DEADLINE, Rig, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, secs, throughout};
@@ -181,4 +181,37 @@ fn at_least_once_loses_nothing_and_keeps_the_order_of_each_subject() {
             expected.map(uuid).collect::<Vec<_>>()
         );
     }
+}
+
+/// With a quiet outbox, what ends an outage is a connection that lasts.
+#[test]
+fn two_short_outages_with_nothing_to_publish_between_are_not_a_long_one() {
+    let rig = Rig::start();
+    let relay = rig.relay(&["--max-outage", "5s"]);
+    relay.wait_for_log("\"connected\"", DEADLINE);
+    for _ in 0..2 {
+        let mark = relay.log().len();
+        rig.nats.restart();
+        relay.wait_for_log_after(mark, "connected to NATS again", DEADLINE);
+        throughout("the relay runs on", secs(11), || relay.is_running());
+    }
+}
+
+/// As where the bucket is made over an API prefix, and its subjects are not imported.
+#[test]
+fn a_checkpoint_whose_subject_leads_nowhere_is_gone_without() {
+    let mapped = r#"mappings = { "$KV.jetstream_outbox.>": "nowhere.>" }"#;
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::builder().config(mapped).build(),
+    };
+    rig.pg.seed_setup();
+    rig.nats.client().add_seed_stream();
+    rig.commit_event(1, "a");
+    let before = rig.pg.confirmed_flush_lsn(NAME);
+    let log = rig.drain(&["--hold-back", "0", "--max-outage", "20s"]);
+    assert_eq!(rig.messages().len(), 1);
+    let said = |line: &String| line.contains("going on without the checkpoint: nobody answers");
+    assert!(log.iter().any(said), "{log:#?}");
+    assert!(rig.pg.confirmed_flush_lsn(NAME) > before);
 }

@@ -1,7 +1,7 @@
 //! What befalls the streams themselves: put back to a copy, deleted, missing, shared with others, several.
 
 use crate::faults_scenario::{NAME, Scenario};
-use crate::rig::{Rig, UUID_SQL, counted, uuid};
+use crate::rig::{DEADLINE, Rig, UUID_SQL, counted, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Direction, Mode, Proxy};
@@ -352,6 +352,41 @@ fn messages_of_others_cost_neither_order_nor_events() {
 }
 
 /// The id is the writer's: within the window a second event under it is a repeat to JetStream.
+/// Somebody else publishes a message under the prefix, and purges the stream.
+fn guest(rig: &Rig) {
+    let mut client = rig.nats.client();
+    client.publish("events.guest", &[], b"hello");
+    client.api(&format!("STREAM.PURGE.{NAME}"), &Value::Null);
+}
+
+#[test]
+fn a_message_of_somebody_else_that_came_and_went_takes_no_events_place() {
+    let rig = Rig::start();
+    let alone = |number: u64| {
+        rig.commit_event(number, "a");
+        rig.wait_for_messages(1);
+        assert_eq!(rig.messages()[0].id(), uuid(number));
+    };
+    let mut relay = rig.relay(&[]);
+    alone(1);
+    // beside an idle relay
+    guest(&rig);
+    alone(2);
+    // while it has no connection
+    guest(&rig);
+    rig.nats.restart();
+    relay.wait_for_log("connected to NATS again", DEADLINE);
+    alone(3);
+    // while it is stopped
+    relay.term();
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+    guest(&rig);
+    rig.commit_event(4, "a");
+    let _relay = rig.relay(&[]);
+    rig.wait_for_messages(1);
+    assert_eq!(rig.messages()[0].id(), uuid(4));
+}
+
 #[test]
 fn an_id_used_twice_drops_the_second_event_and_names_both() {
     let nats = Nats::start();

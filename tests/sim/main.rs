@@ -7,6 +7,7 @@
 //! What excludes each other in one run is not promised together, see `world::Kind`: in a replicated stream that others write
 //! to, order is not kept where their messages fall into the middle of a window (but nothing is missing or twice);
 //! roll-backs do not meet consumed or foreign messages, the checkpoint's bucket goes back alone or as the streams do,
+//! messages of others that come and go unseen do so while nothing of ours is on its way;
 //! no copy of a publish arrives that is late by a roll-back, ids are not reused where late copies arrive, and on a replicated
 //! stream no copy of a publish arrives that is late by a whole failover. A run whose slot was moved by somebody else may
 //! end in the halt that is due then; no other run may halt.

@@ -19,6 +19,14 @@ fn core(delivery: Delivery, memory: Memory) -> Core {
 
 /// A new connection to a stream of so many replicas, which holds so many messages of others and none of ours.
 fn connect(core: &mut Core, replicas: u32, foreign: u64, now: Instant) {
+    let tail = Tail {
+        foreign,
+        ..Tail::default()
+    };
+    connect_to(core, replicas, foreign, tail, now);
+}
+
+fn connect_to(core: &mut Core, replicas: u32, last_seq: u64, tail: Tail, now: Instant) {
     let stream = StreamInfo {
         config: StreamConfig {
             subjects: vec!["events.>".into()],
@@ -32,11 +40,8 @@ fn connect(core: &mut Core, replicas: u32, foreign: u64, now: Instant) {
         name: "stream".into(),
         created: String::new(),
         replicas,
-        last_seq: foreign,
-        tail: Tail {
-            foreign,
-            ..Tail::default()
-        },
+        last_seq,
+        tail,
         aged: None,
         has_young: false,
         keeps_from: None,
@@ -148,4 +153,90 @@ fn a_replicated_stream_gets_one_event_at_a_time_for_ten_minutes_after_a_message_
     // also where the session to Postgres is lost meanwhile
     check_shared(3, true, &expected);
     check_shared(1, false, &[(Duration::ZERO, 4)]);
+}
+
+/// The oldest event decides: what is acknowledged for others does not put its timeout off.
+#[test]
+fn an_event_without_an_answer_ends_the_connection_whatever_else_is_acknowledged() {
+    let now = Instant::now();
+    let mut core = core(Delivery::AtLeastOnce, Memory::default());
+    connect(&mut core, 1, 0, now);
+    offer(&mut core, &["events.a", "events.b", "events.c"]);
+    let sent = publishes(&mut core, now);
+    ack(&mut core, &sent[1], now + 9 * SECOND);
+    assert_eq!(core.deadline(), Some(now + 10 * SECOND));
+    ack(&mut core, &sent[0], now + 9 * SECOND);
+    assert_eq!(core.deadline(), Some(now + 19 * SECOND));
+    ack(&mut core, &sent[2], now + 10 * SECOND);
+    assert_eq!(core.deadline(), None);
+}
+
+/// Postgres up to 14 sends each transaction without events.
+#[test]
+fn keepalives_behind_what_waits_are_kept_as_one() {
+    let now = Instant::now();
+    let mut core = core(Delivery::ExactlyOnce, Memory::default());
+    connect(&mut core, 1, 0, now);
+    offer(&mut core, &["events.a"]);
+    let sent = publishes(&mut core, now);
+    for lsn in 2..1000 {
+        let mut batch = Batch::default();
+        batch.push_boundary(Lsn(lsn));
+        core.offer(Arc::new(batch));
+        assert!(publishes(&mut core, now).is_empty());
+    }
+    assert_eq!(core.window.len(), 2);
+    ack(&mut core, &sent[0], now);
+    assert_eq!((core.settled(), core.is_settled()), (Lsn(999), true));
+}
+
+/// What the old primary has published and the new one does not know of may have been consumed since.
+#[test]
+fn what_is_gone_is_not_counted_over_a_failover() {
+    let now = Instant::now();
+    for (timeline, expected) in [(1, 0), (2, 1)] {
+        let source = Source {
+            slot: "slot".into(),
+            system_id: 7,
+            timeline,
+        };
+        let lineage = Lineage {
+            source,
+            switch_points: vec![(1, Lsn(100))],
+        };
+        let mark = Mark {
+            name: "stream".into(),
+            created: String::new(),
+            last: Some((0, "slot 7 1 0/0 1".parse().unwrap())),
+            shared: false,
+            at_rest: false,
+            settled_seq: 0,
+            confirmed_seq: 0,
+        };
+        let mut memory = Memory::default();
+        memory.learn(vec![mark], &lineage).unwrap();
+        let mut core = core(Delivery::ExactlyOnce, memory);
+        connect_to(
+            &mut core,
+            1,
+            2,
+            Tail {
+                stored: core_last(),
+                consumed: 2,
+                ..Tail::default()
+            },
+            now,
+        );
+        core.log_ended_at(Lsn(50));
+        offer(&mut core, &["events.a"]);
+        assert_eq!(publishes(&mut core, now).len(), expected, "{timeline}");
+    }
+}
+
+fn core_last() -> Option<Checkpoint> {
+    Some(Checkpoint {
+        seq: 0,
+        position: Position::default(),
+        id: None,
+    })
 }
