@@ -145,7 +145,7 @@ impl World {
             kind = Kind::Purged;
         } else if seed % 12 == 5 {
             kind = Kind::BucketBack;
-        } else if seed % 13 == 7 {
+        } else if seed % 13 == 4 {
             kind = Kind::Guest;
         }
         let replicated = rng.bool();
