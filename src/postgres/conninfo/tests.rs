@@ -60,6 +60,10 @@ fn where_and_who() {
             "u@x@h:5432/d e sslmode=prefer",
         ),
         (
+            "postgres://u@h/a%40b?user=c@d",
+            "c@d@h:5432/a@b sslmode=prefer",
+        ),
+        (
             "postgres://u@first/d?host=second",
             "u@second:5432/d sslmode=prefer",
         ),
@@ -206,7 +210,23 @@ fn what_is_wrong_is_named_and_no_password_is_told() {
         ("postgres://u:a@secret@h", "a second `@`"),
         (
             "postgres://u:secret/x@h",
-            "a port must be a number from 1 to 65535",
+            "write a slash in the user or the password as %2F",
+        ),
+        (
+            "postgres://relay:/secret@db/shop",
+            "an `@` after the first slash",
+        ),
+        (
+            "postgres://u:123/secret@h/d",
+            "an `@` after the first slash",
+        ),
+        (
+            "postgres://us/er:secret@h/d",
+            "an `@` after the first slash",
+        ),
+        (
+            "postgres://u:p@h/secret@d",
+            "an @ in the database's name as %40",
         ),
         ("postgres://h:0", "a port must be a number from 1 to 65535"),
         (

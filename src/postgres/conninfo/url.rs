@@ -37,6 +37,13 @@ pub(super) fn parse(text: &str) -> Result<Vec<(String, String)>, ConnInfoError> 
             "a second `@`; write one in the user or the password as %40",
         ));
     }
+    let (dbname, query) = path.split_once('?').unwrap_or((path, ""));
+    // a password with a slash would be taken for a port and a database, whose name is logged
+    if dbname.contains('@') {
+        return Err(ConnInfoError::Url(
+            "an `@` after the first slash; write a slash in the user or the password as %2F, and an @ in the database's name as %40",
+        ));
+    }
     let (mut hosts, mut ports) = (Vec::new(), Vec::new());
     for one in authority.split(',') {
         let (host, port) = host_and_port(one)?;
@@ -50,7 +57,6 @@ pub(super) fn parse(text: &str) -> Result<Vec<(String, String)>, ConnInfoError> 
         }
     }
 
-    let (dbname, query) = path.split_once('?').unwrap_or((path, ""));
     add(
         "dbname",
         decode(dbname.strip_prefix('/').unwrap_or(dbname), "the database")?,
