@@ -85,7 +85,8 @@ impl Mapper {
     ///
     /// # Errors
     /// [`MapError::MissingColumns`] when the table is an outbox by name, by one of its columns, or was one
-    /// before, and lacks columns. The mapper still knows the table as it was: rows must not follow.
+    /// before, and lacks columns; [`MapError::Renamed`] when it was one, and is left out by the name it has now.
+    /// The mapper still knows the table as it was: rows must not follow.
     pub fn relation<'a>(
         &mut self,
         id: u32,
@@ -118,6 +119,15 @@ impl Mapper {
             type_id,
         );
         if mapping.is_none() {
+            if let Some(Relation::Outbox(plan)) = before
+                && let EventSource::Row(was) = &plan.source
+            {
+                return Err(MapError::Renamed {
+                    was: Box::new(was.clone()),
+                    now: table,
+                    at,
+                });
+            }
             if !wanted.missing.is_empty() {
                 log::debug!(table = label.as_str(); "not named by -table, ignored");
             } else if before.is_none() {
@@ -172,7 +182,7 @@ impl Mapper {
     /// Adds an inserted row to `batch`, as the event at `place`; `false` when its table is no outbox.
     ///
     /// # Errors
-    /// Every [`MapError`] but [`MapError::MissingColumns`]; `batch` is then as it was.
+    /// Every [`MapError`] but those of [`Mapper::relation`]; `batch` is then as it was.
     pub fn insert<'a>(
         &self,
         relation_id: u32,
@@ -671,6 +681,49 @@ mod tests {
         // an outbox that is none any more would lose events
         let renamed = describe(&mut mapper, "outbox", &[("id", 23)]);
         assert!(matches!(renamed, Err(MapError::MissingColumns { .. })));
+    }
+
+    #[test]
+    fn an_outbox_that_is_renamed_out_of_the_named_ones_is_an_error() {
+        let all = seed(TEXT_OID);
+        for (tables, now, lost) in [
+            (vec![], "letters", false),
+            (vec![name(None, "outbox")], "outbox", false),
+            (vec![name(None, "outbox")], "letters", true),
+            (vec![name(Some("public"), "outbox")], "letters", true),
+            (
+                vec![name(None, "letters"), name(None, "outbox")],
+                "letters",
+                false,
+            ),
+        ] {
+            let mut mapper = Mapper::new(&only(&tables));
+            assert_eq!(describe(&mut mapper, "outbox", &all), Ok(true));
+            let expected = match lost {
+                false => Ok(true),
+                true => Err(MapError::Renamed {
+                    was: Box::new(name(Some("public"), "outbox")),
+                    now: name(Some("public"), now),
+                    at: AT.commit_lsn,
+                }),
+            };
+            assert_eq!(describe(&mut mapper, now, &all), expected, "{tables:?}");
+            // what is no outbox at all may be called anything
+            let mut mapper = Mapper::new(&only(&[name(None, "outbox")]));
+            assert_eq!(describe(&mut mapper, "users", &all), Ok(false));
+            assert_eq!(describe(&mut mapper, now, &all), Ok(now == "outbox"));
+        }
+        // another schema is another name
+        let mut mapper = Mapper::new(&only(&[name(Some("public"), "outbox")]));
+        describe(&mut mapper, "outbox", &all).unwrap();
+        let columns = all.map(|(name, type_id)| ColumnInfo { name, type_id });
+        let moved = mapper.relation(TABLE, "shop", "outbox", columns.into_iter(), AT.commit_lsn);
+        let said = moved.unwrap_err().to_string();
+        let begin = r#"map table "shop"."outbox" at 0/16B3748: it was "public"."outbox" before"#;
+        assert!(
+            said.starts_with(begin) && said.contains("name both"),
+            "{said}"
+        );
     }
 
     #[test]

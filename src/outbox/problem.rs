@@ -43,6 +43,15 @@ pub enum MapError {
         /// Where the relation message stood.
         at: Lsn,
     },
+    /// The table was relayed under another name, and is not named by this one.
+    Renamed {
+        /// What it was called.
+        was: Box<TableName>,
+        /// What it is called from here on.
+        now: TableName,
+        /// Where the relation message stood.
+        at: Lsn,
+    },
     /// More columns of one table are named than [`MAX_COLUMNS`].
     TooManyColumns {
         /// The table.
@@ -118,6 +127,11 @@ impl fmt::Display for MapError {
                  no outbox, name those that are with --table",
                 columns.join(", "),
                 needed.join(", ")
+            ),
+            MapError::Renamed { was, now, at } => write!(
+                f,
+                "map table {now} at {at}: it was {was} before, which --table names, and is renamed; name both in --table (rows \
+                 written before the change come under the old name)"
             ),
             MapError::TooManyColumns { table } => write!(
                 f,

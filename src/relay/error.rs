@@ -188,6 +188,15 @@ impl fmt::Display for Error {
             ),
             Error::Narrowed {
                 publication,
+                narrowed: narrowed @ Narrowed::Renamed { .. },
+            } => write!(
+                f,
+                "check the publication: {publication} {narrowed}; name both in -table (rows written before the change come under \
+                 the old name), and compare the table with the stream: a relay that ran meanwhile may have passed rows over. If \
+                 nothing under the name that is missing there matters, pass -resume-anyway once"
+            ),
+            Error::Narrowed {
+                publication,
                 narrowed,
             } => write!(
                 f,

@@ -64,6 +64,9 @@ struct Table {
     /// The relay relays it.
     #[serde(skip, default = "remembered")]
     relayed: bool,
+    /// When it was last seen it had another name, by which the relay does not relay it: its rows of that time come so.
+    #[serde(skip)]
+    was_left_out: bool,
 }
 
 /// No other table is written down.
@@ -96,6 +99,13 @@ pub enum Narrowed {
     Table(String),
     /// A table was dropped and made anew: for a while the new one was not published.
     TableMadeAnew(String),
+    /// A table has another name, and one of the two is not relayed.
+    Renamed {
+        /// What it was called.
+        was: String,
+        /// What it is called.
+        now: String,
+    },
     /// A table has a row filter that it had not.
     Filter(String),
     /// Columns of a table are left out.
@@ -120,6 +130,10 @@ impl fmt::Display for Narrowed {
             Narrowed::TableMadeAnew(table) => {
                 write!(f, "has a table {table} that was dropped and made anew")
             }
+            Narrowed::Renamed { was, now } => write!(
+                f,
+                "has a table {was} that is called {now} now, and not both are named by -table"
+            ),
             Narrowed::Filter(table) => {
                 write!(f, "has a row filter for {table} that it had not before")
             }
@@ -177,10 +191,15 @@ impl Published {
 
 impl Table {
     fn narrowed_in(&self, now: &Published) -> Option<Narrowed> {
-        let label = || format!("{}.{}", self.schema, self.name);
+        let label = || self.label();
         let named_alike = |other: &Table| other.schema == self.schema && other.name == self.name;
         if let Some(table) = now.tables.iter().find(|table| table.oid == self.oid) {
-            return if table.filter.is_some() && table.filter != self.filter {
+            return if !named_alike(table) && (!table.relayed || table.was_left_out) {
+                Some(Narrowed::Renamed {
+                    was: label(),
+                    now: table.label(),
+                })
+            } else if table.filter.is_some() && table.filter != self.filter {
                 Some(Narrowed::Filter(label()))
             } else if !table.has_columns_of(self) {
                 Some(Narrowed::Columns(label()))
@@ -195,6 +214,10 @@ impl Table {
         let mut existing = now.existing.iter();
         let exists = existing.any(|table| table.oid == self.oid || named_alike(table));
         (exists && !by_schema).then(|| Narrowed::Table(label()))
+    }
+
+    fn label(&self) -> String {
+        format!("{}.{}", self.schema, self.name)
     }
 
     fn has_columns_of(&self, before: &Table) -> bool {
@@ -225,7 +248,7 @@ pub fn read(
         before,
     );
     let rows = connection.simple_query_within(&sql, LOOK_LIMIT)?;
-    Ok(parse(&rows, mapping))
+    Ok(parse(&rows, mapping, before))
 }
 
 /// Statements whose rows begin with a word that says what they are.
@@ -279,7 +302,12 @@ fn sql(
     sql
 }
 
-fn parse(rows: &Rows, mapping: &Mapping) -> Option<Published> {
+fn parse(rows: &Rows, mapping: &Mapping, before: Option<&Published>) -> Option<Published> {
+    let was_left_out = |oid| {
+        let mut tables = before.iter().flat_map(|before| &before.tables);
+        let was = tables.find(|table| table.oid == oid);
+        was.is_some_and(|was| mapping.of_table(&was.schema, &was.name).is_none())
+    };
     let mut published = None;
     let (mut tables, mut schemas, mut existing) = (Vec::new(), Vec::new(), Vec::new());
     for row in rows {
@@ -307,6 +335,7 @@ fn parse(rows: &Rows, mapping: &Mapping) -> Option<Published> {
                         true => is(6),
                         false => mapping.of_table(&schema, &name).is_some(),
                     },
+                    was_left_out: was_left_out(oid),
                     schema,
                     name,
                 });
@@ -530,6 +559,26 @@ mod tests {
         let anew = published(&[table(11, "outbox")]);
         check(&one, anew, Some(Narrowed::TableMadeAnew(label())));
         check(&one, published(&[table(10, "renamed")]), None);
+        let renamed = Narrowed::Renamed {
+            was: label(),
+            now: "public.renamed".into(),
+        };
+        let left_out = |name| Table {
+            relayed: false,
+            ..table(10, name)
+        };
+        let new_only = Table {
+            was_left_out: true,
+            ..table(10, "renamed")
+        };
+        check(
+            &one,
+            published(&[left_out("renamed")]),
+            Some(renamed.clone()),
+        );
+        check(&one, published(&[new_only]), Some(renamed));
+        // the operator's own wish
+        check(&one, published(&[left_out("outbox")]), None);
         let by_schema = Published {
             existing: vec![outbox()],
             ..schemas(&[(5, "public")])
@@ -618,7 +667,7 @@ mod tests {
                 tables,
                 ..Mapping::new("events")
             };
-            let found = parse(&rows, &mapping).unwrap();
+            let found = parse(&rows, &mapping, None).unwrap();
             assert_eq!(
                 (found.oid, found.inserts, found.all_tables),
                 (7, true, false)
@@ -627,6 +676,22 @@ mod tests {
             let relayed: Vec<_> = found.tables.iter().map(|table| table.relayed).collect();
             assert_eq!(relayed, expected);
         }
-        assert_eq!(parse(&vec![], &Mapping::new("events")), None);
+        assert_eq!(parse(&vec![], &Mapping::new("events"), None), None);
+
+        // a table that was called otherwise, by a name that is not given
+        let mapping = Mapping {
+            tables: vec![of(None, "outbox")],
+            ..Mapping::new("events")
+        };
+        for (was, left_out) in [("outbox", false), ("letters", true)] {
+            let before = published(&[table(10, was)]);
+            let found = parse(&rows, &mapping, Some(&before)).unwrap();
+            let found: Vec<_> = found
+                .tables
+                .iter()
+                .map(|table| table.was_left_out)
+                .collect();
+            assert_eq!(found, [left_out, false], "{was}");
+        }
     }
 }

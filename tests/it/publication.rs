@@ -269,3 +269,60 @@ fn what_was_written_without_the_publication_halts_the_relay_until_the_slot_is_mo
         "the second and the third are the person's"
     );
 }
+
+/// It ends with this code, and says where the table's events are and how to get them.
+#[track_caller]
+fn halts_for_the_name(mut relay: Relay, code: i32, word: &str) {
+    let found = relay.wait_exit(DEADLINE);
+    let last = relay.log().last().cloned().unwrap_or_default();
+    assert_eq!(found, code, "{last}");
+    for word in [word, "level=error", "name both in -"] {
+        assert!(last.contains(word), "{word:?} is not in {last}");
+    }
+}
+
+/// Rows come under the name that their table had when they were written.
+#[test]
+fn a_table_that_is_renamed_out_of_the_named_ones_halts_the_relay_until_both_names_are_given() {
+    let rig = start(&[]);
+    let relay = rig.relay(&["-table", "outbox"]);
+    insert(&rig, "outbox", 1);
+    rig.wait_for_messages(1);
+    rig.pg.execute(&format!(
+        "BEGIN; ALTER TABLE outbox RENAME TO letters; \
+         INSERT INTO letters VALUES ('{}', 'account', 'a', '{{\"n\": 2}}'); COMMIT",
+        uuid(2)
+    ));
+    let said = r#"it was \"public\".\"outbox\" before"#;
+    halts_for_the_name(relay, 65, said);
+    // the next one knows it from what was seen, with whatever one name
+    let both = "has a table public.outbox that is called public.letters now";
+    for table in ["outbox", "letters"] {
+        halts_for_the_name(rig.relay(&["-table", table, "--drain"]), 78, both);
+    }
+    insert(&rig, "letters", 3);
+    rig.drain(&["-table", "outbox,letters"]);
+    // from then on it is called so
+    insert(&rig, "letters", 4);
+    rig.drain(&["-table", "letters"]);
+    let ids: Vec<_> = rig.messages().iter().map(|m| m.id().to_string()).collect();
+    assert_eq!(ids, [1, 2, 3, 4].map(uuid));
+}
+
+#[test]
+fn a_table_that_is_moved_to_another_schema_while_no_relay_runs_halts_the_next_one() {
+    let rig = start(&[]);
+    insert(&rig, "outbox", 1);
+    rig.drain(&["-table", "public.outbox"]);
+    insert(&rig, "outbox", 2);
+    rig.pg
+        .execute("CREATE SCHEMA shop; ALTER TABLE outbox SET SCHEMA shop");
+    insert(&rig, "shop.outbox", 3);
+    let both = "has a table public.outbox that is called shop.outbox now";
+    for table in ["public.outbox", "shop.outbox"] {
+        halts_for_the_name(rig.relay(&["-table", table, "--drain"]), 78, both);
+    }
+    rig.drain(&["-table", "public.outbox,shop.outbox"]);
+    let ids: Vec<_> = rig.messages().iter().map(|m| m.id().to_string()).collect();
+    assert_eq!(ids, [1, 2, 3].map(uuid));
+}
