@@ -7,6 +7,7 @@ use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::process::Process;
 use crate::support::relay::Relay;
+use jetstream_outbox::admin::statements::identifier;
 use serde_json::{Value, json};
 use std::process::{Command, Stdio};
 
@@ -98,6 +99,33 @@ fn setup_takes_the_relays_names() {
         .execute("INSERT INTO \"My\".\"Outbox\" VALUES (gen_random_uuid(), 'order', '7', '{}')");
     rig.drain(&flags);
     assert_eq!(rig.nats.client().read_all("ORDERS").len(), 1);
+}
+
+/// README's example: one of its columns is called by a reserved word.
+#[test]
+fn setup_quotes_what_sql_keeps_for_itself() {
+    let rig = bare();
+    rig.pg.execute("CREATE SCHEMA shop");
+    let flags = [
+        "-table",
+        "orders",
+        "-table",
+        "shop.\"Mail\":id=nr,payload=body,subject={prefix}.mail.{to},header=lang=X-Lang",
+    ];
+    let readme = std::fs::read_to_string("README.md").expect("README.md");
+    assert!(readme.contains(&format!("-table '{}' -table '{}'", flags[1], flags[3])));
+    on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
+    rig.pg.execute(
+        "INSERT INTO shop.\"Mail\" (nr, \"to\", lang, body) VALUES (gen_random_uuid(), 'ann', 'en', '{}')",
+    );
+    rig.drain(&flags);
+    assert_eq!(rig.subjects(), ["events.mail.ann"]);
+
+    // every word of this server's
+    let words = "SELECT string_agg(word, ' ' ORDER BY word) FROM pg_get_keywords() WHERE catcode IN ('R', 'T')";
+    let words = rig.pg.scalar::<String>(words).expect("key words");
+    let unquoted = words.split(' ').filter(|word| identifier(word) == *word);
+    assert_eq!(unquoted.collect::<Vec<_>>(), [""; 0]);
 }
 
 /// What setup makes by the flags is what the relay, and the doctor, take with the same flags.
