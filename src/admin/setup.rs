@@ -30,10 +30,13 @@ const MESSAGES: u32 = 140_000;
 const VIA_ROOT: u32 = 130_000;
 
 /// What became of one thing.
+#[derive(Clone)]
 enum Outcome {
     Created,
     /// It was there; where it differs from what would have been created, and what to do.
     Found(Vec<String>),
+    /// It is not there and cannot be made yet: why.
+    Missing(String),
 }
 
 /// Prints a line a thing.
@@ -48,6 +51,7 @@ impl Report {
             Outcome::Found(differences) if differences.is_empty() => {
                 say(&format!("found    {what}\n"))
             }
+            Outcome::Missing(why) => self.tell(what, Outcome::Found(vec![why])),
             Outcome::Found(differences) => {
                 self.differs = true;
                 differences
@@ -95,13 +99,12 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
         let outcome = function(&mut database, prefix)?;
         report.tell("function outbox_publish", outcome)?;
     }
-    let outcome = publication(&mut database, config, &known)?;
-    let made_publication = matches!(outcome, Outcome::Created);
+    let published = publication(&mut database, config, &known)?;
     report.tell(
         &format!("publication {}", identifier(&config.publication)),
-        outcome,
+        published.clone(),
     )?;
-    let outcome = slot(&mut database, config, how, made_publication)?;
+    let outcome = slot(&mut database, config, how, &published)?;
     report.tell(&format!("slot {}", config.slot), outcome)?;
     Ok(match report.differs {
         true => Exit::Configuration,
@@ -370,9 +373,8 @@ fn publication(
     )?;
     let Some(row) = found else {
         if known.is_empty() {
-            return Ok(Outcome::Found(vec![
-                "it does not exist, and there is no table for it".to_string(),
-            ]));
+            let why = "it does not exist, and there is no table for it";
+            return Ok(Outcome::Missing(why.to_string()));
         }
         let mut partitioned = false;
         for table in known {
@@ -427,7 +429,7 @@ fn slot(
     database: &mut Database,
     config: &Config,
     how: &Setup,
-    made_publication: bool,
+    publication: &Outcome,
 ) -> Result<Outcome, Error> {
     let failover = if database.version >= FAILOVER {
         "failover"
@@ -444,6 +446,11 @@ fn slot(
         &[&config.slot],
     )?;
     let Some(row) = found else {
+        if matches!(publication, Outcome::Missing(_)) {
+            // it would keep log that it can never send
+            let why = "it is not created before the publication, which it could not see";
+            return Ok(Outcome::Missing(why.to_string()));
+        }
         database.run("create the slot", &create_slot(&config.slot, how.failover))?;
         return Ok(Outcome::Created);
     };
@@ -457,7 +464,7 @@ fn slot(
             "it belongs to database {}; name another slot with -slot",
             database.unwrap_or_default()
         ));
-    } else if made_publication {
+    } else if !matches!(publication, Outcome::Found(_)) {
         differences.push(format!(
             "it is older than the publication, which it cannot see in what was written before; drop it and run setup again: {}",
             drop_slot(&config.slot)

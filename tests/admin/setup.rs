@@ -375,6 +375,32 @@ fn setup_does_not_trust_a_slot_that_is_older_than_the_publication() {
     );
 }
 
+/// Without a table there is no publication, and a slot that is older than it is of no use: the next run makes both.
+#[test]
+fn setup_makes_no_slot_before_there_is_a_publication() {
+    let rig = bare();
+    let args = ["setup", "-table", "events_*"];
+    let ended = on(&rig, &args);
+    let text = ended.with(78);
+    for line in [
+        "differs  tables \"events_\"*: there is none;",
+        "differs  publication jetstream_outbox: it does not exist, and there is no table for it\n",
+        "differs  slot jetstream_outbox: it is not created before the publication",
+    ] {
+        assert!(text.contains(line), "{line}:\n{text}");
+    }
+    let slots = "SELECT count(*) FROM pg_replication_slots";
+    assert_eq!(rig.pg.scalar::<i64>(slots), Some(0));
+    rig.pg.execute(
+        "CREATE TABLE events_a (id uuid, aggregatetype text, aggregateid text, payload jsonb)",
+    );
+    let ended = on(&rig, &args);
+    assert!(
+        ended.with(0).contains("created  slot jetstream_outbox\n"),
+        "{ended:?}"
+    );
+}
+
 #[test]
 fn setup_names_a_stream_that_has_the_name_and_other_subjects() {
     let rig = bare();
