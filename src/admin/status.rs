@@ -14,7 +14,7 @@ use crate::exit::Exit;
 use crate::jetstream::options::Options;
 use crate::jetstream::resume::OUTBOX_POSITION;
 use crate::jetstream::streams::last_message_request;
-use crate::outbox::position::SourcePosition;
+use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
 use crate::postgres::connection::quote_literal;
 use jiff::Timestamp;
@@ -91,10 +91,10 @@ struct Tail {
 enum Waiting {
     /// There is none.
     Nothing,
-    /// It is one of this transaction.
-    Commit {
-        /// Where its commit record starts.
-        lsn: Lsn,
+    /// It is this one.
+    Event {
+        /// Where it stands.
+        at: Position,
         /// Seconds since 1970, by Postgres' clock.
         time_s: i64,
     },
@@ -108,7 +108,7 @@ impl Waiting {
     fn seconds(self, now: Timestamp) -> Option<u64> {
         match self {
             Waiting::Nothing => Some(0),
-            Waiting::Commit { time_s, .. } => {
+            Waiting::Event { time_s, .. } => {
                 Some(now.as_second().saturating_sub(time_s).max(0) as u64)
             }
             Waiting::Unknown => None,
@@ -125,12 +125,12 @@ struct Decoded {
 
 impl Decoded {
     /// Whether it still holds at `now`, when everything up to `known` is published, and what it has become.
-    fn still(self, now: Instant, known: Option<Lsn>) -> Option<Waiting> {
+    fn still(self, now: Instant, known: Option<Position>) -> Option<Waiting> {
         if now.saturating_duration_since(self.at) >= DECODE_INTERVAL {
             return None;
         }
         match self.waiting {
-            Waiting::Commit { lsn, .. } if known.is_some_and(|known| known >= lsn) => None,
+            Waiting::Event { at, .. } if known.is_some_and(|known| known >= at) => None,
             waiting => Some(waiting),
         }
     }
@@ -255,7 +255,7 @@ fn look(
     }
     let lag_bytes = match (waiting, known) {
         (Waiting::Nothing, _) => Some(0),
-        (_, Some(known)) => Some(slot.current.0.saturating_sub(known.0)),
+        (_, Some(known)) => Some(slot.current.0.saturating_sub(known.commit_lsn.0)),
         (_, None) => None,
     };
     Ok(Standing {
@@ -267,15 +267,21 @@ fn look(
 }
 
 /// The position up to which everything is published: confirmed, or in a stream, if that was written from this system.
-fn published(slot: &Slot, streams: &[Stream], system_id: Option<u64>) -> Option<Lsn> {
+///
+/// What is confirmed are whole transactions, all before that LSN; of the one that a stream ends in, it may have a part.
+fn published(slot: &Slot, streams: &[Stream], system_id: Option<u64>) -> Option<Position> {
     let tails = streams
         .iter()
         .filter_map(|stream| stream.tail.as_ref()?.position.as_ref())
         .filter(|at| at.source.slot == slot.name && Some(at.source.system_id) == system_id)
-        .map(|at| at.position.commit_lsn)
+        .map(|at| at.position)
         // beyond the end of the log is a history of another timeline
-        .filter(|lsn| *lsn <= slot.current);
-    tails.chain(slot.confirmed).max()
+        .filter(|at| at.commit_lsn <= slot.current);
+    let confirmed = slot.confirmed.map(|commit_lsn| Position {
+        commit_lsn,
+        ordinal: 0,
+    });
+    tails.chain(confirmed).max()
 }
 
 fn read_streams(bus: &mut Bus<'_>, config: &Config) -> Result<Vec<Stream>, Error> {
@@ -355,9 +361,9 @@ fn waiting(
     database: &mut Database,
     config: &Config,
     slot: &Slot,
-    known: Option<Lsn>,
+    known: Option<Position>,
 ) -> Result<Waiting, Error> {
-    if known.is_some_and(|known| known >= slot.current) {
+    if known.is_some_and(|known| known.commit_lsn >= slot.current) {
         return Ok(Waiting::Nothing);
     }
     match decode(database, config, slot, known) {
@@ -374,7 +380,7 @@ fn decode(
     database: &mut Database,
     config: &Config,
     slot: &Slot,
-    known: Option<Lsn>,
+    known: Option<Position>,
 ) -> Result<Waiting, Error> {
     let copy = format!("outbox_status_{}", std::process::id());
     // before the session is given up
@@ -407,19 +413,18 @@ fn first_event(
     database: &mut Database,
     config: &Config,
     slot: &Slot,
-    known: Option<Lsn>,
+    known: Option<Position>,
     copy: &str,
     patience: Duration,
 ) -> Result<Waiting, Error> {
     const DOING: &str = "decode a copy of the slot";
-    if let (Some(known), Some(confirmed)) = (known, slot.confirmed)
-        && known > confirmed
-    {
-        // a transaction whose commit record begins before the slot's position is passed over
-        let behind = Lsn(known.0 + 1).to_string();
+    let known = known.unwrap_or_default();
+    if slot.confirmed.is_some_and(|lsn| known.commit_lsn > lsn) {
+        // a transaction whose commit record begins before the slot's position is passed over: all but the last one
+        let upto = known.commit_lsn;
         database.run(
             DOING,
-            &format!("SELECT pg_catalog.pg_replication_slot_advance('{copy}', '{behind}')"),
+            &format!("SELECT pg_catalog.pg_replication_slot_advance('{copy}', '{upto}')"),
         )?;
     }
     // Postgres 18 sends nothing for a publication that does not exist, and no error
@@ -457,13 +462,15 @@ fn first_event(
         if rows.is_empty() {
             return Ok(Waiting::Nothing);
         }
-        let mut began = None;
+        let mut events = Events::default();
         for row in &rows {
             match row.get::<_, i32>(0) {
-                // Begin: its commit's LSN (8 bytes) and its time in microseconds (8 bytes)
-                66 => began = row.get::<_, Option<Vec<u8>>>(1),
-                // Insert
-                _ => return Ok(since(began.as_deref())),
+                66 => events.begin(row.get::<_, Option<&[u8]>>(1)),
+                // Insert or Message
+                _ => match events.next() {
+                    Waiting::Event { at, .. } if at <= known => {}
+                    waiting => return Ok(waiting),
+                },
             }
         }
     }
@@ -493,18 +500,44 @@ fn outboxes(database: &mut Database, config: &Config) -> Result<Vec<i64>, Error>
     Ok(outboxes.map(|table| table.get(0)).collect())
 }
 
-/// Of what follows the tag of a Begin message: its commit's LSN and time.
-fn since(begin: Option<&[u8]>) -> Waiting {
-    let number = |bytes: &[u8]| <[u8; 8]>::try_from(bytes).ok();
-    let Some((lsn, time)) = begin
-        .and_then(|begin| begin.split_at_checked(8))
-        .and_then(|(lsn, time)| Some((number(lsn)?, number(time)?)))
-    else {
-        return Waiting::Unknown;
-    };
-    Waiting::Commit {
-        lsn: Lsn(u64::from_be_bytes(lsn)),
-        time_s: i64::from_be_bytes(time).div_euclid(1_000_000) + POSTGRES_EPOCH_S,
+/// Counts the events of a transaction, as the reader does.
+#[derive(Debug, Default)]
+struct Events {
+    /// Its commit's LSN, and its time in microseconds, as Postgres counts.
+    began: Option<(u64, i64)>,
+    count: u32,
+}
+
+impl Events {
+    /// Takes what follows the tag of a Begin message.
+    fn begin(&mut self, begin: Option<&[u8]>) {
+        let number = |bytes: &[u8]| <[u8; 8]>::try_from(bytes).ok();
+        let began = || {
+            let (lsn, time) = begin?.split_at_checked(8)?;
+            Some((
+                u64::from_be_bytes(number(lsn)?),
+                i64::from_be_bytes(number(time)?),
+            ))
+        };
+        *self = Events {
+            began: began(),
+            count: 0,
+        };
+    }
+
+    /// The next event of the transaction, as one that waits.
+    fn next(&mut self) -> Waiting {
+        self.count += 1;
+        let Some((lsn, time_us)) = self.began else {
+            return Waiting::Unknown;
+        };
+        Waiting::Event {
+            at: Position {
+                commit_lsn: Lsn(lsn),
+                ordinal: self.count,
+            },
+            time_s: time_us.div_euclid(1_000_000) + POSTGRES_EPOCH_S,
+        }
     }
 }
 
@@ -640,6 +673,13 @@ mod tests {
         assert_eq!(sparkline(&[None]), "·");
     }
 
+    fn at(commit_lsn: u64, ordinal: u32) -> Position {
+        Position {
+            commit_lsn: Lsn(commit_lsn),
+            ordinal,
+        }
+    }
+
     #[test]
     fn the_later_of_slot_and_stream_is_what_is_published() {
         let stream = |position: &str| Stream {
@@ -656,57 +696,68 @@ mod tests {
             ..Slot::default()
         };
         for (position, expected) in [
-            ("s 1 1 0/200 1", 0x200),
-            ("s 1 1 0/50 1", 0x100),
-            ("s 2 1 0/200 1", 0x100),
-            ("other 1 1 0/200 1", 0x100),
-            ("s 1 1 0/2000 1", 0x100),
-            ("none", 0x100),
+            ("s 1 1 0/200 1", at(0x200, 1)),
+            ("s 1 1 0/100 6", at(0x100, 6)),
+            ("s 1 1 0/50 1", at(0x100, 0)),
+            ("s 2 1 0/200 1", at(0x100, 0)),
+            ("other 1 1 0/200 1", at(0x100, 0)),
+            ("s 1 1 0/2000 1", at(0x100, 0)),
+            ("none", at(0x100, 0)),
         ] {
             let found = published(&slot, &[stream(position)], Some(1));
-            assert_eq!(found, Some(Lsn(expected)), "{position}");
+            assert_eq!(found, Some(expected), "{position}");
         }
         assert_eq!(published(&Slot::default(), &[], None), None);
     }
 
     #[test]
     fn what_was_decoded_holds_until_it_is_old_or_published() {
-        let at = Instant::now();
-        let later = at + DECODE_INTERVAL;
-        let commit = Waiting::Commit {
-            lsn: Lsn(5),
+        let start = Instant::now();
+        let later = start + DECODE_INTERVAL;
+        let sixth = Waiting::Event {
+            at: at(5, 6),
             time_s: 0,
         };
+        let nothing = Waiting::Nothing;
         for (waiting, now, known, expected) in [
-            (commit, at, Some(Lsn(4)), Some(commit)),
-            (commit, at, None, Some(commit)),
-            (commit, at, Some(Lsn(5)), None),
-            (commit, later, Some(Lsn(4)), None),
-            (Waiting::Nothing, at, Some(Lsn(9)), Some(Waiting::Nothing)),
-            (Waiting::Nothing, later, Some(Lsn(9)), None),
+            (sixth, start, Some(at(4, 9)), Some(sixth)),
+            (sixth, start, Some(at(5, 0)), Some(sixth)),
+            (sixth, start, Some(at(5, 5)), Some(sixth)),
+            (sixth, start, None, Some(sixth)),
+            (sixth, start, Some(at(5, 6)), None),
+            (sixth, start, Some(at(6, 0)), None),
+            (sixth, later, Some(at(4, 1)), None),
+            (nothing, start, Some(at(9, 0)), Some(nothing)),
+            (nothing, later, Some(at(9, 0)), None),
         ] {
-            let found = Decoded { at, waiting }.still(now, known);
+            let found = Decoded { at: start, waiting }.still(now, known);
             assert_eq!(found, expected, "{waiting:?} {known:?}");
         }
     }
 
     #[test]
-    fn a_begin_message_tells_where_and_when() {
+    fn a_begin_message_tells_where_and_when_its_events_are() {
         let mut begin = 0x1234_u64.to_be_bytes().to_vec();
         begin.extend_from_slice(&1_500_000_i64.to_be_bytes());
-        let expected = Waiting::Commit {
-            lsn: Lsn(0x1234),
+        let event = |ordinal| Waiting::Event {
+            at: at(0x1234, ordinal),
             time_s: POSTGRES_EPOCH_S + 1,
         };
-        assert_eq!(since(Some(&begin)), expected);
-        assert_eq!(since(begin.get(..15)), Waiting::Unknown);
-        assert_eq!(since(None), Waiting::Unknown);
+        let mut events = Events::default();
+        for _ in 0..2 {
+            events.begin(Some(&begin));
+            assert_eq!([events.next(), events.next()], [event(1), event(2)]);
+        }
+        events.begin(begin.get(..15));
+        assert_eq!(events.next(), Waiting::Unknown);
+        events.begin(None);
+        assert_eq!(events.next(), Waiting::Unknown);
     }
 
     #[test]
     fn a_lag_above_its_limit_or_unknown_exceeds() {
-        let waits = Waiting::Commit {
-            lsn: Lsn(1),
+        let waits = Waiting::Event {
+            at: at(1, 1),
             time_s: Timestamp::now().as_second() - 1000,
         };
         for (lag_bytes, waiting, limits, expected) in [

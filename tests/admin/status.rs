@@ -1,10 +1,10 @@
 //! `status`: both sides' own words about where things stand.
 
 use crate::command::{command, on, run, servers};
-use crate::rig::{DEADLINE, Rig, SLOT};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::process::Process;
 use crate::support::wait::{eventually, secs};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
@@ -60,6 +60,37 @@ fn an_event_that_waits_is_told_until_it_is_published() {
         Some(1),
         "no copy is left"
     );
+}
+
+/// A relay that halts in the middle of a transaction has published its first events, and no more.
+#[test]
+fn the_second_half_of_a_transaction_is_lag() {
+    let rig = Rig::start();
+    let room_for = |max_msgs: i32| {
+        let config = json!({ "name": STREAM, "subjects": ["events.>"], "max_msgs": max_msgs, "discard": "new" });
+        let api = format!("STREAM.UPDATE.{STREAM}");
+        rig.nats.client().api(&api, &config);
+    };
+    room_for(6);
+    rig.commit_event(1, "a");
+    rig.pg.execute(
+        "INSERT INTO outbox SELECT gen_random_uuid(), 'account', 'a', '{}' FROM generate_series(1, 10)",
+    );
+    let relay = rig.relay(&["--hold-back", "1h"]);
+    relay.wait_for_log("connecting to NATS again", DEADLINE);
+    assert_eq!(rig.nats.client().message_count(STREAM), 6);
+    let found = eventually("the sixth event to wait", DEADLINE, || {
+        let found = status(&rig);
+        match found["lag_seconds"].as_u64() {
+            Some(seconds) if seconds > 0 => Ok(found),
+            _ => Err(found),
+        }
+    });
+    assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
+    room_for(-1);
+    rig.wait_for_messages(11);
+    let found = status(&rig);
+    assert_eq!(found["lag_bytes"], 0, "{found}");
 }
 
 #[test]
