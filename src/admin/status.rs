@@ -382,7 +382,14 @@ fn decode(
     slot: &Slot,
     known: Option<Position>,
 ) -> Result<Waiting, Error> {
-    let copy = format!("outbox_status_{}", std::process::id());
+    // this session's own number: programs in two containers may well have the same one
+    let session = database.row(
+        "ask for the session's number",
+        "SELECT pg_catalog.pg_backend_pid()",
+        &[],
+    )?;
+    let session = session.map_or(0, |row| row.get::<_, i32>(0));
+    let copy = format!("outbox_status_{session}");
     // before the session is given up
     let patience = match database.answer_limit <= PATIENCE {
         true => WATCH_PATIENCE,

@@ -289,6 +289,24 @@ impl Watched {
     }
 }
 
+/// Programs in two containers may have the same process id, and the copies of slots have names of their own.
+#[test]
+fn the_copy_of_the_slot_is_the_sessions_own() {
+    let rig = Rig::start();
+    let mut watched = Watched::start(&rig, &["--json"]);
+    let other = format!("outbox_status_{}", watched.process.child().id());
+    rig.pg.execute(&format!(
+        "SELECT pg_create_physical_replication_slot('{other}')"
+    ));
+    rig.commit_event(1, "a");
+    watched.next("how long the event waits", |line| {
+        let found: Value = serde_json::from_str(line).expect("a line is one value");
+        assert_ne!(found["lag_seconds"], Value::Null, "{found}");
+        found["lag_seconds"].as_u64() > Some(0)
+    });
+    watched.process.kill();
+}
+
 /// A machine that hangs, a network that swallows: nothing is refused, and nothing comes.
 #[test]
 fn watching_says_soon_that_a_server_does_not_answer() {
