@@ -67,6 +67,17 @@ const UNSUPPORTED: &[&str] = &[
     "sslpassword",
 ];
 
+/// The environment variables that libpq takes for such parameters, each with the value that is libpq's default.
+const UNSUPPORTED_VARIABLES: &[(&str, &str)] = &[
+    ("PGREQUIREPEER", ""),
+    ("PGREQUIRESSL", "0"),
+    ("PGSERVICE", ""),
+    ("PGSSLCERTMODE", "allow"),
+    ("PGSSLCRL", ""),
+    ("PGSSLCRLDIR", ""),
+    ("PGSSLNEGOTIATION", "postgres"),
+];
+
 /// The parameter of that name.
 pub(super) fn keyword(name: &str) -> Result<&'static str, ConnInfoError> {
     if let Some((keyword, _)) = PARAMETERS.iter().find(|(keyword, _)| *keyword == name) {
@@ -174,6 +185,12 @@ pub(super) fn resolve(
     let has_nul = |(_, value): (_, &String)| value.contains('\0');
     if values.given.iter().any(has_nul) {
         return Err(ConnInfoError::Conflict("a value contains a zero byte"));
+    }
+    let is_set = |(variable, default): &&(&'static str, &str)| {
+        env(variable).is_some_and(|value| !value.is_empty() && value != *default)
+    };
+    if let Some((variable, _)) = UNSUPPORTED_VARIABLES.iter().find(is_set) {
+        return Err(ConnInfoError::UnsupportedParameter(variable));
     }
     values.word(
         "gssencmode",

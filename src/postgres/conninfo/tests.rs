@@ -278,6 +278,30 @@ fn what_is_wrong_is_named_and_no_password_is_told() {
     }
 }
 
+/// To ignore them would weaken what was asked for.
+#[test]
+fn what_the_environment_asks_for_and_nobody_can_do_is_refused() {
+    for (variable, value, default) in [
+        ("PGSSLCRL", "/crl.pem", None),
+        ("PGSSLCRLDIR", "/crls", None),
+        ("PGREQUIREPEER", "postgres", None),
+        ("PGSSLCERTMODE", "require", Some("allow")),
+        ("PGSSLNEGOTIATION", "direct", Some("postgres")),
+        ("PGSERVICE", "shop", None),
+        ("PGREQUIRESSL", "1", Some("0")),
+    ] {
+        let error = parse("host=h", &[(variable, value)]).expect_err(variable);
+        assert_eq!(error, ConnInfoError::UnsupportedParameter(variable));
+        for nothing in [Some(""), default].into_iter().flatten() {
+            check(
+                "host=h user=u",
+                &[(variable, nothing)],
+                "u@h:5432/u sslmode=prefer",
+            );
+        }
+    }
+}
+
 #[test]
 fn neither_display_nor_debug_shows_the_password() {
     let info = parse("postgres://u:secret@h/d", &[]).unwrap();
