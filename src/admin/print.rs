@@ -3,12 +3,13 @@
 
 use super::statements::{
     create_bucket, create_park_stream, create_publication, create_slot, create_stream,
-    create_table, identifier, park_stream, table_name, tables,
+    create_table, park_stream, table_name, tables,
 };
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
 use crate::outbox::message::publish_function;
 use crate::postgres::connection::quote_literal;
+use crate::postgres::identifier::identifier;
 use std::fmt::Write;
 
 /// The whole text.

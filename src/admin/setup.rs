@@ -6,8 +6,7 @@ use super::bus::Bus;
 use super::database::{Access, Database};
 use super::statements::{
     create_bucket, create_park_stream, create_publication, create_slot, create_stream,
-    create_table, drop_slot, identifier, mapping_of, missing_columns, park_stream, table_name,
-    tables,
+    create_table, drop_slot, mapping_of, missing_columns, park_stream, table_name, tables,
 };
 use super::{Error, say};
 use crate::config::Config;
@@ -18,6 +17,7 @@ use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, matches};
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
+use crate::postgres::identifier::identifier;
 use std::time::Duration;
 
 /// `pg_create_logical_replication_slot` has the parameter since.

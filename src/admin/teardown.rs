@@ -1,10 +1,11 @@
 //! `teardown`: removes the slot, which would keep log for ever, and the publication.
 
 use super::database::{Access, Database};
-use super::statements::{drop_slot, identifier};
+use super::statements::drop_slot;
 use super::{Error, say};
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::postgres::identifier::identifier;
 
 /// Removes them, if `yes`; says what would be removed otherwise.
 pub fn run(config: &Config, yes: bool) -> Result<Exit, Error> {

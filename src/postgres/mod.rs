@@ -3,6 +3,7 @@
 //! [`conninfo`] reads what libpq reads, [`connection`] starts a session over a `stream` (plain or
 //! `tls`) with `authentication`, [`replication`] speaks the copy-both stream, whose messages `frames` cuts,
 //! and [`pgoutput`] decodes what it carries, by [`byte_reader`]. All bounds and deadlines are in `limits`.
+//! [`identifier`] writes names for people.
 //! With the feature `admin`, `handover` lets the `postgres` crate use such a session.
 
 mod authentication;
@@ -13,6 +14,7 @@ pub mod error;
 mod frames;
 #[cfg(feature = "admin")]
 pub mod handover;
+pub mod identifier;
 mod limits;
 pub mod lsn;
 mod passfile;

@@ -4,7 +4,8 @@
 //! and `pg_publication` are readable by every role.
 
 use super::error::Error;
-use crate::postgres::connection::quote_literal;
+use crate::postgres::connection::{quote_identifier, quote_literal};
+use crate::postgres::identifier::identifier;
 use crate::postgres::{Connection, Lsn};
 use std::time::Duration;
 
@@ -46,14 +47,17 @@ pub fn check(connection: &mut Connection, slot: &str, publication: &str) -> Resu
 
 fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Result<Lsn, Error> {
     // wal_status tells a slot whose log is gone, from 13 on
-    let wal_status = if connection.server_version_num() >= 130_000 {
-        "wal_status"
-    } else {
-        "NULL"
+    let since = |version, column| match connection.server_version_num() >= version {
+        true => column,
+        false => "NULL",
     };
+    let (wal_status, reason) = (
+        since(130_000, "wal_status"),
+        since(170_000, "invalidation_reason"),
+    );
     let sql = format!(
         "SELECT slot_type, plugin, database = current_database(), active_pid, confirmed_flush_lsn, {wal_status}, \
-         database FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
+         {reason}, database FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
         quote_literal(slot)
     );
     let rows = connection.simple_query(&sql)?;
@@ -65,12 +69,13 @@ fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Res
             active_pid,
             confirmed,
             wal_status,
+            reason,
             database,
         ],
     ) = rows
         .into_iter()
         .next()
-        .and_then(|row| <[Option<String>; 7]>::try_from(row).ok())
+        .and_then(|row| <[Option<String>; 8]>::try_from(row).ok())
     else {
         return Err(Error::Setup(format!(
             "find the slot: {slot} does not exist; after creating the publication {publication}, run in this database: \
@@ -92,9 +97,12 @@ fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Res
         )));
     }
     if wal_status.as_deref() == Some("lost") {
+        let usual =
+            "most often because the log that it needed was more than max_slot_wal_keep_size";
         return Err(Error::Setup(format!(
-            "check the slot: Postgres has removed log that {slot} still needed (max_slot_wal_keep_size), so events are missing; \
-             drop the slot, create it anew, and publish what was committed in between by hand"
+            "check the slot: Postgres has given {slot} up ({}), so events are missing; drop the slot, create it anew, and \
+             publish what was committed in between by hand",
+            reason.as_deref().unwrap_or(usual)
         )));
     }
     if let Some(pid) = active_pid {
@@ -114,6 +122,7 @@ fn check_publication(connection: &mut Connection, publication: &str) -> Result<(
         quote_literal(publication)
     );
     let rows = connection.simple_query(&sql)?;
+    let name = identifier(publication);
     match rows
         .first()
         .and_then(|row| row.first())
@@ -121,11 +130,12 @@ fn check_publication(connection: &mut Connection, publication: &str) -> Result<(
     {
         Some(Some("t")) => Ok(()),
         Some(_) => Err(Error::Setup(format!(
-            "check the publication: {publication} does not publish inserts; run ALTER PUBLICATION {publication} SET (publish = 'insert')"
+            "check the publication: {publication} does not publish inserts; run ALTER PUBLICATION {name} SET (publish = 'insert')"
         ))),
         None => Err(Error::Setup(format!(
-            "find the publication: {publication} does not exist in this database; run CREATE PUBLICATION {publication} FOR TABLE outbox \
-             WITH (publish = 'insert'), or name another with -publication (one that is created after the slot lacks what was \
+            "find the publication: {publication} does not exist in this database; run CREATE PUBLICATION {name} FOR TABLE outbox \
+             WITH (publish = 'insert'), with the tables of -table in place of outbox if it names any, or name another \
+             publication with -publication (one that is created after the slot lacks what was \
              written before it: create the slot anew then)"
         ))),
     }
@@ -138,10 +148,9 @@ pub fn pgoutput_options(
     messages: bool,
 ) -> Vec<(&'static str, String)> {
     // publication_names is a list of identifiers
-    let quoted = format!("\"{}\"", publication.replace('"', "\"\""));
     let mut options = vec![
         ("proto_version", "1".to_string()),
-        ("publication_names", quoted),
+        ("publication_names", quote_identifier(publication)),
     ];
     if server_version_num >= MESSAGES {
         options.push(("messages", messages.to_string()));

@@ -7,7 +7,7 @@ use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::process::Process;
 use crate::support::relay::Relay;
-use jetstream_outbox::admin::statements::identifier;
+use jetstream_outbox::postgres::identifier::identifier;
 use serde_json::{Value, json};
 use std::process::{Command, Stdio};
 

@@ -88,10 +88,10 @@ fn a_standby_waits_for_the_slot_says_so_once_and_takes_over() {
 fn what_is_missing_or_wrong_in_postgres_is_named_with_what_to_do() {
     let rig = Rig::start();
     rig.pg.execute(
-        "SELECT pg_create_logical_replication_slot('decoded', 'test_decoding');
+        r#"SELECT pg_create_logical_replication_slot('decoded', 'test_decoding');
          SELECT pg_create_physical_replication_slot('physical');
-         CREATE PUBLICATION deletes FOR TABLE outbox WITH (publish = 'delete');
-         CREATE ROLE plain LOGIN;",
+         CREATE PUBLICATION "All deletes" FOR TABLE outbox WITH (publish = 'delete');
+         CREATE ROLE plain LOGIN;"#,
     );
     rig.pg.execute("CREATE DATABASE other");
     rig.pg
@@ -117,12 +117,24 @@ fn what_is_missing_or_wrong_in_postgres_is_named_with_what_to_do() {
         (
             &["--publication", "none"],
             78,
-            &["none does not exist", "CREATE PUBLICATION"],
+            &[
+                "none does not exist",
+                "CREATE PUBLICATION none FOR TABLE outbox",
+                "the tables of -table in place of outbox",
+            ],
         ),
         (
-            &["--publication", "deletes"],
+            &["--publication", "table"],
             78,
-            &["does not publish inserts", "ALTER PUBLICATION"],
+            &[r#"CREATE PUBLICATION \"table\" FOR TABLE"#],
+        ),
+        (
+            &["--publication", "All deletes"],
+            78,
+            &[
+                "does not publish inserts",
+                r#"ALTER PUBLICATION \"All deletes\" SET"#,
+            ],
         ),
         (&["-db", &plain], 78, &["REPLICATION"]),
         (&["-db", &missing], 78, &["missing", "-db"]),

@@ -165,3 +165,25 @@ fn drains_of_an_idle_outbox_let_go_of_the_log() {
         rig.pg.confirmed_flush_lsn(SLOT) >= end
     });
 }
+
+/// Postgres says why from 17 on.
+#[test]
+fn a_slot_that_postgres_has_given_up_halts_with_the_reason() {
+    let pg = Postgres::builder().setting("max_slot_wal_keep_size", "32MB");
+    let rig = Rig::start_with(pg);
+    for _ in 0..6 {
+        rig.pg
+            .execute("SELECT pg_logical_emit_message(false, 'x', 'x'); SELECT pg_switch_wal()");
+    }
+    rig.pg.execute("CHECKPOINT");
+    let (code, log) = rig.run(&[]);
+    let last = log.last().cloned().unwrap_or_default();
+    assert_eq!(code, 78, "{last}");
+    let since_17 = "SELECT current_setting('server_version_num')::int >= 170000";
+    let reason = match rig.pg.scalar::<bool>(since_17) {
+        Some(true) => "(wal_removed)",
+        _ => "(most often because the log that it needed was more than max_slot_wal_keep_size)",
+    };
+    let said = format!("Postgres has given {SLOT} up {reason}, so events are missing");
+    assert!(last.contains(&said), "{last}");
+}

@@ -8,13 +8,14 @@ mod disk;
 use super::finding::{Finding, fail, ok, warn};
 use crate::admin::database::{Access, Database};
 use crate::admin::statements::{
-    add_columns, create_publication, create_slot, create_table, drop_slot, identifier, mapping_of,
+    add_columns, create_publication, create_slot, create_table, drop_slot, mapping_of,
     missing_columns, table_name, tables,
 };
 use crate::admin::{Error, bytes};
 use crate::config::Config;
 use crate::outbox::mapping::TableName;
 use crate::postgres::Lsn;
+use crate::postgres::identifier::identifier;
 use disk::Disk;
 use std::collections::BTreeMap;
 
