@@ -772,7 +772,7 @@ mod tests {
         let mut batch = Batch::default();
         mapper
             .insert(TABLE, row.iter().copied(), PLACE, &mut batch)
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| format!("{error}, to be left behind at {:?}", error.behind()))?;
         Ok(written(&batch))
     }
 
@@ -1077,7 +1077,7 @@ mod tests {
             });
             let error = event(&stop, &columns, &row).unwrap_err();
             assert!(
-                error.contains(cause) && error.contains("'0/16B3749'"),
+                error.contains(cause) && error.ends_with("at Some(0/16B3749)"),
                 "{error}"
             );
             let lost = with(|mapping| mapping.policy.on_poison = OnPoison::Skip);
@@ -1089,7 +1089,8 @@ mod tests {
         for policy in [OnPoison::Park, OnPoison::Skip] {
             let mapping = with(|mapping| mapping.policy.on_poison = policy);
             for (index, value) in [(0, Value::UnchangedToast), (3, Value::Binary(b"x"))] {
-                assert!(event(&mapping, &columns, &changed(index, value)).is_err());
+                let error = event(&mapping, &columns, &changed(index, value)).unwrap_err();
+                assert!(error.ends_with("at None"), "{error}");
             }
         }
     }

@@ -151,23 +151,24 @@ impl fmt::Display for MapError {
                 part,
                 problem,
                 at,
-            } => {
-                write!(
-                    f,
-                    "map {source} at {at}: {part} {problem}; {}",
-                    problem.advice()
-                )?;
-                if problem.is_the_writers() {
-                    // Postgres skips a transaction whose commit record begins before the slot's position
-                    let behind = Lsn(at.0.saturating_add(1));
-                    write!(
-                        f,
-                        "; park such events with --on-poison, or publish this transaction's events otherwise, then move the slot \
-                         past it: SELECT pg_replication_slot_advance('<slot>', '{behind}'); and then pass --resume-anyway once"
-                    )?;
-                }
-                Ok(())
+            } => write!(
+                f,
+                "map {source} at {at}: {part} {problem}; {}",
+                problem.advice()
+            ),
+        }
+    }
+}
+
+impl MapError {
+    /// For an event that was written so: where the slot has left its transaction out. (Postgres skips one whose commit
+    /// record begins before the slot's position.)
+    pub fn behind(&self) -> Option<Lsn> {
+        match self {
+            MapError::Value { problem, at, .. } if problem.is_the_writers() => {
+                Some(Lsn(at.0.saturating_add(1)))
             }
+            _ => None,
         }
     }
 }

@@ -67,9 +67,9 @@ pub fn start_replication(
         true => String::new(),
         false => format!(" ({})", options.join(", ")),
     };
-    let slot = quote_identifier(slot);
+    let quoted = quote_identifier(slot);
     connection.send_query(
-        &format!("START_REPLICATION SLOT {slot} LOGICAL {start}{options}"),
+        &format!("START_REPLICATION SLOT {quoted} LOGICAL {start}{options}"),
         &deadline,
     )?;
     loop {
@@ -96,6 +96,7 @@ pub fn start_replication(
     };
     let reader = ReplicationReader {
         connection,
+        slot: slot.to_string(),
         ended: false,
     };
     Ok((reader, writer))
@@ -138,11 +139,17 @@ pub enum ReplicationMessage<'a> {
 #[derive(Debug)]
 pub struct ReplicationReader {
     connection: Connection,
+    slot: String,
     /// The server has ended its side of the copy.
     ended: bool,
 }
 
 impl ReplicationReader {
+    /// The slot's name.
+    pub fn slot(&self) -> &str {
+        &self.slot
+    }
+
     /// The next message; waits for it without a deadline of its own. Who owns the writer keeps watch, and
     /// wakes this with [`ReplicationWriter::shutdown`]. `None`: the server has ended the copy.
     pub fn read(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {

@@ -11,6 +11,7 @@ use crate::jetstream::resume::Conflict;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
+use crate::postgres::connection::quote_literal;
 use crate::postgres::pgoutput::DecodeError;
 use std::fmt;
 
@@ -44,7 +45,12 @@ pub enum Error {
     /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
     Setup(String),
     /// What Postgres says of the log that comes next: the publication was missing when it was written.
-    PublicationSkipped(String),
+    PublicationSkipped {
+        /// Its words.
+        notice: String,
+        /// The slot; empty until it is known.
+        slot: String,
+    },
     /// The publication publishes less than before.
     Narrowed {
         /// Its name.
@@ -67,7 +73,12 @@ pub enum Error {
         at: Lsn,
     },
     /// A row cannot become an event.
-    Map(MapError),
+    Map {
+        /// Why.
+        error: Box<MapError>,
+        /// The slot that it came from; empty until it is known.
+        slot: String,
+    },
     /// An event is larger than the server accepts.
     TooLarge {
         /// Table, id and position.
@@ -119,6 +130,22 @@ pub enum Verdict {
 }
 
 impl Error {
+    /// With what Postgres says of it, before the slot is known.
+    pub fn publication_skipped(notice: &impl fmt::Display) -> Error {
+        Error::PublicationSkipped {
+            notice: notice.to_string(),
+            slot: String::new(),
+        }
+    }
+
+    /// The same, knowing the slot that is to be moved.
+    pub fn of_slot(mut self, name: String) -> Error {
+        if let Error::Map { slot, .. } | Error::PublicationSkipped { slot, .. } = &mut self {
+            *slot = name;
+        }
+        self
+    }
+
     /// The one place that decides whether another try can help.
     pub fn verdict(&self) -> Verdict {
         match self {
@@ -130,11 +157,11 @@ impl Error {
             Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_)
             | Error::SlotMoved { .. }
-            | Error::PublicationSkipped(_)
+            | Error::PublicationSkipped { .. }
             | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
-            Error::Map(_) | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
+            Error::Map { .. } | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
             }
             Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => {
@@ -179,12 +206,13 @@ impl fmt::Display for Error {
                  pass --resume-anyway once"
             ),
             Error::Setup(what) => f.write_str(what),
-            Error::PublicationSkipped(notice) => write!(
+            Error::PublicationSkipped { notice, slot } => write!(
                 f,
                 "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed. \
                  Name the right publication with -publication; or, if this one was dropped for a while, make it anew, publish by \
                  hand what the stream lacks, and move the slot past that time: \
-                 SELECT pg_replication_slot_advance('<slot>', pg_current_wal_lsn()); and then pass -resume-anyway once"
+                 SELECT pg_replication_slot_advance({}, pg_current_wal_lsn()); and then pass -resume-anyway once",
+                quote_literal(slot)
             ),
             Error::Narrowed {
                 publication,
@@ -213,7 +241,18 @@ impl fmt::Display for Error {
                     "read the replication stream: a {message} message at {at} outside of a transaction"
                 )
             }
-            Error::Map(error) => write!(f, "{error}"),
+            Error::Map { error, slot } => {
+                write!(f, "{error}")?;
+                if let Some(behind) = error.behind() {
+                    write!(
+                        f,
+                        "; park such events with --on-poison, or publish this transaction's events otherwise, then move the slot \
+                         past it: SELECT pg_replication_slot_advance({}, '{behind}'); and then pass --resume-anyway once",
+                        quote_literal(slot)
+                    )?;
+                }
+                Ok(())
+            }
             Error::TooLarge {
                 event,
                 size,
@@ -286,7 +325,7 @@ impl std::error::Error for Error {
             Error::Postgres(error) => Some(error),
             Error::Nats(error) => Some(error),
             Error::Decode { error, .. } => Some(error),
-            Error::Map(error) => Some(error),
+            Error::Map { error, .. } => Some(error),
             _ => None,
         }
     }
@@ -374,7 +413,10 @@ impl From<jetstream::Error> for Error {
 
 impl From<MapError> for Error {
     fn from(error: MapError) -> Error {
-        Error::Map(error)
+        Error::Map {
+            error: Box::new(error),
+            slot: String::new(),
+        }
     }
 }
 

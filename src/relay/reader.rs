@@ -69,7 +69,7 @@ pub enum Ended {
 /// from 18 on it says so in a notice, and leaves the rows out.
 fn publication_missing(error: postgres::Error) -> Error {
     match error.sqlstate() {
-        Some("42704") => Error::PublicationSkipped(error.to_string()),
+        Some("42704") => Error::publication_skipped(&error),
         _ => Error::Postgres(error),
     }
 }
@@ -113,7 +113,12 @@ fn send(changes: &Sender<Batch>, batch: Batch) -> Result<(), SendError<Batch>> {
 
 impl Reader<'_> {
     /// Reads until the end, which drops the channel to the publisher.
-    pub fn run(mut self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
+    pub fn run(self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
+        let slot = stream.slot().to_string();
+        self.read(stream).map_err(|error| error.of_slot(slot))
+    }
+
+    fn read(mut self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
         let mut batch = empty();
         let mut transaction: Option<Transaction> = None;
         let mut reached = Lsn::INVALID;
@@ -162,7 +167,7 @@ impl Reader<'_> {
                 None => return Ok(Ended::ByServer),
                 Some(ReplicationMessage::Notice(notice)) => {
                     if notice.message.contains("skipped loading publication") {
-                        return Err(Error::PublicationSkipped(notice.to_string()));
+                        return Err(Error::publication_skipped(&notice));
                     }
                     log::info!(notice:% = notice; "postgres says");
                 }
