@@ -313,8 +313,8 @@ fn a_drain_that_waits_for_room_ends_on_sigterm_and_does_not_call_itself_drained(
     assert_stream_holds(&rig, 1..=2);
 }
 
-/// As after the Go program, which leaves ids and no positions. Each is recognised, over a connection of
-/// its own; that they are many is no outage.
+/// As after the Go program, which leaves ids and no positions. Each is recognised and dropped over the same
+/// connection; that they are many is no outage.
 #[test]
 fn events_that_another_program_has_stored_are_recognised_without_growing_pauses() {
     const STORED: u64 = 12;
