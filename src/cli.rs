@@ -313,8 +313,9 @@ fn has(flags: &[FlagInfo<'_>], long: &str) -> bool {
 }
 
 /// The flags of the relay that say where things are: the ones that every command reads.
-const CONNECTION_FLAGS: [&str; 12] = [
+const CONNECTION_FLAGS: [&str; 13] = [
     "--db",
+    "--db-file",
     "--nats",
     "--creds",
     "--nats-nkey",
@@ -603,6 +604,7 @@ mod tests {
                     assert_eq!(listed(flag), expected, "{args:?} {flag}:\n{text}");
                 }
                 assert!(!listed("--inflight") && !listed("--drain"), "{text}");
+                assert!(listed("--db-file"), "{text}");
                 assert!(text.contains("libpq's PGHOST, PGDATABASE"), "{text}");
             }
         }

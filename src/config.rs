@@ -38,6 +38,8 @@ mod value;
 pub struct Config {
     /// How to reach Postgres.
     pub db: ConnInfo,
+    /// Somebody has said where Postgres is; if not, `db` leads nowhere.
+    pub database_is_named: bool,
     /// How to reach NATS.
     pub nats: Options,
     /// First part of every subject; one or more legal tokens.
@@ -171,6 +173,17 @@ impl Config {
         }
     }
 
+    /// For everybody who connects to Postgres: `db` is the operator's.
+    ///
+    /// # Errors
+    /// [`ConfigError::NoDatabase`].
+    pub fn require_database(&self) -> Result<(), ConfigError> {
+        match self.database_is_named {
+            true => Ok(()),
+            false => Err(ConfigError::NoDatabase),
+        }
+    }
+
     /// Puts flags, environment and defaults together. `env` looks a variable up.
     pub fn load(cli: Cli, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
         let from = Sources { env };
@@ -178,9 +191,7 @@ impl Config {
 
         let (db, open) = database(&from, cli.db, cli.db_file)?;
         warnings.extend(open);
-        if db.origin == Origin::Default && !libpq_names_a_database(env) {
-            return Err(ConfigError::NoDatabase);
-        }
+        let database_is_named = db.origin != Origin::Default || libpq_names_a_database(env);
         let on_command_line = |origin| origin == Origin::Flag;
         let mut expose = |flag: &'static str| {
             warnings.push(format!(
@@ -189,7 +200,13 @@ impl Config {
             ));
         };
         let db_exposed = on_command_line(db.origin);
-        let db = db.secret(|text| ConnInfo::parse(text, env).map_err(|error| error.to_string()))?;
+        let db = match database_is_named {
+            true => {
+                db.secret(|text| ConnInfo::parse(text, env).map_err(|error| error.to_string()))?
+            }
+            // nobody connects to it
+            false => ConnInfo::parse("user=nobody", &|_| None).expect("it is one"),
+        };
         if db_exposed && db.has_password_inline() {
             expose("db");
         }
@@ -317,6 +334,7 @@ impl Config {
                 ..Options::default()
             },
             db,
+            database_is_named,
             prefix,
             mapping,
             inflight: from.text("inflight", cli.inflight).parse(parse_inflight)?,
@@ -789,14 +807,18 @@ mod tests {
             (&[][..], &[][..], false),
             (&[], &["PGHOST="], false),
             (&[], &["PGPASSWORD=x"], false),
+            (&[], &["PGSSLMODE=wrong"], false),
             (&[], &["JETSTREAM_OUTBOX_DB="], false),
             (&["-db="], &["USER=u"], true),
             (&[], &["PGHOST=h", "USER=u"], true),
             (&[], &["JETSTREAM_OUTBOX_DB=host=x user=u"], true),
         ] {
-            assert_eq!(load(args, env).is_ok(), named, "{args:?} {env:?}");
+            // by those who connect to it; the others may go on
+            let config = load(args, env).unwrap();
+            let required = config.require_database();
+            assert_eq!(required.is_ok(), named, "{args:?} {env:?}");
         }
-        let error = load(&[], &[]).unwrap_err();
+        let error = load(&[], &[]).unwrap().require_database().unwrap_err();
         assert!(error.remedy().contains("-db") && error.exit() == Exit::Usage);
     }
 

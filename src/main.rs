@@ -33,7 +33,11 @@ fn main() -> ExitCode {
 
 fn run(cli: cli::Cli) -> Exit {
     let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
-    let config = match Config::load(cli, &env) {
+    let loaded = Config::load(cli, &env).and_then(|config| {
+        config.require_database()?;
+        Ok(config)
+    });
+    let config = match loaded {
         Ok(config) => config,
         Err(error) => return refuse(&error, &error.remedy(), error.exit()),
     };
@@ -59,8 +63,13 @@ fn run(cli: cli::Cli) -> Exit {
 #[cfg(feature = "admin")]
 fn operate(cli: cli::Cli, command: cli::commands::Command) -> Exit {
     let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
-    let loaded =
-        Config::load(cli, &env).and_then(|config| Ok((Operation::load(command, &config)?, config)));
+    let loaded = Config::load(cli, &env).and_then(|config| {
+        let operation = Operation::load(command, &config)?;
+        if operation.needs_database() {
+            config.require_database()?;
+        }
+        Ok((operation, config))
+    });
     let (operation, config) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => return refuse(&error, &error.remedy(), error.exit()),

@@ -21,9 +21,17 @@ pub fn text(config: &Config, how: &Setup, side: Side) -> String {
 }
 
 fn sql(config: &Config, how: &Setup) -> String {
-    let (role, database) = (identifier(&how.role), identifier(config.db.dbname()));
+    let role = identifier(&how.role);
+    let (place, database) = match config.database_is_named {
+        true => {
+            let name = identifier(config.db.dbname());
+            (format!("the database {name}"), name)
+        }
+        // psql's own word for the one it is connected to
+        false => ("the outbox's database".into(), ":\"DBNAME\"".into()),
+    };
     let mut text = format!(
-        "-- In psql, as a superuser, in the database {database}. The server needs wal_level = logical; if SHOW wal_level says\n\
+        "-- In psql, as a superuser, in {place}. The server needs wal_level = logical; if SHOW wal_level says\n\
          -- otherwise: ALTER SYSTEM SET wal_level = 'logical'; and a restart.\n\n\
          -- The relay's role. Give it a password: \\password {role}\n\
          -- It needs no privilege on the table.\n\

@@ -113,10 +113,10 @@ pub struct Setup {
     /// the relay's role in Postgres, for --print-sql (default relay)
     #[argh(option)]
     pub role: Option<String>,
-    /// only print what a database administrator has to run; nothing is connected to (default off)
+    /// only print what a database administrator has to run; nothing is connected to, no --db is needed (default off)
     #[argh(switch)]
     pub print_sql: bool,
-    /// only print what a NATS administrator has to allow and create; nothing is connected to (default off)
+    /// only print what a NATS administrator has to allow and create; nothing is connected to, no --db is needed (default off)
     #[argh(switch)]
     pub print_nats: bool,
 }
@@ -186,7 +186,7 @@ pub struct Status {
 #[argh(
     help_triggers("--help", "-h"),
     usage = "[flags]",
-    note = "Postgres is not needed. With several streams under the subject, events are merged by their time.",
+    note = "Postgres is not needed, nor --db. With several streams under the subject, events are merged by their time.",
     example = "{command_name} --from end --follow\n{command_name} --from 2026-11-23T11:00:00Z --count 10 --json",
     error_code(0, "printed"),
     error_code(69, "NATS could not be reached"),

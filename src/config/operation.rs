@@ -111,6 +111,17 @@ pub enum From {
 }
 
 impl Operation {
+    /// Whether it connects to Postgres.
+    pub fn needs_database(&self) -> bool {
+        match self {
+            Operation::Print(..) | Operation::Tail(_) => false,
+            Operation::Setup(_)
+            | Operation::Teardown { .. }
+            | Operation::Check { .. }
+            | Operation::Status(_) => true,
+        }
+    }
+
     /// Validates a command's flags; what was not given may depend on the relay's.
     pub fn load(command: Command, config: &Config) -> Result<Operation, ConfigError> {
         match command {
@@ -297,6 +308,21 @@ mod tests {
         ] {
             let found = load(&["tail", "-from", text]).unwrap();
             assert_eq!(found, tail(from), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_connects_to_postgres_needs_a_database() {
+        for (args, needs) in [
+            (&["setup"][..], true),
+            (&["teardown"], true),
+            (&["check"], true),
+            (&["status"], true),
+            (&["setup", "-print-sql"], false),
+            (&["setup", "-print-nats"], false),
+            (&["tail"], false),
+        ] {
+            assert_eq!(load(args).unwrap().needs_database(), needs, "{args:?}");
         }
     }
 

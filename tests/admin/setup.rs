@@ -667,6 +667,26 @@ fn the_sql_of_both_kinds_of_names_gathers_all() {
     check(&rig, &flags, &[]);
 }
 
+/// Nothing is connected to, so nobody has to know where the database is.
+#[test]
+fn what_is_printed_needs_no_database() {
+    let rig = bare();
+    for args in [["setup", "-print-sql"], ["setup", "-print-nats"]] {
+        run(&args, &[]).with(0);
+    }
+    for args in [&["setup"][..], &["check"], &["status"], &["teardown"]] {
+        let ended = run(args, &[]);
+        assert_eq!(ended.code, 64, "{ended:?}");
+        assert!(ended.stderr.contains("no database is named"), "{ended:?}");
+    }
+    // in psql it is the one that psql is connected to
+    rig.pg
+        .execute("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC");
+    psql(&rig, run(&["setup", "-print-sql"], &[]).with(0));
+    let granted = "SELECT has_database_privilege('relay', 'postgres', 'CONNECT')";
+    assert_eq!(rig.pg.scalar::<bool>(granted), Some(true));
+}
+
 /// With no table named in full there is none to write down: psql looks for those that begin so.
 #[test]
 fn the_sql_of_tables_named_by_their_beginning_finds_them() {

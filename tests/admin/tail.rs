@@ -82,7 +82,7 @@ fn it_begins_and_ends_where_it_is_told() {
         (&["-subject", "events.c.x", "-from", &time], &[6, 9]),
         (&["-subject", "events.none"], &[]),
     ] {
-        let all = [&["tail", "-json", "-db=host=unused", "-nats", &url], args].concat();
+        let all = [&["tail", "-json", "-nats", &url], args].concat();
         assert_eq!(seqs(&run(&all, &[])), expected, "{args:?}");
     }
     let ended = run(
@@ -98,7 +98,7 @@ fn it_begins_and_ends_where_it_is_told() {
     );
     assert_eq!(ended.code, 78, "{ended:?}");
     assert!(ended.stderr.contains("no stream captures it"), "{ended:?}");
-    let ended = run(&["tail", "-db=host=unused", "-nats", "127.0.0.1:1"], &[]);
+    let ended = run(&["tail", "-nats", "127.0.0.1:1"], &[]);
     assert_eq!(ended.code, 69, "{ended:?}");
 }
 
@@ -117,7 +117,7 @@ fn several_streams_are_merged_by_time() {
     for subject in ["events.a.1", "events.b.1", "events.b.2", "events.a.2"] {
         client.publish(subject, &[], b"{}");
     }
-    let ended = run(&["tail", "-db=host=unused", "-nats", &nats.url()], &[]);
+    let ended = run(&["tail", "-nats", &nats.url()], &[]);
     let heads: Vec<&str> = (ended.with(0).lines())
         .filter_map(|line| {
             line.split(" Received")
@@ -193,7 +193,7 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     let mut client = nats.client();
     client.add_seed_stream();
     client.fill("events.a", (1..=2000).map(|n| n.to_string().into()));
-    let mut command = command(&["tail", "-db=host=unused", "-nats", &nats.url()], &[]);
+    let mut command = command(&["tail", "-nats", &nats.url()], &[]);
     command.stdout(Stdio::piped());
     let mut process = Process::spawn("tail", &mut command);
     let stdout = process.child().stdout.take().expect("stdout is piped");
