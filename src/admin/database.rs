@@ -6,6 +6,8 @@ use crate::postgres::{self as relay, ConnInfo, Connection};
 use ::postgres::config::SslMode;
 use ::postgres::types::ToSql;
 use ::postgres::{Client, Config, NoTls, Row};
+use fallible_iterator::FallibleIterator;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// The other client stands on the same machine and is let in at once.
@@ -95,6 +97,25 @@ impl Database {
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
         self.ask(doing, |client| client.query(sql, parameters))
+    }
+
+    /// The rows of one statement, one after the other and not all at once, until `take` breaks off.
+    pub fn each<B>(
+        &mut self,
+        doing: &'static str,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+        mut take: impl FnMut(&Row) -> ControlFlow<B>,
+    ) -> Result<Option<B>, Error> {
+        self.ask(doing, |client| {
+            let mut rows = client.query_raw(sql, parameters.iter().copied())?;
+            while let Some(row) = rows.next()? {
+                if let ControlFlow::Break(found) = take(&row) {
+                    return Ok(Some(found));
+                }
+            }
+            Ok(None)
+        })
     }
 
     /// The first row of one statement, if there is one.

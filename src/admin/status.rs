@@ -5,6 +5,8 @@
 //! is done on a temporary copy of the slot (`pg_copy_logical_replication_slot`, Postgres 12 on), so that neither a relay that
 //! runs nor one that starts meanwhile is in its way.
 
+mod decode;
+
 use super::bus::Bus;
 use super::database::{Access, Database};
 use super::{Error, bytes, say, span};
@@ -13,10 +15,9 @@ use crate::config::operation;
 use crate::exit::Exit;
 use crate::jetstream::options::Options;
 use crate::jetstream::resume::OUTBOX_POSITION;
-use crate::jetstream::streams::last_message_request;
+use crate::jetstream::streams::{Routes, last_message_request};
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
-use crate::postgres::connection::quote_literal;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -29,16 +30,8 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const DECODE_INTERVAL: Duration = Duration::from_secs(10);
 /// How many of them the history line shows.
 const HISTORY: usize = 60;
-/// How many changes are decoded at a time when the oldest event that waits is looked for.
-const CHANGES: i32 = 1000;
-/// How long that may take; a slot whose log is long tells no seconds then.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// With `-watch` a server that does not answer for so long is told of. More than the decoding may take.
 const WATCH_LIMIT: Duration = Duration::from_secs(3);
-/// How long the decoding may take then.
-const WATCH_PATIENCE: Duration = Duration::from_secs(2);
-/// `timestamp` counts from 2000-01-01, this many seconds after 1970.
-const POSTGRES_EPOCH_S: i64 = 946_684_800;
 
 /// What was found.
 #[derive(Clone, Debug, Default)]
@@ -95,6 +88,8 @@ enum Waiting {
     Event {
         /// Where it stands.
         at: Position,
+        /// The stream that lacks it, where there are several.
+        stream: Option<usize>,
         /// Seconds since 1970, by Postgres' clock.
         time_s: i64,
     },
@@ -124,20 +119,17 @@ struct Decoded {
 }
 
 impl Decoded {
-    /// Whether it still holds at `now`, when everything up to `known` is published, and what it has become.
-    fn still(self, now: Instant, known: Option<Position>) -> Option<Waiting> {
+    /// Whether it still holds at `now`, and what it has become.
+    fn still(self, now: Instant, published: &Published) -> Option<Waiting> {
         if now.saturating_duration_since(self.at) >= DECODE_INTERVAL {
             return None;
         }
         match self.waiting {
-            Waiting::Event { at, .. } if known.is_some_and(|known| known >= at) => None,
+            Waiting::Event { at, stream, .. } if published.has(at, stream) => None,
             waiting => Some(waiting),
         }
     }
 }
-
-/// Transactional messages (`messages` of pgoutput) came with it.
-const MESSAGES: u32 = 140_000;
 
 /// Prints where things stand, once or each second.
 pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
@@ -242,19 +234,23 @@ fn look(
     decoded: &mut Option<Decoded>,
 ) -> Result<Standing, Error> {
     // the streams first: what they lack by then is what is looked for in the slot
-    let streams = read_streams(bus, config)?;
+    let (streams, routes) = read_streams(bus, config)?;
     let (slot, system_id) = read_slot(database, config)?;
-    let known = published(&slot, &streams, system_id);
+    let published = Published::new(&slot, &streams, system_id);
     let now = Instant::now();
-    let waiting = match decoded.and_then(|decoded| decoded.still(now, known)) {
+    let waiting = match decoded.and_then(|decoded| decoded.still(now, &published)) {
         Some(waiting) => waiting,
-        None => waiting(database, config, &slot, known)?,
+        None => decode::waiting(database, config, &slot, &published, &routes)?,
     };
-    if decoded.is_none_or(|decoded| decoded.still(now, known).is_none()) {
+    if decoded.is_none_or(|decoded| decoded.still(now, &published).is_none()) {
         *decoded = Some(Decoded { at: now, waiting });
     }
-    let lag_bytes = match (waiting, known) {
+    let lag_bytes = match (waiting, published.greatest()) {
         (Waiting::Nothing, _) => Some(0),
+        // of its stream nothing is known but what it lacks
+        (Waiting::Event { at, stream, .. }, _) if stream.is_some() => {
+            Some(slot.current.0.saturating_sub(at.commit_lsn.0))
+        }
         (_, Some(known)) => Some(slot.current.0.saturating_sub(known.commit_lsn.0)),
         (_, None) => None,
     };
@@ -266,28 +262,62 @@ fn look(
     })
 }
 
-/// The position up to which everything is published: confirmed, or in a stream, if that was written from this system.
-///
-/// What is confirmed are whole transactions, all before that LSN; of the one that a stream ends in, it may have a part.
-fn published(slot: &Slot, streams: &[Stream], system_id: Option<u64>) -> Option<Position> {
-    let tails = streams
-        .iter()
-        .filter_map(|stream| stream.tail.as_ref()?.position.as_ref())
-        .filter(|at| at.source.slot == slot.name && Some(at.source.system_id) == system_id)
-        .map(|at| at.position)
-        // beyond the end of the log is a history of another timeline
-        .filter(|at| at.commit_lsn <= slot.current);
-    let confirmed = slot.confirmed.map(|commit_lsn| Position {
-        commit_lsn,
-        ordinal: 0,
-    });
-    tails.chain(confirmed).max()
+/// What is known to be published.
+#[derive(Clone, Debug, Default)]
+struct Published {
+    /// All transactions before it.
+    confirmed: Option<Position>,
+    /// By stream the last event in it, if that was written from this slot and system; with it all before it that the
+    /// stream captures.
+    tails: Vec<Option<Position>>,
 }
 
-fn read_streams(bus: &mut Bus<'_>, config: &Config) -> Result<Vec<Stream>, Error> {
+impl Published {
+    fn new(slot: &Slot, streams: &[Stream], system_id: Option<u64>) -> Published {
+        let tail = |stream: &Stream| {
+            let at = stream.tail.as_ref()?.position.as_ref()?;
+            let ours = at.source.slot == slot.name && Some(at.source.system_id) == system_id;
+            // beyond the end of the log is a history of another timeline
+            (ours && at.position.commit_lsn <= slot.current).then_some(at.position)
+        };
+        Published {
+            confirmed: slot.confirmed.map(|commit_lsn| Position {
+                commit_lsn,
+                ordinal: 0,
+            }),
+            tails: streams.iter().map(tail).collect(),
+        }
+    }
+
+    /// Something is, up to here: everything, if there is one stream.
+    fn greatest(&self) -> Option<Position> {
+        let tails = self.tails.iter().flatten().copied();
+        tails.chain(self.confirmed).max()
+    }
+
+    /// Everything is, up to here.
+    fn least(&self) -> Option<Position> {
+        // none is less than any
+        let tail = self.tails.iter().copied().min().flatten();
+        tail.max(self.confirmed)
+    }
+
+    /// Whether the event there is, which belongs into that stream; `None`: nobody knows into which.
+    fn has(&self, at: Position, stream: Option<usize>) -> bool {
+        let upto = match stream {
+            None => self.greatest(),
+            Some(stream) => (self.tails.get(stream).copied().flatten()).max(self.confirmed),
+        };
+        upto.is_some_and(|upto| upto >= at)
+    }
+}
+
+fn read_streams(bus: &mut Bus<'_>, config: &Config) -> Result<(Vec<Stream>, Routes), Error> {
     let filter = format!("{}.>", config.prefix);
     let mut streams = Vec::new();
-    for info in bus.streams(&filter)? {
+    let found = bus.streams(&filter)?;
+    let routes = Routes::new(&found);
+    for info in found {
         let last = bus.message(last_message_request(&info.config.name, &filter))?;
         let now: Option<Timestamp> = info.ts.parse().ok();
         let tail = last.map(|message| Tail {
@@ -307,7 +337,7 @@ fn read_streams(bus: &mut Bus<'_>, config: &Config) -> Result<Vec<Stream>, Error
             tail,
         });
     }
-    Ok(streams)
+    Ok((streams, routes))
 }
 
 fn read_slot(database: &mut Database, config: &Config) -> Result<(Slot, Option<u64>), Error> {
@@ -353,199 +383,6 @@ fn read_slot(database: &mut Database, config: &Config) -> Result<(Slot, Option<u
     };
     // a 64-bit number that the function's type makes signed
     Ok((slot, row.get::<_, Option<i64>>(8).map(|id| id as u64)))
-}
-
-/// Finds the oldest event behind `known`. What keeps it from being found is no error, unless the server is gone: the rest
-/// is still worth telling.
-fn waiting(
-    database: &mut Database,
-    config: &Config,
-    slot: &Slot,
-    known: Option<Position>,
-) -> Result<Waiting, Error> {
-    if known.is_some_and(|known| known.commit_lsn >= slot.current) {
-        return Ok(Waiting::Nothing);
-    }
-    match decode(database, config, slot, known) {
-        Err(error @ Error::Postgres(_)) => Err(error),
-        Err(error) => {
-            log::info!(cause:% = error; "how long events have been waiting is not known");
-            Ok(Waiting::Unknown)
-        }
-        found => found,
-    }
-}
-
-fn decode(
-    database: &mut Database,
-    config: &Config,
-    slot: &Slot,
-    known: Option<Position>,
-) -> Result<Waiting, Error> {
-    // this session's own number: programs in two containers may well have the same one
-    let session = database.row(
-        "ask for the session's number",
-        "SELECT pg_catalog.pg_backend_pid()",
-        &[],
-    )?;
-    let session = session.map_or(0, |row| row.get::<_, i32>(0));
-    let copy = format!("outbox_status_{session}");
-    // before the session is given up
-    let patience = match database.answer_limit <= PATIENCE {
-        true => WATCH_PATIENCE,
-        false => PATIENCE,
-    };
-    let limit = patience.as_millis();
-    database.run(
-        "copy the slot",
-        &format!(
-            "SET statement_timeout = {limit}; SELECT pg_catalog.pg_copy_logical_replication_slot({}, {}, true)",
-            quote_literal(&config.slot),
-            quote_literal(&copy)
-        ),
-    )?;
-    let found = first_event(database, config, slot, known, &copy, patience);
-    // the session's end would drop it as well
-    let dropped = database.run(
-        "drop the copy of the slot",
-        &format!(
-            "SET statement_timeout = '30s'; SELECT pg_catalog.pg_drop_replication_slot({})",
-            quote_literal(&copy)
-        ),
-    );
-    found.and_then(|found| dropped.map(|()| found))
-}
-
-fn first_event(
-    database: &mut Database,
-    config: &Config,
-    slot: &Slot,
-    known: Option<Position>,
-    copy: &str,
-    patience: Duration,
-) -> Result<Waiting, Error> {
-    const DOING: &str = "decode a copy of the slot";
-    let known = known.unwrap_or_default();
-    if slot.confirmed.is_some_and(|lsn| known.commit_lsn > lsn) {
-        // a transaction whose commit record begins before the slot's position is passed over: all but the last one
-        let upto = known.commit_lsn;
-        database.run(
-            DOING,
-            &format!("SELECT pg_catalog.pg_replication_slot_advance('{copy}', '{upto}')"),
-        )?;
-    }
-    // Postgres 18 sends nothing for a publication that does not exist, and no error
-    let exists = database.row(
-        DOING,
-        "SELECT true FROM pg_catalog.pg_publication WHERE pubname = $1",
-        &[&config.publication],
-    )?;
-    if exists.is_none() {
-        return Ok(Waiting::Unknown);
-    }
-    let publication = format!("\"{}\"", config.publication.replace('"', "\"\""));
-    let outboxes = outboxes(database, config)?;
-    let prefix = match &config.mapping.message_prefix {
-        Some(prefix) if database.version >= MESSAGES => Some(prefix),
-        _ => None,
-    };
-    let messages = prefix.map_or("", |_| ", 'messages', 'true'");
-    // a string of the protocol ends in a zero
-    let prefix = prefix.map(|prefix| [prefix.as_bytes(), b"\0"].concat());
-    let end = Instant::now() + patience;
-    while Instant::now() < end {
-        let rows = database.rows(
-            DOING,
-            // 66: Begin; 73: Insert, with the table's object id; 77: Message, of which only transactional ones are events
-            &format!(
-                "SELECT get_byte(data, 0), CASE WHEN get_byte(data, 0) = 66 THEN substr(data, 2, 16) END \
-                 FROM pg_catalog.pg_logical_slot_get_binary_changes($1, NULL, $2, \
-                 'proto_version', '1', 'publication_names', $3{messages}) WHERE get_byte(data, 0) = 66 \
-                 OR get_byte(data, 0) = 73 AND ('x' || encode(substr(data, 2, 4), 'hex'))::bit(32)::bigint = ANY ($4) \
-                 OR get_byte(data, 0) = 77 AND get_byte(data, 1) = 1 AND substr(data, 11, length($5::bytea)) = $5"
-            ),
-            &[&copy, &CHANGES, &publication, &outboxes, &prefix],
-        )?;
-        if rows.is_empty() {
-            return Ok(Waiting::Nothing);
-        }
-        let mut events = Events::default();
-        for row in &rows {
-            match row.get::<_, i32>(0) {
-                66 => events.begin(row.get::<_, Option<&[u8]>>(1)),
-                // Insert or Message
-                _ => match events.next() {
-                    Waiting::Event { at, .. } if at <= known => {}
-                    waiting => return Ok(waiting),
-                },
-            }
-        }
-    }
-    Ok(Waiting::Unknown)
-}
-
-/// The object ids of the tables whose rows are events: what the reader finds out from the relation messages.
-fn outboxes(database: &mut Database, config: &Config) -> Result<Vec<i64>, Error> {
-    let tables = database.rows(
-        "look for the outboxes",
-        "SELECT c.oid::bigint, n.nspname::text, c.relname::text, array_agg(a.attname::text) \
-         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-         JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-         WHERE c.relkind IN ('r', 'p') GROUP BY 1, 2, 3",
-        &[],
-    )?;
-    let is_outbox = |table: &&postgres::Row| {
-        let (schema, name): (&str, &str) = (table.get(1), table.get(2));
-        let columns: Vec<&str> = table.get(3);
-        let mapping = config.mapping.of_table(schema, name);
-        mapping.is_some_and(|mapping| {
-            let mut needed = mapping.needed_columns().into_iter();
-            needed.all(|column| columns.contains(&column))
-        })
-    };
-    let outboxes = tables.iter().filter(is_outbox);
-    Ok(outboxes.map(|table| table.get(0)).collect())
-}
-
-/// Counts the events of a transaction, as the reader does.
-#[derive(Debug, Default)]
-struct Events {
-    /// Its commit's LSN, and its time in microseconds, as Postgres counts.
-    began: Option<(u64, i64)>,
-    count: u32,
-}
-
-impl Events {
-    /// Takes what follows the tag of a Begin message.
-    fn begin(&mut self, begin: Option<&[u8]>) {
-        let number = |bytes: &[u8]| <[u8; 8]>::try_from(bytes).ok();
-        let began = || {
-            let (lsn, time) = begin?.split_at_checked(8)?;
-            Some((
-                u64::from_be_bytes(number(lsn)?),
-                i64::from_be_bytes(number(time)?),
-            ))
-        };
-        *self = Events {
-            began: began(),
-            count: 0,
-        };
-    }
-
-    /// The next event of the transaction, as one that waits.
-    fn next(&mut self) -> Waiting {
-        self.count += 1;
-        let Some((lsn, time_us)) = self.began else {
-            return Waiting::Unknown;
-        };
-        Waiting::Event {
-            at: Position {
-                commit_lsn: Lsn(lsn),
-                ordinal: self.count,
-            },
-            time_s: time_us.div_euclid(1_000_000) + POSTGRES_EPOCH_S,
-        }
-    }
 }
 
 fn json_of(standing: &Standing) -> Value {
@@ -711,18 +548,61 @@ mod tests {
             ("s 1 1 0/2000 1", at(0x100, 0)),
             ("none", at(0x100, 0)),
         ] {
-            let found = published(&slot, &[stream(position)], Some(1));
-            assert_eq!(found, Some(expected), "{position}");
+            let found = Published::new(&slot, &[stream(position)], Some(1));
+            let expected = Some(expected);
+            assert_eq!(
+                (found.least(), found.greatest()),
+                (expected, expected),
+                "{position}"
+            );
         }
-        assert_eq!(published(&Slot::default(), &[], None), None);
+        let nothing = Published::new(&Slot::default(), &[], None);
+        assert_eq!((nothing.least(), nothing.greatest()), (None, None));
+    }
+
+    #[test]
+    fn of_several_streams_each_has_its_own_end() {
+        let of = |tails: &[Option<Position>]| Published {
+            confirmed: Some(at(5, 0)),
+            tails: tails.to_vec(),
+        };
+        let (six, nine) = (Some(at(6, 2)), Some(at(9, 1)));
+        for (tails, least, greatest) in [
+            (&[six, nine][..], at(6, 2), at(9, 1)),
+            (&[nine, None], at(5, 0), at(9, 1)),
+            (&[None, None], at(5, 0), at(5, 0)),
+            (&[Some(at(1, 1)), nine], at(5, 0), at(9, 1)),
+        ] {
+            let found = (of(tails).least(), of(tails).greatest());
+            assert_eq!(found, (Some(least), Some(greatest)), "{tails:?}");
+        }
+        let published = of(&[six, nine, None]);
+        for (event, stream, expected) in [
+            (at(6, 2), Some(0), true),
+            (at(6, 3), Some(0), false),
+            (at(6, 3), Some(1), true),
+            (at(6, 3), Some(2), false),
+            (at(4, 9), Some(2), true),
+            // captured by none
+            (at(6, 1), Some(7), false),
+            (at(9, 1), None, true),
+            (at(9, 2), None, false),
+        ] {
+            assert_eq!(published.has(event, stream), expected, "{event} {stream:?}");
+        }
     }
 
     #[test]
     fn what_was_decoded_holds_until_it_is_old_or_published() {
         let start = Instant::now();
         let later = start + DECODE_INTERVAL;
+        let upto = |confirmed| Published {
+            confirmed,
+            tails: Vec::new(),
+        };
         let sixth = Waiting::Event {
             at: at(5, 6),
+            stream: None,
             time_s: 0,
         };
         let nothing = Waiting::Nothing;
@@ -737,34 +617,16 @@ mod tests {
             (nothing, start, Some(at(9, 0)), Some(nothing)),
             (nothing, later, Some(at(9, 0)), None),
         ] {
-            let found = Decoded { at: start, waiting }.still(now, known);
+            let found = Decoded { at: start, waiting }.still(now, &upto(known));
             assert_eq!(found, expected, "{waiting:?} {known:?}");
         }
-    }
-
-    #[test]
-    fn a_begin_message_tells_where_and_when_its_events_are() {
-        let mut begin = 0x1234_u64.to_be_bytes().to_vec();
-        begin.extend_from_slice(&1_500_000_i64.to_be_bytes());
-        let event = |ordinal| Waiting::Event {
-            at: at(0x1234, ordinal),
-            time_s: POSTGRES_EPOCH_S + 1,
-        };
-        let mut events = Events::default();
-        for _ in 0..2 {
-            events.begin(Some(&begin));
-            assert_eq!([events.next(), events.next()], [event(1), event(2)]);
-        }
-        events.begin(begin.get(..15));
-        assert_eq!(events.next(), Waiting::Unknown);
-        events.begin(None);
-        assert_eq!(events.next(), Waiting::Unknown);
     }
 
     #[test]
     fn a_lag_above_its_limit_or_unknown_exceeds() {
         let waits = Waiting::Event {
             at: at(1, 1),
+            stream: None,
             time_s: Timestamp::now().as_second() - 1000,
         };
         for (lag_bytes, waiting, limits, expected) in [

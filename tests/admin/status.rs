@@ -2,6 +2,8 @@
 
 use crate::command::{command, on, run, servers};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
+use crate::support::nats::Nats;
+use crate::support::postgres::Postgres;
 use crate::support::process::Process;
 use crate::support::wait::{eventually, secs};
 use serde_json::{Value, json};
@@ -91,6 +93,67 @@ fn the_second_half_of_a_transaction_is_lag() {
     rig.wait_for_messages(11);
     let found = status(&rig);
     assert_eq!(found["lag_bytes"], 0, "{found}");
+}
+
+/// What one stream has refused stands before what another one has taken.
+#[test]
+fn an_event_that_one_of_several_streams_lacks_is_lag() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    };
+    rig.pg.seed_setup();
+    for (name, subjects) in [
+        ("A", "events.account.>"),
+        ("O", "events.order.>"),
+        ("P", "events.p.>"),
+    ] {
+        rig.nats.client().add_stream(name, &[subjects]);
+    }
+    let room_for = |max_msgs: i32| {
+        let config = json!({ "name": "A", "subjects": ["events.account.>"], "max_msgs": max_msgs, "discard": "new" });
+        rig.nats.client().api("STREAM.UPDATE.A", &config);
+    };
+    room_for(1);
+    rig.pg.execute(
+        "INSERT INTO outbox SELECT gen_random_uuid(), kind, 'a', '{}' \
+         FROM unnest(ARRAY['account', 'order', 'account', 'order']) AS kind",
+    );
+    let relay = rig.relay(&["--hold-back", "1h"]);
+    relay.wait_for_log("connecting to NATS again", DEADLINE);
+    let count = |stream: &str| rig.nats.client().message_count(stream);
+    assert_eq!((count("A"), count("O")), (1, 2));
+    let found = eventually("the third event to wait", DEADLINE, || {
+        let found = status(&rig);
+        match found["lag_seconds"].as_u64() {
+            Some(seconds) if seconds > 0 => Ok(found),
+            _ => Err(found),
+        }
+    });
+    assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
+    room_for(-1);
+    eventually("the third event", DEADLINE, || count("A") == 2);
+    // one stream has nothing at all, and nothing is confirmed
+    let found = status(&rig);
+    assert_eq!(found["lag_bytes"], 0, "{found}");
+    relay.kill();
+
+    // a row that cannot be an event, and one that no stream captures, wait as well
+    for (values, more) in [
+        ("'account', ''", &["--on-bad-subject", "stop"][..]),
+        ("'x', 'a'", &[]),
+    ] {
+        rig.pg.execute(&format!(
+            "INSERT INTO outbox VALUES (gen_random_uuid(), {values}, '{{}}')"
+        ));
+        let args = [&["status", "--json"], more].concat();
+        let found = on(&rig, &args).json(0);
+        assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
+        rig.pg.execute(&format!(
+            "SELECT pg_replication_slot_advance('{SLOT}', pg_current_wal_lsn())"
+        ));
+        assert_eq!(on(&rig, &args).json(0)["lag_bytes"], 0);
+    }
 }
 
 #[test]
