@@ -4,9 +4,11 @@ use crate::rig::{DEADLINE, Rig, SLOT, STREAM, counted};
 use crate::support::nats::Nats;
 use crate::support::natsclient::StreamMessage;
 use crate::support::postgres::Postgres;
-use crate::support::wait::{eventually, secs};
+use crate::support::wait::{eventually, pause};
 use serde_json::json;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 const TABLE: &str = "CREATE TABLE outbox (id text, aggregatetype text, aggregateid text, payload text, headers jsonb)";
 const PARKED: &str = "PARKED";
@@ -526,9 +528,17 @@ const EACH: &str = "INSERT INTO outbox SELECT n::text, 't',
     CASE WHEN n % 30 = 10 THEN repeat('x', 20000) WHEN n % 30 = 20 THEN repeat('x', 5000) ELSE 'x' END
     FROM generate_series(LOW, HIGH) AS n";
 
+/// Tells a thread to end when it goes.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn parked_events_are_there_once_and_in_order_whatever_dies() {
-    const TRANSACTIONS: u64 = 60;
     const EVENTS: u64 = 50;
     for own_stream in [true, false] {
         let rig = Rig {
@@ -544,38 +554,44 @@ fn parked_events_are_there_once_and_in_order_whatever_dies() {
         if own_stream {
             update_stream(&rig, STREAM, "events.>", 4_000);
         }
+        let (writing, committed) = (AtomicBool::new(true), AtomicU64::new(0));
+        let more = |what: &str| {
+            let stored = rig.nats.client().message_count(STREAM);
+            let arrived = || rig.nats.client().message_count(STREAM) >= stored + 60;
+            eventually(&format!("sixty more: {what}"), DEADLINE, arrived);
+        };
         thread::scope(|scope| {
-            let writing = scope.spawn(|| {
-                for transaction in 0..TRANSACTIONS {
-                    let (low, high) = (transaction * EVENTS + 1, (transaction + 1) * EVENTS);
-                    rig.pg.execute(
-                        &EACH
-                            .replace("LOW", &low.to_string())
-                            .replace("HIGH", &high.to_string()),
-                    );
+            scope.spawn(|| {
+                let mut client = rig.pg.client();
+                // ahead of the relay, but not by minutes
+                while writing.load(Ordering::Relaxed) {
+                    let low = committed.load(Ordering::Relaxed) + 1;
+                    let high = low + EVENTS - 1;
+                    let sql = EACH.replace("LOW", &low.to_string());
+                    let sql = sql.replace("HIGH", &high.to_string());
+                    client.batch_execute(&sql).expect("Postgres is up");
+                    committed.store(high, Ordering::Relaxed);
+                    pause(Duration::from_millis(20));
                 }
             });
+            // ends the writer also where the test fails
+            let _done = Done(&writing);
             for round in 0..6 {
                 let relay = rig.relay(&PARK);
-                let mut client = rig.nats.client();
-                let stored = client.message_count(STREAM);
-                let deadline = std::time::Instant::now() + secs(10);
-                while client.message_count(STREAM) < stored + 60
-                    && std::time::Instant::now() < deadline
-                {
-                    thread::yield_now();
-                }
+                more("the start");
                 match round % 3 {
                     0 => relay.kill(),
                     1 => {
                         rig.nats.kill();
                         rig.nats.start_again();
-                        relay.kill();
+                        more("NATS is back");
                     }
-                    _ => drop(rig.pg.terminate_walsender()),
+                    _ => {
+                        assert_eq!(rig.pg.terminate_walsender(), 1);
+                        more("the session is lost");
+                    }
                 }
             }
-            writing.join().expect("the writer ends");
         });
         rig.drain(&PARK);
         let bad = |n: &u64| match n % 30 {
@@ -583,7 +599,7 @@ fn parked_events_are_there_once_and_in_order_whatever_dies() {
             20 => own_stream,
             _ => false,
         };
-        let all = || 1..=TRANSACTIONS * EVENTS;
+        let all = || 1..=committed.load(Ordering::Relaxed);
         let numbers = |messages: &[StreamMessage]| -> Vec<u64> {
             let numbers = messages.iter().map(|m| m.id().parse());
             numbers.map(|n| n.expect("a number")).collect()
