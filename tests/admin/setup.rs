@@ -576,18 +576,29 @@ fn the_relay_runs_with_what_is_printed_and_no_more() {
         .collect();
     assert_eq!(allowed.len(), 7, "{config}");
     let requests: Vec<&str> = requests.lines().collect();
-    for (index, line) in allowed.iter().enumerate() {
-        let nats = permitting(&config.replace(&format!("{line}\n"), ""), &requests);
-        rig.commit_event(index as u64 + 2, "a");
+    let each = allowed.iter().copied().map(Some);
+    for (index, removed) in (2..).zip([None].into_iter().chain(each)) {
+        let permitted = match removed {
+            Some(line) => config.replace(&format!("{line}\n"), ""),
+            None => config.to_string(),
+        };
+        let nats = permitting(&permitted, &requests);
+        rig.commit_event(index, "a");
         let at = format!("nats://relay:choose-a-better-one@127.0.0.1:{}", nats.port());
         let mut relay = Relay::run(
             &["-db", &relay_db, "-nats", &at, "-drain", "-max-outage=1s"],
             &[],
         );
         let (code, log) = (relay.wait_exit(DEADLINE), relay.log().join("\n"));
-        assert!(
-            code != 0 || log.contains("without the checkpoint"),
-            "{line}\n{log}"
+        let ends_well = code == 0 && !log.contains("without the checkpoint");
+        assert_eq!(ends_well, removed.is_none(), "{removed:?}\n{log}");
+        // and it is this one that is missed: `events.>` by what is published under it
+        let subject = removed.unwrap_or_default().trim().trim_matches(['"', '>']);
+        let denied = format!(r#"Permissions Violation for Publish to \"{subject}"#);
+        assert_eq!(
+            log.contains(&denied),
+            removed.is_some(),
+            "{removed:?}\n{log}"
         );
     }
 }
