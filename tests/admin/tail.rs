@@ -5,8 +5,9 @@ use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::process::Process;
 use crate::support::wait::{eventually, secs, throughout};
+use crossbeam_channel::bounded;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -194,14 +195,19 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     client.add_seed_stream();
     client.fill("events.a", (1..=2000).map(|n| n.to_string().into()));
     let mut command = command(&["tail", "-nats", &nats.url()], &[]);
-    command.stdout(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = Process::spawn("tail", &mut command);
     let stdout = process.child().stdout.take().expect("stdout is piped");
-    let first = BufReader::new(stdout)
-        .lines()
-        .next()
-        .expect("a line")
-        .expect("UTF-8");
+    let mut stderr = process.child().stderr.take().expect("stderr is piped");
+    let (sender, first) = bounded(1);
+    // the rest, more than a pipe holds, is not wanted
+    let reader = thread::spawn(move || sender.send(BufReader::new(stdout).lines().next()));
+    let first = first.recv_timeout(DEADLINE).expect("a line in time");
+    let first = first.expect("a line").expect("UTF-8");
     assert!(first.starts_with("[1] Subject: events.a"), "{first}");
+    reader.join().expect("it reads").expect("it is heard");
     assert!(process.wait_exit(DEADLINE).success());
+    let mut said = String::new();
+    stderr.read_to_string(&mut said).expect("UTF-8");
+    assert_eq!(said, "");
 }
