@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -97,14 +98,17 @@ fn lines_that_found_no_place_are_counted() {
     let mut running = command.stderr(OwnedFd::from(stderr)).spawn().unwrap();
     drop(command);
 
-    let mut stdout = String::new();
-    let mut out = running.stdout.take().unwrap();
-    while !stdout.contains("logged") {
-        let mut some = [0; 256];
-        let count = out.read(&mut some).unwrap();
-        assert!(count > 0, "the child ended: {stdout}");
-        stdout.push_str(std::str::from_utf8(&some[..count]).unwrap());
-    }
+    // with what the test program says itself in front of it
+    let (has_logged, logged) = mpsc::channel();
+    let out = BufReader::new(running.stdout.take().unwrap());
+    thread::spawn(move || {
+        for line in out.lines().map_while(Result::ok) {
+            if line.ends_with("logged") {
+                has_logged.send(()).unwrap();
+            }
+        }
+    });
+    logged.recv_timeout(DEADLINE).unwrap();
     // the report must come while the process runs on, not at its end
     reader.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut objects: Vec<serde_json::Value> = Vec::new();
@@ -119,6 +123,9 @@ fn lines_that_found_no_place_are_counted() {
         }
     }
     drop(running.stdin.take());
+    // its end closes its output
+    let nothing_more = logged.recv_timeout(DEADLINE);
+    assert_eq!(nothing_more, Err(mpsc::RecvTimeoutError::Disconnected));
     assert!(running.wait().unwrap().success());
 
     let (last, written) = objects.split_last().unwrap();

@@ -290,21 +290,12 @@ fn what_cannot_be_found_out_is_unknown_and_exceeds_a_limit() {
 #[test]
 fn watching_prints_again_with_a_history() {
     let rig = Rig::start();
-    let mut command = command(&["status", "--watch"], &[]);
-    command
-        .args(servers(&rig.pg, &rig.nats))
-        .stdout(Stdio::piped());
-    let mut process = Process::spawn("status", &mut command);
-    let stdout = process.child().stdout.take().expect("stdout is piped");
-    let lines = BufReader::new(stdout)
-        .lines()
-        .map(|line| line.expect("UTF-8"));
-    let history: Vec<String> = lines
-        .filter(|line| line.starts_with("history  "))
-        .take(3)
-        .collect();
-    assert_eq!(history, ["history  ▁", "history  ▁▁", "history  ▁▁▁"]);
-    process.kill();
+    let mut watched = Watched::start(&rig, &[]);
+    for history in ["history  ▁", "history  ▁▁", "history  ▁▁▁"] {
+        let line = watched.next("the history", |line| line.starts_with("history  "));
+        assert_eq!(line, history);
+    }
+    watched.process.kill();
 }
 
 /// What `status --watch` has printed since the last look.

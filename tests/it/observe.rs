@@ -142,6 +142,8 @@ fn paths_methods_and_addresses_that_are_none_are_answered() {
     assert_eq!(get(&at, "/other").0, 404);
     let answer = |request: &str| {
         let mut stream = TcpStream::connect(&at).expect("connect");
+        let limit = Some(DEADLINE);
+        stream.set_read_timeout(limit).expect("set a timeout");
         stream
             .write_all(request.as_bytes())
             .expect("send a request");
@@ -294,15 +296,19 @@ fn systemd_is_told_of_the_start_the_state_the_end_and_that_threads_move() {
     let folder = tempfile::tempdir().expect("create a temporary folder");
     let path = folder.path().join("notify");
     let socket = UnixDatagram::bind(&path).expect("bind a socket");
-    socket
-        .set_read_timeout(Some(DEADLINE))
-        .expect("set a timeout");
-    let next = || {
+    let next = |limit: Duration| {
+        let limit = Some(limit.max(Duration::from_millis(1)));
+        socket.set_read_timeout(limit).expect("set a timeout");
         let mut buffer = [0; 4096];
-        let count = socket.recv(&mut buffer).expect("the relay tells something");
-        String::from_utf8_lossy(&buffer[..count]).trim().to_string()
+        let count = socket.recv(&mut buffer)?;
+        io::Result::Ok(String::from_utf8_lossy(&buffer[..count]).into_owned())
     };
-    let wait_for = |what: &str| while !next().contains(what) {};
+    // whatever else it tells: the watchdog never ends
+    let wait_for = |what: &str| {
+        let end = Instant::now() + DEADLINE;
+        let left = || end.saturating_duration_since(Instant::now());
+        while !next(left()).expect(what).contains(what) {}
+    };
     let db = format!("postgres://postgres@127.0.0.1:{}/postgres", rig.pg.port());
     let nats = rig.nats.url();
     let env = [
@@ -320,14 +326,10 @@ fn systemd_is_told_of_the_start_the_state_the_end_and_that_threads_move() {
     wait_for("STATUS=relaying");
     // a process that stands still tells nothing, and systemd ends it
     relay.signal(Signal::STOP);
-    socket
-        .set_read_timeout(Some(secs(2)))
-        .expect("set a timeout");
-    let mut buffer = [0; 4096];
-    while socket.recv(&mut buffer).is_ok() {}
-    socket
-        .set_read_timeout(Some(DEADLINE))
-        .expect("set a timeout");
+    // but for what it has told already
+    let silence = || next(secs(2)).err();
+    let error = eventually("silence", DEADLINE, silence);
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     relay.signal(Signal::CONT);
     wait_for("WATCHDOG=1");
     relay.term();
