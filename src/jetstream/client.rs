@@ -135,8 +135,17 @@ impl Link {
     /// Tries the servers in turn: probe, connect, sign in, subscribe to an inbox. Spends at most
     /// `connect_timeout` on each. What goes wrong is worded for an operator.
     pub fn connect(options: &Options) -> Result<Link, Error> {
+        Link::connect_from(options, 0)
+    }
+
+    /// The same, beginning with the server of this number, modulo how many there are: one that lets clients in may still be
+    /// cut off from its cluster, and whoever finds that out goes on with the next.
+    pub fn connect_from(options: &Options, first: usize) -> Result<Link, Error> {
         let mut errors = Vec::new();
-        for server in &options.servers {
+        let (before, behind) = options
+            .servers
+            .split_at(first % options.servers.len().max(1));
+        for server in behind.iter().chain(before) {
             match connect_one(options, server) {
                 Ok(link) => return Ok(link),
                 Err(error) => errors.push(error),

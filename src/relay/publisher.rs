@@ -576,6 +576,7 @@ impl<'a> Publisher<'a> {
     /// Connects and reads the streams back until that works. `None`: the session is to end.
     fn reconnect(&mut self, reason: &str) -> Result<Option<Link>, Error> {
         let mut reason = reason.to_string();
+        let mut tries = 0;
         loop {
             let now = Instant::now();
             let Some(pause) = self.outage.failed(now) else {
@@ -594,7 +595,7 @@ impl<'a> Publisher<'a> {
                 // what is not acknowledged comes again; nobody is to wait for a server that is away
                 return Ok(None);
             }
-            match self.rejoin() {
+            match self.rejoin(tries) {
                 Ok(link) => {
                     self.vitals.enter(Phase::Relaying, None);
                     log::info!(server = link.server(); "connected to NATS again");
@@ -608,11 +609,12 @@ impl<'a> Publisher<'a> {
                 }
                 Err(error) => return Err(error),
             }
+            tries += 1;
         }
     }
 
-    fn rejoin(&mut self) -> Result<Link, Error> {
-        let found = rejoin::find(self.config, &mut self.said)?;
+    fn rejoin(&mut self, tries: usize) -> Result<Link, Error> {
+        let found = rejoin::find(self.config, tries, &mut self.said)?;
         let timeout = self.config.nats.request_timeout;
         let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
         let Opened { marks, went_back } = opened.unwrap_or_default();

@@ -91,9 +91,10 @@ impl Joined {
     }
 }
 
-/// Connects and finds the streams that capture the prefix and the park subject.
-pub fn find(config: &Config, said: &mut Repeated) -> Result<Found, Error> {
-    let link = Link::connect(&config.nats)?;
+/// Connects and finds the streams that capture the prefix and the park subject. `tries`: how often that, and what follows,
+/// failed before.
+pub fn find(config: &Config, tries: usize, said: &mut Repeated) -> Result<Found, Error> {
+    let link = Link::connect_from(&config.nats, tries)?;
     let mut infos: Vec<StreamInfo> = Vec::new();
     let mut filters_of: Vec<Vec<String>> = Vec::new();
     let policy = &config.mapping.policy;

@@ -74,6 +74,8 @@ pub struct Session<'a> {
     published: Option<Published>,
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
+    /// How often in a row NATS was asked, and no session came of it.
+    tries: usize,
     worked: bool,
     vitals: &'a Vitals,
 }
@@ -97,6 +99,7 @@ impl<'a> Session<'a> {
             reached: None,
             published: None,
             upto: None,
+            tries: 0,
             worked: false,
             vitals,
         }
@@ -130,7 +133,9 @@ impl<'a> Session<'a> {
         self.memory
             .rebase(&lineage, config.accept_new_system)
             .map_err(conflict)?;
-        let found = rejoin::find(config, &mut self.said)?;
+        let tries = self.tries;
+        self.tries += 1;
+        let found = rejoin::find(config, tries, &mut self.said)?;
         let timeout = config.nats.request_timeout;
         let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
         let marks = opened.map(|opened| opened.marks).unwrap_or_default();
@@ -257,6 +262,7 @@ impl<'a> Session<'a> {
             status_interval: feedback::status_interval(slot.wal_sender_timeout),
             vitals: self.vitals,
         };
+        self.tries = 0;
         self.vitals.sessions.inc();
         self.vitals.confirmed.set(slot.confirmed_flush_lsn.0);
         self.vitals.enter(Phase::Relaying, None);

@@ -448,3 +448,16 @@ fn an_idle_outbox_confirms_while_another_database_is_busy() {
     }
     assert_eq!(rig.nats.client().message_count(STREAM), 0);
 }
+
+/// As a node that is cut off from its cluster: it lets the relay in, and then has nothing for it.
+#[test]
+fn after_a_server_that_is_of_no_use_the_next_is_asked() {
+    let rig = Rig::start();
+    let useless = Nats::start();
+    rig.commit_event(1, "a");
+    let servers = format!("{},{}", useless.url(), rig.nats.url());
+    let log = rig.drain(&["--nats", &servers, "--max-outage", "20s"]);
+    let missing = |line: &String| line.contains("no stream captures it");
+    assert!(log.iter().any(missing), "{log:#?}");
+    assert_eq!(rig.messages().len(), 1);
+}
