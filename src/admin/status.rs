@@ -1,9 +1,9 @@
 //! `status`: where the slot and the streams stand, asked of both servers and not of a relay.
 //!
 //! The stream tells the last event that was published ([`OUTBOX_POSITION`]), the slot what was confirmed: what lies behind
-//! the later of the two waits, if it holds an event at all. Whether it does, and since when, only decoding can tell. It
-//! is done on a temporary copy of the slot (`pg_copy_logical_replication_slot`, Postgres 12 on), so that neither a relay that
-//! runs nor one that starts meanwhile is in its way.
+//! the later of the two waits, if it holds an event at all. (Of several streams each has its own end.) Whether it does, and
+//! since when, only decoding can tell. It is done on a temporary copy of the slot (`pg_copy_logical_replication_slot`,
+//! Postgres 12 on), so that neither a relay that runs nor one that starts meanwhile is in its way.
 
 mod decode;
 
