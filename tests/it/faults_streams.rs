@@ -460,8 +460,8 @@ fn many_events_under_one_id_are_dropped_over_one_connection() {
     let log = relay.log();
     let count = |text| log.iter().filter(|line| line.contains(text)).count();
     assert_eq!(count("dropped an event"), 3999);
-    // the first one finds others on their way behind it
-    assert!(count("connected to NATS again") <= 1, "{log:?}");
+    // the first one finds others on their way behind it, and where they are many it takes another to tell which it was
+    assert!(count("connected to NATS again") <= 2, "{log:?}");
     assert_eq!(count("was written meanwhile"), 0, "{log:?}");
 }
 
