@@ -130,9 +130,8 @@ impl Tail {
     }
 
     /// Whether the event at `position` with `id` is in the stream. Asked once per event of the stream,
-    /// in order: each event that was consumed away answers for one. `was_sent`: somebody may have published it already; if
-    /// not, what is gone was somebody else's.
-    pub fn verdict(&mut self, position: Position, id: &str, was_sent: bool) -> Verdict {
+    /// in order: each event that was consumed away answers for one.
+    pub fn verdict(&mut self, position: Position, id: &str) -> Verdict {
         let Some(stored) = &self.stored else {
             return Verdict::Publish;
         };
@@ -147,9 +146,6 @@ impl Tail {
                 },
                 _ => Verdict::Stored((position == stored.position).then_some(stored.seq)),
             };
-        }
-        if !was_sent {
-            self.consumed = 0;
         }
         if self.consumed > 0 {
             self.consumed -= 1;
@@ -524,19 +520,6 @@ mod tests {
         // others' messages under other subjects, some of which are gone
         check_search(MANY, 5, (2..8, 9..MANY + 1), (7, 0));
         check_search(MANY, 5, (none(), 9..MANY + 1), (5, 0));
-    }
-
-    #[test]
-    fn what_is_gone_is_no_event_that_nobody_can_have_published() {
-        let mut tail = Tail {
-            stored: Some(checkpoint(5)),
-            consumed: 2,
-            ..Tail::default()
-        };
-        let mut verdict = |lsn, was_sent| tail.verdict(checkpoint(lsn).position, "id", was_sent);
-        assert_eq!(verdict(6, true), Verdict::Stored(Some(6)));
-        assert_eq!(verdict(7, false), Verdict::Publish);
-        assert_eq!(verdict(8, true), Verdict::Publish);
     }
 
     #[test]

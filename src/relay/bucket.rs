@@ -77,9 +77,10 @@ pub fn begin<'s>(
             let written = store.written(number, Ok(ack), Instant::now());
             Ok(written.unwrap_or_default())
         }
-        // the bucket is there, over the API's prefix, but its subjects lead nowhere
+        // the bucket is there, over the API's prefix, but its subjects lead nowhere; where they have led somewhere before, its
+        // leader is being chosen
         Err(jetstream::Error::Api { source, .. })
-            if source.kind() == AckErrorKind::NoResponders =>
+            if source.kind() == AckErrorKind::NoResponders && store.is_new() =>
         {
             let subject = store.subject();
             log::warn!(
@@ -149,7 +150,16 @@ fn read(
             revision: value.revision,
             body: value.again(),
         };
-        value.revision = put(store, link, same, timeout)?.seq;
+        value.revision = match put(store, link, same, timeout) {
+            Err(jetstream::Error::Api { api, source })
+                if source.kind() == AckErrorKind::NoResponders =>
+            {
+                // its leader is being chosen
+                let after = Duration::ZERO;
+                return Err(jetstream::Error::ApiTimeout { api, after });
+            }
+            answer => answer?.seq,
+        };
     }
     Ok(value)
 }

@@ -36,6 +36,9 @@ struct Record {
     streams: Vec<Entry>,
     reached: Option<String>,
     ripening: Option<Ripening>,
+    /// Names the process that wrote it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    writer: String,
     /// [`super::publication::Published`] as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     publication: Option<String>,
@@ -78,6 +81,7 @@ struct Ripening {
 pub struct CheckpointStore {
     bucket: String,
     slot: String,
+    writer: String,
     state: State,
     /// How many writes there were.
     writes: u64,
@@ -189,8 +193,8 @@ impl Value {
 }
 
 impl CheckpointStore {
-    /// The key of `slot` in `bucket`; an empty bucket's name turns it off.
-    pub fn new(bucket: &str, slot: &str) -> CheckpointStore {
+    /// The key of `slot` in `bucket`; an empty bucket's name turns it off. `writer` is what no other process calls itself.
+    pub fn new(bucket: &str, slot: &str, writer: String) -> CheckpointStore {
         let state = if bucket.is_empty() {
             State::Forbidden
         } else {
@@ -199,6 +203,7 @@ impl CheckpointStore {
         CheckpointStore {
             bucket: bucket.to_string(),
             slot: slot.to_string(),
+            writer,
             state,
             writes: 0,
             revision: 0,
@@ -230,6 +235,7 @@ impl CheckpointStore {
     pub fn opened(&mut self, value: Value, now: Instant) -> Opened {
         let record = value.since_stored(serde_json::from_slice(&value.body).unwrap_or_default());
         let went_back = value.seq < self.revision;
+        let by_another = (1..value.seq).contains(&self.revision) && record.writer != self.writer;
         // what was lost may have said that the ripening position no longer is
         self.distrusted |= went_back;
         self.revision = value.revision;
@@ -245,7 +251,11 @@ impl CheckpointStore {
         }
         let marks = kept.marks.clone();
         self.kept = Some(kept);
-        Opened { marks, went_back }
+        Opened {
+            marks,
+            went_back,
+            by_another,
+        }
     }
 
     /// The connection is gone.
@@ -269,6 +279,11 @@ impl CheckpointStore {
     /// There is a checkpoint.
     pub fn is_kept(&self) -> bool {
         matches!(self.state, State::On { .. })
+    }
+
+    /// The key was never written, as far as is known.
+    pub fn is_new(&self) -> bool {
+        self.revision == 0
     }
 
     /// The number of the last write.
@@ -379,7 +394,11 @@ impl CheckpointStore {
         let write = Write {
             number: self.writes,
             revision: self.revision,
-            body: Record::of(&content, ripening.clone()).body(),
+            body: Record {
+                writer: self.writer.clone(),
+                ..Record::of(&content, ripening.clone())
+            }
+            .body(),
         };
         *pending = Some(Pending {
             number: write.number,
@@ -454,6 +473,7 @@ impl Record {
             streams: marks.streams.iter().map(Entry::of).collect(),
             reached: marks.reached.as_ref().map(SourcePosition::to_string),
             ripening,
+            writer: String::new(),
             publication: content.publication.clone(),
         }
     }
@@ -490,6 +510,8 @@ pub struct Opened {
     pub marks: Marks,
     /// The server has lost what the key was known to hold.
     pub went_back: bool,
+    /// It was written since by another relay.
+    pub by_another: bool,
 }
 
 impl Entry {
@@ -530,7 +552,7 @@ mod tests {
     use crate::jetstream::ack::ApiError;
 
     fn store(now: Instant) -> CheckpointStore {
-        let mut store = CheckpointStore::new("bucket", "s");
+        let mut store = CheckpointStore::new("bucket", "s", "we".into());
         store.opened(value(4, Vec::new(), 1_000_000), now);
         store
     }

@@ -271,18 +271,14 @@ impl Memory {
         Ok(())
     }
 
-    /// Takes over what an earlier process has left, seen from this server. What was written from another
-    /// system proves nothing about it, and is passed over: whether that is meant, the stream's own end
-    /// tells. A conflict, with the stream's name, ends the relay.
+    /// Takes over what an earlier process has left, or another relay that had the slot meanwhile and knows better, seen from
+    /// this server. What was written from another system proves nothing about it, and is passed over: whether that is meant,
+    /// the stream's own end tells. A conflict, with the stream's name, ends the relay.
     pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) -> Result<(), (String, Conflict)> {
         self.source = Some(lineage.source.clone());
         for mark in marks {
-            let known = self
-                .streams
-                .iter()
-                .any(|remembered| remembered.name == mark.name);
             let is_ours = |(_, at): &(u64, SourcePosition)| at.source.slot == lineage.source.slot;
-            if known || !mark.last.as_ref().is_none_or(is_ours) {
+            if !mark.last.as_ref().is_none_or(is_ours) {
                 continue;
             }
             let is_old = |(_, at): &(u64, SourcePosition)| at.source != lineage.source;
@@ -299,6 +295,17 @@ impl Memory {
                     }),
                 },
             };
+            let mut known = self.streams.iter_mut();
+            if let Some(known) = known.find(|known| known.name == mark.name) {
+                let seq = last.as_ref().map_or(0, |last| last.seq);
+                known.acked_seq = known.acked_seq.max(seq);
+                known.confirmed_seq = known.confirmed_seq.max(mark.confirmed_seq);
+                if known.last.as_ref().is_none_or(|known| known.seq < seq) {
+                    known.last = last;
+                }
+                (known.shared, known.at_rest) = (mark.shared, at_rest);
+                continue;
+            }
             self.streams.push(Remembered {
                 name: mark.name,
                 created: mark.created,
@@ -353,8 +360,10 @@ struct Stream {
     shared: bool,
     /// When that was last seen.
     others_at: Option<Instant>,
-    /// What is gone by the next connection from behind `last` was somebody else's, or may have been.
+    /// Nothing was published behind `last`: what is gone from there was somebody else's, or may have been.
     at_rest: bool,
+    /// Where it ended when that was seen last.
+    read_to: u64,
     /// The sequence of the last settled event: what a confirmation may rest on.
     settled_seq: u64,
     /// What the confirmed LSN rests on.
@@ -397,6 +406,20 @@ impl Stream {
     fn has_room(&self, now: Instant) -> bool {
         let others = self.others_at.is_some_and(|at| now < at + SHARED_FOR);
         self.replicas <= 1 || !others || self.chain.is_settled()
+    }
+
+    /// A message that was gone from there was deleted or lost, and not consumed.
+    fn keeps(&self, seq: u64) -> bool {
+        self.keeps_from.is_some_and(|from| seq >= from)
+    }
+
+    /// What is gone from the stream's end, as it was read, was none of ours, and is not counted from here on either.
+    fn leave_out_what_is_gone(&mut self) {
+        self.tail.consumed = 0;
+        if let Some(last) = &mut self.last {
+            last.seq = last.seq.max(self.read_to);
+            self.acked_seq = self.acked_seq.max(last.seq);
+        }
     }
 
     /// Somebody else's message has come behind ours, whether it is still there or not.
@@ -511,6 +534,7 @@ impl Core {
             shared: remembered.shared,
             others_at: remembered.others_at,
             at_rest: remembered.at_rest,
+            read_to: 0,
             last: remembered.last,
         };
         Core {
@@ -662,23 +686,19 @@ impl Core {
             if stream.last.is_some() && tail.has_others() {
                 stream.has_met_others(now);
             }
-            let at_rest = std::mem::take(&mut stream.at_rest);
-            if stream.shared || at_rest {
+            let mut is_theirs = false;
+            if stream.shared || stream.at_rest {
                 // what is gone may have been theirs: rather twice than never
-                tail.consumed = 0;
-            } else {
+                is_theirs = std::mem::take(&mut tail.consumed) > 0;
+            }
+            if !stream.shared {
                 // where we are alone nothing can be missing
                 tail.between = None;
             }
             if let Some(stored) = &tail.stored {
                 stream.acked_seq = stream.acked_seq.max(stored.seq);
                 if tail.between.is_none() {
-                    let last = stream.last.insert(stored.clone());
-                    if at_rest {
-                        // nor is it counted from here on
-                        last.seq = last.seq.max(found.last_seq);
-                        stream.acked_seq = stream.acked_seq.max(last.seq);
-                    }
+                    stream.last = Some(stored.clone());
                 }
             } else if stream.last.is_none() && self.delivery == Delivery::ExactlyOnce {
                 // nothing of ours up to here: what the checkpoint has to say before the first ack, or what
@@ -690,9 +710,13 @@ impl Core {
                 });
             }
             stream.chain = Chain::new(found.last_seq);
+            stream.read_to = found.last_seq;
             stream.replicas = found.replicas;
             stream.previous = None;
             stream.tail = tail;
+            if is_theirs {
+                stream.leave_out_what_is_gone();
+            }
             // an event that was published late is younger than its position tells
             stream.aged = found.aged.filter(|_| !stream.shared || found.replicas <= 1);
             stream.has_young = found.has_young;
@@ -806,6 +830,17 @@ impl Core {
     /// So far this slot was settled by a relay before, or beside, this one: see [`Marks::reached`].
     pub fn has_reached(&mut self, lsn: Lsn) {
         self.reached = self.reached.max(lsn);
+    }
+
+    /// Another relay has written the checkpoint, and may have published what this one has not.
+    pub fn has_company(&mut self) {
+        self.sent = Position {
+            commit_lsn: Lsn(u64::MAX),
+            ordinal: u32::MAX,
+        };
+        for stream in &mut self.streams {
+            stream.at_rest = false;
+        }
     }
 
     /// The checkpoint can no longer be written. What it was to hold next may have been acknowledged only now.
@@ -1014,7 +1049,10 @@ impl Core {
                         break;
                     }
                     let id = event.id();
-                    match stream.tail.verdict(position, id, position <= self.sent) {
+                    if stream.tail.consumed > 0 && position > self.sent {
+                        stream.leave_out_what_is_gone();
+                    }
+                    match stream.tail.verdict(position, id) {
                         Verdict::IdMismatch => {
                             return Err(Trouble::Halt(Halt::IdMismatch {
                                 stream: stream.name.clone(),
@@ -1063,6 +1101,11 @@ impl Core {
                                 if let Some(too_large) = too_large(Some(expected), last_id_len) {
                                     return Ok(too_large);
                                 }
+                                if stream.replicas > 1 && stream.chain.is_settled() {
+                                    // should it be refused, that must be known of it for sure
+                                    self.named_until = self.named_until.max(token + 1);
+                                }
+                                stream.at_rest = false;
                                 State::Sent {
                                     stream: index,
                                     expected: stream.chain.extend(token),
@@ -1252,15 +1295,27 @@ impl Core {
         Ok(self.judge(token, found, now))
     }
 
-    /// What the event is suspected to repeat, unless that is another one with its id.
+    /// What the event is suspected to repeat, unless that is another one with its id, or was gone when the tail was read.
     fn left_open(&self, token: u64, found: Option<(&str, Option<&SourcePosition>)>) -> Option<u64> {
         let index = token.checked_sub(self.first_token)? as usize;
         let Entry::Event(pending) = self.window.get(index)? else {
             return None;
         };
         let event = pending.event.view();
-        let is_another = found.is_some_and(|found| is_another(&event, found));
-        pending.suspect.filter(|_| !is_another)
+        let seq = pending.suspect?;
+        let is_told = match found {
+            Some(found) => is_another(&event, found),
+            None => self
+                .home(event.subject)
+                .is_some_and(|(_, stream)| seq <= stream.read_to && !stream.keeps(seq)),
+        };
+        (!is_told).then_some(seq)
+    }
+
+    /// The stream that captures a subject.
+    fn home(&self, subject: &str) -> Option<(usize, &Stream)> {
+        let index = *self.routed.get(self.routes.route(subject)?)?;
+        Some((index, self.streams.get(index)?))
     }
 
     /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can
@@ -1286,8 +1341,7 @@ impl Core {
                 let route = self.routes.route(event.subject);
                 let index = route.and_then(|route| self.routed.get(route).copied());
                 let stream = index.and_then(|index| self.streams.get(index))?;
-                let was_deleted = stream.keeps_from.is_some_and(|from| seq >= from);
-                if seq > stream.chain.acked() || was_deleted {
+                if seq > stream.chain.acked() || stream.keeps(seq) {
                     // not consumed: somebody took it, or the stream went backwards
                     return None;
                 }
@@ -1321,7 +1375,9 @@ impl Core {
         };
         if last_seq >= stream.acked_seq {
             let is_ours = !nothing_is_out || !self.routed.contains(&index);
-            if self.connected && !is_ours && last_seq > stream.chain.acked() {
+            let seen = stream.chain.acked().max(stream.read_to);
+            if self.connected && !is_ours && last_seq > seen {
+                stream.read_to = last_seq;
                 stream.has_met_others(now);
             }
             return Ok(());
@@ -1422,6 +1478,7 @@ impl Core {
                     shared: false,
                     others_at: None,
                     at_rest: false,
+                    read_to: 0,
                     settled_seq: 0,
                     confirmed_seq: 0,
                 });

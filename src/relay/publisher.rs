@@ -514,6 +514,7 @@ impl<'a> Publisher<'a> {
         let used = found
             .as_ref()
             .and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
+        let before = self.core.tally().dropped + self.core.tally().skipped;
         let outcome = self.core.looked_up(token, used, Instant::now());
         let mut dropped = None;
         self.trouble(outcome.map(|id| dropped = id))?;
@@ -522,6 +523,8 @@ impl<'a> Publisher<'a> {
                 .map(|position| position.to_string())
                 .unwrap_or_default();
             log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
+        }
+        if self.core.tally().dropped + self.core.tally().skipped > before {
             // the stream answers, and the window moves on
             self.outage.worked();
         }
@@ -617,9 +620,16 @@ impl<'a> Publisher<'a> {
         let found = rejoin::find(self.config, tries, &mut self.said)?;
         let timeout = self.config.nats.request_timeout;
         let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
-        let Opened { marks, went_back } = opened.unwrap_or_default();
+        let Opened {
+            marks,
+            went_back,
+            by_another,
+        } = opened.unwrap_or_default();
         if went_back {
             self.core.checkpoint_went_back();
+        }
+        if by_another {
+            self.core.has_company();
         }
         // a relay that has taken over may have come further, and what it wrote must not be taken back
         let reached = marks.reached.and_then(|at| self.lineage.reach(&at));

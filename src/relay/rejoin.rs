@@ -8,7 +8,7 @@ use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::jetstream::preflight::preflight;
 use crate::jetstream::resume::{
-    Between, Checkpoint, Extent, Lineage, OUTBOX_POSITION, Tail, find_tail,
+    Between, Checkpoint, Extent, LOOK_BACK, Lineage, OUTBOX_POSITION, Tail, find_tail,
 };
 use crate::jetstream::streams::{self, Request, Routes, StoredMessage, StreamInfo};
 use crate::outbox::position::{Position, SourcePosition};
@@ -263,11 +263,21 @@ impl Stream<'_> {
             let last = self.get(streams::last_message_request(name, filter))?;
             newest = newest.into_iter().chain(last).max_by_key(|m| m.seq);
         }
+        let keeps_its_end = self.info.config.keeps_its_end();
+        let mut first_seq = state.first_seq;
+        if let Some(known) = checkpoint
+            && !keeps_its_end
+            && state.last_seq > known.seq.max(first_seq) + LOOK_BACK
+        {
+            // more than can be looked at one by one; where all is gone from there, it need not be
+            let next = self.get(streams::next_message_request(name, known.seq + 1, ">"))?;
+            first_seq = next.map_or(state.last_seq + 1, |next| next.seq);
+        }
         let extent = Extent {
-            first_seq: state.first_seq,
+            first_seq,
             last_seq: state.last_seq,
             whole: state.num_deleted == 0,
-            keeps_its_end: self.info.config.keeps_its_end(),
+            keeps_its_end,
         };
         let found = find_tail(
             &lineage.source,

@@ -4,7 +4,7 @@
 //! what was read, and only then the feedback thread sends the last status update and CopyDone.
 
 use super::bucket;
-use super::checkpoint::CheckpointStore;
+use super::checkpoint::{CheckpointStore, Opened};
 use super::core::{Core, Limits, Memory, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
@@ -28,7 +28,7 @@ use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
 use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
 use std::thread::{self, Scope, ScopedJoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Unacknowledged bytes: enough for a thousand events of 4 KiB, or several of the largest size, on their
 /// way at once; it bounds what the relay holds when JetStream is slow.
@@ -93,7 +93,7 @@ impl<'a> Session<'a> {
             stop,
             mapper,
             memory: Memory::default(),
-            store: CheckpointStore::new(&config.checkpoint, &config.slot),
+            store: CheckpointStore::new(&config.checkpoint, &config.slot, writer()),
             said: Repeated::default(),
             learned: false,
             reached: None,
@@ -138,7 +138,9 @@ impl<'a> Session<'a> {
         let found = rejoin::find(config, tries, &mut self.said)?;
         let timeout = config.nats.request_timeout;
         let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
-        let marks = opened.map(|opened| opened.marks).unwrap_or_default();
+        let Opened {
+            marks, by_another, ..
+        } = opened.unwrap_or_default();
         let resume_anyway = config.resume_anyway && !self.learned;
         // another relay may have confirmed more since our last session
         let reached = [&self.reached, &marks.reached].into_iter().flatten();
@@ -163,7 +165,7 @@ impl<'a> Session<'a> {
                 ordinal: 0,
             },
         });
-        if !self.learned {
+        if !self.learned || by_another {
             let mut marks = marks.streams;
             marks.retain(|mark| !resume_anyway || found.has_kept(mark));
             self.memory.learn(marks, &lineage).map_err(conflict)?;
@@ -266,7 +268,8 @@ impl<'a> Session<'a> {
         self.vitals.sessions.inc();
         self.vitals.confirmed.set(slot.confirmed_flush_lsn.0);
         self.vitals.enter(Phase::Relaying, None);
-        let store = std::mem::replace(&mut self.store, CheckpointStore::new("", &config.slot));
+        let none = CheckpointStore::new("", &config.slot, String::new());
+        let store = std::mem::replace(&mut self.store, none);
         let mapper = &mut self.mapper;
         let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
         self.published = Some(outcome.published);
@@ -282,6 +285,14 @@ impl<'a> Session<'a> {
         self.store = outcome.left.store;
         outcome.result
     }
+}
+
+/// A name for this process that no other has, on whatever host or in whatever container.
+fn writer() -> String {
+    let since_1970 = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    format!("{:x}-{:x}", since_1970.as_nanos(), std::process::id())
 }
 
 impl Session<'_> {
@@ -439,7 +450,7 @@ impl Threads<'_> {
             settled: false,
             tally: Tally::default(),
             memory: Memory::default(),
-            store: CheckpointStore::new("", &self.config.slot),
+            store: CheckpointStore::new("", &self.config.slot, String::new()),
         });
         let shuts_down = first == First::ServerShutsDown;
         let result = match (left.result, read, fed_back) {

@@ -53,9 +53,11 @@ pub enum Rule {
     Sent,
     /// Nor is what is published after a stop in order.
     Rest,
+    /// What another relay has published meanwhile is learned from the checkpoint.
+    Company,
 }
 
-pub const ALL: [Rule; 25] = [
+pub const ALL: [Rule; 26] = [
     Rule::Fence,
     Rule::AckSequence,
     Rule::DuplicateFlag,
@@ -81,4 +83,5 @@ pub const ALL: [Rule; 25] = [
     Rule::Disconnected,
     Rule::Sent,
     Rule::Rest,
+    Rule::Company,
 ];

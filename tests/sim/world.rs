@@ -75,6 +75,25 @@ struct Session {
     channel: VecDeque<Batch>,
 }
 
+/// What a relay remembers from one session to the next.
+struct Process {
+    store: CheckpointStore,
+    memory: Memory,
+    learned: bool,
+    reached: Option<SourcePosition>,
+}
+
+impl Process {
+    fn new(checkpoint: bool, number: usize) -> Process {
+        Process {
+            store: store(checkpoint, number),
+            memory: Memory::default(),
+            learned: false,
+            reached: None,
+        }
+    }
+}
+
 pub struct World {
     rng: fastrand::Rng,
     off: Option<Rule>,
@@ -92,7 +111,6 @@ pub struct World {
     committed: Vec<Vec<Event>>,
     /// The checkpoint's key in the server.
     key: Key,
-    store: CheckpointStore,
     /// In some runs the bucket is slow, and fails beside the streams; in the others it answers at once.
     bucket: Option<fastrand::Rng>,
     /// In some runs answers share names, and refusals overtake acks; in the others each has a name of its own.
@@ -101,9 +119,11 @@ pub struct World {
     session: Option<Session>,
     connection: Option<Connection>,
     zombies: Vec<Connection>,
-    memory: Memory,
-    learned: bool,
-    reached: Option<SourcePosition>,
+    process: Process,
+    /// How many there were.
+    processes: usize,
+    /// In some runs two relays have the slot in turn: the one that waits for it.
+    standby: Option<Process>,
     /// The slot was moved; the relay has said so and ended.
     moved: bool,
     halted: bool,
@@ -191,11 +211,8 @@ impl World {
             streams,
             parking,
             key: Key::default(),
-            store: store(checkpoint),
             bucket: (seed % 4 == 1).then(|| fastrand::Rng::with_seed(seed.rotate_left(32))),
-            // under a shared name a replicated stream's refusal does not tell whose it is
-            names: (seed % 6 == 2 && !(kind == Kind::Guest && replicated))
-                .then(|| fastrand::Rng::with_seed(seed.reverse_bits())),
+            names: (seed % 6 == 2).then(|| fastrand::Rng::with_seed(seed.reverse_bits())),
             lineage: Lineage {
                 source,
                 switch_points: Vec::new(),
@@ -203,9 +220,9 @@ impl World {
             session: None,
             connection: None,
             zombies: Vec::new(),
-            memory: Memory::default(),
-            learned: false,
-            reached: None,
+            process: Process::new(checkpoint, 0),
+            processes: 2,
+            standby: (seed % 7 == 6 && kind != Kind::Guest).then(|| Process::new(checkpoint, 1)),
             moved: false,
             halted: false,
             next_look: now,
@@ -255,7 +272,10 @@ impl World {
                 }
             }
             89 => self.lose_connection(),
-            90 if self.one_in(2) => self.end_session()?,
+            90 if self.one_in(2) => {
+                self.end_session()?;
+                self.take_over();
+            }
             91 if self.kind != Kind::Guest && self.one_in(2) => self.kill(),
             95..98 if self.kind == Kind::Guest => self.guest()?,
             92 if self.kind == Kind::Rollback => self.roll_back(),
@@ -271,14 +291,22 @@ impl World {
         Ok(())
     }
 
+    /// The other relay gets the slot.
+    fn take_over(&mut self) {
+        if let Some(standby) = &mut self.standby
+            && self.session.is_none()
+        {
+            std::mem::swap(standby, &mut self.process);
+            trace!(self, "the other relay gets the slot");
+        }
+    }
+
     fn kill(&mut self) {
         trace!(self, "the relay is killed");
         self.lose_connection();
         self.session = None;
-        self.memory = Memory::default();
-        self.store = store(!self.store.is_forbidden());
-        self.reached = None;
-        self.learned = false;
+        self.process = Process::new(!self.process.store.is_forbidden(), self.processes);
+        self.processes += 1;
     }
 
     /// No more faults: everything must be stored and confirmed soon.
@@ -556,7 +584,7 @@ impl World {
         }
         let confirmable = session.core.confirmable(now);
         let marks = || session.core.marks(&self.lineage.source);
-        if let Some(write) = self.store.write(marks, confirmable, now, false) {
+        if let Some(write) = self.process.store.write(marks, confirmable, now, false) {
             let slow = self.bucket.as_mut().filter(|_| !self.healed);
             let delay = slow.map_or(0, |rng| [0, 1, 12][rng.usize(..3)]);
             let arrives = now + Duration::from_secs(delay);
@@ -659,7 +687,7 @@ impl World {
         let reply = reply.and_then(|it| pop_due(&mut it.replies, |(due, ..)| *due <= now));
         if let Some((_, number, answer)) = reply {
             let number = match self.is_off(Rule::LateAnswer) {
-                true => self.store.writes(),
+                true => self.process.store.writes(),
                 false => number,
             };
             self.written(number, answer);
@@ -671,7 +699,7 @@ impl World {
         let Some(session) = &mut self.session else {
             return;
         };
-        match self.store.written(number, answer, self.now) {
+        match self.process.store.written(number, answer, self.now) {
             Ok(Some(marks)) => session.core.kept(marks, self.now),
             Ok(None) => {}
             Err(Overtaken) => {
@@ -692,7 +720,7 @@ impl World {
             Trouble::Backwards(_) if self.is_off(Rule::Replay) => self.lose_connection(),
             Trouble::Backwards(_) => {
                 self.end_session()?;
-                self.store.unripe();
+                self.process.store.unripe();
             }
             Trouble::Halt(halt) => return Err(format!("halted without need: {halt:?}")),
         }
@@ -700,19 +728,26 @@ impl World {
     }
 
     fn start_session(&mut self) -> Outcome {
-        let kept = self.open_bucket().unwrap_or_default().marks;
-        let rebased = self.memory.rebase(&self.lineage, false);
+        let Opened {
+            marks: kept,
+            by_another,
+            ..
+        } = self.open_bucket().unwrap_or_default();
+        let rebased = self.process.memory.rebase(&self.lineage, false);
         rebased.expect("the server was promoted");
-        if !self.learned {
-            let learned = self.memory.learn(kept.streams.clone(), &self.lineage);
+        if !self.process.learned || by_another {
+            let learned = self
+                .process
+                .memory
+                .learn(kept.streams.clone(), &self.lineage);
             learned.expect("the server was promoted");
-            self.learned = true;
+            self.process.learned = true;
         }
-        let reached = [&self.reached, &kept.reached].into_iter().flatten();
+        let reached = [&self.process.reached, &kept.reached].into_iter().flatten();
         let reached = reached.filter_map(|at| self.lineage.reach(at)).max();
         let confirmed = self.postgres.confirmed;
         let beyond = reached.is_some_and(|reached| reached < confirmed);
-        if self.store.is_kept() && beyond && !self.is_off(Rule::Reached) {
+        if self.process.store.is_kept() && beyond && !self.is_off(Rule::Reached) {
             if self.moved {
                 trace!(self, "halted: the slot was moved");
                 self.halted = true;
@@ -720,8 +755,8 @@ impl World {
             }
             return Err(format!("the slot is at {confirmed}, behind {reached:?}"));
         }
-        self.memory.reached = reached.unwrap_or_default().max(confirmed);
-        let memory = std::mem::take(&mut self.memory);
+        self.process.memory.reached = reached.unwrap_or_default().max(confirmed);
+        let memory = std::mem::take(&mut self.process.memory);
         let found = self.read_streams(|stream| memory.last_known(stream).cloned());
         let position = |stream: &StreamAtConnect| match &stream.tail {
             Tail {
@@ -765,8 +800,11 @@ impl World {
         );
         self.join(found)?;
         if let Some(session) = &mut self.session {
-            if self.store.is_kept() {
-                let ripe = self.store.ripe(&self.lineage, self.hold_back, self.now);
+            if self.process.store.is_kept() {
+                let ripe = self
+                    .process
+                    .store
+                    .ripe(&self.lineage, self.hold_back, self.now);
                 session.core.has_checkpoint(ripe);
             }
             session.core.log_ended_at(match self.off {
@@ -783,10 +821,12 @@ impl World {
 
     /// Reads the checkpoint over a new connection; `None`: the relay may not.
     fn open_bucket(&mut self) -> Option<Opened> {
-        if self.store.is_forbidden() {
+        if self.process.store.is_forbidden() {
             return None;
         }
-        Some(self.store.opened(self.read_key(), self.now))
+        let mut opened = self.process.store.opened(self.read_key(), self.now);
+        opened.by_another &= self.off != Some(Rule::Company);
+        Some(opened)
     }
 
     fn rejoin(&mut self) -> Outcome {
@@ -796,10 +836,17 @@ impl World {
         };
         if !needed && self.bucket_fails(60) {
             trace!(self, "the bucket may no longer be used");
-            self.store.forbid();
+            self.process.store.forbid();
+            if let Some(standby) = &mut self.standby {
+                standby.store.forbid();
+            }
         }
-        let Opened { marks, went_back } = self.open_bucket().unwrap_or_default();
-        if !self.store.is_kept()
+        let Opened {
+            marks,
+            went_back,
+            by_another,
+        } = self.open_bucket().unwrap_or_default();
+        if !self.process.store.is_kept()
             && let Some(session) = &mut self.session
         {
             session.core.has_no_checkpoint(self.now);
@@ -807,6 +854,9 @@ impl World {
         if let Some(session) = &mut self.session {
             if went_back && self.off != Some(Rule::CheckpointBack) {
                 session.core.checkpoint_went_back();
+            }
+            if by_another {
+                session.core.has_company();
             }
             let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
             session.core.has_reached(reached.unwrap_or_default());
@@ -866,7 +916,7 @@ impl World {
             return true;
         };
         let marks = session.core.marks(&self.lineage.source);
-        let Some(write) = self.store.begin(marks, self.now) else {
+        let Some(write) = self.process.store.begin(marks, self.now) else {
             return true;
         };
         if self.bucket_fails(10) {
@@ -1110,7 +1160,7 @@ impl World {
                 self.zombies.push(connection);
             }
         }
-        self.store.closed();
+        self.process.store.closed();
         if self.off != Some(Rule::Disconnected)
             && let Some(session) = &mut self.session
         {
@@ -1157,14 +1207,14 @@ impl World {
             return;
         };
         trace!(self, "the copy stream ends");
-        self.memory = match self.is_off(Rule::Memory) {
+        self.process.memory = match self.is_off(Rule::Memory) {
             true => Memory::default(),
             false => session.core.into_memory(),
         };
-        self.reached = Some(SourcePosition {
+        self.process.reached = Some(SourcePosition {
             source: self.lineage.source.clone(),
             position: Position {
-                commit_lsn: self.memory.reached,
+                commit_lsn: self.process.memory.reached,
                 ordinal: 0,
             },
         });
@@ -1210,7 +1260,7 @@ impl World {
 
     /// Somebody else reads the slot while the relay is away.
     fn move_slot(&mut self) {
-        let kept = store(true).opened(self.read_key(), self.now).marks;
+        let kept = store(true, 0).opened(self.read_key(), self.now).marks;
         if kept.reached.is_none() {
             // it was never used
             return;
@@ -1383,6 +1433,7 @@ impl World {
         let confirmable = session.core.confirmable(self.now);
         let marks = session.core.marks(&self.lineage.source);
         let write = self
+            .process
             .store
             .write(|| marks.clone(), confirmable, self.now, true);
         if let Some(write) = write {
@@ -1390,7 +1441,7 @@ impl World {
             trace!(self, "checkpoint {} is the last: {answer:?}", write.number);
             self.written(write.number, answer);
         }
-        match self.store.is_kept() && self.store.holds(&marks) {
+        match self.process.store.is_kept() && self.process.store.holds(&marks) {
             true => self.kill(),
             false => self.lose_session(),
         }
@@ -1419,8 +1470,9 @@ fn pop_due<T>(queue: &mut VecDeque<T>, is_due: impl Fn(&T) -> bool) -> Option<T>
         .then(|| queue.pop_front())?
 }
 
-fn store(is_wanted: bool) -> CheckpointStore {
-    CheckpointStore::new(if is_wanted { "bucket" } else { "" }, "slot")
+fn store(is_wanted: bool, writer: usize) -> CheckpointStore {
+    let bucket = if is_wanted { "bucket" } else { "" };
+    CheckpointStore::new(bucket, "slot", writer.to_string())
 }
 
 fn info(stream: &Stream) -> StreamInfo {

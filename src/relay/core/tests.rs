@@ -1,6 +1,8 @@
 //! Rules that the simulator does not switch off one by one.
 
 use super::*;
+use crate::jetstream::ack::ApiError;
+use crate::jetstream::resume::Between;
 use crate::jetstream::streams::{StreamConfig, StreamInfo, StreamState};
 use std::convert::Infallible;
 
@@ -52,9 +54,13 @@ fn connect_to(core: &mut Core, replicas: u32, last_seq: u64, tail: Tail, now: In
 
 /// Events of one transaction; of each the subject, which is its id too.
 fn offer(core: &mut Core, subjects: &[&str]) {
+    offer_at(core, 1, subjects);
+}
+
+fn offer_at(core: &mut Core, lsn: u64, subjects: &[&str]) {
     let mut batch = Batch::default();
     for (ordinal, subject) in (1..).zip(subjects) {
-        let commit_lsn = Lsn(1);
+        let commit_lsn = Lsn(lsn);
         let text = |bytes: &mut Vec<u8>| {
             bytes.extend_from_slice(subject.as_bytes());
             Ok::<(), Infallible>(())
@@ -190,53 +196,216 @@ fn keepalives_behind_what_waits_are_kept_as_one() {
     assert_eq!((core.settled(), core.is_settled()), (Lsn(999), true));
 }
 
+fn at(lsn: u64, ordinal: u32) -> Position {
+    Position {
+        commit_lsn: Lsn(lsn),
+        ordinal,
+    }
+}
+
+fn last(seq: u64, position: Position) -> Option<Checkpoint> {
+    let id = None;
+    Some(Checkpoint { seq, position, id })
+}
+
+/// A stream of this end, from which everything behind what the core knows of is gone.
+fn connect_emptied(core: &mut Core, replicas: u32, last_seq: u64, now: Instant) {
+    let stored = core.last_known("stream").cloned();
+    let known = stored.as_ref().map_or(0, |known| known.seq);
+    let consumed = last_seq - known;
+    let tail = Tail {
+        stored,
+        consumed,
+        ..Tail::default()
+    };
+    connect_to(core, replicas, last_seq, tail, now);
+}
+
+/// Everything up to `lsn` has come.
+fn boundary(core: &mut Core, lsn: u64, now: Instant) {
+    let mut batch = Batch::default();
+    batch.push_boundary(Lsn(lsn));
+    core.offer(Arc::new(batch));
+    assert!(publishes(core, now).is_empty());
+}
+
+fn lineage(timeline: u32) -> Lineage {
+    let source = Source {
+        slot: "slot".into(),
+        system_id: 7,
+        timeline,
+    };
+    Lineage {
+        source,
+        switch_points: vec![(1, Lsn(100))],
+    }
+}
+
+/// What a relay has written on the first timeline, after the event at `position`, and before it was killed.
+fn mark(seq: u64, position: &str) -> Mark {
+    Mark {
+        name: "stream".into(),
+        created: String::new(),
+        last: Some((seq, format!("slot 7 1 {position}").parse().unwrap())),
+        shared: false,
+        at_rest: false,
+        settled_seq: 0,
+        confirmed_seq: 0,
+    }
+}
+
+fn learned(mark: Mark, timeline: u32) -> Memory {
+    let mut memory = Memory::default();
+    memory.learn(vec![mark], &lineage(timeline)).unwrap();
+    memory
+}
+
+fn refusal(last_seq: u64) -> AckError {
+    AckError::Api(ApiError {
+        code: 400,
+        err_code: 10071,
+        description: format!("wrong last sequence: {last_seq}"),
+    })
+}
+
+#[test]
+fn what_was_consumed_after_a_kill_is_counted_and_nothing_else_is() {
+    let now = Instant::now();
+    let mut core = core(Delivery::ExactlyOnce, learned(mark(5, "0/1 1"), 1));
+    connect_emptied(&mut core, 1, 7, now);
+    core.log_ended_at(Lsn(50));
+    offer_at(&mut core, 2, &["events.a"]);
+    assert!(publishes(&mut core, now).is_empty());
+    // the other was somebody else's, since nobody can have published this one
+    offer_at(&mut core, 60, &["events.b"]);
+    assert_eq!(subjects(&publishes(&mut core, now)), ["events.b"]);
+    // nor is it counted when that one is lost on its way
+    connect_emptied(&mut core, 1, 7, now);
+    assert_eq!(subjects(&publishes(&mut core, now)), ["events.b"]);
+}
+
 /// What the old primary has published and the new one does not know of may have been consumed since.
 #[test]
 fn what_is_gone_is_not_counted_over_a_failover() {
     let now = Instant::now();
     for (timeline, expected) in [(1, 0), (2, 1)] {
-        let source = Source {
-            slot: "slot".into(),
-            system_id: 7,
-            timeline,
-        };
-        let lineage = Lineage {
-            source,
-            switch_points: vec![(1, Lsn(100))],
-        };
-        let mark = Mark {
-            name: "stream".into(),
-            created: String::new(),
-            last: Some((0, "slot 7 1 0/0 1".parse().unwrap())),
-            shared: false,
-            at_rest: false,
-            settled_seq: 0,
-            confirmed_seq: 0,
-        };
-        let mut memory = Memory::default();
-        memory.learn(vec![mark], &lineage).unwrap();
-        let mut core = core(Delivery::ExactlyOnce, memory);
-        connect_to(
-            &mut core,
-            1,
-            2,
-            Tail {
-                stored: core_last(),
-                consumed: 2,
-                ..Tail::default()
-            },
-            now,
-        );
+        let mut core = core(Delivery::ExactlyOnce, learned(mark(5, "0/1 1"), timeline));
+        connect_emptied(&mut core, 1, 7, now);
         core.log_ended_at(Lsn(50));
-        offer(&mut core, &["events.a"]);
+        offer_at(&mut core, 2, &["events.a"]);
         assert_eq!(publishes(&mut core, now).len(), expected, "{timeline}");
     }
 }
 
-fn core_last() -> Option<Checkpoint> {
-    Some(Checkpoint {
-        seq: 0,
-        position: Position::default(),
-        id: None,
-    })
+/// What lies before the tail is stored, whether it is still there or not.
+#[test]
+fn what_is_gone_before_the_tail_is_stored_also_over_a_failover() {
+    let now = Instant::now();
+    for timeline in [1, 2] {
+        let mut core = core(Delivery::ExactlyOnce, learned(mark(1, "0/1 1"), timeline));
+        let mut tail = Tail {
+            stored: last(3, at(2, 2)),
+            ..Tail::default()
+        };
+        tail.look_between(Between {
+            from: at(1, 1),
+            stored: vec![(at(2, 2), 3)],
+            others: false,
+        });
+        connect_to(&mut core, 3, 3, tail, now);
+        core.log_ended_at(Lsn(50));
+        offer_at(&mut core, 2, &["events.a", "events.b"]);
+        assert!(publishes(&mut core, now).is_empty(), "{timeline}");
+    }
+}
+
+/// A relay that published one event and rested, got the slot back from one that published five and was killed.
+#[test]
+fn what_a_standby_has_published_is_counted_by_who_gets_the_slot_back() {
+    let now = Instant::now();
+    let mut before = core(Delivery::ExactlyOnce, Memory::default());
+    connect(&mut before, 1, 0, now);
+    offer_at(&mut before, 10, &["events.a"]);
+    let sent = publishes(&mut before, now);
+    ack(&mut before, &sent[0], now);
+    boundary(&mut before, 11, now);
+    let mut memory = before.into_memory();
+    memory.learn(vec![mark(3, "0/1E 2")], &lineage(1)).unwrap();
+    let mut after = core(Delivery::ExactlyOnce, memory);
+    assert_eq!(after.last_known("stream"), last(3, at(30, 2)).as_ref());
+    connect_emptied(&mut after, 1, 6, now);
+    after.log_ended_at(Lsn(100));
+    let names = [
+        "events.1", "events.2", "events.3", "events.4", "events.5", "events.6",
+    ];
+    offer_at(&mut after, 30, &names);
+    assert_eq!(subjects(&publishes(&mut after, now)), ["events.6"]);
+}
+
+/// What others have written, and somebody has purged since, is no loss of ours.
+#[test]
+fn a_stream_that_has_lost_messages_of_others_did_not_go_backwards() {
+    let now = Instant::now();
+    let mut core = core(Delivery::ExactlyOnce, Memory::default());
+    let tail = |foreign, lost| Tail {
+        stored: last(10, at(10, 1)),
+        foreign,
+        lost,
+        ..Tail::default()
+    };
+    connect_to(&mut core, 1, 10, tail(0, 0), now);
+    boundary(&mut core, 20, now);
+    connect_to(&mut core, 1, 15, tail(5, 0), now);
+    connect_to(&mut core, 1, 15, tail(0, 5), now);
+    assert_eq!(core.acked_seq("stream"), 10);
+}
+
+/// Also where more events are on their way than there are names for their answers.
+#[test]
+fn the_first_of_a_burst_that_is_refused_is_published_again() {
+    let now = Instant::now();
+    for replicas in [1, 3] {
+        let mut core = core(Delivery::ExactlyOnce, Memory::default());
+        let stored = last(10, at(10, 1));
+        let tail = Tail {
+            stored,
+            ..Tail::default()
+        };
+        connect_to(&mut core, replicas, 10, tail, now);
+        core.log_ended_at(Lsn(20));
+        boundary(&mut core, 25, now);
+        let names: Vec<String> = (0..20).map(|n| format!("events.{n}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        offer_at(&mut core, 30, &names);
+        let sent = publishes(&mut core, now);
+        let refused = core.answer(sent[0].reply, Err(refusal(11)), now);
+        assert!(refused.is_err());
+        connect_emptied(&mut core, replicas, 11, now);
+        let again = publishes(&mut core, now);
+        assert_eq!(subjects(&again).first(), Some(&"events.0"), "{replicas}");
+    }
+}
+
+/// A message that was gone when the stream was read had been consumed: the connection goes on. Of one that went since, a new
+/// one has to tell.
+#[test]
+fn a_duplicate_of_what_was_consumed_before_the_connection_does_not_end_it() {
+    let now = Instant::now();
+    for (seq, goes_on) in [(7, true), (8, false)] {
+        let mut core = core(Delivery::ExactlyOnce, learned(mark(7, "0/1 1"), 1));
+        connect_emptied(&mut core, 1, 7, now);
+        offer_at(&mut core, 2, &["events.a"]);
+        let sent = publishes(&mut core, now);
+        let duplicate = true;
+        let answered = core.answer(sent[0].reply, Ok(PubAck { seq, duplicate }), now);
+        assert_eq!(answered, Ok(None));
+        let Ok(Next::Lookup { token, .. }) = core.next(now) else {
+            panic!("it is not looked up");
+        };
+        assert_eq!(core.looked_up(token, None, now).is_ok(), goes_on, "{seq}");
+        if goes_on {
+            assert!(publishes(&mut core, now).is_empty());
+            assert!(core.is_settled());
+        }
+    }
 }
