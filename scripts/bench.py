@@ -10,6 +10,7 @@ Standard library only.
 
 import argparse
 import calendar
+import contextlib
 import hashlib
 import json
 import math
@@ -73,18 +74,29 @@ def spawn(command, **rest):
 
 
 def end(process, how=signal.SIGTERM):
-    """Ends a child and returns its CPU seconds, all threads, to its last instruction."""
-    LIVE.remove(process)
-    process.send_signal(how)
+    """Ends a child and returns its CPU seconds, all threads, to its last instruction; 0 if it was seen to have ended."""
+    if process.returncode is not None:
+        LIVE.remove(process)
+        return 0.0
+    # not send_signal and kill: they reap a child that has ended, and what it used is lost
+    os.kill(process.pid, how)
     deadline = time.monotonic() + START_SECONDS
     while True:
         pid, status, used = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
+            LIVE.remove(process)  # not before: a signal may end this program while it waits
             return used.ru_utime + used.ru_stime
         if time.monotonic() > deadline:
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def end_all():
+    """What is left, the youngest first; one that cannot be ended does not keep the others."""
+    for process in reversed(LIVE.copy()):
+        with contextlib.suppress(OSError):
+            end(process, signal.SIGINT)
 
 
 def cpu_of_tree(root):
@@ -353,6 +365,7 @@ class Child:
         return True
 
     def stop(self):
+        self.is_alive()  # or what it used would be that of a part
         return end(self.process)
 
 
@@ -503,9 +516,9 @@ class Bench:
         command = [self.options.tools / "raw_publisher", f"127.0.0.1:{nats.port}", "--events", str(count), *extra]
         process = spawn(command, stdout=subprocess.PIPE, text=True)
         line = process.stdout.read()
-        LIVE.remove(process)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        LIVE.remove(process)
         if process.returncode:
             raise RuntimeError(f"the raw publisher ended with {process.returncode}")
         nats_cpu = nats.stop()
@@ -899,12 +912,18 @@ def report(bench, described):
         print(f"\nRead back and compared: {bench.verified:,} messages, each event once, in order, with its content.")
 
 
+def handle(handler, *numbers):
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, handler)
+
+
 def main():
     options = parse()
     folder = pathlib.Path(options.out or options.tools)
     folder.mkdir(parents=True, exist_ok=True)
     described = machine()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    handle(lambda *_: sys.exit(1), signal.SIGTERM, signal.SIGHUP)
     root = pathlib.Path(tempfile.mkdtemp(prefix="outbox-bench-"))
     root.chmod(0o755)  # the user postgres must reach its folder
     bench, start = None, time.monotonic()
@@ -912,8 +931,9 @@ def main():
         bench = Bench(options, root)
         run(bench, folder)
     finally:
-        for process in reversed(LIVE.copy()):
-            end(process, signal.SIGINT)
+        # an impatient second Ctrl-C would leave servers behind
+        handle(signal.SIG_IGN, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        end_all()
         shutil.rmtree(root, ignore_errors=True)
     report(bench, described)
     note(f"plots in {folder}; took {time.monotonic() - start:.0f} s")
