@@ -16,8 +16,8 @@ use std::time::Duration;
 
 pub use rustix::process::Signal;
 
-/// Reads `start <pid>`, `end <pid>` and `folder <path>` lines until the pipe closes. QUIT first, because a
-/// Postgres that is only killed leaves its children to find out for themselves.
+/// Reads `start <pid>`, `end <pid>`, `folder <path>` and `keep <path>` lines until the pipe closes. QUIT
+/// first, because a Postgres that is only killed leaves its children to find out for themselves.
 const REAPER: &str = r#"
 trap '' INT TERM HUP
 pids=' ' folders=''
@@ -27,6 +27,7 @@ while read -r verb what; do
     end) case $pids in *" $what "*) pids="${pids%% $what *} ${pids#* $what }" ;; esac ;;
     folder) folders="$folders
 $what" ;;
+    keep) folders=$(printf '%s\n' "$folders" | grep -vxF -e "$what") ;;
   esac
 done
 for pid in $pids; do kill -CONT "$pid"; kill -QUIT "$pid"; done
@@ -61,6 +62,11 @@ fn tell_reaper(line: &str) {
 /// Has `folder` removed should this program be killed.
 pub fn reap_folder(folder: &Path) {
     tell_reaper(&format!("folder {}", folder.display()));
+}
+
+/// Leaves what [`reap_folder`] was told where it is.
+pub fn keep_folder(folder: &Path) {
+    tell_reaper(&format!("keep {}", folder.display()));
 }
 
 /// A running child, killed on drop.

@@ -27,7 +27,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::process::lock;
+use support::process::{keep_folder, lock};
 use support::truth::Confirmed;
 use support::wait::{pause, poll, secs};
 use world::{NAME, Stop, World};
@@ -67,13 +67,15 @@ fn torture(cluster: bool) {
     // the servers are gone, and their logs not printed, before anything is said
     let (report, folder) = run(length, seed, cluster, &only);
     print!("{}", report.text);
-    if report.clean && number("TORTURE_KEEP").is_none() {
-        std::fs::remove_dir_all(&folder).expect("remove the logs");
-    } else if !report.clean {
+    if !report.clean {
+        keep_folder(&folder);
         panic!(
             "seed {seed} broke a promise; the logs are in {}",
             folder.display()
         );
+    }
+    if number("TORTURE_KEEP").is_none() {
+        std::fs::remove_dir_all(&folder).expect("remove the logs");
     }
 }
 
@@ -91,6 +93,9 @@ fn run(length: Duration, seed: u64, cluster: bool, only: &str) -> (Report, std::
     println!("torture of {length:?} on a {setup}, seed {seed}");
     let world = World::start(cluster);
     println!("logs in {}", world.folder.display());
+    if number("TORTURE_KEEP").is_some() {
+        keep_folder(&world.folder);
+    }
     // a copy of the store is never so old that its repair needs what was confirmed; a cluster keeps what it
     // acknowledged, so that confirming at once must be safe
     let hold_back = match cluster {
@@ -171,6 +176,9 @@ fn run(length: Duration, seed: u64, cluster: bool, only: &str) -> (Report, std::
         (answered, confirmations)
     });
     let ledger = ledger.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if rounds == 0 {
+        world.violation("nothing was tested", "no round of faults".into());
+    }
     let stored = judge(&world, &ledger, &answered, &confirmations, hold_back);
     let mut text =
         format!("torture of {length:?} on a {setup}, seed {seed}, hold-back {hold_back:?}\n");

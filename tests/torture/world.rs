@@ -1,10 +1,11 @@
 //! The servers under torture, the proxies between them and the relay, and what is noted on the way.
 
 use crate::ledger::Violations;
+use crate::support::files::temp_dir;
 use crate::support::nats::{Nats, NatsCluster};
 use crate::support::natsclient::NatsClient;
 use crate::support::postgres::Postgres;
-use crate::support::process::lock;
+use crate::support::process::{keep_folder, lock};
 use crate::support::proxy::Proxy;
 use crate::support::truth::Confirmed;
 use crate::support::wait::secs;
@@ -15,6 +16,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -99,12 +101,8 @@ impl World {
             nats.client().add_stream_with(stream);
             JetStream::Single(Box::new(nats))
         };
-        // not among the folders that go with this program: it stays when something was wrong
-        let folder = tempfile::Builder::new()
-            .prefix("torture-")
-            .tempdir()
-            .expect("create a temporary folder")
-            .keep();
+        // goes with this program when that is interrupted, unless something was wrong by then
+        let folder = temp_dir("torture-").keep();
         World {
             to_pg: Proxy::start(pg.port()),
             to_nats: jetstream
@@ -123,6 +121,7 @@ impl World {
     }
 
     pub fn violation(&self, kind: &'static str, example: String) {
+        keep_folder(&self.folder);
         self.note(&format!("VIOLATION {kind}: {example}"));
         lock(&self.violations).add(kind, example);
     }
@@ -200,6 +199,14 @@ impl World {
 
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            keep_folder(&self.folder);
+        }
     }
 }
 
