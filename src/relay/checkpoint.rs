@@ -82,6 +82,10 @@ pub struct CheckpointStore {
     bucket: String,
     slot: String,
     writer: String,
+    /// We wrote what the key holds.
+    is_ours: bool,
+    /// Another relay has written what nobody here has learned yet.
+    unlearned: bool,
     state: State,
     /// How many writes there were.
     writes: u64,
@@ -204,6 +208,8 @@ impl CheckpointStore {
             bucket: bucket.to_string(),
             slot: slot.to_string(),
             writer,
+            is_ours: false,
+            unlearned: false,
             state,
             writes: 0,
             revision: 0,
@@ -235,7 +241,8 @@ impl CheckpointStore {
     pub fn opened(&mut self, value: Value, now: Instant) -> Opened {
         let record = value.since_stored(serde_json::from_slice(&value.body).unwrap_or_default());
         let went_back = value.seq < self.revision;
-        let by_another = (1..value.seq).contains(&self.revision) && record.writer != self.writer;
+        self.is_ours = record.writer == self.writer;
+        self.unlearned |= value.seq > 0 && value.seq != self.revision && !self.is_ours;
         // what was lost may have said that the ripening position no longer is
         self.distrusted |= went_back;
         self.revision = value.revision;
@@ -254,7 +261,7 @@ impl CheckpointStore {
         Opened {
             marks,
             went_back,
-            by_another,
+            by_another: self.unlearned,
         }
     }
 
@@ -279,6 +286,11 @@ impl CheckpointStore {
     /// There is a checkpoint.
     pub fn is_kept(&self) -> bool {
         matches!(self.state, State::On { .. })
+    }
+
+    /// What another relay had written is known now.
+    pub fn learned(&mut self) {
+        self.unlearned = false;
     }
 
     /// The key was never written, as far as is known.
@@ -336,7 +348,8 @@ impl CheckpointStore {
             return None;
         }
         let kept = self.kept.as_ref();
-        let told = kept.is_some_and(|kept| tells(&kept.marks, &marks));
+        // whoever comes next has to see that we were here
+        let told = self.is_ours && kept.is_some_and(|kept| tells(&kept.marks, &marks));
         if told && !self.distrusted {
             return None;
         }
@@ -434,6 +447,7 @@ impl CheckpointStore {
                     ..ripening
                 });
                 self.distrusted = false;
+                self.is_ours = true;
                 self.failing = None;
                 Ok(Some(&self.kept.insert(answered.content).marks))
             }
@@ -510,7 +524,7 @@ pub struct Opened {
     pub marks: Marks,
     /// The server has lost what the key was known to hold.
     pub went_back: bool,
-    /// It was written since by another relay.
+    /// It was written since by another relay, and what that one says was not learned yet: see [`CheckpointStore::learned`].
     pub by_another: bool,
 }
 
@@ -601,6 +615,38 @@ mod tests {
         assert_eq!(read.content(), content);
         let broken: Record = serde_json::from_str(&text.replace("0/16B3748", "x")).unwrap();
         assert_eq!(broken.content().marks.streams, []);
+    }
+
+    /// What a relay reads that read `seq` last, or nothing yet.
+    #[track_caller]
+    fn check_another(seq: u64, found: u64, writer: &str, expected: bool) {
+        let now = Instant::now();
+        let mut store = CheckpointStore::new("bucket", "s", "we".into());
+        store.opened(value(seq, Vec::new(), 0), now);
+        store.learned();
+        let body = format!(r#"{{"streams":[],"writer":"{writer}"}}"#);
+        let opened = store.opened(value(found, body.into(), 0), now);
+        assert_eq!(opened.by_another, expected, "{seq} {found} {writer}");
+        // until it is known what that one has to say
+        assert_eq!(
+            store.opened(value(found, Vec::new(), 0), now).by_another,
+            expected
+        );
+        store.learned();
+        assert!(!store.opened(value(found, Vec::new(), 0), now).by_another);
+    }
+
+    #[test]
+    fn what_another_relay_has_written_is_to_be_learned() {
+        check_another(4, 4, "they", false);
+        check_another(4, 5, "they", true);
+        // of an older release
+        check_another(4, 5, "", true);
+        check_another(4, 5, "we", false);
+        // before we wrote anything, or in a bucket that was made anew
+        check_another(0, 1, "they", true);
+        check_another(4, 1, "they", true);
+        check_another(4, 0, "", false);
     }
 
     #[test]

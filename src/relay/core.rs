@@ -194,6 +194,7 @@ struct Remembered {
     last: Option<Checkpoint>,
     acked_seq: u64,
     shared: bool,
+    met_others: bool,
     at_rest: bool,
     others_at: Option<Instant>,
     confirmed_seq: u64,
@@ -298,12 +299,17 @@ impl Memory {
             let mut known = self.streams.iter_mut();
             if let Some(known) = known.find(|known| known.name == mark.name) {
                 let seq = last.as_ref().map_or(0, |last| last.seq);
+                let known_seq = known.last.as_ref().map_or(0, |last| last.seq);
+                // an older one, from before the bucket was put back, knows of less
+                known.at_rest = at_rest && (known.at_rest || seq >= known_seq);
                 known.acked_seq = known.acked_seq.max(seq);
                 known.confirmed_seq = known.confirmed_seq.max(mark.confirmed_seq);
-                if known.last.as_ref().is_none_or(|known| known.seq < seq) {
+                if known_seq < seq {
                     known.last = last;
                 }
-                (known.shared, known.at_rest) = (mark.shared, at_rest);
+                known.shared |= mark.shared;
+                // that was the other relay
+                known.met_others = false;
                 continue;
             }
             self.streams.push(Remembered {
@@ -312,6 +318,7 @@ impl Memory {
                 acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
                 last,
                 shared: mark.shared,
+                met_others: false,
                 at_rest,
                 others_at: None,
                 confirmed_seq: mark.confirmed_seq,
@@ -358,6 +365,8 @@ struct Stream {
     acked_seq: u64,
     /// Others write to the stream.
     shared: bool,
+    /// Somebody else has, whom the next connection may show to be another relay with our slot.
+    met_others: bool,
     /// When that was last seen.
     others_at: Option<Instant>,
     /// Nothing was published behind `last`: what is gone from there was somebody else's, or may have been.
@@ -424,7 +433,7 @@ impl Stream {
 
     /// Somebody else's message has come behind ours, whether it is still there or not.
     fn has_met_others(&mut self, now: Instant) {
-        self.shared = true;
+        self.met_others = true;
         self.others_at = Some(now);
     }
 
@@ -532,6 +541,7 @@ impl Core {
             confirmed_seq: remembered.confirmed_seq,
             acked_seq: remembered.acked_seq,
             shared: remembered.shared,
+            met_others: remembered.met_others,
             others_at: remembered.others_at,
             at_rest: remembered.at_rest,
             read_to: 0,
@@ -595,6 +605,7 @@ impl Core {
             last: s.last,
             acked_seq: s.acked_seq,
             shared: s.shared,
+            met_others: s.met_others,
             at_rest: s.at_rest,
             others_at: s.others_at,
             confirmed_seq: s.confirmed_seq,
@@ -619,7 +630,7 @@ impl Core {
                 .last
                 .as_ref()
                 .map(|last| (last.seq, at(last.position))),
-            shared: stream.shared,
+            shared: stream.shared || stream.met_others,
             at_rest: self.at_rest,
             settled_seq: stream.settled_seq,
             confirmed_seq: stream.confirmed_seq,
@@ -686,14 +697,15 @@ impl Core {
             if stream.last.is_some() && tail.has_others() {
                 stream.has_met_others(now);
             }
+            stream.shared |= std::mem::take(&mut stream.met_others);
             let mut is_theirs = false;
-            if stream.shared || stream.at_rest {
+            if stream.shared {
                 // what is gone may have been theirs: rather twice than never
-                is_theirs = std::mem::take(&mut tail.consumed) > 0;
-            }
-            if !stream.shared {
+                tail.consumed = 0;
+            } else {
                 // where we are alone nothing can be missing
                 tail.between = None;
+                is_theirs = stream.at_rest && tail.consumed > 0;
             }
             if let Some(stored) = &tail.stored {
                 stream.acked_seq = stream.acked_seq.max(stored.seq);
@@ -830,17 +842,6 @@ impl Core {
     /// So far this slot was settled by a relay before, or beside, this one: see [`Marks::reached`].
     pub fn has_reached(&mut self, lsn: Lsn) {
         self.reached = self.reached.max(lsn);
-    }
-
-    /// Another relay has written the checkpoint, and may have published what this one has not.
-    pub fn has_company(&mut self) {
-        self.sent = Position {
-            commit_lsn: Lsn(u64::MAX),
-            ordinal: u32::MAX,
-        };
-        for stream in &mut self.streams {
-            stream.at_rest = false;
-        }
     }
 
     /// The checkpoint can no longer be written. What it was to hold next may have been acknowledged only now.
@@ -1305,9 +1306,9 @@ impl Core {
         let seq = pending.suspect?;
         let is_told = match found {
             Some(found) => is_another(&event, found),
-            None => self
-                .home(event.subject)
-                .is_some_and(|(_, stream)| seq <= stream.read_to && !stream.keeps(seq)),
+            None => self.home(event.subject).is_some_and(|(_, stream)| {
+                seq <= stream.read_to.min(stream.chain.acked()) && !stream.keeps(seq)
+            }),
         };
         (!is_told).then_some(seq)
     }
@@ -1476,6 +1477,7 @@ impl Core {
                     last: None,
                     acked_seq: 0,
                     shared: false,
+                    met_others: false,
                     others_at: None,
                     at_rest: false,
                     read_to: 0,

@@ -116,6 +116,8 @@ pub enum Error {
     EndedByServer,
     /// A defect of this program.
     Internal(&'static str),
+    /// Another relay has written the checkpoint meanwhile.
+    Overtaken,
 }
 
 /// What follows a session's end.
@@ -154,7 +156,10 @@ impl Error {
             Error::Postgres(error) if error.is_lasting() => Verdict::Exit(Exit::Configuration),
             Error::Postgres(_) => Verdict::Retry,
             Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
-            Error::Backwards(_) | Error::ServerShutsDown | Error::EndedByServer => Verdict::Retry,
+            Error::Backwards(_)
+            | Error::Overtaken
+            | Error::ServerShutsDown
+            | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_)
             | Error::SlotMoved { .. }
             | Error::PublicationSkipped { .. }
@@ -311,6 +316,9 @@ impl fmt::Display for Error {
                 f,
                 "read the stream back: {b}, and the slot has been told to forget events up to later than that; restore the \
                  stream from a newer backup, or accept the gap and pass --resume-anyway once"
+            ),
+            Error::Overtaken => f.write_str(
+                "read the checkpoint: another relay with this slot's name has written it; looking anew who has the slot",
             ),
             Error::ServerShutsDown => f.write_str("Postgres shuts down"),
             Error::EndedByServer => f.write_str("Postgres ended the replication stream"),

@@ -606,7 +606,7 @@ impl<'a> Publisher<'a> {
                 }
                 Err(error)
                     if error.verdict() == Verdict::Retry
-                        && !matches!(error, Error::Backwards(_)) =>
+                        && !matches!(error, Error::Backwards(_) | Error::Overtaken) =>
                 {
                     reason = error.to_string();
                 }
@@ -629,7 +629,8 @@ impl<'a> Publisher<'a> {
             self.core.checkpoint_went_back();
         }
         if by_another {
-            self.core.has_company();
+            // a new session finds out who has the slot, and learns what the other has published
+            return Err(Error::Overtaken);
         }
         // a relay that has taken over may have come further, and what it wrote must not be taken back
         let reached = marks.reached.and_then(|at| self.lineage.reach(&at));

@@ -169,6 +169,7 @@ impl<'a> Session<'a> {
             let mut marks = marks.streams;
             marks.retain(|mark| !resume_anyway || found.has_kept(mark));
             self.memory.learn(marks, &lineage).map_err(conflict)?;
+            self.store.learned();
         }
         self.learned = true;
         let published = self.check_publication(&mut connection)?;

@@ -222,7 +222,7 @@ impl World {
             zombies: Vec::new(),
             process: Process::new(checkpoint, 0),
             processes: 2,
-            standby: (seed % 7 == 6 && kind != Kind::Guest).then(|| Process::new(checkpoint, 1)),
+            standby: (seed % 3 == 2 && kind != Kind::Guest).then(|| Process::new(checkpoint, 1)),
             moved: false,
             halted: false,
             next_look: now,
@@ -586,7 +586,7 @@ impl World {
         let marks = || session.core.marks(&self.lineage.source);
         if let Some(write) = self.process.store.write(marks, confirmable, now, false) {
             let slow = self.bucket.as_mut().filter(|_| !self.healed);
-            let delay = slow.map_or(0, |rng| [0, 1, 12][rng.usize(..3)]);
+            let delay = slow.map_or(0, |rng| [0, 1, 12, 12][rng.usize(..4)]);
             let arrives = now + Duration::from_secs(delay);
             connection.writes.push_back((arrives, write));
         }
@@ -675,7 +675,7 @@ impl World {
             let answer = self.put(&write);
             trace!(self, "checkpoint {} is written: {answer:?}", write.number);
             let slow = self.bucket.as_mut().filter(|_| !self.healed);
-            let delay = slow.map_or(0, |rng| [0, 1, 12][rng.usize(..3)]);
+            let delay = slow.map_or(0, |rng| [0, 1, 12, 12][rng.usize(..4)]);
             let reply = (now + Duration::from_secs(delay), write.number, answer);
             if !self.bucket_fails(10)
                 && let Some(connection) = &mut self.connection
@@ -741,6 +741,7 @@ impl World {
                 .memory
                 .learn(kept.streams.clone(), &self.lineage);
             learned.expect("the server was promoted");
+            self.process.store.learned();
             self.process.learned = true;
         }
         let reached = [&self.process.reached, &kept.reached].into_iter().flatten();
@@ -846,6 +847,10 @@ impl World {
             went_back,
             by_another,
         } = self.open_bucket().unwrap_or_default();
+        if by_another {
+            trace!(self, "another relay has written the checkpoint");
+            return self.end_session();
+        }
         if !self.process.store.is_kept()
             && let Some(session) = &mut self.session
         {
@@ -854,9 +859,6 @@ impl World {
         if let Some(session) = &mut self.session {
             if went_back && self.off != Some(Rule::CheckpointBack) {
                 session.core.checkpoint_went_back();
-            }
-            if by_another {
-                session.core.has_company();
             }
             let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
             session.core.has_reached(reached.unwrap_or_default());
@@ -1339,7 +1341,10 @@ impl World {
             self.pass(Duration::from_millis(900))?;
         }
         match end {
-            0 => self.end_session()?,
+            0 => {
+                self.end_session()?;
+                self.take_over();
+            }
             1 if self.kind != Kind::Guest => self.kill(),
             _ => {}
         }

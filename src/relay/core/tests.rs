@@ -409,3 +409,50 @@ fn a_duplicate_of_what_was_consumed_before_the_connection_does_not_end_it() {
         }
     }
 }
+
+/// On a replicated stream that others write to: two events still there, one that is gone from its end.
+#[test]
+fn what_stands_between_a_mark_and_the_tail_is_found_again() {
+    let now = Instant::now();
+    let shared = Mark {
+        shared: true,
+        ..mark(10, "0/A 1")
+    };
+    let mut core = core(Delivery::ExactlyOnce, learned(shared, 1));
+    let mut tail = Tail {
+        stored: last(12, at(12, 1)),
+        consumed: 1,
+        ..Tail::default()
+    };
+    tail.look_between(Between {
+        from: at(10, 1),
+        stored: vec![(at(11, 1), 11), (at(12, 1), 12)],
+        others: false,
+    });
+    connect_to(&mut core, 3, 13, tail, now);
+    assert_eq!(core.last_known("stream"), last(10, at(10, 1)).as_ref());
+}
+
+/// Seen by a relay that was frozen, while its standby published.
+#[test]
+fn what_another_relay_has_published_is_none_of_others() {
+    let now = Instant::now();
+    let shared = |memory: Memory| {
+        let mut core = core(Delivery::ExactlyOnce, memory);
+        connect_emptied(&mut core, 1, 12, now);
+        core.marks(&lineage(1).source).streams[0].shared
+    };
+    let seen = || {
+        let mut core = core(Delivery::ExactlyOnce, learned(mark(10, "0/A 1"), 1));
+        connect_emptied(&mut core, 1, 10, now);
+        core.log_ended_at(Lsn(20));
+        boundary(&mut core, 25, now);
+        core.looked_at(0, 12, now).unwrap();
+        assert!(core.marks(&lineage(1).source).streams[0].shared);
+        core.into_memory()
+    };
+    assert!(shared(seen()));
+    let mut memory = seen();
+    memory.learn(vec![mark(12, "0/1E 2")], &lineage(1)).unwrap();
+    assert!(!shared(memory));
+}
