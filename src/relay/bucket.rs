@@ -154,9 +154,11 @@ fn read(
             Err(jetstream::Error::Api { api, source })
                 if source.kind() == AckErrorKind::NoResponders =>
             {
-                // its leader is being chosen
-                let after = Duration::ZERO;
-                return Err(jetstream::Error::ApiTimeout { api, after });
+                // its leader is being chosen: the same as no answer
+                return Err(jetstream::Error::ApiTimeout {
+                    api,
+                    after: timeout,
+                });
             }
             answer => answer?.seq,
         };

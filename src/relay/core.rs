@@ -1306,7 +1306,7 @@ impl Core {
         let seq = pending.suspect?;
         let is_told = match found {
             Some(found) => is_another(&event, found),
-            None => self.home(event.subject).is_some_and(|(_, stream)| {
+            None => self.home(event.subject).is_some_and(|stream| {
                 seq <= stream.read_to.min(stream.chain.acked()) && !stream.keeps(seq)
             }),
         };
@@ -1314,9 +1314,9 @@ impl Core {
     }
 
     /// The stream that captures a subject.
-    fn home(&self, subject: &str) -> Option<(usize, &Stream)> {
+    fn home(&self, subject: &str) -> Option<&Stream> {
         let index = *self.routed.get(self.routes.route(subject)?)?;
-        Some((index, self.streams.get(index)?))
+        self.streams.get(index)
     }
 
     /// A message that is gone was consumed meanwhile. Behind everything that is known of the stream, it can

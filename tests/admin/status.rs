@@ -81,18 +81,24 @@ fn the_second_half_of_a_transaction_is_lag() {
     let relay = rig.relay(&["--hold-back", "1h"]);
     relay.wait_for_log("connecting to NATS again", DEADLINE);
     assert_eq!(rig.nats.client().message_count(STREAM), 6);
-    let found = eventually("the sixth event to wait", DEADLINE, || {
-        let found = status(&rig);
+    wait_for_lag(&rig, "the sixth event to wait");
+    room_for(-1);
+    rig.wait_for_messages(11);
+    let found = status(&rig);
+    assert_eq!(found["lag_bytes"], 0, "{found}");
+}
+
+/// Waits until an event has waited for a second at least.
+#[track_caller]
+fn wait_for_lag(rig: &Rig, what: &str) {
+    let found = eventually(what, DEADLINE, || {
+        let found = status(rig);
         match found["lag_seconds"].as_u64() {
             Some(seconds) if seconds > 0 => Ok(found),
             _ => Err(found),
         }
     });
     assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
-    room_for(-1);
-    rig.wait_for_messages(11);
-    let found = status(&rig);
-    assert_eq!(found["lag_bytes"], 0, "{found}");
 }
 
 /// What one stream has refused stands before what another one has taken.
@@ -123,14 +129,7 @@ fn an_event_that_one_of_several_streams_lacks_is_lag() {
     relay.wait_for_log("connecting to NATS again", DEADLINE);
     let count = |stream: &str| rig.nats.client().message_count(stream);
     assert_eq!((count("A"), count("O")), (1, 2));
-    let found = eventually("the third event to wait", DEADLINE, || {
-        let found = status(&rig);
-        match found["lag_seconds"].as_u64() {
-            Some(seconds) if seconds > 0 => Ok(found),
-            _ => Err(found),
-        }
-    });
-    assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
+    wait_for_lag(&rig, "the third event to wait");
     room_for(-1);
     eventually("the third event", DEADLINE, || count("A") == 2);
     // one stream has nothing at all, and nothing is confirmed
