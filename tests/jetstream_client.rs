@@ -4,7 +4,8 @@ mod support;
 
 use crossbeam_channel::{select, unbounded};
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
-use jetstream_outbox::jetstream::client::{Incoming, Link};
+use jetstream_outbox::jetstream::client::{Link, Reply};
+use jetstream_outbox::jetstream::connection::Ack;
 use jetstream_outbox::jetstream::error::Error;
 use jetstream_outbox::jetstream::options::{Options, ServerUrl};
 use jetstream_outbox::jetstream::streams::{self, Routes};
@@ -14,7 +15,6 @@ use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use support::files::temp_dir;
@@ -27,9 +27,6 @@ const LONG: Duration = Duration::from_secs(30);
 
 /// What waits for no server is done by then on a busy machine; the crate's flush waits for ten times as long.
 const AT_ONCE: Duration = Duration::from_secs(1);
-
-/// What a link sends before it is used.
-const PINGS_TO_CONNECT: usize = 3;
 
 /// The tests count the process' threads, so they take turns.
 static TURN: Mutex<()> = Mutex::new(());
@@ -127,9 +124,23 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
     (first..).zip(indexes).map(publish).collect()
 }
 
-fn next(link: &Link) -> Incoming {
+fn next_acks(link: &Link) -> Vec<Ack> {
     select! {
-        recv(link.messages()) -> message => link.decode(message.unwrap()).unwrap(),
+        recv(link.acks()) -> acks => acks.unwrap(),
+        recv(link.lost()) -> error => panic!("{}", error.unwrap()),
+        default(LONG) => panic!("no answer"),
+    }
+}
+
+fn next_ack(link: &Link) -> Ack {
+    let mut acks = next_acks(link);
+    assert_eq!(acks.len(), 1, "{acks:?}");
+    acks.remove(0)
+}
+
+fn next_reply(link: &Link) -> Reply {
+    select! {
+        recv(link.replies()) -> message => link.decode(message.unwrap()).unwrap(),
         recv(link.lost()) -> error => panic!("{}", error.unwrap()),
         default(LONG) => panic!("no answer"),
     }
@@ -144,14 +155,13 @@ fn pipeline(link: &Link, count: u64, window: u64, burst: u64, body_len: usize) {
             publish(link, events(first, n, body_len));
             first += n;
         }
-        acked += 1;
-        let stored = Ok(PubAck {
-            seq: acked,
-            duplicate: false,
-        });
-        match next(link) {
-            Incoming::Ack { reply, result } => assert_eq!((reply, result), (acked, stored)),
-            other => panic!("{other:?}"),
+        for Ack { reply, result } in next_acks(link) {
+            acked += 1;
+            let stored = Ok(PubAck {
+                seq: acked,
+                duplicate: false,
+            });
+            assert_eq!((reply, result), (acked, stored));
         }
     }
 }
@@ -295,13 +305,9 @@ fn refusals_are_named() {
     create_stream(&link, r#","max_msg_size":1000"#);
     let ask = |first, body_len| {
         publish(&link, events(first, 1, body_len));
-        match next(&link) {
-            Incoming::Ack { reply, result } => {
-                assert_eq!(reply, first);
-                result.map(|ack| ack.seq).map_err(|error| error.kind())
-            }
-            other => panic!("{other:?}"),
-        }
+        let Ack { reply, result } = next_ack(&link);
+        assert_eq!(reply, first);
+        result.map(|ack| ack.seq).map_err(|error| error.kind())
     };
     assert_eq!(ask(1, 1), Ok(1));
     assert_eq!(ask(9, 1), Err(AckErrorKind::WrongLastSequence(Some(1))));
@@ -312,24 +318,15 @@ fn refusals_are_named() {
     assert!(error.unwrap().contains("stream not found"));
     // asynchronously
     link.request(7, "STREAM.INFO.EVENTS", Vec::new());
-    match next(&link) {
-        Incoming::Reply { token: 7, result } => {
-            assert!(
-                String::from_utf8(result.unwrap())
-                    .unwrap()
-                    .contains("events.")
-            )
-        }
-        other => panic!("{other:?}"),
-    }
+    let Reply { token, result } = next_reply(&link);
+    assert_eq!(token, 7);
+    let answer = String::from_utf8(result.unwrap()).unwrap();
+    assert!(answer.contains("events."), "{answer}");
     link.call("STREAM.DELETE.EVENTS", Vec::new(), LONG).unwrap();
     publish(&link, events(1, 1, 1));
-    match next(&link) {
-        Incoming::Ack { reply: 1, result } => {
-            assert_eq!(result.unwrap_err().kind(), AckErrorKind::NoResponders)
-        }
-        other => panic!("{other:?}"),
-    }
+    let Ack { reply, result } = next_ack(&link);
+    let kind = result.unwrap_err().kind();
+    assert_eq!((reply, kind), (1, AckErrorKind::NoResponders));
 }
 
 #[test]
@@ -339,14 +336,14 @@ fn a_call_hands_on_the_answers_to_others() {
     create_stream(&link, "");
     link.put(7, "events.kept".into(), 0, b"{}".to_vec());
     eventually("the write to be answered", LONG, || {
-        !link.messages().is_empty()
+        !link.replies().is_empty()
     });
     let mut others = Vec::new();
     let request = streams::message_request("EVENTS", 1);
     let found = streams::message_among(&link, request, LONG, |other| others.push(other));
     assert_eq!(found.unwrap().unwrap().data, b"{}");
-    let others: Vec<Incoming> = others.into_iter().filter_map(|m| link.decode(m)).collect();
-    let [Incoming::Reply { token: 7, result }] = &others[..] else {
+    let others: Vec<Reply> = others.into_iter().filter_map(|m| link.decode(m)).collect();
+    let [Reply { token: 7, result }] = &others[..] else {
         panic!("{others:?}");
     };
     let answer = String::from_utf8_lossy(result.as_ref().unwrap());
@@ -361,12 +358,9 @@ fn a_server_without_jetstream_is_named() {
     let error = link.call("STREAM.NAMES", Vec::new(), LONG).unwrap_err();
     assert!(error.to_string().contains("enable JetStream"), "{error}");
     publish(&link, events(1, 1, 1));
-    match next(&link) {
-        Incoming::Ack { reply: 1, result } => {
-            assert_eq!(result.unwrap_err().kind(), AckErrorKind::NoResponders)
-        }
-        other => panic!("{other:?}"),
-    }
+    let Ack { reply, result } = next_ack(&link);
+    let kind = result.unwrap_err().kind();
+    assert_eq!((reply, kind), (1, AckErrorKind::NoResponders));
 }
 
 #[test]
@@ -568,19 +562,13 @@ fn a_message_has_the_size_that_the_server_counts() {
     };
     limit("CREATE", size - 1);
     publish(&link, publishes.clone());
-    match next(&link) {
-        Incoming::Ack {
-            result: Err(error), ..
-        } => assert_eq!(error.kind(), AckErrorKind::MessageTooLarge),
-        other => panic!("{other:?}"),
-    }
+    let error = next_ack(&link).result.unwrap_err();
+    assert_eq!(error.kind(), AckErrorKind::MessageTooLarge);
     limit("UPDATE", size);
     publishes[0].reply = 2;
     publish(&link, publishes);
-    match next(&link) {
-        Incoming::Ack { reply, result } => assert_eq!((reply, result.is_ok()), (2, true)),
-        other => panic!("{other:?}"),
-    }
+    let Ack { reply, result } = next_ack(&link);
+    assert_eq!((reply, result.is_ok()), (2, true));
 }
 
 #[test]
@@ -692,7 +680,16 @@ fn tls_is_checked_and_carries_events() {
     );
 }
 
-/// A server whose socket takes less than the client sends: the crate's TLS must not give up on it.
+/// A server whose socket takes less than the client sends.
+#[test]
+fn large_events_arrive_whole_and_in_order() {
+    let server = Server::start();
+    let link = server.connect();
+    create_stream(&link, "");
+    pipeline(&link, 64, 64, 64, 900_000);
+}
+
+/// The crate's TLS would give up on it.
 #[test]
 fn large_events_go_through_tls() {
     let folder = temp_dir("client-");
@@ -713,17 +710,17 @@ fn large_events_go_through_tls() {
 }
 
 /// A server that a real one cannot be made to be: it greets each connection, and hands each line, and the connection,
-/// to `hear`. Ends with the process.
-fn fake_server(hear: impl Fn(&str, &mut TcpStream) + Clone + Send + 'static) -> Options {
+/// to a clone of `hear`. Ends with the process.
+fn fake_server(hear: impl FnMut(&str, &mut TcpStream) + Clone + Send + 'static) -> Options {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
             let info = r#"INFO {"server_id":"N","version":"2.15.1","proto":1,"go":"go1","host":"h","port":1,"headers":true,"max_payload":1048576,"client_id":5}"#;
-            // the probe goes away without a word
+            // whoever has come may be gone
             let _ = write!(stream, "{info}\r\n");
-            let hear = hear.clone();
+            let mut hear = hear.clone();
             std::thread::spawn(move || {
                 let lines = BufReader::new(stream.try_clone().unwrap()).lines();
                 lines
@@ -734,15 +731,51 @@ fn fake_server(hear: impl Fn(&str, &mut TcpStream) + Clone + Send + 'static) -> 
     });
     Options {
         servers: vec![ServerUrl::parse(&address).unwrap()],
-        connect_timeout: Duration::from_millis(400),
+        connect_timeout: Duration::from_secs(1),
         ..Options::default()
     }
+}
+
+/// A connection that subscribes before its first PING is the one for events.
+#[derive(Clone, Default)]
+struct Kind {
+    is_subscribed: bool,
+    is_for_questions: bool,
+}
+
+impl Kind {
+    fn heard(&mut self, line: &str) {
+        self.is_for_questions |= line == "PING" && !self.is_subscribed;
+        self.is_subscribed |= line.starts_with("SUB ");
+    }
+}
+
+#[test]
+fn a_server_that_lets_nobody_in_is_a_timeout_and_leaves_nothing_behind() {
+    let _turn = lock(&TURN);
+    let options = fake_server(|_, _| {});
+    let before = threads();
+    for _ in 0..5 {
+        let error = refused(&options);
+        assert!(
+            error.to_string().contains("did not answer to signing in"),
+            "{error}"
+        );
+    }
+    // the server's own, of which each ends with its connection
+    threads_return_to(before);
 }
 
 #[test]
 fn attempts_that_hang_are_limited() {
     let _turn = lock(&TURN);
-    let options = fake_server(|_, _| {});
+    let mut kind = Kind::default();
+    let options = fake_server(move |line, stream| {
+        kind.heard(line);
+        if line == "PING" && !kind.is_for_questions {
+            let _ = stream.write_all(b"PONG\r\n");
+        }
+    });
     let mut timeouts = 0;
     loop {
         match refused(&options) {
@@ -758,13 +791,11 @@ fn attempts_that_hang_are_limited() {
 #[test]
 fn a_long_info_in_pieces_is_noticed() {
     let _turn = lock(&TURN);
-    let pings = Arc::new(AtomicUsize::new(0));
     let options = fake_server(move |line, stream| {
-        if line != "PING" {
-            return;
+        if line == "PING" {
+            let _ = stream.write_all(b"PONG\r\n");
         }
-        let _ = stream.write_all(b"PONG\r\n");
-        if pings.fetch_add(1, Ordering::SeqCst) == PINGS_TO_CONNECT {
+        if line.starts_with("PUB ") {
             let info = format!("INFO {{\"x\":\"{}\"", "x".repeat(4000));
             for piece in [info.as_str(), &"y".repeat(2000)] {
                 let _ = stream.write_all(piece.as_bytes());
@@ -773,29 +804,82 @@ fn a_long_info_in_pieces_is_noticed() {
         }
     });
     let link = Link::connect(&options).unwrap();
-    publish(&link, events(1, 1, 1));
+    link.request(1, "INFO", Vec::new());
     let error = link.lost().recv_timeout(LONG).unwrap();
     assert!(error.to_string().contains("thread ended"), "{error}");
 }
 
-/// Each flush waits for its PONG; whoever still can has to go on.
+/// What a server may say between two acks, and in how many pieces, is no trouble for the connection of the events.
 #[test]
-fn a_server_that_answers_no_flush_is_sent_what_comes_all_the_same() {
+fn a_server_that_talks_a_lot_is_understood() {
     let _turn = lock(&TURN);
-    let pings = Arc::new(AtomicUsize::new(0));
-    let (arrived, arrivals) = unbounded();
+    let (heard, lines) = unbounded();
     let options = fake_server(move |line, stream| {
-        if line == "PING" && pings.fetch_add(1, Ordering::SeqCst) < PINGS_TO_CONNECT {
+        if line == "PING" {
             let _ = stream.write_all(b"PONG\r\n");
         }
-        if line.starts_with("HPUB ") {
-            arrived.send(()).unwrap();
+        if let Some(line) = line.strip_prefix("HPUB ") {
+            let reply = line.split(' ').nth(1).unwrap();
+            let ack = r#"{"stream":"EVENTS","seq":7}"#;
+            let info = "x".repeat(20_000);
+            let said = format!(
+                "INFO {{\"x\":\"{info}\"}}\r\nPING\r\n+OK\r\nMSG {reply} 1 {}\r\n{ack}\r\n",
+                ack.len()
+            );
+            for piece in said.as_bytes().chunks(7000) {
+                stream.write_all(piece).unwrap();
+                pause(Duration::from_millis(5));
+            }
+        }
+        if line == "PONG" {
+            heard.send(()).unwrap();
         }
     });
     let link = Link::connect(&options).unwrap();
-    for number in 1..=20 {
+    for number in 1..=3 {
         publish(&link, events(number, 1, 1));
-        arrivals.recv_timeout(LONG).unwrap();
+        let Ack { reply, result } = next_ack(&link);
+        assert_eq!((reply, result.map(|ack| ack.seq)), (number, Ok(7)));
+        lines.recv_timeout(LONG).expect("the PING is answered");
     }
+    assert!(link.lost().is_empty());
+}
+
+#[test]
+fn what_is_not_nats_ends_the_link() {
+    let _turn = lock(&TURN);
+    let options = fake_server(move |line, stream| {
+        let said = match line {
+            "PING" => &b"PONG\r\n"[..],
+            line if line.starts_with("HPUB ") => b"HTTP/1.1 400 Bad Request\r\n",
+            _ => return,
+        };
+        let _ = stream.write_all(said);
+    });
+    let link = Link::connect(&options).unwrap();
+    publish(&link, events(1, 1, 1));
+    assert!(link.acks().recv_timeout(LONG).is_err(), "nothing follows");
+    let error = link.lost().try_recv().expect("told before");
+    assert!(error.to_string().contains("HTTP/1.1 400"), "{error}");
+}
+
+/// The one for events lives, and the crate waits without an end.
+#[test]
+fn a_connection_for_questions_that_dies_without_a_word_is_found_out() {
+    let _turn = lock(&TURN);
+    let mut is_dead = false;
+    let options = fake_server(move |line, stream| {
+        is_dead |= line.starts_with("PUB ");
+        if line == "PING" && !is_dead {
+            let _ = stream.write_all(b"PONG\r\n");
+        }
+    });
+    let link = Link::connect(&options).unwrap();
+    assert_eq!(link.is_stuck_for(), Duration::ZERO);
+    link.request(1, "INFO", Vec::new());
+    eventually("the link to be stuck", LONG, || {
+        link.is_stuck_for() > Duration::from_millis(100)
+    });
+    publish(&link, events(1, 1, 1));
     assert!(link.lost().is_empty());
 }

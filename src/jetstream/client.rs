@@ -1,6 +1,7 @@
-//! One connection to NATS, over the `nats` crate: the only place that names it.
+//! The link to NATS: a [`Connection`] for events and their PubAcks, and one of the `nats` crate for questions to the
+//! JetStream API and the checkpoint. The only place that names the crate.
 //!
-//! A [`Link`] is never silently replaced: when the connection is lost, the link is over, says why once, and a
+//! A [`Link`] is never silently replaced: when either connection is lost, the link is over, says why once, and a
 //! new one is made by whoever retries. It keeps no window, no deadline of a publish and no retry.
 //!
 //! The crate's calls block without deadlines (connect, publish, flush, unsubscribe, close), so none of them is
@@ -8,13 +9,9 @@
 //!
 //! | thread | what it may hang in | how long |
 //! | --- | --- | --- |
-//! | connect | name lookup, handshake | until the server moves or the connection breaks; `MAX_HANGING` a server |
-//! | senders | `publish`, when the kernel's buffers are full; `flush`, which waits for a PONG | the same |
-//! | reaper | `close`, or a sender that it waits for | the same; counted with connect |
-//!
-//! One of the senders at a time has the turn ([`turns`](super::turns)): it writes what there is, and flushes. So the
-//! one that was woken brings an event all the way to the socket, and the next event does not wait for the PONG. When all
-//! others wait for theirs, the last leaves flushing to the crate, which does it every 5 ms.
+//! | connect | name lookup, the crate's handshake | until the server moves or the connection breaks; `MAX_HANGING` a server |
+//! | sender | `publish`, when the kernel's buffers are full; `flush`, which waits for a PONG | the same |
+//! | reaper | `close`, or the sender that it waits for | the same; counted with connect |
 //!
 //! After a lost connection the crate would connect again by itself. It looks at its shutdown flag just
 //! before, and sets it when the last `Connection` is dropped; so the disconnect callback drops ours. Should a thread
@@ -26,21 +23,20 @@
     reason = "every item of the crate is marked deprecated in favour of an async one"
 )]
 
-use super::ack::{AckError, PubAck, parse_ack};
+use super::ack::AckError;
+use super::connection::{Ack, Connection};
 use super::error::Error;
 use super::options::{Options, ServerUrl, UrlAuth};
-use super::probe::{ServerInfo, probe};
+use super::probe::{self, ServerInfo};
+use super::sign_in::{Identity, sign};
+use super::tls;
 use super::tunnel;
-use super::turns::{Giver, Turns, turns};
-use super::wire::{self, Publish};
-use crate::outbox::batch::{Event, OutboxEvent};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
+use super::wire::Publish;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::fmt::Write;
 use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,11 +44,6 @@ use std::time::{Duration, Instant};
 /// Connects and closes that may hang at once for one server. More than one, because a connection whose
 /// network vanished at the wrong moment hangs for good, and the server must not be lost with it.
 const MAX_HANGING: usize = 8;
-
-/// Threads of a link that send. One waits for its PONG as long as the server is away, and what is published meanwhile
-/// needs another: with the server 3 ms away and 200 events a second, the median event was stored 3.5 ms after its
-/// commit with four flushes at once, 5.0 ms with one.
-const SENDERS: usize = 5;
 
 /// How often, and with what pause, the disconnect callback tries to free the threads that wait in the crate.
 const RELEASE_TRIES: u32 = 20;
@@ -64,58 +55,45 @@ const RECONNECT_DELAY: Duration = Duration::from_secs(2);
 /// What the crate hands out; [`Link::decode`] reads it.
 pub type Message = nats::Message;
 
-/// What came back.
+/// The answer to [`Link::request`] or [`Link::put`].
 #[derive(Debug)]
-pub enum Incoming {
-    /// The answer to a publish.
-    Ack {
-        /// The publish's `reply`.
-        reply: u64,
-        /// Stored, or why not.
-        result: Result<PubAck, AckError>,
-    },
-    /// The answer to [`Link::request`].
-    Reply {
-        /// The request's token.
-        token: u64,
-        /// The body (which may hold an API error), or that nobody answers.
-        result: Result<Vec<u8>, AckError>,
-    },
+pub struct Reply {
+    /// The request's token.
+    pub token: u64,
+    /// The body (which may hold an API error), or that nobody answers.
+    pub result: Result<Vec<u8>, AckError>,
 }
 
-enum Work {
-    Burst(Vec<Publish>, Arc<str>),
-    Request {
-        reply: String,
-        subject: String,
-        headers: Option<nats::HeaderMap>,
-        body: Vec<u8>,
-    },
+/// A question, and where the answer is to go.
+struct Request {
+    reply: String,
+    subject: String,
+    headers: Option<nats::HeaderMap>,
+    body: Vec<u8>,
 }
 
-/// One NATS connection, with one inbox for all answers.
+/// Both connections, to one address.
 ///
 /// Dropping it returns at once; a thread of its own closes what may hang.
 pub struct Link {
     life: Arc<Life>,
     info: ServerInfo,
-    /// `_INBOX.<unique>.`
+    events: Connection,
+    /// `_INBOX.<unique>.` of the answers to requests.
     inbox: String,
     api_prefix: String,
     calls: AtomicU64,
-    work: Option<Giver<Work>>,
-    messages: Receiver<Message>,
+    requests: Option<Sender<Request>>,
+    replies: Receiver<Message>,
     lost: Receiver<Error>,
     /// Kept until the crate's thread is done: it panics when it delivers to a receiver that is gone.
     subscription: Option<nats::Subscription>,
-    senders: Vec<thread::JoinHandle<()>>,
+    sender: Option<thread::JoinHandle<()>>,
 }
 
 /// What the link and its threads share.
 struct Life {
     server: String,
-    /// No publish starts any more.
-    over: AtomicBool,
     /// Holds one message, the first cause.
     lost: Sender<Error>,
     held: Mutex<Held>,
@@ -125,8 +103,9 @@ struct Life {
 struct Held {
     /// None before the connection is made and after it is over.
     connection: Option<nats::Connection>,
-    /// How many threads are inside a call of the crate.
+    /// How many threads are inside a call of the crate, and since when any is.
     inside: usize,
+    inside_since: Option<Instant>,
     /// The crate has no writer any more, so that a flush begun now would wait for ever.
     broken: bool,
 }
@@ -161,22 +140,25 @@ impl Link {
         }
     }
 
-    /// Hands events to the link's senders, which keep their order. `position_source`, `<slot> <system id>
-    /// <timeline>`, begins their `Outbox-Position`. Never blocks: the queue's bound is the
-    /// caller's window, as whatever is in it has not been answered. Sizes are the caller's to check
-    /// against [`max_payload`](Self::max_payload). Without effect once the link is over.
+    /// Sends events; see [`Connection::publish`]. Sizes are the caller's to check against
+    /// [`max_payload`](Self::max_payload).
     pub fn publish(&self, burst: Vec<Publish>, position_source: &Arc<str>) {
-        self.send(Work::Burst(burst, position_source.clone()));
+        self.events.publish(burst, position_source);
     }
 
-    /// Asks the JetStream API, for instance `STREAM.INFO.orders`; the answer comes as [`Incoming::Reply`]. Never
+    /// The answers to publishes, for a `select!`; see [`Connection::acks`].
+    pub fn acks(&self) -> &Receiver<Vec<Ack>> {
+        self.events.acks()
+    }
+
+    /// Asks the JetStream API, for instance `STREAM.INFO.orders`; the answer comes as a [`Reply`]. Never
     /// blocks; deadlines are the caller's.
     pub fn request(&self, token: u64, api: &str, body: Vec<u8>) {
         self.ask(format!("{}r{token}", self.inbox), api, body);
     }
 
     /// Publishes to a subject that must have been stored to last at sequence `last` (0: never), as a key-value
-    /// bucket's update is done (ADR-8); the PubAck comes as [`Incoming::Reply`].
+    /// bucket's update is done (ADR-8); the PubAck comes as a [`Reply`].
     pub fn put(&self, token: u64, subject: String, last: u64, body: Vec<u8>) {
         self.send_put(format!("{}r{token}", self.inbox), subject, last, body);
     }
@@ -194,13 +176,13 @@ impl Link {
         self.wait_for(&reply, subject, timeout, |_| ())
     }
 
-    /// Asks the JetStream API and waits for the answer. Drops other messages that come meanwhile, so it is for a
-    /// link on which no other answer is due.
+    /// Asks the JetStream API and waits for the answer. Drops the answers to other requests that come meanwhile,
+    /// so it is for a link on which none is due.
     pub fn call(&self, api: &str, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, Error> {
         self.call_among(api, body, timeout, |_| ())
     }
 
-    /// As [`call`](Self::call), and hands on the other messages that come meanwhile.
+    /// As [`call`](Self::call), and hands on the other answers that come meanwhile.
     pub fn call_among(
         &self,
         api: &str,
@@ -292,7 +274,7 @@ impl Link {
     fn next_message(&self, deadline: Instant) -> Result<Option<Message>, Error> {
         let left = deadline.saturating_duration_since(Instant::now());
         select! {
-            recv(self.messages) -> message => match message {
+            recv(self.replies) -> message => match message {
                 Ok(message) => Ok(Some(message)),
                 Err(_) => Err(self.life.lost("the subscription ended")),
             },
@@ -306,7 +288,7 @@ impl Link {
     fn send_put(&self, reply: String, subject: String, last: u64, body: Vec<u8>) {
         let mut headers = nats::HeaderMap::new();
         headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
-        self.send(Work::Request {
+        self.send(Request {
             reply,
             subject,
             headers: Some(headers),
@@ -314,23 +296,28 @@ impl Link {
         });
     }
 
-    /// Answers as they come, for a `select!`; [`decode`](Self::decode) reads them.
-    pub fn messages(&self) -> &Receiver<Message> {
-        &self.messages
+    /// Answers to requests as they come, for a `select!`; [`decode`](Self::decode) reads them.
+    pub fn replies(&self) -> &Receiver<Message> {
+        &self.replies
     }
 
-    /// What a message of [`messages`](Self::messages) is; `None` if it is neither an ack nor a reply, such as
-    /// the late answer to a [`call`](Self::call).
-    pub fn decode(&self, message: Message) -> Option<Incoming> {
-        let tail = message.subject.strip_prefix(&self.inbox)?;
-        if let Some(token) = tail.strip_prefix('r') {
-            let token = token.parse().ok()?;
-            let result = answer(message);
-            return Some(Incoming::Reply { token, result });
-        }
-        let reply = tail.parse().ok()?;
-        let result = parse_ack(&message.data, status(&message));
-        Some(Incoming::Ack { reply, result })
+    /// What a message of [`replies`](Self::replies) is; `None` for the late answer to a [`call`](Self::call).
+    pub fn decode(&self, message: Message) -> Option<Reply> {
+        let token = message
+            .subject
+            .strip_prefix(&self.inbox)?
+            .strip_prefix('r')?;
+        Some(Reply {
+            token: token.parse().ok()?,
+            result: answer(message),
+        })
+    }
+
+    /// How long what was asked has not got through to the server: the connection for questions may be dead without a
+    /// word, and the crate waits for it.
+    pub fn is_stuck_for(&self) -> Duration {
+        let since = self.life.hold().inside_since;
+        since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Yields once, why the link is over.
@@ -355,7 +342,7 @@ impl Link {
 
     fn ask(&self, reply: String, api: &str, body: Vec<u8>) {
         let subject = format!("{}.{api}", self.api_prefix);
-        self.send(Work::Request {
+        self.send(Request {
             reply,
             subject,
             headers: None,
@@ -363,29 +350,25 @@ impl Link {
         });
     }
 
-    fn send(&self, work: Work) {
-        if let Some(giver) = &self.work {
+    fn send(&self, request: Request) {
+        if let Some(requests) = &self.requests {
             // a sender that is gone has said so on `lost`
-            giver.give(work);
+            let _ = requests.send(request);
         }
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.life.over.store(true, Ordering::SeqCst);
-        // ends the senders
-        drop(self.work.take());
+        // ends the sender
+        drop(self.requests.take());
         let life = self.life.clone();
         let subscription = self.subscription.take();
-        let senders = std::mem::take(&mut self.senders);
+        let sender = self.sender.take();
         let presence = Presence::enter(&life.server);
         let reap = move || {
-            // they know first whether there is anything left to close
-            for sender in senders {
-                // a panic has been printed
-                let _ = sender.join();
-            }
+            // it knows first whether there is anything left to close; a panic has been printed
+            let _ = sender.map(thread::JoinHandle::join);
             // close() also wakes the crate's threads, which a mere drop does not
             life.with(nats::Connection::close);
             life.hold().connection = None;
@@ -416,7 +399,6 @@ impl Life {
 
     /// Ends the link; only the first cause is kept.
     fn end(&self, error: Error) {
-        self.over.store(true, Ordering::SeqCst);
         let _ = self.lost.try_send(error);
     }
 
@@ -435,10 +417,15 @@ impl Life {
             }
             let connection = held.connection.clone()?;
             held.inside += 1;
+            held.inside_since.get_or_insert_with(Instant::now);
             connection
         };
         let result = call(connection);
-        self.hold().inside -= 1;
+        let mut held = self.hold();
+        held.inside -= 1;
+        if held.inside == 0 {
+            held.inside_since = None;
+        }
         Some(result)
     }
 
@@ -479,19 +466,6 @@ impl Drop for ClientThread {
     fn drop(&mut self) {
         self.0
             .broke(self.0.lost("the client library's thread ended"));
-    }
-}
-
-/// What the text after `-ERR` means.
-fn server_error(server: &str, text: &str) -> Error {
-    let (server, reason) = (server.to_string(), text.to_string());
-    let has = |words: &str| text.to_ascii_lowercase().contains(words);
-    if has("permissions violation") {
-        Error::Permission { reason }
-    } else if has("authorization") || has("authentication") {
-        Error::Authorization { server, reason }
-    } else {
-        Error::Lost { server, reason }
     }
 }
 
@@ -541,11 +515,12 @@ fn connect_one(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         return Err(Error::Hanging { server: name });
     }
     let (done, result) = bounded(1);
+    let events = Arc::new(Mutex::new(None));
     let task = {
-        let (options, server) = (options.clone(), server.clone());
+        let (options, server, events) = (options.clone(), server.clone(), events.clone());
         move || {
             let presence = Presence::enter(&server.to_string());
-            let link = establish(&options, &server);
+            let link = establish(&options, &server, &events);
             drop(presence);
             // nobody waits any more: the link closes itself
             let _ = done.send(link);
@@ -562,11 +537,15 @@ fn connect_one(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
     }
     match result.recv_timeout(options.connect_timeout) {
         Ok(result) => result,
-        Err(RecvTimeoutError::Timeout) => Err(Error::Timeout {
-            server: name,
-            what: "it did not finish TLS and signing in",
-            after: options.connect_timeout,
-        }),
+        Err(RecvTimeoutError::Timeout) => {
+            // is closed; the other one may hang
+            drop(take(&events));
+            Err(Error::Timeout {
+                server: name,
+                what: "it did not finish TLS and signing in",
+                after: options.connect_timeout,
+            })
+        }
         Err(RecvTimeoutError::Disconnected) => Err(Error::Refused {
             server: name,
             reason: "the client library failed".into(),
@@ -574,44 +553,61 @@ fn connect_one(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
     }
 }
 
-/// Makes the connection; may hang, and is therefore called on a thread of its own.
-fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
-    // most of the time, so that the probe's clearer words come before the caller's deadline
+fn take(events: &Mutex<Option<Connection>>) -> Option<Connection> {
+    events.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Makes both connections; the crate's may hang, and this is therefore called on a thread of its own. Meanwhile the other
+/// stands in `events`, where it can be taken away.
+fn establish(
+    options: &Options,
+    server: &ServerUrl,
+    events: &Mutex<Option<Connection>>,
+) -> Result<Link, Error> {
+    // most of the time, so that these clearer words come before the caller's deadline
     let started = Instant::now();
-    let greeting = probe(server, started + options.connect_timeout * 3 / 4)?;
+    let greeting = probe::probe(server, started + options.connect_timeout * 3 / 4)?;
+    let deadline = started + options.connect_timeout * 7 / 8;
     let info = greeting.info.clone();
     let (lost, why) = bounded(1);
     let life = Arc::new(Life {
         server: server.to_string(),
-        over: AtomicBool::new(false),
         lost,
         held: Mutex::default(),
     });
 
-    let made = crate_options(options, server, &life)?;
-    let (address, name) = if server.tls || options.tls_required || info.tls_required {
-        if !info.tls_required && !info.tls_available {
-            return Err(Error::Tls {
-                server: life.server.clone(),
-                reason: "the server does not offer TLS".into(),
-            });
-        }
-        let deadline = started + options.connect_timeout;
+    let identity = Identity::load(options, server)?;
+    let address = greeting.address;
+    let on_end = life.clone();
+    let tls = match tls::is_wanted(options, server, &info)? {
+        true => Some(tls::config(options, server)?),
+        false => None,
+    };
+    let ended = move |error| on_end.end(error);
+    let connection = Connection::open(
+        options,
+        server,
+        &identity,
+        greeting,
+        tls.as_ref(),
+        deadline,
+        ended,
+    )?;
+    *events.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+
+    let made = crate_options(identity, &life);
+    let (address, name) = if let Some(config) = &tls {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let greeting = probe::ask(server, address, left)?;
         let on_end = life.clone();
         let ended = move |reason: String| {
-            let server = on_end.server.clone();
-            // an alert is how a server refuses a client certificate, and it comes after the handshake
-            on_end.end(if reason.contains("alert") {
-                Error::Tls { server, reason }
-            } else {
-                Error::Lost { server, reason }
-            });
+            on_end.end(Error::of_tls(&on_end.server, reason));
         };
-        let tunnel = tunnel::open(options, server, greeting, deadline, ended)?;
+        let tunnel = tunnel::open(options, config, server, greeting, deadline, ended)?;
         (tunnel.address, tunnel.token)
     } else {
         // the address that has just answered, in place of a name that may have others
-        (greeting.address, options.name.clone())
+        (address, options.name.clone())
     };
     let connection = match made.with_name(&name).connect(format!("nats://{address}")) {
         Ok(connection) => connection,
@@ -638,17 +634,19 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         .map_err(|error| life.lost(error.to_string()))?;
     drop(connection);
 
-    let (work, turns) = turns();
+    let events = take(events).ok_or_else(|| life.lost("it took too long"))?;
+    let (requests, asked) = unbounded();
     let mut link = Link {
         info,
-        inbox: inbox.clone(),
+        events,
+        inbox,
         api_prefix: options.api_prefix.clone(),
         calls: AtomicU64::new(0),
-        work: Some(work),
-        messages: subscription.receiver().clone(),
+        requests: Some(requests),
+        replies: subscription.receiver().clone(),
         lost: why,
         subscription: Some(subscription),
-        senders: Vec::new(),
+        sender: None,
         life: life.clone(),
     };
     // a refused subscription is answered before the flush is
@@ -662,56 +660,34 @@ fn establish(options: &Options, server: &ServerUrl) -> Result<Link, Error> {
         None => return Err(life.lost("the server closed the connection")),
     }
 
-    let flushing = Arc::new(AtomicUsize::new(0));
-    for _ in 0..SENDERS {
-        let sender = LinkSender {
-            life: link.life.clone(),
-            turns: turns.clone(),
-            flushing: flushing.clone(),
-            reply: Reply::new(inbox.clone()),
-        };
-        let timeout = options.request_timeout;
-        let started = thread::Builder::new()
-            .name("nats-sender".into())
-            .spawn(move || sender.run(timeout))
-            .map_err(|error| link.life.lost(format!("start a thread: {error}")))?;
-        link.senders.push(started);
-    }
+    let timeout = options.request_timeout;
+    let sender = thread::Builder::new()
+        .name("nats-sender".into())
+        .spawn(move || send_all(&life, &asked, timeout))
+        .map_err(|error| link.life.lost(format!("start a thread: {error}")))?;
+    link.sender = Some(sender);
     Ok(link)
 }
 
-fn crate_options(
-    options: &Options,
-    server: &ServerUrl,
-    life: &Arc<Life>,
-) -> Result<nats::Options, Error> {
-    let made = match (&server.auth, &options.creds, &options.nkey) {
-        (Some(UrlAuth::UserPassword(user, password)), ..) => {
-            nats::Options::with_user_pass(user, password)
+fn crate_options(identity: Identity, life: &Arc<Life>) -> nats::Options {
+    let made = match identity {
+        Identity::Url(UrlAuth::UserPassword(user, password)) => {
+            nats::Options::with_user_pass(&user, &password)
         }
-        (Some(UrlAuth::Token(token)), ..) => nats::Options::with_token(token),
-        (None, Some(path), _) => {
-            let what = "credentials file";
-            let text = read(what, path)?;
-            nats::Options::with_static_credentials(&text).map_err(|_| {
-                malformed(what, path, "expected a user JWT and an nkey seed between lines of dashes, as `nsc generate creds` writes them")
-            })?
+        Identity::Url(UrlAuth::Token(token)) => nats::Options::with_token(&token),
+        Identity::Credentials { jwt, key } => {
+            nats::Options::with_jwt(move || Ok(jwt.clone()), move |nonce| sign(&key, nonce))
         }
-        (None, None, Some(path)) => {
-            let what = "nkey seed file";
-            let text = read(what, path)?;
-            let pair = nkeys::KeyPair::from_seed(text.trim())
-                .map_err(|_| malformed(what, path, "expected a seed that begins with SU"))?;
-            let public = pair.public_key();
-            // the key comes from a seed, so it can sign; an empty signature would merely be refused
-            nats::Options::with_nkey(&public, move |nonce| pair.sign(nonce).unwrap_or_default())
+        Identity::Nkey(key) => {
+            let public = key.public_key();
+            nats::Options::with_nkey(&public, move |nonce| sign(&key, nonce))
         }
-        (None, None, None) => nats::Options::new(),
+        Identity::None => nats::Options::new(),
     };
     let on_error = life.clone();
     let on_disconnect = life.clone();
     let on_thread = life.clone();
-    Ok(made
+    made
         // the crate loads the system's certificates unless it is given a file, and fails where they are missing
         .add_root_certificate("/dev/null")
         .reconnect_buffer_size(0)
@@ -725,25 +701,9 @@ fn crate_options(
             RECONNECT_DELAY * u32::from(attempts > 0)
         })
         .error_callback(move |error| {
-            on_error.end(server_error(&on_error.server, &error.to_string()));
+            on_error.end(Error::of_server(&on_error.server, &error.to_string()));
         })
-        .disconnect_callback(move || on_disconnect.disconnected()))
-}
-
-fn read(what: &'static str, path: &Path) -> Result<String, Error> {
-    std::fs::read_to_string(path).map_err(|source| Error::File {
-        what,
-        path: path.into(),
-        source,
-    })
-}
-
-fn malformed(what: &'static str, path: &Path, reason: &str) -> Error {
-    Error::File {
-        what,
-        path: path.into(),
-        source: io::Error::new(io::ErrorKind::InvalidData, reason),
-    }
+        .disconnect_callback(move || on_disconnect.disconnected())
 }
 
 /// What the crate's error on connecting means.
@@ -755,10 +715,7 @@ fn connect_error(server: &str, info: &ServerInfo, error: io::Error) -> Error {
         .split_once("Err(\"")
         .map(|(_, rest)| rest.trim_end_matches("\")").to_string());
     match said {
-        Some(said) => match server_error(&server, &said) {
-            Error::Lost { server, reason } => Error::Refused { server, reason },
-            other => other,
-        },
+        Some(said) => Error::of_server(&server, &said).while_connecting(),
         None if info.auth_required => Error::Refused {
             server,
             reason: format!("{text} (while signing in: check the credentials)"),
@@ -770,122 +727,24 @@ fn connect_error(server: &str, info: &ServerInfo, error: io::Error) -> Error {
     }
 }
 
-/// One of the threads that send.
-struct LinkSender {
-    life: Arc<Life>,
-    turns: Turns<Work>,
-    /// How many of them flush.
-    flushing: Arc<AtomicUsize>,
-    reply: Reply,
-}
-
-impl LinkSender {
-    /// Writes when it has the turn, and flushes when the next can have it.
-    fn run(mut self, timeout: Duration) {
-        while self.turns.wait() {
-            while let Some(work) = self.turns.next() {
-                match self.write(work) {
-                    Some(Ok(())) => {}
-                    // the turn is kept: nobody is to write behind what is lost
-                    Some(Err(error)) => return self.life.broke(error),
-                    None => return,
-                }
+/// The sending thread: writes all that is asked by now, and flushes.
+fn send_all(life: &Life, asked: &Receiver<Request>, timeout: Duration) {
+    while let Ok(first) = asked.recv() {
+        let sent = life.with(|connection| {
+            for request in std::iter::once(first).chain(asked.try_iter()) {
+                connection.publish_with_reply_or_headers(
+                    &request.subject,
+                    Some(&request.reply),
+                    request.headers.as_ref(),
+                    request.body,
+                )?;
             }
-            // the last one stays for what comes next; the crate flushes within 5 ms
-            if self.flushing.fetch_add(1, Ordering::SeqCst) + 1 < SENDERS {
-                let life = &self.life;
-                match life.with(|connection| connection.flush_timeout(timeout)) {
-                    Some(Ok(())) => {}
-                    Some(Err(error)) => return life.broke(life.lost(format!("flush: {error}"))),
-                    None => return,
-                }
-            }
-            self.flushing.fetch_sub(1, Ordering::SeqCst);
-        }
-    }
-
-    /// None when the link is over.
-    fn write(&mut self, work: Work) -> Option<Result<(), Error>> {
-        let (life, reply) = (&self.life, &mut self.reply);
-        life.with(|connection| match work {
-            Work::Burst(burst, source) => burst
-                .iter()
-                .take_while(|_| !life.over.load(Ordering::Relaxed))
-                .try_for_each(|publish| send(life, &connection, reply, publish, &source)),
-            Work::Request {
-                reply,
-                subject,
-                headers,
-                body,
-            } => connection
-                .publish_with_reply_or_headers(&subject, Some(&reply), headers.as_ref(), body)
-                .map_err(|error| life.lost(error.to_string())),
-        })
-    }
-}
-
-/// `<inbox>.<number>`, in one buffer.
-struct Reply {
-    text: String,
-    inbox_len: usize,
-}
-
-impl Reply {
-    fn new(inbox: String) -> Reply {
-        Reply {
-            inbox_len: inbox.len(),
-            text: inbox,
-        }
-    }
-
-    fn to(&mut self, number: u64) -> &str {
-        self.text.truncate(self.inbox_len);
-        // writing to a String cannot fail
-        let _ = write!(self.text, "{number}");
-        &self.text
-    }
-}
-
-fn send(
-    life: &Life,
-    connection: &nats::Connection,
-    reply: &mut Reply,
-    publish: &Publish,
-    position_source: &str,
-) -> Result<(), Error> {
-    let event = publish.event.view();
-    let headers = headers(&event, publish, position_source)?;
-    connection
-        .publish_with_reply_or_headers(
-            event.subject,
-            Some(reply.to(publish.reply)),
-            Some(&headers),
-            event.body,
-        )
-        .map_err(|error| life.lost(error.to_string()))
-}
-
-/// The headers, as one entry of the crate's map whose value holds the lines of the others: the map costs three
-/// allocations an entry and gives them back in random order.
-fn headers(
-    event: &OutboxEvent<'_>,
-    publish: &Publish,
-    position_source: &str,
-) -> Result<nats::HeaderMap, Error> {
-    // subject and id come from the mapper, which lets no such byte through; here they would forge protocol
-    let legal = |text: &str| !text.bytes().any(|byte| byte.is_ascii_control());
-    if !legal(event.id) || !legal(event.subject) || event.subject.contains(' ') {
-        return Err(Error::Unpublishable {
-            reason: format!(
-                "the event at {} has a control character or a space in its subject or id",
-                event.position
-            ),
+            connection.flush_timeout(timeout)
         });
+        match sent {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return life.broke(life.lost(error.to_string())),
+            None => return,
+        }
     }
-    let last = publish.expected_last.as_ref().map(Event::id);
-    let sequence = publish.expected_last_sequence;
-    let (first, lines) = wire::lines(event, sequence, last, position_source);
-    let mut headers = nats::HeaderMap::new();
-    headers.insert(first, lines);
-    Ok(headers)
 }

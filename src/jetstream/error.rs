@@ -102,7 +102,42 @@ pub enum Error {
     },
 }
 
+/// Of a server's words, so much is kept.
+const MAX_WORDS: usize = 400;
+
 impl Error {
+    /// What a server's words behind `-ERR` mean.
+    pub fn of_server(server: &str, words: &str) -> Error {
+        let (server, reason) = (server.to_string(), words.chars().take(MAX_WORDS).collect());
+        let has = |text: &str| words.to_ascii_lowercase().contains(text);
+        if has("permissions violation") {
+            Error::Permission { reason }
+        } else if has("authorization") || has("authentication") {
+            Error::Authorization { server, reason }
+        } else {
+            Error::Lost { server, reason }
+        }
+    }
+
+    /// Why a connection with TLS is over. An alert is how a server refuses a client certificate, and it comes after the
+    /// handshake.
+    pub fn of_tls(server: &str, reason: String) -> Error {
+        let server = server.to_string();
+        if reason.contains("alert") {
+            Error::Tls { server, reason }
+        } else {
+            Error::Lost { server, reason }
+        }
+    }
+
+    /// The same of a connection that is still being made.
+    pub fn while_connecting(self) -> Error {
+        match self {
+            Error::Lost { server, reason } => Error::Refused { server, reason },
+            other => other,
+        }
+    }
+
     /// The error object of the JetStream API, if it is one.
     pub fn api_error(&self) -> Option<&ApiError> {
         match self {

@@ -1,8 +1,8 @@
 //! Looks at a server before the `nats` crate does.
 //!
 //! The crate connects and reads without deadlines, and fails or panics on an INFO of more than 4096 bytes. A
-//! connection of our own, which TLS goes on with and which is closed otherwise, turns a frozen, silent or foreign server into a clear
-//! error and leaves no thread behind. Follows <https://docs.nats.io/reference/reference-protocols/nats-protocol#info>.
+//! connection of our own, which the events then use, turns a frozen, silent or foreign server into a clear error and
+//! leaves no thread behind. Follows <https://docs.nats.io/reference/reference-protocols/nats-protocol#info>.
 
 use super::error::Error;
 use super::options::ServerUrl;
@@ -46,6 +46,9 @@ pub struct ServerInfo {
     /// The server wants the client to sign in.
     #[serde(default)]
     pub auth_required: bool,
+    /// What an nkey is to sign.
+    #[serde(default)]
+    pub nonce: Option<String>,
 }
 
 /// A server that answered.
@@ -57,6 +60,8 @@ pub struct Greeting {
     pub info: ServerInfo,
     /// The INFO line as it came.
     pub line: Vec<u8>,
+    /// What has come behind it: why the server closes the connection at once.
+    pub rest: Vec<u8>,
     /// The connection, on which nothing has been said yet.
     pub stream: TcpStream,
 }
@@ -88,7 +93,8 @@ pub fn probe(server: &ServerUrl, deadline: Instant) -> Result<Greeting, Error> {
     Err(last)
 }
 
-fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Greeting, Error> {
+/// Asks one address for its INFO; spends at most `time`.
+pub fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Greeting, Error> {
     let timeout = |what| Error::Timeout {
         server: server.to_string(),
         what,
@@ -109,7 +115,7 @@ fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Greeti
             });
         }
     };
-    let mut line = Vec::new();
+    let (mut line, mut rest) = (Vec::new(), Vec::new());
     while !line.ends_with(b"\n") {
         if line.len() >= MAX_INFO_BYTES {
             return Err(not_nats(
@@ -138,11 +144,10 @@ fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Greeti
             }
             Ok(n) => {
                 let new = chunk.get(..n).unwrap_or_default();
-                // a server says nothing more before it is spoken to
-                match new.iter().position(|&byte| byte == b'\n') {
-                    Some(end) => line.extend_from_slice(new.get(..=end).unwrap_or_default()),
-                    None => line.extend_from_slice(new),
-                }
+                let end = new.iter().position(|&byte| byte == b'\n');
+                let (of_line, behind) = new.split_at(end.map_or(n, |end| end + 1));
+                line.extend_from_slice(of_line);
+                rest.extend_from_slice(behind);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error)
@@ -174,6 +179,7 @@ fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Greeti
         address,
         info,
         line,
+        rest,
         stream,
     })
 }
@@ -222,6 +228,7 @@ mod tests {
                 tls_required: false,
                 tls_available: false,
                 auth_required: false,
+                nonce: None,
             })
         );
         for end in 0..line.len() - 3 {

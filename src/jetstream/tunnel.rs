@@ -11,15 +11,12 @@
 use super::error::Error;
 use super::options::{Options, ServerUrl};
 use super::probe::Greeting;
-use ring::rand::{SecureRandom, SystemRandom};
+use super::sign_in;
+use super::tls;
+use rustls::ClientConfig;
 use rustls::client::ClientConnection;
-use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::pem::{self, PemObject};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -33,10 +30,6 @@ const CHUNK_BYTES: usize = 64 * 1024;
 /// Between two looks whether the crate has connected.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
 
-/// A connection that is silent for so long is asked for a sign of life, so that no tunnel outlives a network that
-/// vanished.
-const KEEPALIVE: Duration = Duration::from_secs(30);
-
 /// An open tunnel; it ends by itself when either side closes.
 pub struct Tunnel {
     /// Where the crate is to connect.
@@ -49,33 +42,24 @@ pub struct Tunnel {
 /// reason, when the server's side is over.
 pub fn open(
     options: &Options,
+    config: &Arc<ClientConfig>,
     server: &ServerUrl,
     greeting: Greeting,
     deadline: Instant,
     ended: impl FnOnce(String) + Send + 'static,
 ) -> Result<Tunnel, Error> {
+    let Greeting { stream, line, .. } = greeting;
+    let session = tls::open(config, server, &stream, deadline)?;
+
     let failed = |reason: String| Error::Tls {
         server: server.to_string(),
         reason,
     };
-    let config = config(options).map_err(|error| error.unwrap_or_else(failed))?;
-    let name = ServerName::try_from(server.host.clone())
-        .map_err(|_| failed("the host name cannot be one of a certificate".into()))?;
-    let mut session =
-        ClientConnection::new(Arc::new(config), name).map_err(|error| failed(error.to_string()))?;
-    session.set_buffer_limit(None);
-    let Greeting { stream, line, .. } = greeting;
-    handshake(&mut session, &stream, deadline).map_err(|error| failed(error.to_string()))?;
-
     let local = |error: io::Error| failed(format!("open a loopback socket: {error}"));
     let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(local)?;
     let address = listener.local_addr().map_err(local)?;
     listener.set_nonblocking(true).map_err(local)?;
-    let mut random = [0; 16];
-    SystemRandom::new()
-        .fill(&mut random)
-        .map_err(|_| failed("no random numbers".into()))?;
-    let token = format!("{:032x}", u128::from_ne_bytes(random));
+    let token = sign_in::unique().map_err(local)?;
 
     let (name, expected) = (options.name.clone(), token.clone());
     let run = move || {
@@ -92,95 +76,6 @@ pub fn open(
         .spawn(run)
         .map_err(local)?;
     Ok(Tunnel { address, token })
-}
-
-/// `Err(Ok(_))` is an error of a file, `Err(Err(_))` one of TLS.
-fn config(options: &Options) -> Result<ClientConfig, Result<Error, String>> {
-    let mut roots = RootCertStore::empty();
-    match &options.tls_ca {
-        Some(path) => {
-            for cert in certificates("certificate authority file", path).map_err(Ok)? {
-                roots.add(cert).map_err(|error| Err(error.to_string()))?;
-            }
-        }
-        None => {
-            let found = rustls_native_certs::load_native_certs();
-            roots.add_parsable_certificates(found.certs);
-            if roots.is_empty() {
-                return Err(Err(
-                    "this system has no certificate authorities; name a file of them".into(),
-                ));
-            }
-        }
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| Err(error.to_string()))?
-        .with_root_certificates(roots);
-    match (&options.tls_cert, &options.tls_key) {
-        (Some(cert), Some(key)) => {
-            let chain = certificates("client certificate file", cert).map_err(Ok)?;
-            let key = PrivateKeyDer::from_pem_file(key)
-                .map_err(|error| Ok(file_error("client key file", key, error)))?;
-            builder
-                .with_client_auth_cert(chain, key)
-                .map_err(|error| Err(format!("use the client certificate: {error}")))
-        }
-        _ => Ok(builder.with_no_client_auth()),
-    }
-}
-
-fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let certs: Vec<_> = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect)
-        .map_err(|error| file_error(what, path, error))?;
-    if certs.is_empty() {
-        return Err(file_error(what, path, pem::Error::NoItemsFound));
-    }
-    Ok(certs)
-}
-
-fn file_error(what: &'static str, path: &Path, error: pem::Error) -> Error {
-    let source = match error {
-        pem::Error::Io(error) => error,
-        // the others may hold what the file holds
-        pem::Error::NoItemsFound => io::Error::other("it holds no such PEM section"),
-        _ => io::Error::other("it is not PEM"),
-    };
-    Error::File {
-        what,
-        path: path.into(),
-        source,
-    }
-}
-
-fn handshake(
-    session: &mut ClientConnection,
-    mut stream: &TcpStream,
-    deadline: Instant,
-) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE)
-        .with_interval(KEEPALIVE);
-    socket.set_tcp_keepalive(&keepalive)?;
-    while session.is_handshaking() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::other("the handshake took too long"));
-        }
-        stream.set_read_timeout(Some(left))?;
-        stream.set_write_timeout(Some(left))?;
-        match session.complete_io(&mut stream) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-    stream.set_read_timeout(None)?;
-    stream.set_write_timeout(None)
 }
 
 /// The server's INFO as the crate may see it: without TLS, and without other servers to connect to.
@@ -301,7 +196,7 @@ fn carry_in(
         // the handshake may have brought plaintext along
         {
             let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-            take_plaintext(&mut session, &mut open)?;
+            tls::take_plaintext(&mut session, &mut open)?;
         }
         client.write_all(&open)?;
         open.clear();
@@ -311,24 +206,11 @@ fn carry_in(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
         };
-        let mut rest = sealed.get(..n).unwrap_or_default();
+        let sealed = sealed.get(..n).unwrap_or_default();
         let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-        while !rest.is_empty() {
-            if session.read_tls(&mut rest)? == 0 {
-                // the server has said that nothing follows
-                return Ok(());
-            }
-            session.process_new_packets().map_err(io::Error::other)?;
-            take_plaintext(&mut session, &mut open)?;
+        if !tls::unseal(&mut session, sealed, &mut open)? {
+            return Ok(());
         }
-    }
-}
-
-fn take_plaintext(session: &mut ClientConnection, open: &mut Vec<u8>) -> io::Result<()> {
-    match session.reader().read_to_end(open) {
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-        Err(error) => Err(error),
     }
 }
 

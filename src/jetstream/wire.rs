@@ -1,21 +1,22 @@
-//! What a publish looks like on the wire: its header block, and how large it is. Pure.
+//! What a publish looks like on the wire, and how large it is. Pure.
 //!
-//! The block is `NATS/1.0`, then a line a header (ADR-4): the fence, the message id, the position, and then what the
+//! It is an `HPUB`: a line, a block of headers, the body. The block is `NATS/1.0`, then a line a header (ADR-4): the fence, the message id, the position, and then what the
 //! row brings along. nats-server 2.10 finds a header by the first place where its name stands: an id or a value
 //! of the row that holds the name of the fence must not come before it, or the publish would go unfenced. The server
 //! counts block and body against `max_payload` and `max_msg_size`.
 
+use super::error::Error;
 use crate::outbox::batch::{Event, EventSpans, OutboxEvent};
-use std::fmt::Write;
+use std::io::Write;
 
-const MSG_ID: &str = "Nats-Msg-Id";
-const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
+const VERSION: &str = "NATS/1.0";
+const EXPECTED_LAST_SEQUENCE: &str = "\r\nNats-Expected-Last-Sequence: ";
+const MSG_ID: &str = "\r\nNats-Msg-Id: ";
 const EXPECTED_LAST_MSG_ID: &str = "\r\nNats-Expected-Last-Msg-Id: ";
 const OUTBOX_POSITION: &str = "\r\nOutbox-Position: ";
-/// `NATS/1.0`, a line end, the first header's colon, and the two line ends of the block.
-const FRAME_LEN: usize = "NATS/1.0\r\nNats-Msg-Id:\r\n\r\n".len();
-/// A header that is not the first, but for its value.
-const FENCE_LEN: usize = EXPECTED_LAST_SEQUENCE.len() + "\r\n: ".len();
+const END: &str = "\r\n\r\n";
+/// What every block has, but for the values.
+const FRAME_LEN: usize = VERSION.len() + MSG_ID.len() + END.len();
 
 /// An event to publish.
 #[derive(Clone, Debug)]
@@ -34,33 +35,75 @@ pub struct Publish {
     pub expected_last: Option<Event>,
 }
 
-/// The name of the first header, which the client library writes with its colon, and what stands behind that: its
-/// value, and the other lines with it.
-pub fn lines(
-    event: &OutboxEvent<'_>,
-    expected_last_sequence: Option<u64>,
-    expected_last_msg_id: Option<&str>,
-    position_source: &str,
-) -> (&'static str, String) {
-    let mut lines =
-        String::with_capacity(event.id.len() + position_source.len() + event.headers.len() + 200);
-    // writing to a String cannot fail
-    let first = match expected_last_sequence {
-        Some(seq) => {
-            let _ = write!(lines, "{seq}\r\n{MSG_ID}: ");
-            EXPECTED_LAST_SEQUENCE
-        }
-        None => MSG_ID,
-    };
-    lines.push_str(event.id);
-    if let Some(id) = expected_last_msg_id {
-        lines.push_str(EXPECTED_LAST_MSG_ID);
-        lines.push_str(id);
+/// Subject and id come from the mapper, which lets no control character and no space of a subject through; here they would
+/// forge protocol.
+pub fn check(event: &OutboxEvent<'_>) -> Result<(), Error> {
+    let legal = |text: &str| !text.bytes().any(|byte| byte.is_ascii_control());
+    if legal(event.id) && legal(event.subject) && !event.subject.contains(' ') {
+        return Ok(());
     }
-    let position = event.position;
-    let _ = write!(lines, "{OUTBOX_POSITION}{position_source} {position}");
-    lines.push_str(event.headers);
-    (first, lines)
+    Err(Error::Unpublishable {
+        reason: format!(
+            "the event at {} has a control character or a space in its subject or id",
+            event.position
+        ),
+    })
+}
+
+/// Turns publishes into bytes.
+pub struct Encoder {
+    /// `_INBOX.<unique>.`; the publish's `reply` behind it is where the answer is to go.
+    inbox: String,
+    /// Of one publish at a time.
+    block: Vec<u8>,
+}
+
+impl Encoder {
+    /// The answers go to `inbox`.
+    pub fn new(inbox: &str) -> Encoder {
+        Encoder {
+            inbox: inbox.into(),
+            block: Vec::new(),
+        }
+    }
+
+    /// Appends one publish, which must have passed [`check`]. `position_source`, `<slot> <system id> <timeline>`, begins its
+    /// `Outbox-Position`.
+    pub fn encode(&mut self, publish: &Publish, position_source: &str, out: &mut Vec<u8>) {
+        let event = publish.event.view();
+        self.encode_block(publish, &event, position_source);
+        let (subject, inbox, reply) = (event.subject, &self.inbox, publish.reply);
+        let headers = self.block.len();
+        let all = headers + event.body.len();
+        out.reserve(subject.len() + inbox.len() + all + 80);
+        // writing to a Vec cannot fail
+        let _ = write!(out, "HPUB {subject} {inbox}{reply} {headers} {all}\r\n");
+        out.extend_from_slice(&self.block);
+        out.extend_from_slice(event.body);
+        out.extend_from_slice(b"\r\n");
+    }
+
+    fn encode_block(&mut self, publish: &Publish, event: &OutboxEvent<'_>, position_source: &str) {
+        let block = &mut self.block;
+        block.clear();
+        let text = |block: &mut Vec<u8>, text: &str| block.extend_from_slice(text.as_bytes());
+        text(block, VERSION);
+        if let Some(seq) = publish.expected_last_sequence {
+            // as above
+            let _ = write!(block, "{EXPECTED_LAST_SEQUENCE}{seq}");
+        }
+        text(block, MSG_ID);
+        text(block, event.id);
+        if let Some(last) = &publish.expected_last {
+            text(block, EXPECTED_LAST_MSG_ID);
+            text(block, last.id());
+        }
+        text(block, OUTBOX_POSITION);
+        text(block, position_source);
+        let _ = write!(block, " {}", event.position);
+        text(block, event.headers);
+        text(block, END);
+    }
 }
 
 /// How many bytes of an event with these parts the server counts.
@@ -70,7 +113,7 @@ pub fn size(
     expected_last_msg_id_len: Option<usize>,
     position_source_len: usize,
 ) -> usize {
-    let fence = expected_last_sequence.map_or(0, |seq| FENCE_LEN + digits(seq))
+    let fence = expected_last_sequence.map_or(0, |seq| EXPECTED_LAST_SEQUENCE.len() + digits(seq))
         + expected_last_msg_id_len.map_or(0, |len| EXPECTED_LAST_MSG_ID.len() + len);
     let lsn = event.position.commit_lsn.0;
     let position = OUTBOX_POSITION.len()
@@ -86,7 +129,7 @@ pub fn size(
 /// counts `max_payload`.
 pub fn room(max_payload: usize, position_source_len: usize) -> usize {
     const LONGEST: usize = FRAME_LEN
-        + FENCE_LEN
+        + EXPECTED_LAST_SEQUENCE.len()
         + EXPECTED_LAST_MSG_ID.len()
         + OUTBOX_POSITION.len()
         + 20
@@ -106,17 +149,79 @@ fn hex_digits(number: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::outbox::batch::{Batch, Change, Fate};
+    use crate::outbox::batch::{Batch, Fate};
     use crate::outbox::position::Position;
     use crate::postgres::Lsn;
     use std::convert::Infallible;
+    use std::sync::Arc;
+
+    fn event(id: &str, position: Position) -> Event {
+        let mut batch = Batch::default();
+        let append = |text: &str, out: &mut Vec<u8>| {
+            out.extend_from_slice(text.as_bytes());
+            Ok::<(), Infallible>(())
+        };
+        let Ok(()) = batch.draft("public.outbox", position, Fate::Publish, |draft| {
+            draft.subject(|out| append("events.a.b", out))?;
+            draft.id(|out| append(id, out))?;
+            draft.headers(|out| append("\r\nX: 1\r\nY: ö", out))?;
+            draft.body(|out| append("{\"a\":1}", out))
+        });
+        Event::new(&Arc::new(batch), 0).unwrap()
+    }
+
+    const SOURCE: &str = "jetstream_outbox 7312345678901234567 1";
+
+    fn encoded(publish: &Publish) -> String {
+        let mut encoder = Encoder::new("_INBOX.me.");
+        let mut out = b"before".to_vec();
+        encoder.encode(publish, SOURCE, &mut out);
+        let text = String::from_utf8(out).unwrap();
+        text.strip_prefix("before").unwrap().into()
+    }
+
+    #[test]
+    fn a_publish_is_a_line_then_headers_with_the_fence_first_then_the_body() {
+        let position = |lsn| Position {
+            commit_lsn: Lsn(lsn),
+            ordinal: 3,
+        };
+        let mut publish = Publish {
+            event: event("id-1", position(0x16B_3748)),
+            token: 1,
+            reply: 12,
+            expected_last_sequence: Some(41),
+            expected_last: Some(event("id-0", position(1))),
+        };
+        assert_eq!(
+            encoded(&publish),
+            "HPUB events.a.b _INBOX.me.12 179 186\r\n\
+             NATS/1.0\r\n\
+             Nats-Expected-Last-Sequence: 41\r\n\
+             Nats-Msg-Id: id-1\r\n\
+             Nats-Expected-Last-Msg-Id: id-0\r\n\
+             Outbox-Position: jetstream_outbox 7312345678901234567 1 0/16B3748 3\r\n\
+             X: 1\r\nY: ö\r\n\r\n\
+             {\"a\":1}\r\n"
+        );
+        (publish.expected_last_sequence, publish.expected_last) = (None, None);
+        assert_eq!(
+            encoded(&publish),
+            "HPUB events.a.b _INBOX.me.12 113 120\r\n\
+             NATS/1.0\r\n\
+             Nats-Msg-Id: id-1\r\n\
+             Outbox-Position: jetstream_outbox 7312345678901234567 1 0/16B3748 3\r\n\
+             X: 1\r\nY: ö\r\n\r\n\
+             {\"a\":1}\r\n"
+        );
+    }
 
     #[test]
     fn the_size_is_that_of_what_is_written() {
         for (lsn, ordinal, sequence, last_id) in [
             (0, 0, None, None),
             (0x16B_3748, 1, Some(0), None),
-            (0xF_0000_0000, 9, Some(9), Some("")),
+            (0xF_0000_0000, 9, Some(9), Some("a")),
             (0x10_0000_0010, 10, Some(10), Some("previous")),
             (u64::MAX, u32::MAX, Some(u64::MAX), Some("größe")),
         ] {
@@ -124,33 +229,47 @@ mod tests {
                 commit_lsn: Lsn(lsn),
                 ordinal,
             };
-            let mut batch = Batch::default();
-            let append = |text: &str, out: &mut Vec<u8>| {
-                out.extend_from_slice(text.as_bytes());
-                Ok::<(), Infallible>(())
+            let publish = Publish {
+                event: event("id-1", position),
+                token: 0,
+                reply: 0,
+                expected_last_sequence: sequence,
+                expected_last: last_id.map(|id| event(id, position)),
             };
-            let Ok(()) = batch.draft("public.outbox", position, Fate::Publish, |draft| {
-                draft.subject(|out| append("events.a.b", out))?;
-                draft.id(|out| append("id-1", out))?;
-                draft.headers(|out| append("\r\nX: 1\r\nY: ö", out))?;
-                draft.body(|out| append("{\"a\":1}", out))
-            });
-            let [Change::Event(spans)] = batch.changes() else {
-                panic!("not one event")
-            };
-            let event = batch.event(spans);
-            let source = "jetstream_outbox 7312345678901234567 1";
-            let (first, lines) = lines(&event, sequence, last_id, source);
-            let block = format!("NATS/1.0\r\n{first}:{lines}\r\n\r\n");
-            let fence = block.find(EXPECTED_LAST_SEQUENCE);
-            assert!(
-                fence.is_none_or(|at| at < block.find("id-1").unwrap()),
-                "{block}"
-            );
-            let size = size(spans, sequence, last_id.map(str::len), source.len());
-            assert_eq!(size, block.len() + event.body.len(), "{block}");
-            assert!(room(10_000, source.len()) <= 10_000 - (size - spans.wire_len()));
+            let text = encoded(&publish);
+            let (line, message) = text.split_once("\r\n").unwrap();
+            let all = message.len() - "\r\n".len();
+            let headers = all - publish.event.view().body.len();
+            assert!(line.ends_with(&format!(" {headers} {all}")), "{text}");
+            let spans = publish.event.spans();
+            let size = size(spans, sequence, last_id.map(str::len), SOURCE.len());
+            assert_eq!(size, all, "{text}");
+            assert!(room(10_000, SOURCE.len()) <= 10_000 - (size - spans.wire_len()));
         }
         assert_eq!(room(100, 0), 0);
+    }
+
+    #[test]
+    fn what_would_forge_protocol_is_refused() {
+        let position = Position {
+            commit_lsn: Lsn(1),
+            ordinal: 1,
+        };
+        let event = event("id-1", position);
+        let view = event.view();
+        assert!(check(&view).is_ok());
+        for (subject, id) in [
+            ("a\r\nPUB b", "1"),
+            ("a b", "1"),
+            ("a", "1\r\nNats-Rollup: all"),
+            ("a", "1\n"),
+        ] {
+            let forged = OutboxEvent {
+                subject,
+                id,
+                ..view
+            };
+            assert!(check(&forged).is_err(), "{subject:?} {id:?}");
+        }
     }
 }

@@ -363,6 +363,8 @@ struct Stream {
     last: Option<Checkpoint>,
     /// The highest sequence that was acknowledged or read.
     acked_seq: u64,
+    /// What that was when the stream was asked where it ends; the answer may come behind later acks.
+    asked_at: Option<u64>,
     /// Others write to the stream.
     shared: bool,
     /// Somebody else has, whom the next connection may show to be another relay with our slot.
@@ -540,6 +542,7 @@ impl Core {
             settled_seq: remembered.confirmed_seq,
             confirmed_seq: remembered.confirmed_seq,
             acked_seq: remembered.acked_seq,
+            asked_at: None,
             shared: remembered.shared,
             met_others: remembered.met_others,
             others_at: remembered.others_at,
@@ -723,6 +726,7 @@ impl Core {
             }
             stream.chain = Chain::new(found.last_seq);
             stream.read_to = found.last_seq;
+            stream.asked_at = None;
             stream.replicas = found.replicas;
             stream.previous = None;
             stream.tail = tail;
@@ -1367,14 +1371,15 @@ impl Core {
         Some(dropped)
     }
 
-    /// What a look at an idle stream says.
+    /// What a look at one of the [`idle_streams`](Core::idle_streams) says.
     pub fn looked_at(&mut self, index: usize, last_seq: u64, now: Instant) -> Result<(), Trouble> {
         let nothing_is_out = self.nothing_is_out();
         let stream = self.streams.get_mut(index);
         let Some(stream) = stream.filter(|_| self.delivery == Delivery::ExactlyOnce) else {
             return Ok(());
         };
-        if last_seq >= stream.acked_seq {
+        let acked_seq = stream.asked_at.take().unwrap_or_default();
+        if last_seq >= acked_seq {
             let is_ours = !nothing_is_out || !self.routed.contains(&index);
             let seen = stream.chain.acked().max(stream.read_to);
             if self.connected && !is_ours && last_seq > seen {
@@ -1386,15 +1391,18 @@ impl Core {
         Err(Trouble::Reconnect(Cause::EndsEarly(Backwards {
             stream: stream.name.clone(),
             last_seq,
-            acked_seq: stream.acked_seq,
+            acked_seq,
         })))
     }
 
-    /// The streams that no publish is on its way to, for [`Core::looked_at`].
-    pub fn idle_streams(&self) -> impl Iterator<Item = (usize, &str)> {
-        let all = self.streams.iter().enumerate();
+    /// The streams that no publish is on its way to, which are to be asked now where they end, for [`Core::looked_at`].
+    pub fn idle_streams(&mut self) -> impl Iterator<Item = (usize, &str)> {
+        let all = self.streams.iter_mut().enumerate();
         all.filter(|(_, stream)| stream.chain.is_settled())
-            .map(|(index, stream)| (index, stream.name.as_str()))
+            .map(|(index, stream)| {
+                stream.asked_at.get_or_insert(stream.acked_seq);
+                (index, stream.name.as_str())
+            })
     }
 
     /// When [`Core::tick`] wants to be called.
@@ -1476,6 +1484,7 @@ impl Core {
                     keeps_from: None,
                     last: None,
                     acked_seq: 0,
+                    asked_at: None,
                     shared: false,
                     met_others: false,
                     others_at: None,

@@ -2,7 +2,7 @@
 //!
 //! It holds the connection to NATS, and makes a new one when the core or the connection itself says so;
 //! the copy stream from Postgres stands still meanwhile and stays up. It calls nothing that can hang:
-//! publishing and closing are done by threads of the link.
+//! publishing takes what the socket takes, and asking and closing are done by threads of the link.
 
 use super::bucket;
 use super::checkpoint::{CheckpointStore, Opened, Overtaken};
@@ -17,8 +17,10 @@ use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
+use crate::jetstream;
 use crate::jetstream::ack::AckError;
-use crate::jetstream::client::{Incoming, Link};
+use crate::jetstream::client::{Link, Reply};
+use crate::jetstream::connection::Ack;
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
 use crate::jetstream::streams;
 use crate::jetstream::wire::Publish;
@@ -37,7 +39,7 @@ const KEEP_LIMIT: Duration = Duration::from_secs(5);
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
-/// Events that are handed to the connection at once: it begins to send them while the next are being looked at.
+/// Events that are handed to the connection at once: the server has them while the next are being looked at.
 const BURST: usize = 128;
 /// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
 const LOOP_LIMIT: Duration = Duration::from_secs(60);
@@ -95,11 +97,6 @@ pub struct Left {
     pub memory: Memory,
     /// The checkpoint.
     pub store: CheckpointStore,
-}
-
-fn connection_ended() -> Interrupt {
-    let reason = "the connection to NATS ended".to_string();
-    Interrupt::Reconnect(ReconnectCause::Connection, reason)
 }
 
 /// Why [`Publisher::serve`] left a connection.
@@ -216,11 +213,15 @@ impl<'a> Publisher<'a> {
         self.postponed = None;
         loop {
             let now = Instant::now();
-            while let Ok(message) = link.messages().try_recv() {
-                self.take(link.decode(message), now)?;
+            while let Ok(acks) = link.acks().try_recv() {
+                self.acked(acks, now)?;
+            }
+            while let Ok(message) = link.replies().try_recv() {
+                self.replied(link.decode(message), now)?;
             }
             let outcome = self.core.tick(now);
             self.trouble(outcome)?;
+            self.not_stuck(link)?;
             self.publish(link, now)?;
             self.look(link, now);
             self.tell_late(now);
@@ -252,17 +253,15 @@ impl<'a> Publisher<'a> {
                 Closing::By(_) => &never_stops,
             };
             select! {
-                recv(link.messages()) -> message => match message {
-                    Ok(message) => self.take(link.decode(message), Instant::now())?,
-                    Err(_) => return Err(connection_ended()),
+                recv(link.acks()) -> acks => match acks {
+                    Ok(acks) => self.acked(acks, Instant::now())?,
+                    Err(_) => return Err(self.lost(link.lost().try_recv().ok())),
                 },
-                recv(link.lost()) -> error => {
-                    let Ok(error) = error else {
-                        return Err(connection_ended());
-                    };
-                    let reason = bucket::lost(&mut self.store, error).to_string();
-                    return Err(Interrupt::Reconnect(ReconnectCause::Connection, reason));
-                }
+                recv(link.replies()) -> message => match message {
+                    Ok(message) => self.replied(link.decode(message), Instant::now())?,
+                    Err(_) => return Err(self.lost(link.lost().try_recv().ok())),
+                },
+                recv(link.lost()) -> error => return Err(self.lost(error.ok())),
                 recv(changes) -> batch => match batch {
                     Ok(batch) => {
                         self.pulse.arrived(&batch);
@@ -277,6 +276,28 @@ impl<'a> Publisher<'a> {
                 default(wake) => {}
             }
         }
+    }
+
+    /// Both connections must live: events may still go out over theirs while nothing comes of a question.
+    fn not_stuck(&self, link: &Link) -> Result<(), Interrupt> {
+        let limit = self.config.nats.request_timeout;
+        if link.is_stuck_for() <= limit {
+            return Ok(());
+        }
+        let reason = format!(
+            "the connection for questions to JetStream has been dead for {} s",
+            limit.as_secs()
+        );
+        Err(Interrupt::Reconnect(ReconnectCause::Connection, reason))
+    }
+
+    /// The link is over; why, it says before its acks end.
+    fn lost(&mut self, error: Option<jetstream::Error>) -> Interrupt {
+        let reason = match error {
+            Some(error) => bucket::lost(&mut self.store, error).to_string(),
+            None => "the connection to NATS ended".to_string(),
+        };
+        Interrupt::Reconnect(ReconnectCause::Connection, reason)
     }
 
     /// The end is near: what was read is taken and settled.
@@ -322,22 +343,27 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Hands the core what JetStream said.
-    fn take(&mut self, incoming: Option<Incoming>, now: Instant) -> Result<(), Interrupt> {
-        match incoming {
-            Some(Incoming::Ack { reply, result }) => match self.core.answer(reply, result, now) {
+    /// Hands the core what JetStream said to publishes.
+    fn acked(&mut self, acks: Vec<Ack>, now: Instant) -> Result<(), Interrupt> {
+        for Ack { reply, result } in acks {
+            match self.core.answer(reply, result, now) {
                 Ok(Some(token)) => {
                     self.pulse.acked(token, now);
                     self.outage.worked();
-                    Ok(())
                 }
-                outcome => self.trouble(outcome.map(|_| ())),
-            },
-            Some(Incoming::Reply { token, result }) => match bucket::answers_to(token) {
-                Some(number) => self.written(number, result, now),
-                None => self.looked_at(token, result),
-            },
-            None => Ok(()),
+                outcome => self.trouble(outcome.map(|_| ()))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn replied(&mut self, reply: Option<Reply>, now: Instant) -> Result<(), Interrupt> {
+        let Some(Reply { token, result }) = reply else {
+            return Ok(());
+        };
+        match bucket::answers_to(token) {
+            Some(number) => self.written(number, result, now),
+            None => self.looked_at(token, result),
         }
     }
 
@@ -529,7 +555,7 @@ impl<'a> Publisher<'a> {
             self.outage.worked();
         }
         for message in meanwhile {
-            self.take(link.decode(message), Instant::now())?;
+            self.replied(link.decode(message), Instant::now())?;
         }
         Ok(())
     }

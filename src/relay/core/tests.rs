@@ -456,3 +456,25 @@ fn what_another_relay_has_published_is_none_of_others() {
     memory.learn(vec![mark(12, "0/1E 2")], &lineage(1)).unwrap();
     assert!(!shared(memory));
 }
+
+/// The answers to questions go another way than the acks.
+#[test]
+fn a_look_is_judged_by_what_was_known_when_it_was_asked() {
+    let now = Instant::now();
+    let connected = || {
+        let mut core = core(Delivery::ExactlyOnce, learned(mark(10, "0/A 1"), 1));
+        connect_emptied(&mut core, 1, 10, now);
+        core
+    };
+    let mut core = connected();
+    assert_eq!(core.idle_streams().count(), 1);
+    offer_at(&mut core, 30, &["events.a"]);
+    let [publish] = &publishes(&mut core, now)[..] else {
+        panic!("not one publish")
+    };
+    ack(&mut core, publish, now);
+    core.looked_at(0, 10, now).expect("asked before the ack");
+    // and now it is known
+    assert_eq!(core.idle_streams().count(), 1);
+    core.looked_at(0, 10, now).unwrap_err();
+}
