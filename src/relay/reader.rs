@@ -140,7 +140,11 @@ impl Reader<'_> {
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
                     }
-                    let pause = pace.sent(Instant::now(), bytes);
+                    // a keepalive, or the end of what has gone on already, is no part of a flow
+                    let pause = match bytes {
+                        0 => Duration::ZERO,
+                        bytes => pace.sent(Instant::now(), bytes),
+                    };
                     if !pause.is_zero() && !stream.has_buffered() {
                         thread::sleep(pause);
                     }
