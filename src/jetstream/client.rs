@@ -557,8 +557,8 @@ fn take(events: &Mutex<Option<Connection>>) -> Option<Connection> {
     events.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// Makes both connections; the crate's may hang, and this is therefore called on a thread of its own. Meanwhile the other
-/// stands in `events`, where it can be taken away.
+/// Makes both connections; the crate's may hang, and this is therefore called on a thread of its own. Meanwhile the
+/// other stands in `events`, where it can be taken away.
 fn establish(
     options: &Options,
     server: &ServerUrl,

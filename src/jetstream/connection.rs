@@ -1,12 +1,12 @@
 //! A connection of our own to NATS, on which events go out and their PubAcks come in.
 //!
 //! The `nats` crate would write each event by way of a map of headers and a lock, flush with a PING that is waited for,
-//! and wake two more threads a burst. Here whoever publishes writes to the socket itself, without waiting: what the socket does
-//! not take, a thread of the connection writes, and all that comes meanwhile. Another reads the answers, and hands on
-//! what one read has brought.
+//! and wake two more threads a burst. Here whoever publishes writes to the socket itself, without waiting: what the
+//! socket does not take, a thread of the connection writes, and all that comes meanwhile. Another reads the answers, and
+//! hands on what one read has brought.
 //!
-//! A connection is never silently replaced: when it is over, it says why once. Nothing here waits for a server: dropping
-//! the connection shuts its socket, which ends both threads.
+//! A connection is never silently replaced: when it is over, it says why once. Nothing here waits for a server:
+//! dropping the connection shuts its socket, which ends both threads.
 
 use super::ack::{AckError, PubAck, parse_ack};
 use super::error::Error;
@@ -166,8 +166,8 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Sends events, in this order. Never blocks: what the socket does not take waits, and its bound is the caller's window,
-    /// as none of it has been answered. `position_source`, `<slot> <system id> <timeline>`, begins their
+    /// Sends events, in this order. Never blocks: what the socket does not take waits, and its bound is the caller's
+    /// window, as none of it has been answered. `position_source`, `<slot> <system id> <timeline>`, begins their
     /// `Outbox-Position`. Sizes are the caller's to check. Without effect once the connection is over.
     pub fn publish(&self, burst: Vec<Publish>, position_source: &Arc<str>) {
         let mut out = self.shared.lock();
@@ -588,8 +588,8 @@ mod tests {
         Ok((connection, ended))
     }
 
-    /// A connection, whose send buffer is small, to a server that answers the first PING, and goes on as `serve`, which is
-    /// given what comes behind that.
+    /// A connection, whose send buffer is small, to a server that answers the first PING, and goes on as `serve`, which
+    /// is given what comes behind that.
     fn connect<T: Send + 'static>(
         serve: impl FnOnce(BufReader<TcpStream>) -> T + Send + 'static,
     ) -> (Connection, Receiver<Error>, thread::JoinHandle<T>) {
