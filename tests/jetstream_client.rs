@@ -177,12 +177,16 @@ fn threads_return_to(before: usize) {
         if threads() <= before {
             return Ok(());
         }
-        let names = std::fs::read_dir("/proc/self/task").unwrap();
-        let name = |task: std::io::Result<std::fs::DirEntry>| {
-            std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
-        };
-        Err(names.filter_map(name).collect::<Vec<_>>())
+        Err(thread_names())
     });
+}
+
+fn thread_names() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let name = |task: std::io::Result<std::fs::DirEntry>| {
+        std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+    };
+    tasks.filter_map(name).collect()
 }
 
 fn refused(options: &Options) -> Error {
@@ -785,6 +789,14 @@ fn attempts_that_hang_are_limited() {
         }
     }
     assert_eq!(timeouts, 8);
+    // what hangs is the crate's half
+    eventually("the connections for events to end", LONG, || {
+        let names = thread_names();
+        match names.iter().any(|name| name.starts_with("nats-acks")) {
+            true => Err(names),
+            false => Ok(()),
+        }
+    });
 }
 
 /// The crate's thread panics on it, without a word to anybody.
