@@ -110,11 +110,6 @@ impl Connection {
             server: server.to_string(),
             reason: error.to_string(),
         };
-        stream.set_nodelay(true).map_err(refused)?;
-        tls::keep_alive(&stream).map_err(refused)?;
-        if let Ok(Some((ServerOp::Error(words), _))) = protocol::parse(&rest) {
-            return Err(Error::of_server(&server.to_string(), &words).while_connecting());
-        }
         // nobody can trust what was said before TLS
         let (session, bytes) = match tls {
             Some(config) => {
@@ -571,7 +566,7 @@ mod tests {
         timeout: Duration,
     ) -> Result<(Connection, Receiver<Error>), Error> {
         let server = ServerUrl::parse(&listener.local_addr().unwrap().to_string()).unwrap();
-        let greeting = probe(&server, Instant::now() + LONG).unwrap();
+        let greeting = probe(&server, Instant::now() + LONG)?;
         SockRef::from(&greeting.stream)
             .set_send_buffer_size(send_buffer)
             .unwrap();

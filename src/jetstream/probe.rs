@@ -6,13 +6,19 @@
 
 use super::error::Error;
 use super::options::ServerUrl;
+use super::protocol::{self, ServerOp};
 use serde::Deserialize;
+use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 /// The longest INFO line the `nats` crate can read, line end included (`proto.rs`, `command_buf`).
 const MAX_INFO_BYTES: usize = 4096;
+
+/// A connection that is silent for so long is asked for a sign of life, so that no thread outlives a network that
+/// vanished.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// What the relay wants to know of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -60,7 +66,7 @@ pub struct Greeting {
     pub info: ServerInfo,
     /// The INFO line as it came.
     pub line: Vec<u8>,
-    /// What has come behind it: why the server closes the connection at once.
+    /// What has come behind it.
     pub rest: Vec<u8>,
     /// The connection, on which nothing has been said yet.
     pub stream: TcpStream,
@@ -115,6 +121,12 @@ pub fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Gr
             });
         }
     };
+    let unusable = |source| Error::Unreachable {
+        server: server.to_string(),
+        source,
+    };
+    stream.set_nodelay(true).map_err(unusable)?;
+    keep_alive(&stream).map_err(unusable)?;
     let (mut line, mut rest) = (Vec::new(), Vec::new());
     while !line.ends_with(b"\n") {
         if line.len() >= MAX_INFO_BYTES {
@@ -169,6 +181,10 @@ pub fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Gr
         }
     }
     let info = parse_info(&line).map_err(|reason| not_nats(server, reason))?;
+    // why the server lets nobody in, for instance that it has too many connections
+    if let Ok(Some((ServerOp::Error(words), _))) = protocol::parse(&rest) {
+        return Err(Error::of_server(&server.to_string(), &words).while_connecting());
+    }
     if !info.headers {
         return Err(not_nats(
             server,
@@ -182,6 +198,14 @@ pub fn ask(server: &ServerUrl, address: SocketAddr, time: Duration) -> Result<Gr
         rest,
         stream,
     })
+}
+
+/// Has the kernel look after the other side.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
 fn not_nats(server: &ServerUrl, reason: String) -> Error {
@@ -270,10 +294,35 @@ mod tests {
             false,
             "headers are off",
         );
+        check(
+            b"INFO {\"headers\":true,\"max_payload\":1}\r\n-ERR 'maximum connections exceeded'\r\n"
+                .to_vec(),
+            true,
+            "maximum connections exceeded",
+        );
         check(Vec::new(), true, "closed the connection");
         check(b"INFO {".to_vec(), true, "closed the connection");
         check(Vec::new(), false, "sent no NATS greeting");
         check(b"INFO {".to_vec(), false, "sent no NATS greeting");
+    }
+
+    /// Both connections are made of it.
+    #[test]
+    fn what_is_handed_on_waits_for_nothing_and_is_looked_after() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = ServerUrl::parse(&listener.local_addr().unwrap().to_string()).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let info = b"INFO {\"headers\":true,\"max_payload\":1}\r\nPING\r\n";
+            stream.write_all(info).unwrap();
+            stream
+        });
+        let greeting = probe(&server, Instant::now() + Duration::from_secs(5)).unwrap();
+        assert!(greeting.stream.nodelay().unwrap());
+        let socket = SockRef::from(&greeting.stream);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE);
+        drop(thread.join());
     }
 
     #[test]

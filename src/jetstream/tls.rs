@@ -7,24 +7,11 @@ use rustls::client::ClientConnection;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::{self, PemObject};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// A connection that is silent for so long is asked for a sign of life, so that no thread outlives a network that
-/// vanished.
-const KEEPALIVE: Duration = Duration::from_secs(30);
-
-/// Has the kernel look after the other side.
-pub fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE)
-        .with_interval(KEEPALIVE);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
-}
+use std::time::Instant;
 
 /// Whether either side asks for it. An error if the server has none to offer.
 pub fn is_wanted(options: &Options, server: &ServerUrl, info: &ServerInfo) -> Result<bool, Error> {

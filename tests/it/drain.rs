@@ -183,7 +183,7 @@ fn a_drain_on_a_terminal_draws_a_bar() {
         eprintln!("skipped: there is no script of util-linux here, which makes a terminal");
         return;
     }
-    const EVENTS: u64 = 10_000;
+    const EVENTS: u64 = 40_000;
     let rig = Rig::start();
     commit_many(&mut rig.pg.client(), 1, EVENTS / 10, 10);
     // one at a time, so that it takes long enough to be watched; where `script` is killed it ends after the servers
