@@ -97,12 +97,18 @@ fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Res
         )));
     }
     if wal_status.as_deref() == Some("lost") {
-        let usual =
-            "most often because the log that it needed was more than max_slot_wal_keep_size";
+        let why = match reason.as_deref() {
+            None => {
+                "most often because the log that it needed was more than max_slot_wal_keep_size"
+            }
+            Some("wal_removed") => {
+                "wal_removed: the log that it needed was more than max_slot_wal_keep_size"
+            }
+            Some(reason) => reason,
+        };
         return Err(Error::Setup(format!(
-            "check the slot: Postgres has given {slot} up ({}), so events are missing; drop the slot, create it anew, and \
-             publish what was committed in between by hand",
-            reason.as_deref().unwrap_or(usual)
+            "check the slot: Postgres has given {slot} up ({why}), so events are missing; drop the slot, create it anew, and \
+             publish what was committed in between by hand"
         )));
     }
     if let Some(pid) = active_pid {

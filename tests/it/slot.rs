@@ -181,7 +181,7 @@ fn a_slot_that_postgres_has_given_up_halts_with_the_reason() {
     assert_eq!(code, 78, "{last}");
     let since_17 = "SELECT current_setting('server_version_num')::int >= 170000";
     let reason = match rig.pg.scalar::<bool>(since_17) {
-        Some(true) => "(wal_removed)",
+        Some(true) => "(wal_removed: the log that it needed was more than max_slot_wal_keep_size)",
         _ => "(most often because the log that it needed was more than max_slot_wal_keep_size)",
     };
     let said = format!("Postgres has given {SLOT} up {reason}, so events are missing");
