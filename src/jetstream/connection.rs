@@ -541,6 +541,16 @@ mod tests {
         }
     }
 
+    /// A server, which has a small receive buffer, too.
+    fn listen<T: Send + 'static>(
+        serve: impl FnOnce(&TcpListener) -> T + Send + 'static,
+    ) -> (TcpListener, thread::JoinHandle<T>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        SockRef::from(&listener).set_recv_buffer_size(4096).unwrap();
+        let accepting = listener.try_clone().unwrap();
+        (listener, thread::spawn(move || serve(&accepting)))
+    }
+
     /// Greets a client with INFO and `behind`, and reads up to its PING.
     fn greet(listener: &TcpListener, behind: &[u8]) -> BufReader<TcpStream> {
         let (mut stream, _) = listener.accept().unwrap();
@@ -588,10 +598,8 @@ mod tests {
     fn connect<T: Send + 'static>(
         serve: impl FnOnce(BufReader<TcpStream>) -> T + Send + 'static,
     ) -> (Connection, Receiver<Error>, thread::JoinHandle<T>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let accepting = listener.try_clone().unwrap();
-        let thread = thread::spawn(move || {
-            let mut reader = greet(&accepting, b"");
+        let (listener, thread) = listen(|accepting| {
+            let mut reader = greet(accepting, b"");
             reader.get_mut().write_all(b"PONG\r\n").unwrap();
             serve(reader)
         });
@@ -754,10 +762,8 @@ mod tests {
 
     #[test]
     fn what_stands_behind_the_greeting_is_why_nobody_is_let_in() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let accepting = listener.try_clone().unwrap();
-        let server = thread::spawn(move || {
-            greet(&accepting, b"-ERR 'maximum connections exceeded'\r\n");
+        let (listener, server) = listen(|accepting| {
+            greet(accepting, b"-ERR 'maximum connections exceeded'\r\n");
         });
         let refused = open(&listener, &Options::default(), 4096, LONG);
         let error = refused.err().unwrap();
@@ -771,12 +777,8 @@ mod tests {
     /// A long JWT, for instance.
     #[test]
     fn more_than_the_socket_takes_can_be_said_to_sign_in() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        // the window of the other side is small, too
-        SockRef::from(&listener).set_recv_buffer_size(4096).unwrap();
-        let accepting = listener.try_clone().unwrap();
-        let server = thread::spawn(move || {
-            let mut reader = greet(&accepting, b"");
+        let (listener, server) = listen(|accepting| {
+            let mut reader = greet(accepting, b"");
             reader.get_mut().write_all(b"PONG\r\n").unwrap();
             reader
         });
@@ -790,10 +792,8 @@ mod tests {
 
     #[test]
     fn a_server_that_says_everything_but_pong_is_given_up_in_time() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let accepting = listener.try_clone().unwrap();
-        let server = thread::spawn(move || {
-            let mut reader = greet(&accepting, b"");
+        let (listener, server) = listen(|accepting| {
+            let mut reader = greet(accepting, b"");
             while reader.get_mut().write_all(b"PING\r\n+OK\r\n").is_ok() {}
         });
         let timeout = Duration::from_millis(200);

@@ -38,6 +38,10 @@ impl Pace {
 
     /// A batch of so many bytes goes on. Returns how long to wait before the next is read.
     pub fn sent(&mut self, now: Instant, bytes: usize) -> Duration {
+        // a keepalive, which Postgres sends before what has woken it, or the end of what has gone on already
+        if bytes == 0 {
+            return Duration::ZERO;
+        }
         let flows = self
             .last
             .is_some_and(|last| now.saturating_duration_since(last) < FLOW);
@@ -78,6 +82,16 @@ mod tests {
         // not even in a backlog
         pace.begun(0, i64::MAX);
         assert_eq!(then(&mut pace, FLOW, SMALL), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_keepalive_is_no_part_of_a_flow() {
+        let mut pace = Pace::default();
+        let now = Instant::now();
+        assert_eq!(pace.sent(now, 0), Duration::ZERO);
+        assert_eq!(pace.sent(now, SMALL), Duration::ZERO);
+        assert_eq!(pace.sent(now, 0), Duration::ZERO);
+        assert_eq!(pace.sent(now, SMALL), FRESH_PAUSE);
     }
 
     #[test]

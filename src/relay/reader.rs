@@ -140,11 +140,7 @@ impl Reader<'_> {
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
                     }
-                    // a keepalive, or the end of what has gone on already, is no part of a flow
-                    let pause = match bytes {
-                        0 => Duration::ZERO,
-                        bytes => pace.sent(Instant::now(), bytes),
-                    };
+                    let pause = pace.sent(Instant::now(), bytes);
                     if !pause.is_zero() && !stream.has_buffered() {
                         thread::sleep(pause);
                     }
