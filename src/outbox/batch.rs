@@ -191,7 +191,7 @@ impl std::fmt::Debug for OutboxEvent<'_> {
 }
 
 /// Changes in stream order, and the bytes of their events.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Batch {
     bytes: Vec<u8>,
     changes: Vec<Change>,
@@ -212,6 +212,13 @@ impl Batch {
     pub fn shrink(&mut self) {
         self.bytes.shrink_to_fit();
         self.changes.shrink_to_fit();
+    }
+
+    /// Holds nothing any more, and keeps its room.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.changes.clear();
+        self.table = Span::default();
     }
 
     /// Bytes of memory that it takes.

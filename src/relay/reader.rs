@@ -96,10 +96,22 @@ impl Transaction {
     }
 }
 
-/// With room for all it will ever hold, but for large events: one that grows is copied again and again, and leaves
-/// holes in memory. What it does not use is not touched, and given back when it goes on.
+/// With room for all it will ever hold, but for large events: one that grows is copied again and again.
 fn empty() -> Batch {
     Batch::with_capacity(BATCH_BYTES + BATCH_SLACK, BATCH_CHANGES)
+}
+
+/// Takes out what a batch holds, into memory of just that size, and leaves the room for the next. (One that goes on itself and
+/// gives back what it did not need leaves holes too small for the next.) Large events are not copied.
+fn take(batch: &mut Batch) -> Batch {
+    if batch.len_bytes() > BATCH_BYTES + BATCH_SLACK {
+        let mut full = std::mem::replace(batch, empty());
+        full.shrink();
+        return full;
+    }
+    let full = batch.clone();
+    batch.clear();
+    full
 }
 
 /// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
@@ -133,9 +145,7 @@ impl Reader<'_> {
                 if !batch.is_empty() {
                     self.progress.sending(true);
                     let bytes = batch.len_bytes();
-                    let mut full = std::mem::replace(&mut batch, empty());
-                    full.shrink();
-                    let sent = send(&self.changes, full);
+                    let sent = send(&self.changes, take(&mut batch));
                     self.progress.sending(false);
                     if sent.is_err() {
                         return Ok(Ended::Stopped);
@@ -352,8 +362,13 @@ mod tests {
 
     #[test]
     fn a_batch_keeps_no_more_than_it_holds() {
-        let mut full = batch(100);
-        full.shrink();
-        assert!(full.room() < 1024, "{} bytes", full.room());
+        for bytes in [100, BATCH_BYTES, 10 * BATCH_BYTES] {
+            let mut filled = batch(bytes);
+            let full = take(&mut filled);
+            assert_eq!((full.changes().len(), full.len_bytes()), (1, bytes));
+            assert!(full.room() < bytes + 1024, "{} bytes", full.room());
+            assert!(filled.is_empty() && filled.len_bytes() == 0);
+            assert_eq!(filled.room(), empty().room());
+        }
     }
 }
