@@ -129,7 +129,7 @@ pub struct Cli {
     /// needed by --on-poison skip (default off)
     #[argh(switch)]
     pub yes_lose_events: bool,
-    /// publishes that may be unacknowledged at a time, 1 to 65536 (default 1536)
+    /// publishes that may be unacknowledged at a time, 1 to 65536 (default 3072)
     #[argh(option)]
     pub inflight: Option<String>,
     /// how long to wait for an acknowledgement before connecting anew, 100ms to 1h (default 5s)

@@ -605,7 +605,7 @@ mod tests {
                 .summary()
                 .to_string(),
             "db=\"u@h:5432/u sslmode=prefer\" nats=nats://localhost:4222 nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
-             publication=jetstream_outbox inflight=1536 ack-timeout=5s max-outage=never \
+             publication=jetstream_outbox inflight=3072 ack-timeout=5s max-outage=never \
              delivery=exactly-once hold-back=150s checkpoint=jetstream_outbox logging=info log-format=text"
         );
     }

@@ -22,7 +22,7 @@ pub(super) const DEFAULTS: [(&str, &str); 20] = [
     ("on-bad-subject", "encode"),
     ("on-bad-header", "encode"),
     ("on-poison", "stop"),
-    ("inflight", "1536"),
+    ("inflight", "3072"),
     ("ack-timeout", "5s"),
     ("max-outage", "never"),
     ("delivery", "exactly-once"),
