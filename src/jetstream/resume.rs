@@ -25,6 +25,9 @@ use crate::postgres::Lsn;
 /// two seconds at most.
 pub const LOOK_BACK: u64 = 10_000;
 
+/// The header of the fence: a message without it was published with at-least-once delivery.
+pub const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
+
 /// The header that carries a [`SourcePosition`].
 pub const OUTBOX_POSITION: &str = "Outbox-Position";
 
@@ -53,6 +56,8 @@ pub struct Tail {
     pub foreign: u64,
     /// Events may be missing before `stored`.
     pub between: Option<Between>,
+    /// `stored` was published without a fence, so that an earlier one that was not confirmed may be missing.
+    pub unfenced: bool,
 }
 
 /// What stands in the last stretch of a replicated stream.
@@ -350,6 +355,7 @@ impl Lineage {
                     known => known?,
                 };
                 let id = message.header("Nats-Msg-Id").map(str::to_string);
+                tail.unfenced = message.header(EXPECTED_LAST_SEQUENCE).is_none();
                 tail.stored = Some(Checkpoint {
                     seq: message.seq,
                     position: known,

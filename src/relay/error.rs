@@ -8,6 +8,7 @@ use crate::jetstream;
 use crate::jetstream::ack::AckError;
 use crate::jetstream::chain::Broken;
 use crate::jetstream::resume::Conflict;
+use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
@@ -108,6 +109,15 @@ pub enum Error {
         /// How.
         conflict: Conflict,
     },
+    /// A relay with at-least-once delivery wrote to a stream last, and left off in the middle.
+    Unfenced {
+        /// Its name.
+        stream: String,
+        /// Where its last event stands.
+        reached: Position,
+        /// Where the slot stands.
+        confirmed: Lsn,
+    },
     /// It cannot be repaired.
     Halt(Halt),
     /// Postgres shuts down.
@@ -162,6 +172,7 @@ impl Error {
             | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_)
             | Error::SlotMoved { .. }
+            | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
             | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
@@ -209,6 +220,17 @@ impl fmt::Display for Error {
                  made anew, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
                  copy; what was committed between the two may be missing in the stream and must be published by hand; then \
                  pass --resume-anyway once"
+            ),
+            Error::Unfenced {
+                stream,
+                reached,
+                confirmed,
+            } => write!(
+                f,
+                "read the stream back: the last event in {stream}, at {reached}, was published with --delivery at-least-once and not \
+                 confirmed (the slot stands at {confirmed}), so an earlier one may be missing that exactly-once would take for \
+                 stored: run once with --delivery at-least-once --drain until that ends with 0, then start the relay again; where \
+                 none is missing, pass --resume-anyway once"
             ),
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped { notice, slot } => write!(

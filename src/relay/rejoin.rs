@@ -69,6 +69,24 @@ impl Joined {
         }
     }
 
+    /// Sees that nothing is missing before the ends: a stream holds all up to its last event if that has a fence, and all that was
+    /// confirmed in any case.
+    pub fn check_whole(&self, confirmed: Lsn) -> Result<(), Error> {
+        for stream in &self.streams {
+            if let Some(stored) = &stream.tail.stored
+                && stream.tail.unfenced
+                && stored.position.commit_lsn >= confirmed
+            {
+                return Err(Error::Unfenced {
+                    stream: stream.name.clone(),
+                    reached: stored.position,
+                    confirmed,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Where the copy stream may start: Postgres skips what every stream holds. `0/0`, the slot's own
     /// position, whenever there is doubt.
     pub fn start_position(&self) -> Lsn {

@@ -180,6 +180,9 @@ impl<'a> Session<'a> {
         );
         let joined = found.join(config, &lineage, last_known, acked_seq)?;
         joined.tell_others(&mut self.said);
+        if !config.resume_anyway {
+            joined.check_whole(slot.confirmed_flush_lsn)?;
+        }
         let start = joined.start_position();
         let Joined {
             link,

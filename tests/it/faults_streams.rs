@@ -398,6 +398,47 @@ fn a_message_of_somebody_else_that_came_and_went_while_no_relay_ran_takes_no_eve
     assert_eq!(rig.messages()[0].id(), uuid(2));
 }
 
+/// At least once, an event can be stored while an earlier one is not, whose subject is full.
+#[test]
+fn what_a_relay_with_at_least_once_left_out_is_not_taken_for_stored() {
+    const AT_LEAST_ONCE: [&str; 2] = ["--delivery", "at-least-once"];
+    let rig = Rig::start();
+    let limit = |per_subject: i64| {
+        let mut nats = rig.nats.client();
+        let mut config = nats.stream_info(NAME)["config"].clone();
+        config["max_msgs_per_subject"] = json!(per_subject);
+        config["discard"] = json!("new");
+        config["discard_new_per_subject"] = json!(per_subject > 0);
+        nats.api(&format!("STREAM.UPDATE.{NAME}"), &config);
+    };
+    limit(1);
+    let relay = rig.relay(&AT_LEAST_ONCE);
+    rig.commit_event(1, "a");
+    rig.wait_for_messages(1);
+    rig.pg.execute(&format!(
+        "INSERT INTO outbox SELECT {UUID_SQL}, 'account', subject, '{{}}'
+         FROM (VALUES (2, 'a'), (3, 'b')) AS event (n, subject)"
+    ));
+    rig.wait_for_messages(2);
+    relay.kill();
+    limit(-1);
+
+    let (code, log) = rig.run(&["--drain"]);
+    let said = log.last().expect("it says why");
+    assert_eq!(code, 78, "{said}");
+    assert!(said.contains("--delivery at-least-once --drain"), "{said}");
+    assert_eq!(rig.messages().len(), 2);
+    // as it says
+    rig.drain(&AT_LEAST_ONCE);
+    rig.commit_event(4, "a");
+    rig.drain(&[]);
+    rig.commit_event(5, "a");
+    rig.drain(&[]);
+    let messages = rig.messages();
+    let ids: Vec<_> = messages.iter().map(|message| message.id()).collect();
+    assert_eq!(ids, [1, 3, 2, 4, 5].map(uuid));
+}
+
 #[test]
 fn an_id_used_twice_drops_the_second_event_and_names_both() {
     let nats = Nats::start();

@@ -72,6 +72,7 @@ fn another_event_at_the_same_position_halts() {
     let mut client = rig.nats.client();
     client.api(&call, &json!({ "seq": 1 }));
     let headers = [
+        ("Nats-Expected-Last-Sequence", "1"),
         ("Nats-Msg-Id", other.as_str()),
         ("Outbox-Position", &position),
     ];

@@ -10,6 +10,7 @@ pub mod postgres;
 use super::{Error, say};
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::jetstream::Delivery;
 use finding::{Finding, Level, fail, ok};
 use nats::Past;
 use postgres::Log;
@@ -23,6 +24,7 @@ pub fn run(config: &Config, json: bool, strict: bool) -> Result<Exit, Error> {
     if let Some(log) = log {
         findings.extend(history(config, log, &past));
         findings.extend(slot_position(config, log, &past));
+        findings.extend(left_off(config, log, &past));
     }
     let worst = findings.iter().map(|finding| finding.level).max();
     if json {
@@ -101,4 +103,30 @@ fn slot_position(config: &Config, log: Log, past: &Past) -> Option<Finding> {
             "publish by hand what is missing, then start the relay once with -resume-anyway",
         ),
     })
+}
+
+/// Whether a relay with at-least-once delivery left off in the middle, as the relay itself looks at each start. One finding a
+/// stream.
+fn left_off(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
+    if config.delivery != Delivery::ExactlyOnce {
+        return Vec::new();
+    }
+    let slot = &config.slot;
+    let judge = |tail: &nats::Tail| {
+        let (confirmed, source) = (log.confirmed?, &tail.position.source);
+        let is_ours = (&source.slot, source.system_id) == (slot, log.system_id);
+        let is_confirmed = tail.position.position.commit_lsn < confirmed;
+        (is_ours && !tail.fenced && !is_confirmed).then(|| {
+            fail(
+                "both.delivery",
+                format!(
+                    "the last event of stream {} was published with at-least-once and is not confirmed (slot {slot} stands at {confirmed})",
+                    tail.stream
+                ),
+                "an earlier one may be missing, which exactly-once would take for stored, so the relay halts",
+                "run once with -delivery at-least-once -drain until that ends with 0",
+            )
+        })
+    };
+    past.tails.iter().filter_map(judge).collect()
 }

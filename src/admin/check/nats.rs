@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::preflight::{Preflight, preflight};
 use crate::jetstream::probe::ServerInfo;
-use crate::jetstream::resume::OUTBOX_POSITION;
+use crate::jetstream::resume::{EXPECTED_LAST_SEQUENCE, OUTBOX_POSITION};
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, Error};
 use crate::outbox::position::SourcePosition;
@@ -32,6 +32,8 @@ pub struct Tail {
     pub stream: String,
     /// Where the event stands in Postgres.
     pub position: SourcePosition,
+    /// It was published with exactly-once delivery.
+    pub fenced: bool,
 }
 
 /// What the streams tell of the Postgres they were written from.
@@ -540,6 +542,7 @@ fn read_stream(bus: &mut Bus<'_>, config: &Config, info: StreamInfo, past: &mut 
         past.tails.push(Tail {
             stream: name.clone(),
             position,
+            fenced: message.header(EXPECTED_LAST_SEQUENCE).is_some(),
         });
     }
     let subject = probe_subject(&info.config.subjects, &config.prefix);

@@ -445,6 +445,7 @@ fn findings_about_history_are_made_of_both_sides() {
             tails: vec![Tail {
                 stream: "EV".into(),
                 position: position.clone(),
+                fenced: true,
             }],
             reached: Some(position.clone()),
         };
@@ -461,4 +462,43 @@ fn findings_about_history_are_made_of_both_sides() {
     assert_eq!(reached(record), "s 1 2 0/99 0".parse().ok());
     assert_eq!(reached(b"{}"), None);
     assert_eq!(reached(b""), None);
+}
+
+#[test]
+fn a_relay_with_at_least_once_that_left_off_is_found_before_exactly_once_begins() {
+    use crate::admin::check::left_off;
+    use crate::admin::check::postgres::Log;
+    use crate::postgres::Lsn;
+    let log = Log {
+        system_id: 7,
+        timeline: 1,
+        confirmed: Some(Lsn(0x200)),
+    };
+    let fails = |position: &str, fenced, args: &[&str]| {
+        let past = Past {
+            tails: vec![Tail {
+                stream: "EV".into(),
+                position: position.parse().unwrap(),
+                fenced,
+            }],
+            reached: None,
+        };
+        let found = left_off(&config(args), log, &past);
+        found.first().map(|finding| finding.level) == Some(Level::Fail)
+    };
+    assert!(fails("jetstream_outbox 7 1 0/200 1", false, &[]));
+    for (position, fenced) in [
+        ("jetstream_outbox 7 1 0/200 1", true),
+        ("jetstream_outbox 7 1 0/1FF 1", false),
+        ("jetstream_outbox 8 1 0/200 1", false),
+        ("other 7 1 0/200 1", false),
+    ] {
+        assert!(!fails(position, fenced, &[]), "{position}");
+    }
+    let at_least_once = ["-delivery", "at-least-once"];
+    assert!(!fails(
+        "jetstream_outbox 7 1 0/200 1",
+        false,
+        &at_least_once
+    ));
 }
