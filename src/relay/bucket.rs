@@ -2,7 +2,7 @@
 //! and what an answer means, [`super::checkpoint`] decides.
 
 use super::checkpoint::{CheckpointStore, Opened, Overtaken, Value, WITHOUT, Write};
-use super::core::Marks;
+use super::core::memory::Marks;
 use super::error::Error;
 use crate::jetstream;
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};

@@ -11,7 +11,7 @@
 //! Each write expects the revision that was read or written before it. A relay that was frozen and revived
 //! is refused here, as it is by the fence.
 
-use super::core::{Mark, Marks};
+use super::core::memory::{Mark, Marks};
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
 use crate::jetstream::resume::Lineage;
 use crate::outbox::position::SourcePosition;

@@ -7,22 +7,24 @@
 //! the streams' tails and calls [`Core::connected`]: from there the window is walked again, and each event
 //! is published or found stored.
 
+pub mod memory;
+mod stream;
+
 use super::confirm::{Confirm, Confirmable};
 use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
-use crate::jetstream::chain::{AnswerFor, Broken, Chain};
-use crate::jetstream::resume::{Checkpoint, Conflict, Lineage, Tail, Verdict};
+use crate::jetstream::chain::{AnswerFor, Broken};
+use crate::jetstream::resume::{Checkpoint, Tail, Verdict};
 use crate::jetstream::streams::Routes;
 use crate::jetstream::wire::{self, Publish};
 use crate::outbox::batch::{Batch, Change, Event, Fate, OutboxEvent};
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
+use memory::{Marks, Memory, Remembered};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// So long after a message of somebody else a replicated stream gets one publish at a time.
-const SHARED_FOR: Duration = Duration::from_secs(600);
+use stream::Stream;
 
 /// So many changes behind an event whose id was used before go one at a time: where one id is used twice, more often
 /// are, and a connection is lost with what is on its way behind each. Near the server this
@@ -164,170 +166,6 @@ pub struct StreamAtConnect {
     pub keeps_from: Option<u64>,
 }
 
-/// What outlives a session: how far each stream was seen to be.
-#[derive(Clone, Debug, Default)]
-pub struct Memory {
-    /// Of which log the positions are; `None`: nothing is remembered yet.
-    source: Option<Source>,
-    streams: Vec<Remembered>,
-    /// See [`Marks::reached`].
-    pub reached: Lsn,
-}
-
-/// What is worth keeping over a restart.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Marks {
-    /// How far each stream is known to be.
-    pub streams: Vec<Mark>,
-    /// The highest LSN that was ever settled (as a position, with ordinal 0). Nothing is confirmed before it has
-    /// stood here for the hold-back: a slot that is beyond was moved by somebody else, also when the streams, and
-    /// the checkpoint with them, were put back to where they were within the hold-back.
-    pub reached: Option<SourcePosition>,
-    /// Up to here everything is stored, as far as this session has come.
-    pub settled: Lsn,
-}
-
-#[derive(Clone, Debug)]
-struct Remembered {
-    name: String,
-    created: String,
-    last: Option<Checkpoint>,
-    acked_seq: u64,
-    shared: bool,
-    met_others: bool,
-    at_rest: bool,
-    others_at: Option<Instant>,
-    confirmed_seq: u64,
-}
-
-/// How far a stream is known to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mark {
-    /// The stream's name.
-    pub name: String,
-    /// When it was created.
-    pub created: String,
-    /// Where in it nothing of ours is missing; `None` once it went backwards.
-    pub last: Option<(u64, SourcePosition)>,
-    /// Others were seen to write to it.
-    pub shared: bool,
-    /// Nothing was on its way to it, and nothing has been published since: what comes and goes behind `last` is somebody
-    /// else's.
-    pub at_rest: bool,
-    /// The sequence that [`Marks::settled`] rests on.
-    pub settled_seq: u64,
-    /// The sequence that the confirmed LSN rests on.
-    pub confirmed_seq: u64,
-}
-
-impl Memory {
-    /// The last event known to stand in a stream: from there its tail is searched.
-    pub fn last_known(&self, stream: &str) -> Option<&Checkpoint> {
-        self.streams
-            .iter()
-            .find(|remembered| remembered.name == stream)?
-            .last
-            .as_ref()
-    }
-
-    /// What a stream has acknowledged, or the checkpoint says of it.
-    pub fn acked_seq(&self, stream: &str) -> u64 {
-        let found = self.streams.iter().find(|known| known.name == stream);
-        found.map_or(0, |known| known.acked_seq)
-    }
-
-    /// Before a session: the server may be another than that of the last one, a standby that was promoted or an
-    /// old primary that came back. A conflict, with the stream's name, ends the relay.
-    pub fn rebase(
-        &mut self,
-        lineage: &Lineage,
-        accept_new_system: bool,
-    ) -> Result<(), (String, Conflict)> {
-        let of_another = self.source.take().filter(|it| *it != lineage.source);
-        self.source = Some(lineage.source.clone());
-        let Some(source) = of_another else {
-            return Ok(());
-        };
-        for stream in &mut self.streams {
-            // what is gone behind it may have been an event that is not in this log
-            stream.at_rest = true;
-            // the default, nothing of ours, is true of every log
-            let known = |last: &&mut Checkpoint| last.position != Position::default();
-            let Some(last) = stream.last.as_mut().filter(known) else {
-                continue;
-            };
-            let at = SourcePosition {
-                source: source.clone(),
-                position: last.position,
-            };
-            let position = match lineage.translate(&at) {
-                Err(Conflict::OtherSystem(_)) if accept_new_system => Position::default(),
-                translated => translated.map_err(|conflict| (stream.name.clone(), conflict))?,
-            };
-            if position != last.position {
-                last.position = position;
-                last.id = None;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes over what an earlier process has left, or another relay that had the slot meanwhile and knows better, seen from
-    /// this server. What was written from another system proves nothing about it, and is passed over: whether that is meant,
-    /// the stream's own end tells. A conflict, with the stream's name, ends the relay.
-    pub fn learn(&mut self, marks: Vec<Mark>, lineage: &Lineage) -> Result<(), (String, Conflict)> {
-        self.source = Some(lineage.source.clone());
-        for mark in marks {
-            let is_ours = |(_, at): &(u64, SourcePosition)| at.source.slot == lineage.source.slot;
-            if !mark.last.as_ref().is_none_or(is_ours) {
-                continue;
-            }
-            let is_old = |(_, at): &(u64, SourcePosition)| at.source != lineage.source;
-            let at_rest = mark.at_rest || mark.last.as_ref().is_some_and(is_old);
-            let last = match mark.last {
-                None => None,
-                Some((seq, at)) => match lineage.translate(&at) {
-                    Err(Conflict::OtherSystem(_)) => continue,
-                    Err(conflict) => return Err((mark.name, conflict)),
-                    Ok(position) => Some(Checkpoint {
-                        seq,
-                        position,
-                        id: None,
-                    }),
-                },
-            };
-            let mut known = self.streams.iter_mut();
-            if let Some(known) = known.find(|known| known.name == mark.name) {
-                let seq = last.as_ref().map_or(0, |last| last.seq);
-                let known_seq = known.last.as_ref().map_or(0, |last| last.seq);
-                // an older one, from before the bucket was put back, knows of less
-                known.at_rest = at_rest && (known.at_rest || seq >= known_seq);
-                known.acked_seq = known.acked_seq.max(seq);
-                known.confirmed_seq = known.confirmed_seq.max(mark.confirmed_seq);
-                if known_seq < seq {
-                    known.last = last;
-                }
-                known.shared |= mark.shared;
-                // that was the other relay
-                known.met_others = false;
-                continue;
-            }
-            self.streams.push(Remembered {
-                name: mark.name,
-                created: mark.created,
-                acked_seq: last.as_ref().map_or(mark.confirmed_seq, |last| last.seq),
-                last,
-                shared: mark.shared,
-                met_others: false,
-                at_rest,
-                others_at: None,
-                confirmed_seq: mark.confirmed_seq,
-            });
-        }
-        Ok(())
-    }
-}
-
 /// Counters since the core was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -345,40 +183,6 @@ pub struct Tally {
     pub lost: u64,
     /// Events published behind later ones, because somebody else's message had let those pass.
     pub late: u64,
-}
-
-#[derive(Debug)]
-struct Stream {
-    name: String,
-    created: String,
-    replicas: u32,
-    /// What was published last over this connection.
-    previous: Option<Event>,
-    chain: Chain,
-    tail: Tail,
-    aged: Option<Position>,
-    has_young: bool,
-    keeps_from: Option<u64>,
-    /// Everything up to this event stands at or before its sequence, and nothing behind it does.
-    last: Option<Checkpoint>,
-    /// The highest sequence that was acknowledged or read.
-    acked_seq: u64,
-    /// What that was when the stream was asked where it ends; the answer may come behind later acks.
-    asked_at: Option<u64>,
-    /// Others write to the stream.
-    shared: bool,
-    /// Somebody else has, whom the next connection may show to be another relay with our slot.
-    met_others: bool,
-    /// When that was last seen.
-    others_at: Option<Instant>,
-    /// Nothing was published behind `last`: what is gone from there was somebody else's, or may have been.
-    at_rest: bool,
-    /// Where it ended when that was seen last.
-    read_to: u64,
-    /// The sequence of the last settled event: what a confirmation may rest on.
-    settled_seq: u64,
-    /// What the confirmed LSN rests on.
-    confirmed_seq: u64,
 }
 
 #[derive(Debug)]
@@ -409,61 +213,6 @@ enum State {
         seq: u64,
         at: Option<Instant>,
     },
-}
-
-impl Stream {
-    /// Whether another publish may go. On a replicated stream that others write to, a pipeline is no fence: see
-    /// [`Between`](crate::jetstream::resume::Between).
-    fn has_room(&self, now: Instant) -> bool {
-        let others = self.others_at.is_some_and(|at| now < at + SHARED_FOR);
-        self.replicas <= 1 || !others || self.chain.is_settled()
-    }
-
-    /// A message that was gone from there was deleted or lost, and not consumed.
-    fn keeps(&self, seq: u64) -> bool {
-        self.keeps_from.is_some_and(|from| seq >= from)
-    }
-
-    /// What is gone from the stream's end, as it was read, was none of ours, and is not counted from here on either.
-    fn leave_out_what_is_gone(&mut self) {
-        self.tail.consumed = 0;
-        if let Some(last) = &mut self.last {
-            last.seq = last.seq.max(self.read_to);
-            self.acked_seq = self.acked_seq.max(last.seq);
-        }
-    }
-
-    /// Somebody else's message has come behind ours, whether it is still there or not.
-    fn has_met_others(&mut self, now: Instant) {
-        self.met_others = true;
-        self.others_at = Some(now);
-    }
-
-    /// The length of the id that the next publish names, where it names one.
-    fn last_id_len(&self) -> Option<usize> {
-        let previous = self.previous.as_ref().filter(|_| self.replicas == 1);
-        previous.map(|last| last.spans().id_len())
-    }
-
-    /// The event at `position`, and all before it, stand in the stream, this one at `seq` (0: not known). While
-    /// one that was published late settles, later ones stand before it: only once these are settled too, nothing
-    /// behind the position stands at or before the sequence. And one that was published late may have been confirmed
-    /// since, so that Postgres does not send it again: it stands at the tail at the latest.
-    fn settle(&mut self, position: Position, seq: u64) {
-        self.settled_seq = self.settled_seq.max(seq);
-        let tail_seq = self.tail.stored.as_ref().map_or(0, |stored| stored.seq);
-        if let Some(last) = &mut self.last
-            && seq > 0
-            && position > last.position
-            && !self.tail.is_before_end(position)
-        {
-            *last = Checkpoint {
-                seq: last.seq.max(self.settled_seq).max(tail_seq),
-                position,
-                id: None,
-            };
-        }
-    }
 }
 
 /// The state machine. See the module.
@@ -504,7 +253,7 @@ pub struct Core {
     /// No event behind this was ever published; nor, behind the other, over an earlier connection.
     sent: Position,
     sent_before: Position,
-    /// Nothing is, or will be, on its way: see [`Mark::at_rest`].
+    /// Nothing is, or will be, on its way: see [`Mark::at_rest`](memory::Mark::at_rest).
     at_rest: bool,
     start: Lsn,
     /// Up to here everything is known to be stored and old enough; told once it was received. 0/0: nothing is.
@@ -529,27 +278,6 @@ fn is_another(event: &OutboxEvent<'_>, (id, position): (&str, Option<&SourcePosi
 impl Core {
     /// A core for one copy stream, with what is remembered of the streams.
     pub fn new(delivery: Delivery, limits: Limits, memory: Memory) -> Core {
-        let stream = |remembered: Remembered| Stream {
-            name: remembered.name,
-            created: remembered.created,
-            replicas: 0,
-            previous: None,
-            chain: Chain::new(0),
-            tail: Tail::default(),
-            aged: None,
-            has_young: false,
-            keeps_from: None,
-            settled_seq: remembered.confirmed_seq,
-            confirmed_seq: remembered.confirmed_seq,
-            acked_seq: remembered.acked_seq,
-            asked_at: None,
-            shared: remembered.shared,
-            met_others: remembered.met_others,
-            others_at: remembered.others_at,
-            at_rest: remembered.at_rest,
-            read_to: 0,
-            last: remembered.last,
-        };
         Core {
             delivery,
             limits,
@@ -557,7 +285,7 @@ impl Core {
             connected: false,
             routes: Routes::default(),
             routed: Vec::new(),
-            streams: memory.streams.into_iter().map(stream).collect(),
+            streams: memory.streams.into_iter().map(Stream::new).collect(),
             window: VecDeque::new(),
             first_token: 0,
             unsent: 0,
@@ -602,49 +330,27 @@ impl Core {
     /// What the next session has to know.
     pub fn into_memory(mut self) -> Memory {
         self.disconnected();
-        let remember = |s: Stream| Remembered {
-            name: s.name,
-            created: s.created,
-            last: s.last,
-            acked_seq: s.acked_seq,
-            shared: s.shared,
-            met_others: s.met_others,
-            at_rest: s.at_rest,
-            others_at: s.others_at,
-            confirmed_seq: s.confirmed_seq,
-        };
         Memory {
             source: self.source,
-            streams: self.streams.into_iter().map(remember).collect(),
+            streams: self.streams.into_iter().map(Stream::remember).collect(),
             reached: self.reached,
         }
     }
 
     /// What is worth keeping over a restart.
     pub fn marks(&self, source: &Source) -> Marks {
-        let at = |position: Position| SourcePosition {
-            source: source.clone(),
-            position,
-        };
-        let mark = |stream: &Stream| Mark {
-            name: stream.name.clone(),
-            created: stream.created.clone(),
-            last: stream
-                .last
-                .as_ref()
-                .map(|last| (last.seq, at(last.position))),
-            shared: stream.shared || stream.met_others,
-            at_rest: self.at_rest,
-            settled_seq: stream.settled_seq,
-            confirmed_seq: stream.confirmed_seq,
-        };
-        let reached = Position {
-            commit_lsn: self.reached,
-            ordinal: 0,
-        };
+        let streams = self.streams.iter();
         Marks {
-            streams: self.streams.iter().map(mark).collect(),
-            reached: Some(at(reached)),
+            streams: streams
+                .map(|stream| stream.mark(source, self.at_rest))
+                .collect(),
+            reached: Some(SourcePosition {
+                source: source.clone(),
+                position: Position {
+                    commit_lsn: self.reached,
+                    ordinal: 0,
+                },
+            }),
             settled: self.settled,
         }
     }
@@ -679,7 +385,7 @@ impl Core {
                 continue;
             };
             if stream.created.is_empty() {
-                stream.created = found.created;
+                stream.created.clone_from(&found.created);
             } else if stream.created != found.created {
                 return Err(Trouble::Halt(Halt::Recreated { stream: found.name }));
             }
@@ -693,50 +399,9 @@ impl Core {
                 _ => found.last_seq,
             };
             self.check_forwards(index, end)?;
-            let Some(stream) = self.streams.get_mut(index) else {
-                continue;
-            };
-            let mut tail = found.tail;
-            if stream.last.is_some() && tail.has_others() {
-                stream.has_met_others(now);
+            if let Some(stream) = self.streams.get_mut(index) {
+                stream.is_read(found, self.delivery, now);
             }
-            stream.shared |= std::mem::take(&mut stream.met_others);
-            let mut is_theirs = false;
-            if stream.shared {
-                // what is gone may have been theirs: rather twice than never
-                tail.consumed = 0;
-            } else {
-                // where we are alone nothing can be missing
-                tail.between = None;
-                is_theirs = stream.at_rest && tail.consumed > 0;
-            }
-            if let Some(stored) = &tail.stored {
-                stream.acked_seq = stream.acked_seq.max(stored.seq);
-                if tail.between.is_none() {
-                    stream.last = Some(stored.clone());
-                }
-            } else if stream.last.is_none() && self.delivery == Delivery::ExactlyOnce {
-                // nothing of ours up to here: what the checkpoint has to say before the first ack, or what
-                // is published and consumed away until it is next written would come again
-                stream.last = Some(Checkpoint {
-                    seq: found.last_seq,
-                    position: Position::default(),
-                    id: None,
-                });
-            }
-            stream.chain = Chain::new(found.last_seq);
-            stream.read_to = found.last_seq;
-            stream.asked_at = None;
-            stream.replicas = found.replicas;
-            stream.previous = None;
-            stream.tail = tail;
-            if is_theirs {
-                stream.leave_out_what_is_gone();
-            }
-            // an event that was published late is younger than its position tells
-            stream.aged = found.aged.filter(|_| !stream.shared || found.replicas <= 1);
-            stream.has_young = found.has_young;
-            stream.keeps_from = found.keeps_from;
             self.routed.push(index);
         }
         self.routes = routes;
@@ -1472,27 +1137,10 @@ impl Core {
             .iter()
             .position(|s| s.name == name)
             .unwrap_or_else(|| {
-                self.streams.push(Stream {
+                self.streams.push(Stream::new(Remembered {
                     name: name.to_string(),
-                    created: String::new(),
-                    replicas: 0,
-                    previous: None,
-                    chain: Chain::new(0),
-                    tail: Tail::default(),
-                    aged: None,
-                    has_young: false,
-                    keeps_from: None,
-                    last: None,
-                    acked_seq: 0,
-                    asked_at: None,
-                    shared: false,
-                    met_others: false,
-                    others_at: None,
-                    at_rest: false,
-                    read_to: 0,
-                    settled_seq: 0,
-                    confirmed_seq: 0,
-                });
+                    ..Remembered::default()
+                }));
                 self.streams.len() - 1
             })
     }

@@ -6,7 +6,8 @@
 
 use super::bucket;
 use super::checkpoint::{CheckpointStore, Opened, Overtaken};
-use super::core::{Cause, Core, Memory, Next, Tally, Trouble};
+use super::core::memory::Memory;
+use super::core::{Cause, Core, Next, Tally, Trouble};
 use super::error::{Error, Verdict};
 use super::outage::{Outage, WORKING};
 use super::progress::Progress;

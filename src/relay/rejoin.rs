@@ -1,6 +1,7 @@
 //! Connects to JetStream and reads back what its streams hold: at the start and after each lost connection.
 
-use super::core::{Mark, StreamAtConnect};
+use super::core::StreamAtConnect;
+use super::core::memory::Mark;
 use super::error::Error;
 use super::repeated::Repeated;
 use crate::config::Config;

@@ -5,7 +5,8 @@
 
 use super::bucket;
 use super::checkpoint::{CheckpointStore, Opened};
-use super::core::{Core, Limits, Memory, Tally};
+use super::core::memory::Memory;
+use super::core::{Core, Limits, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
 use super::progress::Progress;
@@ -68,7 +69,7 @@ pub struct Session<'a> {
     said: Repeated,
     /// The checkpoint's marks were read, at the first session; from then on `memory` knows better.
     learned: bool,
-    /// See [`Marks::reached`](super::core::Marks::reached); as of the last session.
+    /// See [`Marks::reached`](super::core::memory::Marks::reached); as of the last session.
     reached: Option<SourcePosition>,
     /// What the publication published when it was last seen.
     published: Option<Published>,

@@ -1,8 +1,10 @@
 //! Rules that the simulator does not switch off one by one.
 
+use super::memory::Mark;
 use super::*;
 use crate::jetstream::ack::ApiError;
 use crate::jetstream::resume::Between;
+use crate::jetstream::resume::Lineage;
 use crate::jetstream::streams::{StreamConfig, StreamInfo, StreamState};
 use std::convert::Infallible;
 
