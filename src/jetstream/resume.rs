@@ -38,7 +38,7 @@ pub struct Checkpoint {
     pub seq: u64,
     /// The event's position in Postgres.
     pub position: Position,
-    /// The event's message id, where it was read from the stream itself.
+    /// The event's message id, where it was read from the stream itself and is that of this log.
     pub id: Option<String>,
 }
 
@@ -181,7 +181,7 @@ pub struct Extent {
 
 /// Finds the last event of `source`'s slot in a stream.
 ///
-/// `last_ours` is the newest message under the prefix (`last_by_subj`), `fetch` reads the message at a
+/// `newest` is the newest message under the prefix (`last_by_subj`), `fetch` reads the message at a
 /// sequence (`None`: deleted), `checkpoint` is the newest one known. The position found is of whatever
 /// timeline or system it says; the caller judges that.
 pub fn find_tail<E>(
@@ -252,6 +252,12 @@ pub fn find_tail<E>(
         seq -= 1;
     }
     found.reached_checkpoint = checkpoint.is_some();
+    if let Some(c) = checkpoint.filter(|c| c.seq >= extent.first_seq) {
+        found.at_checkpoint = match newest {
+            Some(message) if message.seq == c.seq => Some(message.clone()),
+            _ => fetch(c.seq)?,
+        };
+    }
     Ok(found)
 }
 
@@ -262,6 +268,8 @@ pub struct Found {
     pub message: Option<(StoredMessage, SourcePosition)>,
     /// Without one: there is a checkpoint, and the search came down to it, or met too many of others' messages above.
     pub reached_checkpoint: bool,
+    /// What stands there, if anything does.
+    pub at_checkpoint: Option<StoredMessage>,
     /// Sequences above it that hold no message any more.
     pub deleted: u64,
     /// Messages above it that are somebody else's.
@@ -362,7 +370,19 @@ impl Lineage {
                     id: id.filter(|_| known == position.position),
                 });
             }
-            None if found.reached_checkpoint => tail.stored = checkpoint.cloned(),
+            None if found.reached_checkpoint => {
+                tail.stored = checkpoint.cloned();
+                let message = found.at_checkpoint.as_ref();
+                if let (Some(stored), Some(message)) = (&mut tail.stored, message)
+                    && let Some(at) = ours(&self.source, message)
+                    && at.position == stored.position
+                    && self.shares(&at)
+                {
+                    // an id that was not seen yet, or that ended the relay before
+                    stored.id = message.header("Nats-Msg-Id").map(str::to_string);
+                    tail.unfenced = message.header(EXPECTED_LAST_SEQUENCE).is_none();
+                }
+            }
             None => return Ok(tail),
         }
         match found.keeps_its_end {
