@@ -252,7 +252,7 @@ pub fn find_tail<E>(
         seq -= 1;
     }
     found.reached_checkpoint = checkpoint.is_some();
-    if let Some(c) = checkpoint.filter(|c| c.seq >= extent.first_seq) {
+    if let Some(c) = checkpoint.filter(|c| c.seq >= extent.first_seq.max(1)) {
         found.at_checkpoint = match newest {
             Some(message) if message.seq == c.seq => Some(message.clone()),
             _ => fetch(c.seq)?,
@@ -533,6 +533,24 @@ mod tests {
         let stored = tail.stored.map_or(0, |stored| stored.seq);
         assert_eq!((stored, tail.consumed), expected);
         assert!(looks <= 2 * LOOK_BACK, "{looks}");
+    }
+
+    /// As nats-server tells it of a stream that never had a message; it refuses to look for one at 0.
+    #[test]
+    fn nothing_is_looked_for_in_a_stream_that_never_had_a_message() {
+        let extent = Extent {
+            first_seq: 0,
+            last_seq: 0,
+            whole: true,
+            keeps_its_end: true,
+        };
+        let nothing = Checkpoint {
+            seq: 0,
+            position: Position::default(),
+            id: None,
+        };
+        let found = find_tail(&source(), extent, None, Some(&nothing), Err).unwrap();
+        assert!(found.reached_checkpoint && found.at_checkpoint.is_none());
     }
 
     #[test]

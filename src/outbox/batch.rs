@@ -221,6 +221,11 @@ impl Batch {
         self.table = Span::default();
     }
 
+    /// Bytes that its events have, or may have before it must grow.
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// Bytes of memory that it takes.
     #[cfg(test)]
     pub(crate) fn room(&self) -> usize {

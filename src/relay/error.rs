@@ -8,7 +8,6 @@ use crate::jetstream;
 use crate::jetstream::ack::AckError;
 use crate::jetstream::chain::Broken;
 use crate::jetstream::resume::Conflict;
-use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
@@ -113,10 +112,8 @@ pub enum Error {
     Unfenced {
         /// Its name.
         stream: String,
-        /// Where its last event stands.
-        reached: Position,
-        /// Where the slot stands.
-        confirmed: Lsn,
+        /// All before this is known to be stored.
+        settled: Lsn,
     },
     /// It cannot be repaired.
     Halt(Halt),
@@ -221,16 +218,12 @@ impl fmt::Display for Error {
                  copy; what was committed between the two may be missing in the stream and must be published by hand; then \
                  pass --resume-anyway once"
             ),
-            Error::Unfenced {
-                stream,
-                reached,
-                confirmed,
-            } => write!(
+            Error::Unfenced { stream, settled } => write!(
                 f,
-                "read the stream back: the last event in {stream}, at {reached}, was published with --delivery at-least-once and not \
-                 confirmed (the slot stands at {confirmed}), so an earlier one may be missing that exactly-once would take for \
-                 stored: run once with --delivery at-least-once --drain until that ends with 0, then start the relay again; where \
-                 none is missing, pass --resume-anyway once"
+                "read the stream back: the last event in {stream} was published with --delivery at-least-once, by a relay that left \
+                 off in the middle: behind {settled} an event may be missing that exactly-once would take for stored; run once with \
+                 --delivery at-least-once --drain until that ends with 0 (within the stream's deduplication window nothing comes \
+                 twice), then start the relay again; where none is missing, pass --resume-anyway once"
             ),
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped { notice, slot } => write!(

@@ -104,7 +104,7 @@ fn empty() -> Batch {
 /// Takes out what a batch holds, into memory of just that size, and leaves the room for the next. (One that goes on itself and
 /// gives back what it did not need leaves holes too small for the next.) Large events are not copied.
 fn take(batch: &mut Batch) -> Batch {
-    if batch.len_bytes() > BATCH_BYTES + BATCH_SLACK {
+    if batch.capacity() > BATCH_BYTES + BATCH_SLACK {
         let mut full = std::mem::replace(batch, empty());
         full.shrink();
         return full;
@@ -370,5 +370,10 @@ mod tests {
             assert!(filled.is_empty() && filled.len_bytes() == 0);
             assert_eq!(filled.room(), empty().room());
         }
+        // one that had grown while its events were made
+        let mut filled = batch(10 * BATCH_BYTES);
+        filled.clear();
+        take(&mut filled);
+        assert_eq!(filled.room(), empty().room());
     }
 }

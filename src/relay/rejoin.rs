@@ -70,22 +70,23 @@ impl Joined {
         }
     }
 
-    /// Sees that nothing is missing before the ends: a stream holds all up to its last event if that has a fence, and all that was
-    /// confirmed in any case.
-    pub fn check_whole(&self, confirmed: Lsn) -> Result<(), Error> {
-        for stream in &self.streams {
-            if let Some(stored) = &stream.tail.stored
-                && stream.tail.unfenced
-                && stored.position.commit_lsn >= confirmed
-            {
-                return Err(Error::Unfenced {
-                    stream: stream.name.clone(),
-                    reached: stored.position,
-                    confirmed,
-                });
-            }
+    /// Sees that nothing is missing before the ends: a stream holds all up to its last event if that has a fence, and all
+    /// before `settled` in any case.
+    pub fn check_whole(&self, settled: Lsn) -> Result<(), Error> {
+        let settled = Position {
+            commit_lsn: settled,
+            ordinal: 0,
+        };
+        let is_in_doubt = |tail: &Tail| {
+            tail.unfenced && (tail.stored.as_ref()).is_some_and(|stored| stored.position > settled)
+        };
+        match self.streams.iter().find(|stream| is_in_doubt(&stream.tail)) {
+            Some(stream) => Err(Error::Unfenced {
+                stream: stream.name.clone(),
+                settled: settled.commit_lsn,
+            }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Where the copy stream may start: Postgres skips what every stream holds. `0/0`, the slot's own

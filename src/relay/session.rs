@@ -166,7 +166,8 @@ impl<'a> Session<'a> {
                 ordinal: 0,
             },
         });
-        if !self.learned || by_another {
+        let is_news = !self.learned || by_another;
+        if is_news {
             let mut marks = marks.streams;
             marks.retain(|mark| !resume_anyway || found.has_kept(mark));
             self.memory.learn(marks, &lineage).map_err(conflict)?;
@@ -181,8 +182,8 @@ impl<'a> Session<'a> {
         );
         let joined = found.join(config, &lineage, last_known, acked_seq)?;
         joined.tell_others(&mut self.said);
-        if !config.resume_anyway {
-            joined.check_whole(slot.confirmed_flush_lsn)?;
+        if is_news && !resume_anyway {
+            joined.check_whole(self.memory.reached)?;
         }
         let start = joined.start_position();
         let Joined {

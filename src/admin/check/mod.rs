@@ -11,6 +11,7 @@ use super::{Error, say};
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::jetstream::Delivery;
+use crate::outbox::position::SourcePosition;
 use finding::{Finding, Level, fail, ok};
 use nats::Past;
 use postgres::Log;
@@ -111,19 +112,27 @@ fn left_off(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     if config.delivery != Delivery::ExactlyOnce {
         return Vec::new();
     }
-    let slot = &config.slot;
+    // positions of another timeline are comparable as far as the branch alone
+    let is_ours = |at: &SourcePosition| {
+        let source = &at.source;
+        (source.slot.as_str(), source.system_id, source.timeline)
+            == (config.slot.as_str(), log.system_id, log.timeline)
+    };
+    let reached = past.reached.as_ref().filter(|at| is_ours(at));
+    let reached = reached.map(|at| at.position.commit_lsn);
     let judge = |tail: &nats::Tail| {
-        let (confirmed, source) = (log.confirmed?, &tail.position.source);
-        let is_ours = (&source.slot, source.system_id) == (slot, log.system_id);
-        let is_confirmed = tail.position.position.commit_lsn < confirmed;
-        (is_ours && !tail.fenced && !is_confirmed).then(|| {
+        let settled = log.confirmed.max(reached)?;
+        let is_settled = tail.position.position.commit_lsn < settled;
+        (is_ours(&tail.position) && !tail.fenced && !is_settled).then(|| {
             fail(
                 "both.delivery",
                 format!(
-                    "the last event of stream {} was published with at-least-once and is not confirmed (slot {slot} stands at {confirmed})",
+                    "the last event of stream {} was published with at-least-once, by a relay that left off in the middle",
                     tail.stream
                 ),
-                "an earlier one may be missing, which exactly-once would take for stored, so the relay halts",
+                format!(
+                    "behind {settled} one may be missing that exactly-once would take for stored, so the relay halts"
+                ),
                 "run once with -delivery at-least-once -drain until that ends with 0",
             )
         })

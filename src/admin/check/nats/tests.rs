@@ -474,31 +474,32 @@ fn a_relay_with_at_least_once_that_left_off_is_found_before_exactly_once_begins(
         timeline: 1,
         confirmed: Some(Lsn(0x200)),
     };
-    let fails = |position: &str, fenced, args: &[&str]| {
+    let fails = |position: &str, fenced, args: &[&str], reached: Option<&str>| {
         let past = Past {
             tails: vec![Tail {
                 stream: "EV".into(),
                 position: position.parse().unwrap(),
                 fenced,
             }],
-            reached: None,
+            reached: reached.map(|at| at.parse().unwrap()),
         };
         let found = left_off(&config(args), log, &past);
         found.first().map(|finding| finding.level) == Some(Level::Fail)
     };
-    assert!(fails("jetstream_outbox 7 1 0/200 1", false, &[]));
+    let at = "jetstream_outbox 7 1 0/200 1";
+    assert!(fails(at, false, &[], None));
+    assert!(fails(at, false, &[], Some("jetstream_outbox 7 1 0/200 0")));
+    assert!(!fails(at, false, &[], Some("jetstream_outbox 7 1 0/201 0")));
+    assert!(fails(at, false, &[], Some("jetstream_outbox 7 2 0/201 0")));
     for (position, fenced) in [
         ("jetstream_outbox 7 1 0/200 1", true),
         ("jetstream_outbox 7 1 0/1FF 1", false),
         ("jetstream_outbox 8 1 0/200 1", false),
+        ("jetstream_outbox 7 2 0/200 1", false),
         ("other 7 1 0/200 1", false),
     ] {
-        assert!(!fails(position, fenced, &[]), "{position}");
+        assert!(!fails(position, fenced, &[], None), "{position}");
     }
     let at_least_once = ["-delivery", "at-least-once"];
-    assert!(!fails(
-        "jetstream_outbox 7 1 0/200 1",
-        false,
-        &at_least_once
-    ));
+    assert!(!fails(at, false, &at_least_once, None));
 }
