@@ -147,7 +147,7 @@ pub struct Cli {
     /// key-value bucket that remembers how far each stream was, or none (default jetstream_outbox)
     #[argh(option)]
     pub checkpoint: Option<String>,
-    /// go on although events are missing (lost by a stream, left out by a changed publication) or the slot was moved; to be given once (default off)
+    /// go on although events are missing (lost by a stream, left out by a changed publication or by at-least-once) or the slot was moved; to be given once (default off)
     #[argh(switch)]
     pub resume_anyway: bool,
     /// go on after events of another Postgres system; to be given once (default off)

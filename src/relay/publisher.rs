@@ -162,6 +162,10 @@ impl<'a> Publisher<'a> {
         let settled = self.core.is_settled();
         if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
+        } else if result.is_ok() && !self.store.holds(&self.core.marks(&self.lineage.source)) {
+            log::warn!(
+                "the checkpoint was not written in time; what it lacks is stored, but not confirmed, so Postgres sends it again at the next start"
+            );
         }
         let tally = self.core.tally();
         Left {

@@ -332,3 +332,29 @@ fn events_that_another_program_has_stored_are_recognised_without_growing_pauses(
     assert_eq!(dropped.count() as u64, STORED, "{log:?}");
     assert_stream_holds(&rig, 1..=STORED + 3);
 }
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_at_the_end_is_told() {
+    let rig = Rig::start();
+    let mut relay = rig.relay(&["--hold-back", "0"]);
+    relay.wait_for_log("\"connected\"", DEADLINE);
+    let mut client = rig.nats.client();
+    let bucket = format!("KV_{SLOT}");
+    let mut config = client.stream_info(&bucket)["config"].clone();
+    config["max_msg_size"] = json!(1);
+    client.api(&format!("STREAM.UPDATE.{bucket}"), &config);
+    rig.commit_event(1, "a");
+    let committed = rig.pg.current_wal_lsn();
+    rig.wait_for_messages(1);
+    relay.term();
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+    relay.wait_for_log("the checkpoint was not written in time", DEADLINE);
+    assert!(rig.pg.confirmed_flush_lsn(SLOT) < committed);
+    // one that can be is not
+    config["max_msg_size"] = json!(-1);
+    client.api(&format!("STREAM.UPDATE.{bucket}"), &config);
+    let log = rig.drain(&["--hold-back", "0"]);
+    assert!(!log.iter().any(|line| line.contains("not written in time")));
+    assert!(rig.pg.confirmed_flush_lsn(SLOT) >= committed);
+    assert_eq!(rig.messages().len(), 1);
+}
