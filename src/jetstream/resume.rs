@@ -515,8 +515,9 @@ mod tests {
             looks += 1;
             let found = match (kept.contains(&seq), others.contains(&seq)) {
                 (true, _) => Some(message(seq)),
+                // of the relay of another slot
                 (_, true) => Some(StoredMessage {
-                    headers: Vec::new(),
+                    headers: vec![(OUTBOX_POSITION.to_string(), "other 7 1 0/FF 1".to_string())],
                     ..message(seq)
                 }),
                 _ => None,
