@@ -253,10 +253,14 @@ pub fn find_tail<E>(
     }
     found.reached_checkpoint = checkpoint.is_some();
     if let Some(c) = checkpoint.filter(|c| c.seq >= extent.first_seq.max(1)) {
-        found.at_checkpoint = match newest {
+        // its own event, where that still stands there, tells the id, too
+        let message = match newest {
             Some(message) if message.seq == c.seq => Some(message.clone()),
             _ => fetch(c.seq)?,
         };
+        let at = message.as_ref().and_then(|message| ours(source, message));
+        let at = at.filter(|at| at.position == c.position);
+        found.message = message.zip(at);
     }
     Ok(found)
 }
@@ -268,8 +272,6 @@ pub struct Found {
     pub message: Option<(StoredMessage, SourcePosition)>,
     /// Without one: there is a checkpoint, and the search came down to it, or met too many of others' messages above.
     pub reached_checkpoint: bool,
-    /// What stands there, if anything does.
-    pub at_checkpoint: Option<StoredMessage>,
     /// Sequences above it that hold no message any more.
     pub deleted: u64,
     /// Messages above it that are somebody else's.
@@ -370,19 +372,7 @@ impl Lineage {
                     id: id.filter(|_| known == position.position),
                 });
             }
-            None if found.reached_checkpoint => {
-                tail.stored = checkpoint.cloned();
-                let message = found.at_checkpoint.as_ref();
-                if let (Some(stored), Some(message)) = (&mut tail.stored, message)
-                    && let Some(at) = ours(&self.source, message)
-                    && at.position == stored.position
-                    && self.shares(&at)
-                {
-                    // an id that was not seen yet, or that ended the relay before
-                    stored.id = message.header("Nats-Msg-Id").map(str::to_string);
-                    tail.unfenced = message.header(EXPECTED_LAST_SEQUENCE).is_none();
-                }
-            }
+            None if found.reached_checkpoint => tail.stored = checkpoint.cloned(),
             None => return Ok(tail),
         }
         match found.keeps_its_end {
@@ -551,7 +541,7 @@ mod tests {
             id: None,
         };
         let found = find_tail(&source(), extent, None, Some(&nothing), Err).unwrap();
-        assert!(found.reached_checkpoint && found.at_checkpoint.is_none());
+        assert!(found.reached_checkpoint && found.message.is_none());
     }
 
     #[test]

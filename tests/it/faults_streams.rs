@@ -398,6 +398,28 @@ fn a_message_of_somebody_else_that_came_and_went_while_no_relay_ran_takes_no_eve
     assert_eq!(rig.messages()[0].id(), uuid(2));
 }
 
+/// As after a crash of Postgres, which may forget what was confirmed last. The checkpoint does not.
+#[test]
+fn what_a_relay_with_at_least_once_has_settled_is_trusted_although_the_slot_goes_back() {
+    let rig = Rig::start();
+    let copy = |from: &str, to: &str| {
+        rig.pg.execute(&format!(
+            "SELECT pg_copy_logical_replication_slot('{from}', '{to}')"
+        ));
+    };
+    copy(NAME, "before");
+    rig.commit_event(1, "a");
+    rig.drain(&["--delivery", "at-least-once"]);
+    rig.pg
+        .execute(&format!("SELECT pg_drop_replication_slot('{NAME}')"));
+    copy("before", NAME);
+    rig.commit_event(2, "a");
+    rig.drain(&[]);
+    let messages = rig.messages();
+    let ids: Vec<_> = messages.iter().map(|message| message.id()).collect();
+    assert_eq!(ids, [1, 2].map(uuid));
+}
+
 /// At least once, an event can be stored while an earlier one is not, whose subject is full.
 #[test]
 fn what_a_relay_with_at_least_once_left_out_is_not_taken_for_stored() {

@@ -77,16 +77,20 @@ fn history(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     past.tails.iter().filter_map(judge).collect()
 }
 
+/// Whether the slot wrote this, in the log that is read now: positions of another timeline are comparable as far as the branch
+/// alone.
+fn is_of(config: &Config, log: Log, at: &SourcePosition) -> bool {
+    let source = &at.source;
+    (source.slot.as_str(), source.system_id, source.timeline)
+        == (config.slot.as_str(), log.system_id, log.timeline)
+}
+
 /// Whether the slot stands where the relay has left it, as the relay itself looks at each start.
 fn slot_position(config: &Config, log: Log, past: &Past) -> Option<Finding> {
     const NAME: &str = "both.slot_position";
     let reached = past.reached.as_ref()?;
     let confirmed = log.confirmed?;
-    let source = &reached.source;
-    // positions of another timeline are comparable as far as the branch alone
-    if (source.slot.as_str(), source.system_id, source.timeline)
-        != (config.slot.as_str(), log.system_id, log.timeline)
-    {
+    if !is_of(config, log, reached) {
         return None;
     }
     let (slot, left) = (&config.slot, reached.position.commit_lsn);
@@ -112,18 +116,12 @@ fn left_off(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     if config.delivery != Delivery::ExactlyOnce {
         return Vec::new();
     }
-    // positions of another timeline are comparable as far as the branch alone
-    let is_ours = |at: &SourcePosition| {
-        let source = &at.source;
-        (source.slot.as_str(), source.system_id, source.timeline)
-            == (config.slot.as_str(), log.system_id, log.timeline)
-    };
-    let reached = past.reached.as_ref().filter(|at| is_ours(at));
+    let reached = past.reached.as_ref().filter(|at| is_of(config, log, at));
     let reached = reached.map(|at| at.position.commit_lsn);
     let judge = |tail: &nats::Tail| {
         let settled = log.confirmed.max(reached)?;
         let is_settled = tail.position.position.commit_lsn < settled;
-        (is_ours(&tail.position) && !tail.fenced && !is_settled).then(|| {
+        (is_of(config, log, &tail.position) && !tail.fenced && !is_settled).then(|| {
             fail(
                 "both.delivery",
                 format!(
