@@ -65,6 +65,8 @@ pub enum AckErrorKind {
     NotEnabled,
     /// The stream is gone.
     NoStream,
+    /// Another stream captures the subject than the publish expected.
+    OtherStream,
     /// The server asks to come back later: queues full (429), no leader, stream offline.
     Busy,
     /// An answer that is not JetStream's.
@@ -90,6 +92,7 @@ impl ApiError {
             10109 => AckErrorKind::Sealed,
             10039 | 10076 => AckErrorKind::NotEnabled,
             10059 => AckErrorKind::NoStream,
+            10060 => AckErrorKind::OtherStream,
             10002 | 10023 | 10028 | 10047 => AckErrorKind::InsufficientResources,
             10008 | 10009 | 10118 | 10167 => AckErrorKind::Busy,
             // "store failed" carries the store's own words
@@ -149,6 +152,25 @@ impl fmt::Display for AckError {
 
 impl std::error::Error for ApiError {}
 impl std::error::Error for AckError {}
+
+/// Where an ack says that a message is stored: with leaf nodes, imports and mappings this may be another stream than the one
+/// that the publisher knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The stream's name.
+    pub stream: String,
+    /// The JetStream domain; empty without one.
+    pub domain: String,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.domain.as_str() {
+            "" => write!(f, "{}", self.stream),
+            domain => write!(f, "{} in domain {domain}", self.stream),
+        }
+    }
+}
 
 /// Reads the answer to a publish. `status` is the status of its header line (`NATS/1.0 503`), if it has one.
 pub fn parse_ack(body: &[u8], status: Option<&str>) -> Result<PubAck, AckError> {
@@ -400,7 +422,7 @@ mod tests {
             (404, 10059, "stream not found", NoStream),
             (429, 10167, "too many requests", Busy),
             (429, 0, "too many requests", Busy),
-            (400, 10060, "expected stream does not match", Other),
+            (400, 10060, "expected stream does not match", OtherStream),
         ] {
             let error = ApiError {
                 code,

@@ -7,7 +7,6 @@
 //! promises; [`wire`] is what a publish looks like; [`chain`] and [`resume`] are the fence and the resume.
 
 pub mod ack;
-pub mod chain;
 pub mod client;
 pub mod connection;
 pub mod error;
@@ -15,7 +14,6 @@ pub mod options;
 pub mod preflight;
 pub mod probe;
 pub mod protocol;
-pub mod resume;
 pub mod sign_in;
 pub mod streams;
 pub mod tls;
@@ -23,6 +21,15 @@ pub mod tunnel;
 pub mod wire;
 
 pub use error::Error;
+
+/// The header of the fence (ADR-22): the sequence that the stream must end at.
+pub const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
+
+/// The header that carries a [`SourcePosition`](crate::outbox::position::SourcePosition).
+pub const OUTBOX_POSITION: &str = "Outbox-Position";
+
+/// The header of an event that was published after later ones.
+pub const OUTBOX_LATE: &str = "Outbox-Late";
 
 /// What a consumer may rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,6 +29,13 @@ pub enum Change {
         /// Microseconds since 2000-01-01 00:00 UTC, as Postgres counts.
         commit_time_us: i64,
     },
+    /// The batch ends in the middle of this transaction, whose events come before and after.
+    Open {
+        /// Where the commit record starts.
+        commit_lsn: Lsn,
+        /// Microseconds since 2000-01-01 00:00 UTC.
+        commit_time_us: i64,
+    },
     /// A keepalive, or the end of a transaction without events: Postgres has sent everything up to here, so it may be
     /// confirmed like a commit.
     Keepalive {

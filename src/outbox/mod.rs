@@ -4,11 +4,12 @@
 //! tables, [`plan`] what of each becomes an event in a [`batch`], [`problem`] why one cannot; [`subject`],
 //! [`message_id`], [`header`] and [`json`] hold the rules for what goes on the wire, over [`percent`]. [`message`] is
 //! the event without a table; [`park`] is what an event becomes that cannot be published as it is. [`position`]
-//! says where an event stands in Postgres.
+//! says where an event stands in Postgres, [`lineage`] what that is worth on a server with another history.
 
 pub mod batch;
 pub mod header;
 pub mod json;
+pub mod lineage;
 pub mod mapper;
 pub mod mapping;
 pub mod message;

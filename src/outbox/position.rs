@@ -68,6 +68,18 @@ impl fmt::Display for ParsePositionError {
 
 impl std::error::Error for ParsePositionError {}
 
+impl FromStr for Position {
+    type Err = ParsePositionError;
+
+    fn from_str(text: &str) -> Result<Position, ParsePositionError> {
+        let (lsn, ordinal) = text.split_once(' ').ok_or(ParsePositionError)?;
+        Ok(Position {
+            commit_lsn: lsn.parse().map_err(|_| ParsePositionError)?,
+            ordinal: ordinal.parse().map_err(|_| ParsePositionError)?,
+        })
+    }
+}
+
 impl FromStr for SourcePosition {
     type Err = ParsePositionError;
 

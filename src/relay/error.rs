@@ -1,13 +1,13 @@
 //! What ends a session, whether another may follow, and what a person reads.
 
-use super::checkpoint::WITHOUT;
-use super::core::{Backwards, Cause, Halt, Trouble};
+use super::core::resume::Lost;
+use super::core::trouble::Halt;
 use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
-use crate::jetstream::chain::Broken;
-use crate::jetstream::resume::Conflict;
+use crate::outbox::lineage::Conflict;
+use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
@@ -24,8 +24,13 @@ pub enum Error {
     Nats(jetstream::Error),
     /// No stream captures the prefix, or what was to be published.
     NoStream(String),
-    /// The server's permissions do not allow the checkpoint, and it has said so by ending the connection.
-    WithoutCheckpoint(String),
+    /// The checkpoint cannot be used, and exactly-once needs it.
+    NoCheckpoint {
+        /// The bucket.
+        bucket: String,
+        /// Why.
+        reason: String,
+    },
     /// Another process holds the slot.
     SlotInUse {
         /// Its name.
@@ -39,9 +44,11 @@ pub enum Error {
         slot: String,
         /// Where it stands.
         confirmed: Lsn,
-        /// What the relay has confirmed at most.
-        reached: Lsn,
+        /// What the relay may have told Postgres at most.
+        told: Lsn,
     },
+    /// The flags that decide which rows become events have changed in the middle of a transaction.
+    OtherFlags(Position),
     /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
     Setup(String),
     /// What Postgres says of the log that comes next: the publication was missing when it was written.
@@ -100,20 +107,24 @@ pub enum Error {
     /// No working session to NATS for `--max-outage`; the last reason.
     GaveUp(String),
     /// A stream lost what it had acknowledged; the slot still has it.
-    Backwards(Backwards),
-    /// A stream was written from another history of Postgres.
+    Regressed(Lost),
+    /// The same, and Postgres was told of it.
+    Lost(Lost),
+    /// A stream, or the checkpoint, was written from another history of Postgres.
     Conflict {
-        /// Its name.
-        stream: String,
+        /// Which it is.
+        of: String,
         /// How.
         conflict: Conflict,
     },
-    /// A relay with at-least-once delivery wrote to a stream last, and left off in the middle.
+    /// A stream has events without a fence that are not known to be complete.
     Unfenced {
         /// Its name.
         stream: String,
+        /// The last of them.
+        at: Position,
         /// All before this is known to be stored.
-        settled: Lsn,
+        stored: Position,
     },
     /// It cannot be repaired.
     Halt(Halt),
@@ -162,21 +173,25 @@ impl Error {
             Error::Postgres(postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
             Error::Postgres(error) if error.is_lasting() => Verdict::Exit(Exit::Configuration),
             Error::Postgres(_) => Verdict::Retry,
-            Error::Nats(_) | Error::NoStream(_) | Error::WithoutCheckpoint(_) => Verdict::Retry,
-            Error::Backwards(_)
+            Error::Nats(_) | Error::NoStream(_) => Verdict::Retry,
+            Error::Regressed(_)
             | Error::Overtaken
             | Error::ServerShutsDown
             | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_)
             | Error::SlotMoved { .. }
+            | Error::OtherFlags(_)
+            | Error::NoCheckpoint { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
             | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
-            Error::Map { .. } | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
-                Verdict::Exit(Exit::Data)
-            }
+            Error::Map { .. }
+            | Error::TooLarge { .. }
+            | Error::Refused { .. }
+            | Error::Halt(_)
+            | Error::Lost(_) => Verdict::Exit(Exit::Data),
             Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => {
                 Verdict::Exit(Exit::Internal)
             }
@@ -194,9 +209,11 @@ impl fmt::Display for Error {
                 "find the stream of {subject}: no stream captures it; create one with this subject (nats stream add --subjects), \
                  the relay goes on by itself"
             ),
-            Error::WithoutCheckpoint(reason) => {
-                write!(f, "going on without the checkpoint: {reason}; {WITHOUT}")
-            }
+            Error::NoCheckpoint { bucket, reason } => write!(
+                f,
+                "use the checkpoint: the key-value bucket {bucket} cannot be used: {reason}; exactly-once delivery needs it: allow the user what \
+                 `jetstream-outbox setup --print-nats` lists, or create the bucket, or pass -delivery at-least-once"
+            ),
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;
                 if let Some(pid) = pid {
@@ -210,18 +227,24 @@ impl fmt::Display for Error {
             Error::SlotMoved {
                 slot,
                 confirmed,
-                reached,
+                told,
             } => write!(
                 f,
-                "check the slot: {slot} stands at {confirmed}, but this relay has confirmed {reached} at most: the slot was dropped and \
-                 made anew, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
+                "check the slot: {slot} is at {confirmed}, but this relay has confirmed {told} at most: the slot was dropped and \
+                 re-created, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
                  copy; what was committed between the two may be missing in the stream and must be published by hand; then \
                  pass --resume-anyway once"
             ),
-            Error::Unfenced { stream, settled } => write!(
+            Error::OtherFlags(position) => write!(
                 f,
-                "read the stream back: the last event in {stream} was published with --delivery at-least-once, by a relay that left \
-                 off in the middle: behind {settled} an event may be missing that exactly-once would take for stored; run once with \
+                "resume: the flags that decide which rows become events, or which ids they have, were changed while the transaction of {position} was half \
+                 published, so its other half cannot be told apart: start once with the earlier flags and stop in order, or pass \
+                 --resume-anyway once"
+            ),
+            Error::Unfenced { stream, at, stored } => write!(
+                f,
+                "read the stream back: {stream} has events up to {at} without a fence, as -delivery at-least-once or a promoted mirror has them: after \
+                 {stored} an event may be missing that exactly-once would take for stored; run once with \
                  --delivery at-least-once --drain until that ends with 0 (within the stream's deduplication window nothing comes \
                  twice), then start the relay again; where none is missing, pass --resume-anyway once"
             ),
@@ -292,48 +315,34 @@ impl fmt::Display for Error {
                 f,
                 "connect to NATS: no working session for --max-outage: {reason}"
             ),
-            Error::Backwards(b) => write!(
+            Error::Regressed(lost) => write!(
                 f,
-                "read the stream back: {b}; what it lost is published again from the slot"
+                "read the stream back: {lost}; what it lost is published again from the slot"
+            ),
+            Error::Lost(lost) => write!(
+                f,
+                "read the stream back: {lost}, and Postgres has been told to forget events up to later than that: restore the \
+                 stream from a newer backup, or accept the gap and pass --resume-anyway once"
             ),
             Error::Conflict {
-                stream,
-                conflict: Conflict::OtherSystem(tail),
+                of,
+                conflict: Conflict::OtherSystem(at),
             } => write!(
                 f,
-                "resume stream {stream}: its last event ({tail}) was written from another Postgres system; if this database \
+                "resume {of}: its last event ({at}) was written from another Postgres system; if this database \
                  replaces that one, pass --accept-new-system once: what this slot sends is then published after it"
             ),
             Error::Conflict {
-                stream,
-                conflict: Conflict::OtherTimeline(tail),
+                of,
+                conflict: Conflict::OtherTimeline(at),
             } => write!(
                 f,
-                "resume stream {stream}: its last event ({tail}) was written on a timeline that is not in this server's history; \
+                "resume {of}: its last event ({at}) was written on a timeline that is not in this server's history; \
                  connect to the server that was promoted, this one is behind or abandoned"
             ),
-            Error::Halt(Halt::IdMismatch {
-                stream,
-                position,
-                id,
-                stored_id,
-            }) => write!(
-                f,
-                "resume stream {stream}: at position {position} it has the event {stored_id}, Postgres has {id}; the two do not \
-                 belong together: check -db, -slot and the stream"
-            ),
-            Error::Halt(Halt::Recreated { stream }) => write!(
-                f,
-                "resume stream {stream}: it was deleted and made anew since events were stored in it; what it held can be published \
-                 again only as far as the slot has it: restore it from a backup, or accept the gap and pass --resume-anyway once"
-            ),
-            Error::Halt(Halt::LostBeyondSlot(b)) => write!(
-                f,
-                "read the stream back: {b}, and the slot has been told to forget events up to later than that; restore the \
-                 stream from a newer backup, or accept the gap and pass --resume-anyway once"
-            ),
+            Error::Halt(halt) => write!(f, "{halt}"),
             Error::Overtaken => f.write_str(
-                "read the checkpoint: another relay with this slot's name has written it; looking anew who has the slot",
+                "read the checkpoint: another relay with this slot's name has written it; looking again who has the slot",
             ),
             Error::ServerShutsDown => f.write_str("Postgres shuts down"),
             Error::EndedByServer => f.write_str("Postgres ended the replication stream"),
@@ -364,45 +373,6 @@ fn remedy(error: &postgres::Error) -> String {
     remedy.map_or_else(String::new, |remedy| format!("; {remedy}"))
 }
 
-impl fmt::Display for Backwards {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Backwards {
-            stream,
-            last_seq,
-            acked_seq,
-        } = self;
-        write!(
-            f,
-            "stream {stream} ends at sequence {last_seq}, but had acknowledged {acked_seq}"
-        )
-    }
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Cause::Broken(Broken::OtherSequence { predicted, seq }) => {
-                write!(
-                    f,
-                    "JetStream stored an event at sequence {seq} instead of {predicted}"
-                )
-            }
-            Cause::Broken(Broken::Duplicate { seq }) => {
-                write!(
-                    f,
-                    "JetStream takes an event for a duplicate of sequence {seq}"
-                )
-            }
-            Cause::Refused(error) => write!(f, "JetStream refused an event: {error}"),
-            Cause::AckTimeout => {
-                f.write_str("JetStream has acknowledged nothing for the ack timeout")
-            }
-            Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
-            Cause::EndsEarly(backwards) => write!(f, "{backwards}"),
-        }
-    }
-}
-
 impl From<postgres::Error> for Error {
     fn from(error: postgres::Error) -> Error {
         match error.sqlstate() {
@@ -411,19 +381,6 @@ impl From<postgres::Error> for Error {
                 pid: None,
             },
             _ => Error::Postgres(error),
-        }
-    }
-}
-
-impl From<Trouble> for Error {
-    /// Trouble at connect: there is no window yet that a reconnect could save.
-    fn from(trouble: Trouble) -> Error {
-        match trouble {
-            Trouble::Backwards(backwards) => Error::Backwards(backwards),
-            Trouble::Halt(halt) => Error::Halt(halt),
-            Trouble::Reconnect(_) | Trouble::Refused { .. } => {
-                Error::Internal("a new connection was found broken before it was used")
-            }
         }
     }
 }

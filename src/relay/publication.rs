@@ -9,7 +9,7 @@
 //! runs. Sources: <https://www.postgresql.org/docs/current/catalog-pg-publication.html>,
 //! <https://www.postgresql.org/docs/current/catalog-pg-publication-rel.html>.
 
-use super::checkpoint::SeenPublication;
+use super::checkpoint::store::SeenPublication;
 use crate::config::Config;
 use crate::outbox::mapping::Mapping;
 use crate::postgres::connection::{Rows, quote_literal};

@@ -1,0 +1,403 @@
+//! The checkpoint's decisions: when the record is written, what with, and what an answer means. Pure;
+//! [`kv`](super::kv) has the requests.
+//!
+//! The record carries three cuts. The *young* one is the newest. One of them *ripens*: it is kept, by later runs too,
+//! until the key has held it for the hold-back; then it is the *matured* one, and the young one ripens. Postgres is told the
+//! matured cut's `stored_lsn`, and never more.
+//!
+//! Each write expects the revision that was read or written before it, so a relay that was frozen and revived is refused
+//! here, as it is by the fence. A bucket that was restored counts up again, so a revision that fits proves nothing: what is
+//! read back is compared whole.
+
+use super::record::{Cut, Record, Ripening};
+use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
+use crate::outbox::lineage::{Conflict, Lineage};
+use crate::postgres::Lsn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often it is written while events flow or WAL moves.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// A write without an answer is forgotten after this, and the next one may go.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// The same of an urgent one: a leader that steps down takes what it was sent along, and there is no time to lose.
+const URGENT_PATIENCE: Duration = Duration::from_secs(2);
+/// Writes that fail for so long are warned of, and again after as long.
+const WARN_AFTER: Duration = Duration::from_secs(60);
+
+/// What the publication was last seen to publish, as text. It is shared, since one thread sees it and another writes it.
+#[derive(Clone, Debug, Default)]
+pub struct SeenPublication(Arc<Mutex<Option<String>>>);
+
+impl SeenPublication {
+    /// `None`: not seen yet.
+    pub fn get(&self) -> Option<String> {
+        self.lock().clone()
+    }
+
+    /// From now on this.
+    pub fn set(&self, text: Option<String>) {
+        *self.lock() = text;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What this process is to its slot's key.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The bucket's name.
+    pub bucket: String,
+    /// The slot.
+    pub slot: String,
+    /// A name for this process that no other has.
+    pub writer: String,
+    /// The flags that decide which rows become events, and which ids these have.
+    pub fingerprint: String,
+}
+
+/// The key's last value, as it was read.
+#[derive(Debug, Default)]
+pub struct Value {
+    /// The key's last revision; 0: it has none.
+    pub revision: u64,
+    /// The record; `None`: the key was never written, or is gone.
+    pub record: Option<Record>,
+    /// When the value was stored, by the server's clock in milliseconds since 1970.
+    pub stored_ms: i64,
+    /// The server's clock now, likewise.
+    pub time_ms: i64,
+}
+
+/// What is to be written to the key.
+#[derive(Debug)]
+pub struct Write {
+    /// Names the answer.
+    pub number: u64,
+    /// The revision that must still be the key's last one; 0: it has none.
+    pub revision: u64,
+    /// The new value.
+    pub body: Vec<u8>,
+}
+
+/// Another relay has written the record of this slot.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Overtaken;
+
+/// A write that has no answer yet.
+#[derive(Debug)]
+struct Pending {
+    sent: Instant,
+    record: Record,
+}
+
+/// The key of one slot, and what was last read from or written to it.
+#[derive(Debug)]
+pub struct Store {
+    identity: Identity,
+    hold_back: Duration,
+    /// The server's timeline, which all LSNs of what is written are on.
+    timeline: u32,
+    /// What the key holds, as far as we know.
+    held: Option<Record>,
+    /// The key's last revision, as far as we know; 0: it has none.
+    revision: u64,
+    /// The server's clock in milliseconds since 1970, and when it was that.
+    clock: Option<(i64, Instant)>,
+    pending: Option<Pending>,
+    next: Instant,
+    writes: u64,
+    /// Writes fail; when that is to be warned of.
+    failing: Option<Instant>,
+    publication: SeenPublication,
+}
+
+impl Store {
+    /// Of a key that was not read yet.
+    pub fn new(identity: Identity, hold_back: Duration, now: Instant) -> Store {
+        Store {
+            identity,
+            hold_back,
+            timeline: 0,
+            held: None,
+            revision: 0,
+            clock: None,
+            pending: None,
+            next: now,
+            writes: 0,
+            failing: None,
+            publication: SeenPublication::default(),
+        }
+    }
+
+    /// The bucket's name.
+    pub fn bucket(&self) -> &str {
+        &self.identity.bucket
+    }
+
+    /// The key's subject. Two services with the same slot name in one account have a key each.
+    pub fn subject(&self, system_id: u64) -> String {
+        let Identity { bucket, slot, .. } = &self.identity;
+        format!("$KV.{bucket}.{slot}-{system_id}")
+    }
+
+    /// The same of the key of the first version, which had no system id.
+    pub fn old_subject(&self) -> String {
+        let Identity { bucket, slot, .. } = &self.identity;
+        format!("$KV.{bucket}.{slot}")
+    }
+
+    /// What the publication was last seen to publish.
+    pub fn publication(&self) -> SeenPublication {
+        self.publication.clone()
+    }
+
+    /// The flags that make events have changed since the record was written.
+    pub fn has_other_flags(&self) -> bool {
+        let held = self.held.as_ref();
+        held.is_some_and(|held| held.fingerprint != self.identity.fingerprint)
+    }
+
+    /// What the key holds, as far as we know.
+    pub fn held(&self) -> Option<&Record> {
+        self.held.as_ref()
+    }
+
+    /// The key was read over a new connection. `Err`: another relay has written it since this process did, whose record
+    /// is the one that counts now.
+    pub fn on_read(
+        &mut self,
+        value: Value,
+        lineage: &Lineage,
+        now: Instant,
+    ) -> Result<Result<(), Overtaken>, Conflict> {
+        let record = value
+            .record
+            .map(|record| record.rebase(lineage))
+            .transpose()?;
+        let record = record.map(|mut record| {
+            if let Some(ripening) = &mut record.ripening {
+                ripening.since_ms.get_or_insert(value.stored_ms);
+            }
+            record
+        });
+        let wrote_before = self.writes > 0;
+        let is_ours = record
+            .as_ref()
+            .is_none_or(|record| record.writer == self.identity.writer);
+        if self.publication.get().is_none() {
+            let seen = record
+                .as_ref()
+                .and_then(|record| record.publication.clone());
+            self.publication.set(seen);
+        }
+        self.timeline = lineage.source.timeline;
+        self.held = record;
+        self.revision = value.revision;
+        self.clock = Some((value.time_ms, now));
+        self.pending = None;
+        self.next = now;
+        Ok(match wrote_before && !is_ours {
+            true => Err(Overtaken),
+            false => Ok(()),
+        })
+    }
+
+    /// The connection is gone: no answer will come.
+    pub fn on_disconnect(&mut self) {
+        self.pending = None;
+    }
+
+    /// Another record counts now: this process begins again as a new one would.
+    pub fn start_over(&mut self) {
+        self.writes = 0;
+    }
+
+    /// The record of a start or a new connection, to be written before anything is published: the cut that was resumed
+    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again; and in each stream the cuts know
+    /// of no more than `end` of it.
+    pub fn claim(
+        &mut self,
+        cut: Cut,
+        fell_back: bool,
+        end: impl Fn(&str) -> Option<u64>,
+        now: Instant,
+    ) -> Write {
+        let (mut ripening, mut matured) = self.ripened(now);
+        if fell_back {
+            ripening = None;
+        }
+        for cut in ripening
+            .iter_mut()
+            .map(|it| &mut it.cut)
+            .chain(&mut matured)
+        {
+            for stream in &mut cut.streams {
+                let end = end(&stream.name).unwrap_or(u64::MAX);
+                stream.read_after = stream.read_after.min(end);
+                stream.witness.take_if(|witness| witness.seq > end);
+            }
+        }
+        self.send(cut, ripening, matured, now)
+    }
+
+    /// What to write if `cut` is news and it is time, or at once if it is `urgent`.
+    pub fn write(
+        &mut self,
+        cut: impl FnOnce() -> Cut,
+        now: Instant,
+        urgent: bool,
+    ) -> Option<Write> {
+        let patience = if urgent { URGENT_PATIENCE } else { PATIENCE };
+        let waits = |pending: &Pending| now < pending.sent + patience;
+        if now < self.next && !urgent || self.pending.as_ref().is_some_and(waits) {
+            return None;
+        }
+        if self.pending.is_some() {
+            self.failing.get_or_insert(now + WARN_AFTER);
+        }
+        if self.failing.is_some_and(|warn| now >= warn) {
+            self.failing = Some(now + WARN_AFTER);
+            log::warn!(
+                bucket = self.bucket();
+                "the checkpoint cannot be written: nothing is confirmed, so Postgres keeps its WAL, and soon nothing is published; \
+                 check the bucket"
+            );
+        }
+        self.next = now + INTERVAL;
+        let cut = cut();
+        let (ripening, matured) = self.ripened(now);
+        let is_news = self.held.as_ref().is_none_or(|held| {
+            let ripens_on =
+                matured != held.matured && ripening.is_none() && matured.as_ref() != Some(&cut);
+            held.young != cut || ripens_on || held.publication != self.publication.get()
+        });
+        is_news.then(|| self.send(cut, ripening, matured, now))
+    }
+
+    fn send(
+        &mut self,
+        cut: Cut,
+        ripening: Option<Ripening>,
+        matured: Option<Cut>,
+        now: Instant,
+    ) -> Write {
+        self.writes += 1;
+        let held = self.held.as_ref();
+        let told_lsn = held.map_or(Lsn::INVALID, |held| held.told_lsn);
+        let ripening = ripening.unwrap_or_else(|| Ripening {
+            cut: cut.clone(),
+            since_ms: None,
+        });
+        let record = Record {
+            timeline: self.timeline,
+            told_lsn: told_lsn.max(cut.stored_lsn),
+            young: cut,
+            ripening: Some(ripening),
+            matured,
+            publication: self.publication.get(),
+            fingerprint: self.identity.fingerprint.clone(),
+            writer: self.identity.writer.clone(),
+            writes: self.writes,
+        };
+        let write = Write {
+            number: self.writes,
+            revision: self.revision,
+            body: record.body(),
+        };
+        self.pending = Some(Pending { sent: now, record });
+        write
+    }
+
+    /// The answer to a write, and what the key holds by it. `Err`: it was written by another, or holds what is not known here.
+    ///
+    /// An answer that comes after another write was sent says nothing of that one. Had the earlier write been stored,
+    /// the later one is refused, and the key is read again.
+    pub fn on_written(
+        &mut self,
+        number: u64,
+        answer: Result<PubAck, AckError>,
+        now: Instant,
+    ) -> Result<bool, Overtaken> {
+        let is_it = |pending: &mut Pending| pending.record.writes == number;
+        let Some(Pending { mut record, .. }) = self.pending.take_if(is_it) else {
+            return Ok(false);
+        };
+        match answer {
+            Ok(ack) => {
+                self.revision = ack.seq;
+                let time_ms = self.time_ms(now);
+                if let Some(ripening) = &mut record.ripening {
+                    ripening.since_ms = ripening.since_ms.or(time_ms);
+                }
+                self.failing = None;
+                self.held = Some(record);
+                Ok(true)
+            }
+            Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => {
+                Err(Overtaken)
+            }
+            Err(error) => {
+                self.failing.get_or_insert(now + WARN_AFTER);
+                log::debug!(cause:% = error; "the checkpoint was not written; it is tried again");
+                Ok(false)
+            }
+        }
+    }
+
+    /// The key holds `cut`.
+    pub fn holds(&self, cut: &Cut) -> bool {
+        self.held.as_ref().is_some_and(|held| held.young == *cut)
+    }
+
+    /// What may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back.
+    pub fn matured_lsn(&self, now: Instant) -> Lsn {
+        let lsn = self
+            .ripened(now)
+            .1
+            .map_or(Lsn::INVALID, |cut| cut.stored_lsn);
+        let told_lsn = self
+            .held
+            .as_ref()
+            .map_or(Lsn::INVALID, |held| held.told_lsn);
+        assert!(
+            lsn <= told_lsn,
+            "{lsn} matured, but {told_lsn} was the most to be told"
+        );
+        lsn
+    }
+
+    /// Something is in the key that has not ripened, or was told to nobody yet.
+    pub fn is_ripening(&self, now: Instant) -> bool {
+        self.ripened(now).0.is_some_and(|ripening| {
+            let matured = self.held.as_ref().and_then(|held| held.matured.as_ref());
+            matured.is_none_or(|matured| matured.stored_lsn < ripening.cut.stored_lsn)
+        })
+    }
+
+    /// What ripens and what has matured at `now`.
+    fn ripened(&self, now: Instant) -> (Option<Ripening>, Option<Cut>) {
+        let Some(held) = &self.held else {
+            return (None, None);
+        };
+        match &held.ripening {
+            Some(ripening) if self.is_ripe(ripening, now) => (None, Some(ripening.cut.clone())),
+            ripening => (ripening.clone(), held.matured.clone()),
+        }
+    }
+
+    fn is_ripe(&self, ripening: &Ripening, now: Instant) -> bool {
+        let age_ms = || self.time_ms(now)?.checked_sub(ripening.since_ms?);
+        age_ms().is_some_and(|age_ms| {
+            u128::try_from(age_ms).is_ok_and(|age_ms| age_ms >= self.hold_back.as_millis())
+        })
+    }
+
+    /// The server's clock.
+    fn time_ms(&self, now: Instant) -> Option<i64> {
+        let (time_ms, at) = self.clock?;
+        time_ms.checked_add_unsigned(now.saturating_duration_since(at).as_millis() as u64)
+    }
+}

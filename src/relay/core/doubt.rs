@@ -1,0 +1,98 @@
+//! Messages that are gone (consumed, expired, purged) prove nothing: which events may have been one of them.
+//!
+//! Such an event is asked for by publishing it alone: JetStream answers `duplicate` if it has seen the id. Where it has
+//! forgotten, the event is stored again: rather twice than never.
+
+use super::gate::MOST_UNRECORDED;
+use crate::outbox::position::Position;
+use crate::postgres::Lsn;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Doubt {
+    /// No event after this was ever published.
+    maybe_sent: Position,
+    /// Events up to here are in doubt.
+    until: Option<Position>,
+    /// So many more of them at most.
+    left: u64,
+}
+
+impl Doubt {
+    /// Of a copy stream that starts at `anchor`. Whoever had the slot before has published nothing beyond `wal_end`; nor
+    /// beyond the anchor, if it ended in order.
+    pub fn new(anchor: Position, is_quiescent: bool, wal_end: Lsn) -> Doubt {
+        let wal_end = Position {
+            commit_lsn: wal_end,
+            ordinal: 0,
+        };
+        Doubt {
+            maybe_sent: if is_quiescent { anchor } else { wal_end },
+            until: None,
+            left: 0,
+        }
+    }
+
+    /// Messages were found gone that may have been events; `most`: how many events can have been published since the cut,
+    /// if that is known.
+    pub fn on_gone(&mut self, most: Option<u64>) {
+        self.until = Some(self.maybe_sent);
+        self.left = most.map_or(u64::MAX, |window| window + MOST_UNRECORDED);
+    }
+
+    /// A new connection: what was in doubt has to be found out again.
+    pub fn clear(&mut self) {
+        self.until = None;
+    }
+
+    /// An event is published.
+    pub fn on_publish(&mut self, position: Position) {
+        if self.is_about(position) {
+            self.left -= 1;
+        }
+        self.maybe_sent = self.maybe_sent.max(position);
+    }
+
+    /// Whether the event at `position` may have been one of them.
+    pub fn is_about(&self, position: Position) -> bool {
+        self.left > 0 && self.until.is_some_and(|until| position <= until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(lsn: u64, ordinal: u32) -> Position {
+        Position {
+            commit_lsn: Lsn(lsn),
+            ordinal,
+        }
+    }
+
+    #[test]
+    fn what_nobody_can_have_published_is_not_in_doubt() {
+        let mut doubt = Doubt::new(at(10, 1), false, Lsn(20));
+        assert!(!doubt.is_about(at(15, 1)), "nothing is gone");
+        doubt.on_gone(None);
+        assert!(doubt.is_about(at(15, 1)) && !doubt.is_about(at(20, 1)));
+        let mut doubt = Doubt::new(at(10, 1), true, Lsn(20));
+        doubt.on_gone(None);
+        assert!(!doubt.is_about(at(10, 2)), "it ended in order");
+        doubt.on_publish(at(30, 1));
+        assert!(!doubt.is_about(at(30, 1)), "not over an earlier connection");
+        doubt.on_gone(None);
+        assert!(doubt.is_about(at(30, 1)) && !doubt.is_about(at(30, 2)));
+    }
+
+    #[test]
+    fn no_more_are_in_doubt_than_the_record_may_lack() {
+        let mut doubt = Doubt::new(at(10, 1), false, Lsn(u64::MAX));
+        doubt.on_gone(Some(2));
+        for lsn in 0..MOST_UNRECORDED + 2 {
+            assert!(doubt.is_about(at(20 + lsn, 1)));
+            doubt.on_publish(at(20 + lsn, 1));
+        }
+        assert!(!doubt.is_about(at(1_000_000, 1)));
+    }
+}

@@ -1,0 +1,146 @@
+//! Evidence: which events after the anchor are in the streams already, found by reading every message after `read_after`.
+//!
+//! A message is ours when it bears our slot and system id, its timeline is one of the present history up to where
+//! that left it, and its `Nats-Expected-Last-Sequence` is its own sequence less one. All else is foreign: other writers,
+//! other slots, copies. Where the event would be routed now proves nothing, and is not asked.
+
+use crate::outbox::lineage::Lineage;
+use crate::outbox::position::{Position, SourcePosition};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+/// What there is to know of a stored message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Message {
+    /// Its sequence.
+    pub seq: u64,
+    /// `Outbox-Position`.
+    pub position: Option<SourcePosition>,
+    /// `Nats-Msg-Id`.
+    pub id: Option<String>,
+    /// `Nats-Expected-Last-Sequence`.
+    pub expected_last_sequence: Option<u64>,
+    /// The stream it was copied from, of `Nats-Stream-Source`.
+    pub copied_from: Option<String>,
+    /// `Outbox-Late`: it was published after later events.
+    pub is_late: bool,
+}
+
+impl Message {
+    /// The position, if the message is ours.
+    pub fn ours(&self, lineage: &Lineage) -> Option<Position> {
+        let fenced = self.expected_last_sequence.map(|seq| seq + 1) == Some(self.seq);
+        let at = self.position.as_ref().filter(|_| fenced)?;
+        lineage.shares(at).then_some(at.position)
+    }
+
+    /// The position, if the message is ours but has no fence: with at-least-once delivery, or in a mirror that was promoted.
+    pub fn unfenced(&self, lineage: &Lineage) -> Option<Position> {
+        let at = self.position.as_ref().filter(|at| lineage.shares(at))?;
+        let is_bare = self.expected_last_sequence.is_none() && self.copied_from.is_none();
+        is_bare.then_some(at.position)
+    }
+
+    /// The position, and the stream that it comes from, if it is a copy of a message of ours.
+    pub fn copy_of_ours(&self, lineage: &Lineage) -> Option<(Position, &str)> {
+        let at = self.position.as_ref().filter(|at| lineage.shares(at))?;
+        Some((at.position, self.copied_from.as_deref()?))
+    }
+}
+
+/// An event that is in a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Found {
+    /// Its position in Postgres.
+    pub position: Position,
+    /// Which stream.
+    pub stream: usize,
+    /// Its sequence there.
+    pub seq: u64,
+    id_hash: u64,
+}
+
+/// Events in the order of their positions.
+#[derive(Clone, Debug, Default)]
+pub struct Evidence {
+    found: Vec<Found>,
+    is_sorted: bool,
+}
+
+/// What the evidence says of the next event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is in this stream, at this sequence.
+    Stored(usize, u64),
+    /// It is in none.
+    Publish,
+    /// Another event is at its position, in this stream.
+    OtherId(usize),
+    /// A stream holds an event of before it that Postgres did not send.
+    NotSent(Found),
+}
+
+fn hash(id: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    id.hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Evidence {
+    /// An event is in a stream.
+    pub fn add(&mut self, position: Position, stream: usize, seq: u64, id: &str) {
+        self.is_sorted = false;
+        self.found.push(Found {
+            position,
+            stream,
+            seq,
+            id_hash: hash(id),
+        });
+    }
+
+    /// What it says of the event at `position`. Events are asked for in the order of their positions: what was found
+    /// before this one was asked for, or Postgres does not have it.
+    pub fn verdict(&mut self, position: Position, id: &str) -> Verdict {
+        self.sort();
+        let Some(found) = self.found.last() else {
+            return Verdict::Publish;
+        };
+        match found.position.cmp(&position) {
+            std::cmp::Ordering::Less => Verdict::NotSent(*found),
+            std::cmp::Ordering::Equal if found.id_hash == hash(id) => {
+                Verdict::Stored(found.stream, found.seq)
+            }
+            std::cmp::Ordering::Equal => Verdict::OtherId(found.stream),
+            std::cmp::Ordering::Greater => Verdict::Publish,
+        }
+    }
+
+    /// What was found at `position` or before it is no longer needed.
+    pub fn forget_upto(&mut self, position: Position) {
+        self.sort();
+        while self
+            .found
+            .pop_if(|found| found.position <= position)
+            .is_some()
+        {}
+    }
+
+    /// The lowest sequence of the stream that it knows of.
+    pub fn lowest_seq(&self, stream: usize) -> Option<u64> {
+        let of_it = self.found.iter().filter(|found| found.stream == stream);
+        of_it.map(|found| found.seq).min()
+    }
+
+    /// Nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.found.is_empty()
+    }
+
+    /// The next event last; of one event that is there twice, the first message.
+    fn sort(&mut self) {
+        if !std::mem::replace(&mut self.is_sorted, true) {
+            self.found.sort_unstable();
+            self.found.dedup_by_key(|found| found.position);
+            self.found.reverse();
+        }
+    }
+}

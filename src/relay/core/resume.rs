@@ -1,0 +1,463 @@
+//! The resume: from what the record says and what the streams hold, where to go on. Pure: it asks for what it wants read
+//! ([`Resume::next`]) and is given the answers ([`Resume::on_read`]), so that the relay and the simulator drive the
+//! same one.
+//!
+//! First the *witnesses* of the cuts are read. A stream agrees with a cut when it exists, its last sequence is not below
+//! what the cut has read and its witness, and the witness is there with its position, or is gone and `created` is the
+//! same. (nats-server up to 2.14.5 changes `created` after an edit and two restarts: where the witness is there, it
+//! decides.) The youngest cut that all streams agree with is the one to resume with.
+//!
+//! Then the *evidence* is read: every message after what the cut has read, in whatever stream and under whatever subject.
+//! A stream that the cut does not speak of, and each one without a cut, is read from its end back to a message of ours at
+//! or before the anchor that was not late, or to its start: what was published before that one is older still.
+
+use super::evidence::{Evidence, Message};
+use crate::outbox::lineage::Lineage;
+use crate::outbox::position::Position;
+use crate::postgres::Lsn;
+use crate::relay::checkpoint::record::{Anchor, Cut, StreamCut, Witness};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+
+/// A stream as the server describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StreamFacts {
+    /// Its name.
+    pub name: String,
+    /// The JetStream domain that it is in; empty without one.
+    pub domain: String,
+    /// When it was created.
+    pub created: String,
+    /// It has more than one replica.
+    pub is_replicated: bool,
+    /// The lowest sequence still there.
+    pub first_seq: u64,
+    /// The highest sequence given so far.
+    pub last_seq: u64,
+    /// It captures something of the prefix, or the park subject.
+    pub is_routed: bool,
+}
+
+/// What a resume begins with.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The server that the copy stream comes from.
+    pub lineage: Lineage,
+    /// The cuts to resume with, the youngest first.
+    pub cuts: Vec<Cut>,
+    /// Postgres was told of the oldest of them: what a stream has lost of it, the slot cannot send again.
+    pub oldest_is_matured: bool,
+    /// Where to begin without a cut: the slot's position.
+    pub confirmed_lsn: Lsn,
+    /// Every stream under the prefix or named in a cut.
+    pub streams: Vec<StreamFacts>,
+    /// What is lost is lost (`-resume-anyway`).
+    pub accept_loss: bool,
+}
+
+/// What to read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Read {
+    /// The message at a sequence of a stream (its index among the facts).
+    Message(usize, u64),
+    /// Whether there is a stream of that name.
+    Exists(String),
+}
+
+/// What was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The message at that sequence; `None`: there is none.
+    Message(Option<Message>),
+    /// There is such a stream.
+    Exists(bool),
+}
+
+/// Messages were lost that Postgres has been told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The stream.
+    pub stream: String,
+    /// How.
+    pub how: Disagreement,
+}
+
+/// Why a stream does not agree with a cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Disagreement {
+    /// It ends at `last_seq`, before what it had acknowledged.
+    Regressed {
+        /// Where it ends.
+        last_seq: u64,
+        /// What it had acknowledged.
+        acked_seq: u64,
+    },
+    /// It was deleted and created again.
+    Recreated,
+    /// Another message is where one of ours was.
+    Refilled {
+        /// Its sequence.
+        seq: u64,
+    },
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Lost { stream, how } = self;
+        match how {
+            Disagreement::Regressed {
+                last_seq,
+                acked_seq,
+            } => write!(
+                f,
+                "stream {stream} ends at sequence {last_seq}, but had acknowledged {acked_seq}"
+            ),
+            Disagreement::Recreated => {
+                write!(
+                    f,
+                    "stream {stream} was deleted and created again since events were stored in it"
+                )
+            }
+            Disagreement::Refilled { seq } => write!(
+                f,
+                "stream {stream} has another message at sequence {seq} than the event that was stored there"
+            ),
+        }
+    }
+}
+
+/// Where to go on.
+#[derive(Clone, Debug)]
+pub struct Resumed {
+    /// Everything up to here is resolved.
+    pub anchor: Anchor,
+    /// The same as an LSN; 0/0 without a cut.
+    pub stored_lsn: Lsn,
+    /// Which of the facts' cuts it is.
+    pub cut: Option<usize>,
+    /// Why it is not the youngest.
+    pub disagreed: Vec<Lost>,
+    /// Nothing was on its way when the cut was written, so nothing that is gone was an event after it.
+    pub quiescent: bool,
+    /// The events that are stored after it.
+    pub evidence: Evidence,
+    /// In the order of the facts: what is known of each stream, which ends at `read_after` for what was read.
+    pub streams: Vec<StreamCut>,
+    /// Messages after the anchor are gone from a stream, and may have been events.
+    pub has_gone: bool,
+    /// A stream with messages of ours after the anchor that have no fence, and the last of these: they are no evidence.
+    pub unfenced: Option<(usize, Position)>,
+    /// Foreign messages that were read in each stream.
+    pub foreign: Vec<u64>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Resume {
+    facts: Facts,
+    phase: Phase,
+    witnesses: BTreeMap<(usize, u64), Option<Message>>,
+    /// Asked for, and not answered yet.
+    due: BTreeSet<Read>,
+    chosen: Option<usize>,
+    disagreed: Vec<Lost>,
+    evidence: Evidence,
+    has_gone: bool,
+    unfenced: Option<(usize, Position)>,
+    foreign: Vec<u64>,
+    /// Copies of our messages, by the stream that they come from.
+    copies: HashMap<String, Vec<(Position, usize, u64, String)>>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// These are still to be asked for.
+    Witnesses(Vec<Read>),
+    /// These stretches are still to be read, in this direction.
+    Messages(Vec<Stretch>),
+    /// These streams are still to be looked for.
+    Sources(Vec<String>),
+    Done,
+}
+
+/// Sequences of one stream.
+#[derive(Clone, Debug)]
+struct Stretch {
+    stream: usize,
+    from: u64,
+    to: u64,
+    /// From the end down, to the first message of ours that is not after the anchor.
+    backwards: bool,
+}
+
+impl Resume {
+    /// Begins one.
+    pub fn new(facts: Facts) -> Resume {
+        let mut reads = BTreeSet::new();
+        for (index, stream) in facts.streams.iter().enumerate() {
+            let cuts = facts.cuts.iter();
+            let witnesses = cuts.filter_map(|cut| cut.stream(&stream.name)?.witness.as_ref());
+            let there =
+                witnesses.filter(|it| (stream.first_seq..=stream.last_seq).contains(&it.seq));
+            reads.extend(there.map(|witness| Read::Message(index, witness.seq)));
+        }
+        Resume {
+            foreign: vec![0; facts.streams.len()],
+            phase: Phase::Witnesses(reads.into_iter().collect()),
+            facts,
+            witnesses: BTreeMap::new(),
+            due: BTreeSet::new(),
+            chosen: None,
+            disagreed: Vec::new(),
+            evidence: Evidence::default(),
+            has_gone: false,
+            unfenced: None,
+            copies: HashMap::new(),
+        }
+    }
+
+    /// The next thing to read; `None` while answers are due before more is asked, and at the end. An error says that
+    /// more was lost than can be repaired.
+    pub fn next(&mut self) -> Result<Option<Read>, Lost> {
+        loop {
+            let read = match &mut self.phase {
+                Phase::Witnesses(reads) => reads.pop(),
+                Phase::Messages(stretches) => next_of(stretches),
+                Phase::Sources(names) => names.pop().map(Read::Exists),
+                Phase::Done => return Ok(None),
+            };
+            if let Some(read) = read {
+                self.due.insert(read.clone());
+                return Ok(Some(read));
+            }
+            if !self.due.is_empty() {
+                return Ok(None);
+            }
+            self.phase = match self.phase {
+                Phase::Witnesses(_) => {
+                    self.choose()?;
+                    Phase::Messages(self.stretches())
+                }
+                Phase::Messages(_) => Phase::Sources(self.copies.keys().cloned().collect()),
+                Phase::Sources(_) | Phase::Done => Phase::Done,
+            };
+        }
+    }
+
+    /// An answer, in any order.
+    pub fn on_read(&mut self, read: &Read, answer: Answer) {
+        if !self.due.remove(read) {
+            return;
+        }
+        match (read, answer) {
+            (Read::Message(stream, seq), Answer::Message(message)) => match self.phase {
+                Phase::Witnesses(_) => {
+                    self.witnesses.insert((*stream, *seq), message);
+                }
+                _ => self.on_message(*stream, message),
+            },
+            (Read::Exists(name), Answer::Exists(exists)) => {
+                // the copies of a stream that is there prove nothing: what it holds was read itself, or is none of ours
+                let copies = self.copies.remove(name).filter(|_| !exists);
+                for (position, stream, seq, id) in copies.into_iter().flatten() {
+                    self.evidence.add(position, stream, seq, &id);
+                }
+            }
+            (Read::Message(..), Answer::Exists(_)) | (Read::Exists(_), Answer::Message(_)) => {}
+        }
+    }
+
+    /// Everything was read.
+    pub fn is_done(&self) -> bool {
+        matches!(self.phase, Phase::Done) && self.due.is_empty()
+    }
+
+    /// Where to go on, once it is done.
+    pub fn finish(self) -> Resumed {
+        let (anchor, stored_lsn) = self.anchor();
+        let streams = self.facts.streams.iter().enumerate();
+        let streams = streams.map(|(index, facts)| StreamCut {
+            name: facts.name.clone(),
+            created: facts.created.clone(),
+            read_after: facts.last_seq,
+            witness: self.trusted(index).and_then(|cut| cut.witness.clone()),
+        });
+        Resumed {
+            stored_lsn,
+            cut: self.chosen,
+            quiescent: self.cut().is_some_and(|cut| cut.quiescent),
+            streams: streams.collect(),
+            anchor,
+            evidence: self.evidence,
+            disagreed: self.disagreed,
+            has_gone: self.has_gone,
+            unfenced: self.unfenced,
+            foreign: self.foreign,
+        }
+    }
+
+    fn cut(&self) -> Option<&Cut> {
+        self.facts.cuts.get(self.chosen?)
+    }
+
+    fn anchor(&self) -> (Anchor, Lsn) {
+        match self.cut() {
+            Some(cut) => (cut.anchor.clone(), cut.stored_lsn),
+            None => (Anchor::bare(self.facts.confirmed_lsn), Lsn::INVALID),
+        }
+    }
+
+    /// The youngest cut that all streams agree with. R2, R3.
+    fn choose(&mut self) -> Result<(), Lost> {
+        for index in 0..self.facts.cuts.len() {
+            let Some(lost) = self.disagreement(index) else {
+                self.chosen = Some(index);
+                return Ok(());
+            };
+            self.disagreed.push(lost);
+        }
+        match self.disagreed.last() {
+            Some(lost) if self.facts.oldest_is_matured => match self.facts.accept_loss {
+                // from the oldest on, and each stream from its start where it does not agree
+                true => self.chosen = self.facts.cuts.len().checked_sub(1),
+                false => return Err(lost.clone()),
+            },
+            // Postgres was told nothing yet: the slot has everything
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn disagreement(&self, cut: usize) -> Option<Lost> {
+        let cut = self.facts.cuts.get(cut)?;
+        cut.streams.iter().find_map(|of_cut| {
+            let how = self.disagrees(of_cut)?;
+            Some(Lost {
+                stream: of_cut.name.clone(),
+                how,
+            })
+        })
+    }
+
+    fn disagrees(&self, of_cut: &StreamCut) -> Option<Disagreement> {
+        let mut streams = self.facts.streams.iter().enumerate();
+        let found = streams.find(|(_, stream)| stream.name == of_cut.name);
+        let Some((index, stream)) = found else {
+            // no event goes there any more, and an operator who deletes a stream deletes what it holds
+            return None;
+        };
+        if !self.is_same(index, of_cut) {
+            return match stream.is_routed {
+                false => None,
+                true if self.witness(index, of_cut).is_none() => Some(Disagreement::Recreated),
+                true => Some(Disagreement::Refilled {
+                    seq: of_cut.witness.as_ref().map_or(0, |witness| witness.seq),
+                }),
+            };
+        }
+        let witness_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
+        let acked_seq = of_cut.read_after.max(witness_seq);
+        (stream.last_seq < acked_seq).then_some(Disagreement::Regressed {
+            last_seq: stream.last_seq,
+            acked_seq,
+        })
+    }
+
+    /// The message at the sequence of the cut's witness, if there is one.
+    fn witness(&self, stream: usize, of_cut: &StreamCut) -> Option<&Message> {
+        let seq = of_cut.witness.as_ref()?.seq;
+        self.witnesses.get(&(stream, seq))?.as_ref()
+    }
+
+    /// The stream is the one that the cut speaks of: its witness is there, or is gone and `created` is the same.
+    fn is_same(&self, stream: usize, of_cut: &StreamCut) -> bool {
+        let created = self.facts.streams.get(stream).map(|it| &it.created);
+        match (self.witness(stream, of_cut), &of_cut.witness) {
+            (Some(message), Some(Witness { position, .. })) => {
+                message.position.as_ref() == Some(position)
+            }
+            _ => created == Some(&of_cut.created),
+        }
+    }
+
+    /// What the chosen cut says of a stream that is the one it speaks of.
+    fn trusted(&self, stream: usize) -> Option<&StreamCut> {
+        let facts = self.facts.streams.get(stream)?;
+        let of_cut = self.cut()?.stream(&facts.name)?;
+        let acked_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
+        let agrees =
+            self.is_same(stream, of_cut) && facts.last_seq >= acked_seq.max(of_cut.read_after);
+        agrees.then_some(of_cut)
+    }
+
+    /// What is to be read for evidence. R4.
+    fn stretches(&self) -> Vec<Stretch> {
+        let streams = self.facts.streams.iter().enumerate();
+        let stretches = streams.map(|(index, stream)| {
+            let read_after = self.trusted(index).map_or(0, |of_cut| of_cut.read_after);
+            Stretch {
+                stream: index,
+                from: stream.first_seq.max(read_after + 1),
+                to: stream.last_seq,
+                backwards: self.trusted(index).is_none(),
+            }
+        });
+        stretches.filter(|it| it.from <= it.to).collect()
+    }
+
+    fn on_message(&mut self, stream: usize, message: Option<Message>) {
+        let Some(message) = message else {
+            self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+            return;
+        };
+        let lineage = &self.facts.lineage;
+        let anchor = self.anchor().0.position;
+        let id = message.id.clone().unwrap_or_default();
+        let fenced = message.ours(lineage);
+        let unfenced = message.unfenced(lineage);
+        if let Some(position) = fenced.filter(|position| *position > anchor) {
+            self.evidence.add(position, stream, message.seq, &id);
+        }
+        if let Some(position) = unfenced.filter(|position| *position > anchor) {
+            let known = self
+                .unfenced
+                .map_or(position, |(_, known)| known.max(position));
+            self.unfenced = Some((stream, known));
+        }
+        if let Some(position) = fenced.or(unfenced) {
+            if position <= anchor
+                && !message.is_late
+                && let Phase::Messages(stretches) = &mut self.phase
+            {
+                stretches.retain(|it| it.stream != stream || !it.backwards);
+            }
+            return;
+        }
+        if let Some((position, source)) = message.copy_of_ours(lineage)
+            && position > anchor
+        {
+            let copies = self.copies.entry(source.to_string()).or_default();
+            copies.push((position, stream, message.seq, id));
+        }
+        if let Some(foreign) = self.foreign.get_mut(stream) {
+            *foreign += 1;
+        }
+    }
+}
+
+fn next_of(stretches: &mut Vec<Stretch>) -> Option<Read> {
+    let stretch = stretches.last_mut()?;
+    let seq = match stretch.backwards {
+        true => stretch.to,
+        false => stretch.from,
+    };
+    let read = Read::Message(stretch.stream, seq);
+    if stretch.from == stretch.to {
+        stretches.pop();
+    } else if stretch.backwards {
+        stretch.to -= 1;
+    } else {
+        stretch.from += 1;
+    }
+    Some(read)
+}

@@ -1,0 +1,153 @@
+//! Why the core cannot go on as it is.
+
+use super::continuity;
+use super::evidence::Found;
+use crate::jetstream::ack::AckError;
+use crate::outbox::position::Position;
+use std::fmt;
+
+/// The connection or the whole relay cannot go on as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Throw the connection to NATS away, connect, resume.
+    Reconnect(Cause),
+    /// The same; and the stream will never take the event under this token as it is.
+    Refused {
+        /// Names the event.
+        token: u64,
+        /// What the stream says.
+        error: AckError,
+    },
+    /// It cannot be repaired.
+    Halt(Halt),
+    /// Postgres sent what it cannot send: an event at this position, after a later one.
+    OutOfOrder(Position),
+}
+
+/// Why a connection's window ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Refused by the stream, for a while.
+    Refused(AckError),
+    /// Stored, but not where it was predicted, or taken for a duplicate of a message that there is not.
+    OtherAnswer {
+        /// What the ack says.
+        seq: u64,
+    },
+    /// The oldest event that waits was not acknowledged within the ack timeout.
+    AckTimeout,
+    /// No stream captures this subject.
+    NoStream(String),
+    /// A stream seems to be another one than it was, or to end before what it had acknowledged: a closer look will tell.
+    Disagrees(String),
+}
+
+/// What cannot be repaired without a person's decision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Halt {
+    /// Another event is at this position of the stream: it was written from another history.
+    OtherId {
+        /// The stream's name.
+        stream: String,
+        /// The position both claim.
+        position: Position,
+        /// The id that Postgres has there.
+        id: String,
+    },
+    /// A stream has an event that Postgres did not send, at this place.
+    NotSent {
+        /// The stream's name.
+        stream: String,
+        /// Where.
+        found: Found,
+    },
+    /// This is not the WAL that the streams were written from.
+    Discontinuous(continuity::Broken),
+    /// The subject is captured elsewhere, too, or instead: another stream answers.
+    Elsewhere {
+        /// The stream that captures the subject for all that the JetStream API reports.
+        stream: String,
+        /// The stream that has answered, and its domain, if that is another.
+        answered: String,
+    },
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::Refused(error) => write!(f, "JetStream refused an event: {error}"),
+            Cause::OtherAnswer { seq } => write!(
+                f,
+                "JetStream acknowledged an event at sequence {seq}, which is not its own"
+            ),
+            Cause::AckTimeout => {
+                f.write_str("JetStream has acknowledged nothing for the ack timeout")
+            }
+            Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
+            Cause::Disagrees(stream) => write!(
+                f,
+                "stream {stream} ends before what it had acknowledged, or was created again"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Halt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Halt::OtherId {
+                stream,
+                position,
+                id,
+            } => write!(
+                f,
+                "resume stream {stream}: at position {position} it has another event than Postgres, which has {id} there; {RESTORED}"
+            ),
+            Halt::NotSent { stream, found } => write!(
+                f,
+                "resume stream {stream}: it has an event at position {}, sequence {}, that Postgres did not send; {RESTORED}",
+                found.position, found.seq
+            ),
+            Halt::Discontinuous(broken) => write!(f, "check the WAL: {broken}; {RESTORED}"),
+            Halt::Elsewhere { stream, answered } => write!(
+                f,
+                "publish to stream {stream}: another stream answers ({answered}): a leaf node, an import or a mapping takes the subject \
+                 elsewhere, or it is captured twice; nothing is confirmed on such an answer: see to it that each subject leads to one \
+                 stream, and that -nats-api-prefix names its domain"
+            ),
+        }
+    }
+}
+
+/// What an operator does about a WAL that is not the one that the streams were written from.
+const RESTORED: &str = "this is not the WAL that the streams were written from: Postgres was restored from a snapshot or a backup, or another \
+    clone was promoted; connect to the server that the events came from, or, if this one replaces it, pass --resume-anyway once: \
+    what the slot sends is then published after what is there, and only what the streams have at the same position with the same id is left out";
+
+impl fmt::Display for continuity::Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use continuity::Broken;
+        match self {
+            Broken::OtherTransaction(anchor) => write!(
+                f,
+                "another transaction is at the place of the last resolved event ({anchor})"
+            ),
+            Broken::OtherEvent { anchor, id } => write!(
+                f,
+                "another event ({id}) is at the place of the last resolved one ({anchor})"
+            ),
+            Broken::TooShort(anchor) => write!(
+                f,
+                "the transaction of the last resolved event ({anchor}) has fewer events than it had"
+            ),
+            Broken::NotThere { anchor, at } => write!(
+                f,
+                "Postgres is at {at} and has not sent the last resolved event ({anchor})"
+            ),
+            Broken::WalEndsBefore { anchor, wal_end } => write!(
+                f,
+                "the WAL ends at {wal_end}, before the last resolved event ({anchor})"
+            ),
+        }
+    }
+}
