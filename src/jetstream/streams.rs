@@ -5,7 +5,7 @@
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
 use super::ack::{AckError, ApiError};
-use super::client::{Link, Message};
+use super::client::{Answer, Link};
 use super::error::Error;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -327,9 +327,9 @@ pub fn message_among(
     link: &Link,
     (api, body): Request,
     timeout: Duration,
-    other: impl FnMut(Message),
+    other: impl FnMut(Answer),
 ) -> Result<Option<StoredMessage>, Error> {
-    let answer = link.call_among(&api, body, timeout, other)?;
+    let answer = link.call_among(&api, &body, timeout, other)?;
     parse_message(&answer).map_err(|source| Error::Api { api, source })
 }
 
@@ -360,7 +360,7 @@ fn ask<T>(
     timeout: Duration,
     parse: impl FnOnce(&[u8]) -> Result<T, AckError>,
 ) -> Result<T, Error> {
-    let answer = link.call(&api, body, timeout)?;
+    let answer = link.call(&api, &body, timeout)?;
     parse(&answer).map_err(|source| Error::Api { api, source })
 }
 

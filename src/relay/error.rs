@@ -8,6 +8,7 @@ use crate::jetstream;
 use crate::jetstream::ack::AckError;
 use crate::outbox::lineage::Conflict;
 use crate::outbox::position::Position;
+use crate::nats;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
@@ -382,6 +383,12 @@ impl From<postgres::Error> for Error {
             },
             _ => Error::Postgres(error),
         }
+    }
+}
+
+impl From<nats::Error> for Error {
+    fn from(error: nats::Error) -> Error {
+        Error::Nats(error.into())
     }
 }
 
