@@ -28,10 +28,8 @@ const HANDED_ON: Duration = Duration::from_secs(1);
 pub struct Ack {
     /// The publish's `reply`.
     pub reply: u64,
-    /// Stored, or why not.
-    pub result: Result<PubAck, AckError>,
-    /// Where it is stored, if it is.
-    pub origin: Option<Arc<Origin>>,
+    /// Stored, and where; or why not.
+    pub result: Result<(PubAck, Arc<Origin>), AckError>,
 }
 
 /// What comes over a link.
@@ -57,16 +55,9 @@ impl Link {
     /// The same, beginning with the server of this number; see [`Connection::connect`].
     pub fn connect_from(options: &Options, first: usize) -> Result<Link, nats::Error> {
         let mut origins = Origins::default();
-        let read_ack = move |reply: u64, status: Option<&str>, body: &[u8]| {
-            let (result, origin) = match parse_ack_from(body, status, &mut origins) {
-                Ok((ack, origin)) => (Ok(ack), Some(origin)),
-                Err(error) => (Err(error), None),
-            };
-            Ack {
-                reply,
-                result,
-                origin,
-            }
+        let read_ack = move |reply: u64, status: Option<&str>, body: &[u8]| Ack {
+            reply,
+            result: parse_ack_from(body, status, &mut origins),
         };
         Ok(Link {
             connection: Connection::connect(options, first, read_ack)?,
@@ -143,14 +134,16 @@ impl Link {
     }
 
     /// As [`call`](Self::call) for `count` requests, `at_once` of them on their way at a time. `take` is given each answer
-    /// as it comes, in any order, so that no more than those are held; `timeout` is how long each may take.
+    /// with the request's number as it comes, in any order, so that no more than those are held; `timeout` is how long each
+    /// may take. Hands on what else comes meanwhile.
     pub fn call_each(
         &self,
         count: usize,
         request: impl Fn(usize) -> (String, Vec<u8>),
         at_once: usize,
         timeout: Duration,
-        mut take: impl FnMut(&[u8]) -> Result<(), AckError>,
+        mut take: impl FnMut(usize, &[u8]) -> Result<(), AckError>,
+        mut other: impl FnMut(Answer),
     ) -> Result<(), Error> {
         let first = self.next_calls(count as u64);
         // which were asked and not answered, and by when they are to be
@@ -173,8 +166,12 @@ impl Link {
                 });
             };
             for answer in answers {
-                let Answer::Reply(Reply { token, result }) = answer else {
-                    continue;
+                let (token, result) = match answer {
+                    Answer::Reply(Reply { token, result }) if token >= CALLS => (token, result),
+                    answer => {
+                        other(answer);
+                        continue;
+                    }
                 };
                 let index = token.checked_sub(first).map(|index| index as usize);
                 let Some(index) = index.filter(|index| due.remove(index).is_some()) else {
@@ -182,7 +179,7 @@ impl Link {
                 };
                 let api = || request(index).0;
                 let body = reply(result, api, timeout)?;
-                take(&body).map_err(|source| Error::Api { api: api(), source })?;
+                take(index, &body).map_err(|source| Error::Api { api: api(), source })?;
             }
         }
         Ok(())

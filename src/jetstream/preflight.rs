@@ -157,6 +157,7 @@ mod tests {
             state: StreamState::default(),
             created: String::new(),
             ts: String::new(),
+            domain: String::new(),
         };
         let server = format!(
             r#"{{"version": "{version}", "max_payload": 1000, "cluster": {}}}"#,

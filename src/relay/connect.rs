@@ -8,21 +8,22 @@ use super::checkpoint::record::{Cut, Record, StreamCut};
 use super::checkpoint::store::{Overtaken, Store};
 use super::core::capacity::Capacity;
 use super::core::evidence::Message;
-use super::core::exactly_once::Connection;
-use super::core::resume::{Answer, Facts, Read, Resume, StreamFacts};
+use super::core::exactly_once::{Connection, ExactlyOnce};
+use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts};
 use super::error::Error;
 use super::repeated::Repeated;
 use super::stop::Stop;
 use crate::config::Config;
 use crate::jetstream::ack::AckError;
-use crate::jetstream::client::Link;
+use crate::jetstream::client::{self, Link};
 use crate::jetstream::preflight::preflight;
 use crate::jetstream::streams::{self, Routes, StreamInfo};
-use crate::jetstream::{Delivery, OUTBOX_POSITION};
+use crate::jetstream::{self, Delivery, EXPECTED_LAST_SEQUENCE, OUTBOX_LATE, OUTBOX_POSITION};
 use crate::outbox::lineage::{Conflict, Lineage};
 use crate::outbox::park::OnPoison;
 use crate::outbox::position::SourcePosition;
 use crate::postgres::Lsn;
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// How long a new leader is given to apply what it has, and one that was cut off to notice that it no longer is one
@@ -85,7 +86,10 @@ impl Connector<'_> {
                 return Err(Error::NoStream(filter));
             }
             for info in found {
-                if infos.iter().all(|known| known.config.name != info.config.name) {
+                if infos
+                    .iter()
+                    .all(|known| known.config.name != info.config.name)
+                {
                     infos.push(info);
                 }
             }
@@ -164,7 +168,7 @@ impl Connector<'_> {
                 without_cuts,
             } => {
                 let record = record.filter(|_| !without_cuts);
-                let cuts = record.map_or_else(Vec::new, relevant_cuts);
+                let cuts = record.map_or_else(Vec::new, |it| relevant_cuts(it, &found));
                 let matured = record.is_some_and(|record| record.matured.is_some());
                 (cuts, matured, confirmed_lsn)
             }
@@ -260,13 +264,12 @@ impl Connector<'_> {
     }
 
     /// Reads what the resume asks for.
-    fn read(
-        &self,
-        found: &Found,
-        mut resume: Resume,
-    ) -> Result<super::core::resume::Resumed, Error> {
+    fn read(&self, found: &Found, mut resume: Resume) -> Result<Resumed, Error> {
         let timeout = self.config.nats.request_timeout;
-        let average = found.infos.iter().map(|info| info.state.bytes / info.state.messages.max(1));
+        let average = found
+            .infos
+            .iter()
+            .map(|info| info.state.bytes / info.state.messages.max(1));
         let average = average.max().unwrap_or(0).max(1);
         let at_once = (READ_AT_ONCE_BYTES / average).clamp(1, READ_AT_ONCE) as usize;
         let name = |stream: usize| {
@@ -291,12 +294,19 @@ impl Connector<'_> {
             };
             let mut answers = Vec::with_capacity(reads.len());
             let link = &found.link;
-            link.call_each(reads.len(), request, at_once, timeout, |nth, body| {
-                if let Some(read) = reads.get(nth) {
-                    answers.push((nth, answer(read, body)?));
-                }
-                Ok(())
-            })?;
+            link.call_each(
+                reads.len(),
+                request,
+                at_once,
+                timeout,
+                |nth, body| {
+                    if let Some(read) = reads.get(nth) {
+                        answers.push((nth, answer(read, body)?));
+                    }
+                    Ok(())
+                },
+                |_| (),
+            )?;
             count += answers.len();
             for (nth, answer) in answers {
                 if let Some(read) = reads.get(nth) {
@@ -313,6 +323,28 @@ impl Connector<'_> {
         }
     }
 
+    /// Writes the record of what was resumed: before that nothing is published.
+    pub fn claim(
+        &self,
+        link: &Link,
+        core: &mut ExactlyOnce,
+        store: &mut Store,
+        fell_back: bool,
+        confirmed_lsn: Lsn,
+    ) -> Result<(), Error> {
+        let timeout = self.config.nats.request_timeout;
+        let now = Instant::now();
+        let write = store.claim(core.cut_to_record(), fell_back, confirmed_lsn, now);
+        let subject = store.subject(self.lineage.source.system_id);
+        let ack = kv::write(link, &subject, &write, timeout)
+            .map_err(|error| no_checkpoint(store.bucket(), error))?;
+        match store.on_written(write.number, Ok(ack), Instant::now()) {
+            Ok(_) => core.on_recorded(Instant::now()),
+            Err(Overtaken) => return Err(Error::Overtaken),
+        }
+        Ok(())
+    }
+
     /// Without a record, the last message under our subjects tells whether another Postgres system wrote here before.
     fn check_system(&self, found: &Found) -> Result<(), Error> {
         if self.config.accept_new_system || self.config.delivery == Delivery::AtLeastOnce {
@@ -325,7 +357,10 @@ impl Connector<'_> {
                 let last = streams::last_message_request(name, &filter);
                 let last = streams::message(&found.link, last, timeout)?;
                 let at = last.and_then(|message| {
-                    message.header(OUTBOX_POSITION)?.parse::<SourcePosition>().ok()
+                    message
+                        .header(OUTBOX_POSITION)?
+                        .parse::<SourcePosition>()
+                        .ok()
                 });
                 let source = &self.lineage.source;
                 if let Some(at) = at
@@ -354,36 +389,67 @@ pub fn no_checkpoint(bucket: &str, error: kv::Error) -> Error {
     }
 }
 
-/// The record's cuts, without what the younger ones say of streams as the matured one says it: what such a stream holds of
-/// ours has matured, and should nothing go there any more, it may be forgotten.
-fn relevant_cuts(record: &Record) -> Vec<Cut> {
-    record.cuts().cloned().collect()
+/// The record's cuts. A stream that captures nothing of ours any more is forgotten once what it holds of ours has
+/// matured.
+fn relevant_cuts(record: &Record, found: &Found) -> Vec<Cut> {
+    let routed = found.infos.get(..found.routed).unwrap_or_default();
+    let is_routed = |name: &str| routed.iter().any(|info| info.config.name == name);
+    let has_matured = |name: &str| {
+        let matured = record.matured.as_ref().and_then(|cut| cut.stream(name));
+        matured.is_some() && record.cuts().all(|cut| cut.stream(name) == matured)
+    };
+    let mut cuts: Vec<Cut> = record.cuts().cloned().collect();
+    for cut in &mut cuts {
+        cut.streams
+            .retain(|it| is_routed(&it.name) || !has_matured(&it.name));
+    }
+    cuts
 }
 
 fn answer(read: &Read, body: &[u8]) -> Result<Answer, AckError> {
     Ok(match read {
-        Read::Message(..) => Answer::Message(streams::parse_evidence(body)?),
+        Read::Message(..) => Answer::Message(message(body)?),
         Read::Exists(_) => Answer::Exists(streams::parse_info(body)?.is_some()),
     })
 }
 
-/// Reads these sequences of a stream over a connection that is in use; other answers that come meanwhile are handed on.
+/// Reads these sequences of a stream over a connection that is in use; what else comes meanwhile is handed on.
 pub fn read_gap(
     link: &Link,
     stream: &str,
-    sequences: std::ops::RangeInclusive<u64>,
+    sequences: RangeInclusive<u64>,
     timeout: Duration,
-    other: impl FnMut(crate::jetstream::client::Answer),
-) -> Result<Vec<(u64, Option<Message>)>, Error> {
+    other: impl FnMut(client::Answer),
+) -> Result<Vec<(u64, Option<Message>)>, jetstream::Error> {
     let first = *sequences.start();
-    let count = sequences.count();
-    let mut messages = Vec::with_capacity(count);
+    let mut messages = Vec::new();
     let request = |nth: usize| streams::message_request(stream, first + nth as u64);
     let take = |nth: usize, body: &[u8]| {
-        messages.push((first + nth as u64, streams::parse_evidence(body)?));
+        messages.push((first + nth as u64, message(body)?));
         Ok(())
     };
-    link.call_each_among(count, request, READ_AT_ONCE as usize, timeout, take, other)?;
+    let at_once = READ_AT_ONCE as usize;
+    link.call_each(sequences.count(), request, at_once, timeout, take, other)?;
     messages.sort_unstable_by_key(|(seq, _)| *seq);
     Ok(messages)
+}
+
+fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
+    let stored = streams::parse_message_head(body)?;
+    Ok(stored.map(|stored| Message {
+        seq: stored.seq,
+        position: stored
+            .header(OUTBOX_POSITION)
+            .and_then(|text| text.parse().ok()),
+        id: stored.header("Nats-Msg-Id").map(str::to_string),
+        expected_last_sequence: stored
+            .header(EXPECTED_LAST_SEQUENCE)
+            .and_then(|text| text.parse().ok()),
+        // ADR-8: the stream's name, the sequence there, and more
+        copied_from: stored
+            .header("Nats-Stream-Source")
+            .and_then(|text| text.split_ascii_whitespace().next())
+            .map(str::to_string),
+        is_late: stored.header(OUTBOX_LATE).is_some(),
+    }))
 }

@@ -38,7 +38,12 @@ pub fn answers_to(token: u64) -> Option<u64> {
 }
 
 /// Writes the key, and waits for the answer.
-pub fn write(link: &Link, subject: &str, write: &Write, timeout: Duration) -> Result<PubAck, Error> {
+pub fn write(
+    link: &Link,
+    subject: &str,
+    write: &Write,
+    timeout: Duration,
+) -> Result<PubAck, Error> {
     put(link, subject, write.revision, &write.body, timeout).map_err(|error| match error {
         jetstream::Error::Api { source, .. }
             if source.kind() == AckErrorKind::NoResponders && write.revision == 0 =>
