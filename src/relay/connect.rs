@@ -4,7 +4,7 @@
 //! what the [`Resume`] asks for. Its caller claims the result, by writing the record, before anything is published.
 
 use super::checkpoint::kv;
-use super::checkpoint::record::{Cut, Record, StreamCut};
+use super::checkpoint::record::{Cut, StreamCut};
 use super::checkpoint::store::{Overtaken, Store};
 use super::core::capacity::Capacity;
 use super::core::evidence::Message;
@@ -157,20 +157,19 @@ impl Connector<'_> {
         store: &Store,
         from: From,
     ) -> Result<(Link, Connection), Error> {
-        let record = store.held();
-        if record.is_none() && matches!(from, From::Record { .. }) {
-            self.check_system(&found)?;
-        }
         let (cuts, oldest_is_matured, confirmed_lsn) = match from {
             From::Core(cut) => (vec![cut], true, Lsn::INVALID),
             From::Record {
                 confirmed_lsn,
-                without_cuts,
-            } => {
-                let record = record.filter(|_| !without_cuts);
-                let cuts = record.map_or_else(Vec::new, |it| relevant_cuts(it, &found));
-                let matured = record.is_some_and(|record| record.matured.is_some());
-                (cuts, matured, confirmed_lsn)
+                without_cuts: true,
+            } => (Vec::new(), false, confirmed_lsn),
+            From::Record { confirmed_lsn, .. } => {
+                if store.held().is_none() {
+                    self.check_system(&found)?;
+                }
+                let (mut cuts, is_matured) = store.cuts(Instant::now());
+                forget_left(&mut cuts, is_matured, &found);
+                (cuts, is_matured, confirmed_lsn)
             }
         };
         let missing = self.find_named(&mut found, &cuts)?;
@@ -191,6 +190,15 @@ impl Connector<'_> {
                 at,
                 stored: resumed.anchor.position,
             });
+        }
+        for (stream, deleted) in streams.iter().zip(&resumed.deleted) {
+            if *deleted > 0 {
+                log::warn!(
+                    stream = stream.name.as_str(), messages = *deleted;
+                    "the last messages of this stream are gone, lost by the server or deleted by somebody; what Postgres still has is \
+                     published again"
+                );
+            }
         }
         let connection = Connection {
             resumed,
@@ -259,6 +267,8 @@ impl Connector<'_> {
             first_seq: info.state.first_seq,
             last_seq: info.state.last_seq,
             is_routed: index < found.routed,
+            keeps_its_end: info.config.keeps_its_end(),
+            keeps_its_order: info.config.keeps_its_order(),
         });
         facts.collect()
     }
@@ -389,21 +399,22 @@ pub fn no_checkpoint(bucket: &str, error: kv::Error) -> Error {
     }
 }
 
-/// The record's cuts. A stream that captures nothing of ours any more is forgotten once what it holds of ours has
-/// matured.
-fn relevant_cuts(record: &Record, found: &Found) -> Vec<Cut> {
+/// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured.
+fn forget_left(cuts: &mut [Cut], is_matured: bool, found: &Found) {
     let routed = found.infos.get(..found.routed).unwrap_or_default();
-    let is_routed = |name: &str| routed.iter().any(|info| info.config.name == name);
-    let has_matured = |name: &str| {
-        let matured = record.matured.as_ref().and_then(|cut| cut.stream(name));
-        matured.is_some() && record.cuts().all(|cut| cut.stream(name) == matured)
+    let matured = cuts.last().filter(|_| is_matured).cloned();
+    let Some(matured) = matured else {
+        return;
     };
-    let mut cuts: Vec<Cut> = record.cuts().cloned().collect();
-    for cut in &mut cuts {
+    let have_matured: Vec<&str> = (matured.streams.iter())
+        .filter(|it| routed.iter().all(|info| info.config.name != it.name))
+        .filter(|it| cuts.iter().all(|cut| cut.stream(&it.name) == Some(it)))
+        .map(|it| it.name.as_str())
+        .collect();
+    for cut in cuts {
         cut.streams
-            .retain(|it| is_routed(&it.name) || !has_matured(&it.name));
+            .retain(|it| !have_matured.contains(&it.name.as_str()));
     }
-    cuts
 }
 
 fn answer(read: &Read, body: &[u8]) -> Result<Answer, AckError> {

@@ -36,6 +36,12 @@ pub struct StreamFacts {
     pub last_seq: u64,
     /// It captures something of the prefix, or the park subject.
     pub is_routed: bool,
+    /// Its last message stays while an older one does; see
+    /// [`keeps_its_end`](crate::jetstream::streams::StreamConfig::keeps_its_end). What is gone from there was lost or deleted,
+    /// and not consumed.
+    pub keeps_its_end: bool,
+    /// The same of each message.
+    pub keeps_its_order: bool,
 }
 
 /// What a resume begins with.
@@ -94,6 +100,8 @@ pub enum Disagreement {
     },
     /// It was deleted and created again.
     Recreated,
+    /// Its last messages are gone, and older ones are not.
+    Torn,
     /// Another message is where one of ours was.
     Refilled {
         /// Its sequence.
@@ -118,6 +126,10 @@ impl fmt::Display for Lost {
                     "stream {stream} was deleted and created again since events were stored in it"
                 )
             }
+            Disagreement::Torn => write!(
+                f,
+                "the last messages of stream {stream} are gone, lost by the server or deleted by somebody"
+            ),
             Disagreement::Refilled { seq } => write!(
                 f,
                 "stream {stream} has another message at sequence {seq} than the event that was stored there"
@@ -145,6 +157,8 @@ pub struct Resumed {
     pub streams: Vec<StreamCut>,
     /// Messages after the anchor are gone from a stream, and may have been events.
     pub has_gone: bool,
+    /// How many are gone from each stream that loses none by itself: the server lost them, or somebody deleted them.
+    pub deleted: Vec<u64>,
     /// A stream with messages of ours after the anchor that have no fence, and the last of these: they are no evidence.
     pub unfenced: Option<(usize, Position)>,
     /// Foreign messages that were read in each stream.
@@ -163,6 +177,7 @@ pub struct Resume {
     disagreed: Vec<Lost>,
     evidence: Evidence,
     has_gone: bool,
+    deleted: Vec<u64>,
     unfenced: Option<(usize, Position)>,
     foreign: Vec<u64>,
     /// Copies of our messages, by the stream that they come from.
@@ -200,9 +215,13 @@ impl Resume {
             let there =
                 witnesses.filter(|it| (stream.first_seq..=stream.last_seq).contains(&it.seq));
             reads.extend(there.map(|witness| Read::Message(index, witness.seq)));
+            if stream.keeps_its_end && !stream.keeps_its_order && stream.last_seq > 0 {
+                reads.insert(Read::Message(index, stream.last_seq));
+            }
         }
         Resume {
             foreign: vec![0; facts.streams.len()],
+            deleted: vec![0; facts.streams.len()],
             phase: Phase::Witnesses(reads.into_iter().collect()),
             facts,
             witnesses: BTreeMap::new(),
@@ -254,7 +273,7 @@ impl Resume {
                 Phase::Witnesses(_) => {
                     self.witnesses.insert((*stream, *seq), message);
                 }
-                _ => self.on_message(*stream, message),
+                _ => self.on_message(*stream, *seq, message),
             },
             (Read::Exists(name), Answer::Exists(exists)) => {
                 // the copies of a stream that is there prove nothing: what it holds was read itself, or is none of ours
@@ -291,6 +310,7 @@ impl Resume {
             evidence: self.evidence,
             disagreed: self.disagreed,
             has_gone: self.has_gone,
+            deleted: self.deleted,
             unfenced: self.unfenced,
             foreign: self.foreign,
         }
@@ -346,6 +366,10 @@ impl Resume {
             // no event goes there any more, and an operator who deletes a stream deletes what it holds
             return None;
         };
+        if of_cut.witness.is_none() {
+            // nothing of ours was in it
+            return None;
+        }
         if !self.is_same(index, of_cut) {
             return match stream.is_routed {
                 false => None,
@@ -357,6 +381,9 @@ impl Resume {
         }
         let witness_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
         let acked_seq = of_cut.read_after.max(witness_seq);
+        if self.is_torn(index, stream, of_cut) {
+            return Some(Disagreement::Torn);
+        }
         (stream.last_seq < acked_seq).then_some(Disagreement::Regressed {
             last_seq: stream.last_seq,
             acked_seq,
@@ -367,6 +394,21 @@ impl Resume {
     fn witness(&self, stream: usize, of_cut: &StreamCut) -> Option<&Message> {
         let seq = of_cut.witness.as_ref()?.seq;
         self.witnesses.get(&(stream, seq))?.as_ref()
+    }
+
+    /// The cut's witness is gone, and can only have been lost or deleted: an older message is there, and either each message
+    /// would stay as long, or nothing at all is at the stream's end. (After a power loss the index of nats-server may be
+    /// newer than its blocks, and then it still counts what it no longer has.)
+    fn is_torn(&self, index: usize, stream: &StreamFacts, of_cut: &StreamCut) -> bool {
+        let Some(witness) = &of_cut.witness else {
+            return false;
+        };
+        let is_there = |seq| matches!(self.witnesses.get(&(index, seq)), Some(Some(_)));
+        stream.keeps_its_end
+            && stream.first_seq < witness.seq
+            && witness.seq <= stream.last_seq
+            && !is_there(witness.seq)
+            && (stream.keeps_its_order || !is_there(stream.last_seq))
     }
 
     /// The stream is the one that the cut speaks of: its witness is there, or is gone and `created` is the same.
@@ -385,8 +427,9 @@ impl Resume {
         let facts = self.facts.streams.get(stream)?;
         let of_cut = self.cut()?.stream(&facts.name)?;
         let acked_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
-        let agrees =
-            self.is_same(stream, of_cut) && facts.last_seq >= acked_seq.max(of_cut.read_after);
+        let agrees = self.is_same(stream, of_cut)
+            && !self.is_torn(stream, facts, of_cut)
+            && facts.last_seq >= acked_seq.max(of_cut.read_after);
         agrees.then_some(of_cut)
     }
 
@@ -405,9 +448,15 @@ impl Resume {
         stretches.filter(|it| it.from <= it.to).collect()
     }
 
-    fn on_message(&mut self, stream: usize, message: Option<Message>) {
+    fn on_message(&mut self, stream: usize, seq: u64, message: Option<Message>) {
         let Some(message) = message else {
-            self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+            let keeps = self
+                .facts
+                .streams
+                .get(stream)
+                .is_some_and(|it| it.keeps_its_end);
+            let may_have_been_sent = self.trusted(stream).is_some() || self.cut().is_none();
+            self.has_gone |= may_have_been_sent && !keeps;
             return;
         };
         let lineage = &self.facts.lineage;
