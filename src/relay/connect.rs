@@ -5,7 +5,7 @@
 
 use super::checkpoint::kv;
 use super::checkpoint::record::{Cut, StreamCut};
-use super::checkpoint::store::{Overtaken, Store};
+use super::checkpoint::store::{ANYTHING, Overtaken, Store};
 use super::core::capacity::Capacity;
 use super::core::evidence::Message;
 use super::core::exactly_once::{Connection, ExactlyOnce};
@@ -172,6 +172,9 @@ impl Connector<'_> {
                 (cuts, is_matured, confirmed_lsn)
             }
         };
+        let held = store.held();
+        let maybe_unfenced =
+            confirmed_lsn > Lsn::INVALID && held.is_none_or(|record| record.told_lsn == ANYTHING);
         let missing = self.find_named(&mut found, &cuts)?;
         let facts = Facts {
             lineage: self.lineage.clone(),
@@ -179,6 +182,7 @@ impl Connector<'_> {
             cuts,
             oldest_is_matured,
             confirmed_lsn,
+            maybe_unfenced,
             accept_loss: self.accept_loss,
         };
         let streams = facts.streams.clone();

@@ -57,6 +57,9 @@ pub struct Facts {
     pub confirmed_lsn: Lsn,
     /// Every stream under the prefix or named in a cut.
     pub streams: Vec<StreamFacts>,
+    /// Nothing rules out that the streams were written with at-least-once delivery last: messages of ours without a fence
+    /// are told from copies.
+    pub maybe_unfenced: bool,
     /// What is lost is lost (`-resume-anyway`).
     pub accept_loss: bool,
 }
@@ -450,35 +453,37 @@ impl Resume {
 
     fn on_message(&mut self, stream: usize, seq: u64, message: Option<Message>) {
         let Some(message) = message else {
-            let keeps = self
-                .facts
-                .streams
-                .get(stream)
-                .is_some_and(|it| it.keeps_its_end);
-            let may_have_been_sent = self.trusted(stream).is_some() || self.cut().is_none();
-            self.has_gone |= may_have_been_sent && !keeps;
+            let facts = self.facts.streams.get(stream);
+            if facts.is_some_and(|it| it.keeps_its_end && it.first_seq <= seq) {
+                let deleted = self.deleted.get_mut(stream);
+                deleted.into_iter().for_each(|it| *it += 1);
+            } else {
+                self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+            }
             return;
         };
         let lineage = &self.facts.lineage;
         let anchor = self.anchor().0.position;
         let id = message.id.clone().unwrap_or_default();
         let fenced = message.ours(lineage);
-        let unfenced = message.unfenced(lineage);
-        if let Some(position) = fenced.filter(|position| *position > anchor) {
-            self.evidence.add(position, stream, message.seq, &id);
-        }
-        if let Some(position) = unfenced.filter(|position| *position > anchor) {
-            let known = self
-                .unfenced
-                .map_or(position, |(_, known)| known.max(position));
-            self.unfenced = Some((stream, known));
-        }
-        if let Some(position) = fenced.or(unfenced) {
-            if position <= anchor
-                && !message.is_late
+        if let Some(position) = fenced {
+            if position > anchor {
+                self.evidence.add(position, stream, message.seq, &id);
+            } else if !message.is_late
                 && let Phase::Messages(stretches) = &mut self.phase
             {
                 stretches.retain(|it| it.stream != stream || !it.backwards);
+            }
+            return;
+        }
+        if self.facts.maybe_unfenced
+            && let Some(position) = message.unfenced(lineage)
+        {
+            if position > anchor {
+                let known = self
+                    .unfenced
+                    .map_or(position, |(_, known)| known.max(position));
+                self.unfenced = Some((stream, known));
             }
             return;
         }
