@@ -10,6 +10,7 @@
 //! read back is compared whole.
 
 use super::record::{Cut, Record, Ripening};
+use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
 use crate::outbox::lineage::{Conflict, Lineage};
 use crate::postgres::Lsn;
@@ -24,6 +25,9 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const URGENT_PATIENCE: Duration = Duration::from_secs(2);
 /// Writes that fail for so long are warned of, and again after as long.
 const WARN_AFTER: Duration = Duration::from_secs(60);
+
+/// At-least-once delivery tells Postgres at once what is acknowledged.
+pub const ANYTHING: Lsn = Lsn(u64::MAX);
 
 /// What the publication was last seen to publish, as text. It is shared, since one thread sees it and another writes it.
 #[derive(Clone, Debug, Default)]
@@ -56,6 +60,8 @@ pub struct Identity {
     pub writer: String,
     /// The flags that decide which rows become events, and which ids these have.
     pub fingerprint: String,
+    /// How it delivers.
+    pub delivery: Delivery,
 }
 
 /// The key's last value, as it was read.
@@ -100,6 +106,8 @@ pub struct Store {
     hold_back: Duration,
     /// The server's timeline, which all LSNs of what is written are on.
     timeline: u32,
+    /// The most that Postgres was told before this process.
+    confirmed_lsn: Lsn,
     /// What the key holds, as far as we know.
     held: Option<Record>,
     /// The key's last revision, as far as we know; 0: it has none.
@@ -121,6 +129,7 @@ impl Store {
             identity,
             hold_back,
             timeline: 0,
+            confirmed_lsn: Lsn::INVALID,
             held: None,
             revision: 0,
             clock: None,
@@ -216,30 +225,20 @@ impl Store {
     }
 
     /// The record of a start or a new connection, to be written before anything is published: the cut that was resumed
-    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again; and in each stream the cuts know
-    /// of no more than `end` of it.
-    pub fn claim(
-        &mut self,
-        cut: Cut,
-        fell_back: bool,
-        end: impl Fn(&str) -> Option<u64>,
-        now: Instant,
-    ) -> Write {
+    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again, and the older cuts know of
+    /// no more in a stream than it does. `confirmed_lsn`: what Postgres has been told.
+    pub fn claim(&mut self, cut: Cut, fell_back: bool, confirmed_lsn: Lsn, now: Instant) -> Write {
         let (mut ripening, mut matured) = self.ripened(now);
         if fell_back {
             ripening = None;
-        }
-        for cut in ripening
-            .iter_mut()
-            .map(|it| &mut it.cut)
-            .chain(&mut matured)
-        {
-            for stream in &mut cut.streams {
-                let end = end(&stream.name).unwrap_or(u64::MAX);
+            for stream in matured.iter_mut().flat_map(|cut| &mut cut.streams) {
+                let known = cut.stream(&stream.name);
+                let end = known.map_or(0, |known| known.read_after);
                 stream.read_after = stream.read_after.min(end);
                 stream.witness.take_if(|witness| witness.seq > end);
             }
         }
+        self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
     }
 
@@ -285,15 +284,22 @@ impl Store {
         now: Instant,
     ) -> Write {
         self.writes += 1;
-        let held = self.held.as_ref();
-        let told_lsn = held.map_or(Lsn::INVALID, |held| held.told_lsn);
+        let held = self.held.as_ref().map(|held| held.told_lsn);
+        let told_lsn = match self.identity.delivery {
+            Delivery::AtLeastOnce => ANYTHING,
+            Delivery::ExactlyOnce => held
+                .filter(|told_lsn| *told_lsn != ANYTHING)
+                .unwrap_or_default()
+                .max(cut.stored_lsn)
+                .max(self.confirmed_lsn),
+        };
         let ripening = ripening.unwrap_or_else(|| Ripening {
             cut: cut.clone(),
             since_ms: None,
         });
         let record = Record {
             timeline: self.timeline,
-            told_lsn: told_lsn.max(cut.stored_lsn),
+            told_lsn,
             young: cut,
             ripening: Some(ripening),
             matured,

@@ -17,7 +17,7 @@ use super::window::{Commit, Limits, Resolved, State, Window};
 use super::{Next, Tally};
 use crate::jetstream::ack::{AckError, AckErrorKind, Origin, PubAck};
 use crate::jetstream::wire::{self, Publish};
-use crate::outbox::batch::{Batch, Event, Fate, OutboxEvent};
+use crate::outbox::batch::{Batch, Event, Fate};
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
@@ -754,6 +754,12 @@ impl ExactlyOnce {
         }
     }
 
+    /// The record holds the cut that is true now, so it need not be written.
+    pub fn on_recorded_again(&mut self, now: Instant) {
+        self.gate.on_cut();
+        self.on_recorded(now);
+    }
+
     /// A record is to be written at once.
     pub fn wants_record(&self) -> bool {
         self.connection.is_some() && self.gate.wants_record()
@@ -807,11 +813,6 @@ impl ExactlyOnce {
         let connected = self.connection.as_ref();
         self.continuity.is_proven()
             && connected.is_some_and(|it| now.saturating_duration_since(it.agreed_at) <= AGREED_FOR)
-    }
-
-    /// The event that waits under this token.
-    pub fn event(&self, token: u64) -> Option<OutboxEvent<'_>> {
-        Some(self.window.get(token)?.event.view())
     }
 
     /// Another form of the event under this token, at its position, is to be published in its place. Only of one

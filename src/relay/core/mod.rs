@@ -5,7 +5,7 @@
 //! Exactly-once has a [`fence`] for each [`stream`], and publishes what [`evidence`] does not show to be stored; [`resume`]
 //! finds out where to go on, [`continuity`] proves that the WAL is the one that the streams were written from, [`doubt`] is
 //! about messages that are gone, and the [`gate`] bounds what the record lacks. [`capacity`] is how large an event may be,
-//! [`trouble`] why things cannot go on. [`rules`] lists the rules.
+//! [`trouble`] why things cannot go on.
 
 pub mod at_least_once;
 pub mod capacity;
@@ -20,8 +20,17 @@ pub mod stream;
 pub mod trouble;
 pub mod window;
 
+use crate::jetstream::ack::{AckError, Origin, PubAck};
 use crate::jetstream::wire::Publish;
+use crate::outbox::batch::{Batch, Event, OutboxEvent};
+use crate::postgres::Lsn;
+use at_least_once::AtLeastOnce;
 use capacity::TooLarge;
+use exactly_once::ExactlyOnce;
+use std::sync::Arc;
+use std::time::Instant;
+use trouble::{Cause, Trouble};
+use window::Window;
 
 /// What to do next.
 #[derive(Debug)]
@@ -67,4 +76,112 @@ pub struct Tally {
     pub late: u64,
     /// Foreign messages that took the place of a publish, which was then repeated.
     pub foreign: u64,
+}
+
+/// The publishing side, whichever the delivery.
+#[derive(Debug)]
+pub enum Core {
+    /// The default.
+    ExactlyOnce(Box<ExactlyOnce>),
+    /// Without a fence.
+    AtLeastOnce(Box<AtLeastOnce>),
+}
+
+macro_rules! either {
+    ($core:expr, $it:ident => $call:expr) => {
+        match $core {
+            Core::ExactlyOnce($it) => $call,
+            Core::AtLeastOnce($it) => $call,
+        }
+    };
+}
+
+impl Core {
+    /// Takes the next changes of the copy stream.
+    pub fn offer(&mut self, batch: &Arc<Batch>) -> Result<(), Trouble> {
+        either!(self, it => it.offer(batch))
+    }
+
+    /// Another batch is wanted.
+    pub fn wants_batch(&self) -> bool {
+        either!(self, it => it.wants_batch())
+    }
+
+    /// The next thing to do; to be called until it says [`Next::Nothing`].
+    pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
+        either!(self, it => it.next(now))
+    }
+
+    /// The answer to a publish of this connection, by its name. Returns the token of the event that is stored by it.
+    pub fn answer(
+        &mut self,
+        reply: u64,
+        answer: Result<(PubAck, Arc<Origin>), AckError>,
+        now: Instant,
+    ) -> Result<Option<u64>, Trouble> {
+        either!(self, it => it.answer(reply, answer, now))
+    }
+
+    /// Time has passed.
+    pub fn tick(&self, now: Instant) -> Result<(), Trouble> {
+        match self.window().deadline() {
+            Some(deadline) if now >= deadline => Err(Trouble::Reconnect(Cause::AckTimeout)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The event that waits under this token.
+    pub fn event(&self, token: u64) -> Option<OutboxEvent<'_>> {
+        Some(self.window().get(token)?.event.view())
+    }
+
+    /// Another form of the event under this token, at its position, is to be published in its place. Only of one
+    /// that is not on its way.
+    pub fn replace(&mut self, token: u64, event: Event) {
+        either!(self, it => it.replace(token, event));
+    }
+
+    /// The event under this token is not published at all. Only of one that is not on its way.
+    pub fn give_up(&mut self, token: u64) {
+        if let Some(pending) = self.window().get(token) {
+            let mut event = pending.event.clone();
+            event.give_up();
+            self.replace(token, event);
+        }
+    }
+
+    /// How many bytes of id, headers and body may go to `subject`.
+    pub fn room(&self, subject: &str) -> usize {
+        either!(self, it => it.room(subject))
+    }
+
+    /// The limits of the server or the account have changed.
+    pub fn set_max_payload(&mut self, max_payload: usize) {
+        either!(self, it => it.set_max_payload(max_payload));
+    }
+
+    /// The connection is gone.
+    pub fn on_disconnect(&mut self) {
+        match self {
+            Core::ExactlyOnce(core) => {
+                core.on_disconnect();
+            }
+            Core::AtLeastOnce(core) => core.on_disconnect(),
+        }
+    }
+
+    /// What Postgres sent and is not resolved.
+    pub fn window(&self) -> &Window {
+        either!(self, it => it.window())
+    }
+
+    /// Everything up to here is resolved.
+    pub fn stored_lsn(&self) -> Lsn {
+        either!(self, it => it.stored_lsn())
+    }
+
+    /// The counters.
+    pub fn tally(&self) -> Tally {
+        either!(self, it => it.tally())
+    }
 }
