@@ -339,8 +339,8 @@ impl ExactlyOnce {
                     }));
                 }
                 Verdict::NotSent(found) => {
-                    let mut out = self.window.out();
-                    let has_come = out.any(|it| it.event.position() == found.position);
+                    let mut events = self.window.events();
+                    let has_come = events.any(|it| it.event.position() == found.position);
                     if !has_come && !self.continuity.is_lenient() {
                         return Err(Trouble::Halt(Halt::NotSent {
                             stream: name(&connected.streams, found.stream),
@@ -572,7 +572,7 @@ impl ExactlyOnce {
 
     /// What came to a stream that refused something: late copies of our own publishes, and foreign messages.
     fn on_gap(&mut self, index: usize, messages: Vec<(u64, Option<Message>)>, now: Instant) {
-        let out: Vec<Position> = (self.window.out())
+        let out: Vec<Position> = (self.window.events())
             .filter(|it| matches!(it.state, State::Resolved(_)))
             .map(|it| it.event.position())
             .collect();
@@ -711,7 +711,7 @@ impl ExactlyOnce {
 
     /// No event after the anchor has this sequence or a lower one.
     fn read_after(&self, connected: &Connected, index: usize) -> u64 {
-        let out = self.window.out().filter_map(|pending| match pending.state {
+        let out = self.window.events().filter_map(|pending| match pending.state {
             State::Sent { stream, expected } if stream == index => Some(expected),
             State::Resolved(Some((stream, seq))) if stream == index => Some(seq.saturating_sub(1)),
             _ => None,
