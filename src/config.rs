@@ -7,9 +7,9 @@
 use crate::cli::{Cli, PROGRAM};
 use crate::exit::Exit;
 use crate::jetstream::Delivery;
-use crate::jetstream::options::{Options, parse_servers};
 use crate::jetstream::preflight::Wanted;
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
+use crate::nats::options::{Options, parse_servers};
 use crate::outbox::header::is_schedule;
 use crate::outbox::mapping::{Mapping, TableMapping};
 use crate::outbox::park::{OnBad, OnPoison, Policy};

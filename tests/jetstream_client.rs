@@ -2,14 +2,13 @@
 
 mod support;
 
-use crossbeam_channel::{select, unbounded};
+use crossbeam_channel::unbounded;
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
-use jetstream_outbox::jetstream::client::{Link, Reply};
-use jetstream_outbox::jetstream::connection::Ack;
-use jetstream_outbox::jetstream::error::Error;
-use jetstream_outbox::jetstream::options::{Options, ServerUrl};
+use jetstream_outbox::jetstream::client::{Ack, Answer, Link, Reply};
 use jetstream_outbox::jetstream::streams::{self, Routes};
 use jetstream_outbox::jetstream::wire::{self, Publish};
+use jetstream_outbox::nats::Error;
+use jetstream_outbox::nats::options::{Options, ServerUrl};
 use jetstream_outbox::outbox::batch::{Batch, Event};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
@@ -25,7 +24,7 @@ use support::wait::{eventually, pause};
 
 const LONG: Duration = Duration::from_secs(30);
 
-/// What waits for no server is done by then on a busy machine; the crate's flush waits for ten times as long.
+/// What waits for no server is done by then on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// The tests count the process' threads, so they take turns.
@@ -73,7 +72,7 @@ impl Server {
 fn create_stream(link: &Link, extra: &str) {
     let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"]{extra}}}"#);
     let answer = link
-        .call("STREAM.CREATE.EVENTS", body.into(), LONG)
+        .call("STREAM.CREATE.EVENTS", body.as_bytes(), LONG)
         .unwrap();
     let answer = String::from_utf8(answer).unwrap();
     assert!(answer.contains("did_create"), "{answer}");
@@ -119,17 +118,26 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
         reply: number,
         expected_last_sequence: Some(number - 1),
         expected_last: None,
+        expected_stream: None,
+        is_late: false,
     };
     let indexes = 0..batch.changes().len();
     (first..).zip(indexes).map(publish).collect()
 }
 
-fn next_acks(link: &Link) -> Vec<Ack> {
-    select! {
-        recv(link.acks()) -> acks => acks.unwrap(),
-        recv(link.lost()) -> error => panic!("{}", error.unwrap()),
-        default(LONG) => panic!("no answer"),
+fn next_answers(link: &Link) -> Vec<Answer> {
+    match link.answers().recv_timeout(LONG) {
+        Ok(answers) => answers,
+        Err(_) => panic!("no answer: {:?}", link.lost().try_recv()),
     }
+}
+
+fn next_acks(link: &Link) -> Vec<Ack> {
+    let ack = |answer| match answer {
+        Answer::Ack(ack) => ack,
+        other => panic!("{other:?}"),
+    };
+    next_answers(link).into_iter().map(ack).collect()
 }
 
 fn next_ack(link: &Link) -> Ack {
@@ -139,10 +147,9 @@ fn next_ack(link: &Link) -> Ack {
 }
 
 fn next_reply(link: &Link) -> Reply {
-    select! {
-        recv(link.replies()) -> message => link.decode(message.unwrap()).unwrap(),
-        recv(link.lost()) -> error => panic!("{}", error.unwrap()),
-        default(LONG) => panic!("no answer"),
+    match next_answers(link).remove(0) {
+        Answer::Reply(reply) => reply,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -155,19 +162,18 @@ fn pipeline(link: &Link, count: u64, window: u64, burst: u64, body_len: usize) {
             publish(link, events(first, n, body_len));
             first += n;
         }
-        for Ack { reply, result } in next_acks(link) {
+        for Ack { reply, result, .. } in next_acks(link) {
             acked += 1;
             let stored = Ok(PubAck {
                 seq: acked,
                 duplicate: false,
             });
-            assert_eq!((reply, result), (acked, stored));
+            assert_eq!((reply, result.map(|(ack, _)| ack)), (acked, stored));
         }
     }
 }
 
-/// Those of links, and the crate's, which have the name of the thread that has started them. (All threads are not to be counted:
-/// the test harness starts one when it likes.)
+/// Those of links. (All threads are not to be counted: the test harness starts one when it likes.)
 fn threads() -> usize {
     let names = thread_names();
     names
@@ -249,8 +255,7 @@ fn a_server_killed_while_publishing_is_noticed_and_leaves_nothing_behind() {
         assert!(matches!(error, Error::Unreachable { .. }), "{error}");
         server.nats.start_again();
     }
-    // the crate's own flusher may take two minutes to notice
-    threads_return_to(before + ROUNDS);
+    threads_return_to(before);
 }
 
 #[test]
@@ -264,7 +269,7 @@ fn a_frozen_server_blocks_nobody() {
     let started = Instant::now();
     for burst in 0..64 {
         publish(&link, events(1001 + burst, 1, 1_000_000));
-        link.request(1, "INFO", Vec::new());
+        link.request(1, "INFO", &[]);
     }
     assert!(started.elapsed() < 2 * AT_ONCE, "{:?}", started.elapsed());
     let mut options = server.options();
@@ -304,8 +309,7 @@ fn a_frozen_server_that_is_killed_frees_its_threads() {
     drop(link);
     server.nats.kill();
     server.nats.start_again();
-    // the crate's own flusher may take two minutes to notice
-    threads_return_to(before + 1);
+    threads_return_to(before);
 }
 
 #[test]
@@ -315,26 +319,26 @@ fn refusals_are_named() {
     create_stream(&link, r#","max_msg_size":1000"#);
     let ask = |first, body_len| {
         publish(&link, events(first, 1, body_len));
-        let Ack { reply, result } = next_ack(&link);
+        let Ack { reply, result, .. } = next_ack(&link);
         assert_eq!(reply, first);
-        result.map(|ack| ack.seq).map_err(|error| error.kind())
+        result.map(|(ack, _)| ack.seq).map_err(|error| error.kind())
     };
     assert_eq!(ask(1, 1), Ok(1));
     assert_eq!(ask(9, 1), Err(AckErrorKind::WrongLastSequence(Some(1))));
     assert_eq!(ask(2, 2000), Err(AckErrorKind::MessageTooLarge));
     let error = link
-        .call("STREAM.INFO.NONE", Vec::new(), LONG)
+        .call("STREAM.INFO.NONE", &[], LONG)
         .map(|body| String::from_utf8(body).unwrap());
     assert!(error.unwrap().contains("stream not found"));
     // asynchronously
-    link.request(7, "STREAM.INFO.EVENTS", Vec::new());
+    link.request(7, "STREAM.INFO.EVENTS", &[]);
     let Reply { token, result } = next_reply(&link);
     assert_eq!(token, 7);
     let answer = String::from_utf8(result.unwrap()).unwrap();
     assert!(answer.contains("events."), "{answer}");
-    link.call("STREAM.DELETE.EVENTS", Vec::new(), LONG).unwrap();
+    link.call("STREAM.DELETE.EVENTS", &[], LONG).unwrap();
     publish(&link, events(1, 1, 1));
-    let Ack { reply, result } = next_ack(&link);
+    let Ack { reply, result, .. } = next_ack(&link);
     let kind = result.unwrap_err().kind();
     assert_eq!((reply, kind), (1, AckErrorKind::NoResponders));
 }
@@ -344,16 +348,15 @@ fn a_call_hands_on_the_answers_to_others() {
     let server = Server::start();
     let link = server.connect();
     create_stream(&link, "");
-    link.put(7, "events.kept".into(), 0, b"{}".to_vec());
+    link.put(7, "events.kept", 0, b"{}");
     eventually("the write to be answered", LONG, || {
-        !link.replies().is_empty()
+        !link.answers().is_empty()
     });
     let mut others = Vec::new();
     let request = streams::message_request("EVENTS", 1);
     let found = streams::message_among(&link, request, LONG, |other| others.push(other));
     assert_eq!(found.unwrap().unwrap().data, b"{}");
-    let others: Vec<Reply> = others.into_iter().filter_map(|m| link.decode(m)).collect();
-    let [Reply { token: 7, result }] = &others[..] else {
+    let [Answer::Reply(Reply { token: 7, result })] = &others[..] else {
         panic!("{others:?}");
     };
     let answer = String::from_utf8_lossy(result.as_ref().unwrap());
@@ -365,10 +368,10 @@ fn a_server_without_jetstream_is_named() {
     let server = Server::without_jetstream("");
     let link = server.connect();
     assert!(!link.server_info().jetstream);
-    let error = link.call("STREAM.NAMES", Vec::new(), LONG).unwrap_err();
+    let error = link.call("STREAM.NAMES", &[], LONG).unwrap_err();
     assert!(error.to_string().contains("enable JetStream"), "{error}");
     publish(&link, events(1, 1, 1));
-    let Ack { reply, result } = next_ack(&link);
+    let Ack { reply, result, .. } = next_ack(&link);
     let kind = result.unwrap_err().kind();
     assert_eq!((reply, kind), (1, AckErrorKind::NoResponders));
 }
@@ -448,7 +451,7 @@ fn more_streams_than_fit_a_page_are_listed() {
     for n in 0..count {
         let body = format!(r#"{{"name":"S{n}","subjects":["events.{n}.>"],"storage":"memory"}}"#);
         let api = format!("STREAM.CREATE.S{n}");
-        link.call(&api, body.into(), LONG).unwrap();
+        link.call(&api, body.as_bytes(), LONG).unwrap();
     }
     let found = streams::list(&link, "events.>", LONG).unwrap();
     assert_eq!(found.len(), count);
@@ -567,7 +570,7 @@ fn a_message_has_the_size_that_the_server_counts() {
     let size = wire::size(event.spans(), *expected_last_sequence, None, SOURCE.len());
     let limit = |call: &str, limit: usize| {
         let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
-        link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)
+        link.call(&format!("STREAM.{call}.EVENTS"), body.as_bytes(), LONG)
             .unwrap()
     };
     limit("CREATE", size - 1);
@@ -577,7 +580,7 @@ fn a_message_has_the_size_that_the_server_counts() {
     limit("UPDATE", size);
     publishes[0].reply = 2;
     publish(&link, publishes);
-    let Ack { reply, result } = next_ack(&link);
+    let Ack { reply, result, .. } = next_ack(&link);
     assert_eq!((reply, result.is_ok()), (2, true));
 }
 
@@ -699,7 +702,6 @@ fn large_events_arrive_whole_and_in_order() {
     pipeline(&link, 64, 64, 64, 900_000);
 }
 
-/// The crate's TLS would give up on it.
 #[test]
 fn large_events_go_through_tls() {
     let folder = temp_dir("client-");
@@ -746,20 +748,6 @@ fn fake_server(hear: impl FnMut(&str, &mut TcpStream) + Clone + Send + 'static) 
     }
 }
 
-/// A connection that subscribes before its first PING is the one for events.
-#[derive(Clone, Default)]
-struct Kind {
-    is_subscribed: bool,
-    is_for_questions: bool,
-}
-
-impl Kind {
-    fn heard(&mut self, line: &str) {
-        self.is_for_questions |= line == "PING" && !self.is_subscribed;
-        self.is_subscribed |= line.starts_with("SUB ");
-    }
-}
-
 #[test]
 fn a_server_that_lets_nobody_in_is_a_timeout_and_leaves_nothing_behind() {
     let _turn = lock(&TURN);
@@ -773,57 +761,6 @@ fn a_server_that_lets_nobody_in_is_a_timeout_and_leaves_nothing_behind() {
         );
     }
     threads_return_to(before);
-}
-
-#[test]
-fn attempts_that_hang_are_limited() {
-    let _turn = lock(&TURN);
-    let mut kind = Kind::default();
-    let options = fake_server(move |line, stream| {
-        kind.heard(line);
-        if line == "PING" && !kind.is_for_questions {
-            let _ = stream.write_all(b"PONG\r\n");
-        }
-    });
-    let mut timeouts = 0;
-    loop {
-        match refused(&options) {
-            Error::Timeout { .. } => timeouts += 1,
-            Error::Hanging { .. } => break,
-            other => panic!("{other}"),
-        }
-    }
-    assert_eq!(timeouts, 8);
-    // what hangs is the crate's half
-    eventually("the connections for events to end", LONG, || {
-        let names = thread_names();
-        match names.iter().any(|name| name.starts_with("nats-acks")) {
-            true => Err(names),
-            false => Ok(()),
-        }
-    });
-}
-
-/// The crate's thread panics on it, without a word to anybody.
-#[test]
-fn a_long_info_in_pieces_is_noticed() {
-    let _turn = lock(&TURN);
-    let options = fake_server(move |line, stream| {
-        if line == "PING" {
-            let _ = stream.write_all(b"PONG\r\n");
-        }
-        if line.starts_with("PUB ") {
-            let info = format!("INFO {{\"x\":\"{}\"", "x".repeat(4000));
-            for piece in [info.as_str(), &"y".repeat(2000)] {
-                let _ = stream.write_all(piece.as_bytes());
-                pause(Duration::from_millis(50));
-            }
-        }
-    });
-    let link = Link::connect(&options).unwrap();
-    link.request(1, "INFO", Vec::new());
-    let error = link.lost().recv_timeout(LONG).unwrap();
-    assert!(error.to_string().contains("thread ended"), "{error}");
 }
 
 /// What a server may say between two acks, and in how many pieces, is no trouble for the connection of the events.
@@ -855,8 +792,8 @@ fn a_server_that_talks_a_lot_is_understood() {
     let link = Link::connect(&options).unwrap();
     for number in 1..=3 {
         publish(&link, events(number, 1, 1));
-        let Ack { reply, result } = next_ack(&link);
-        assert_eq!((reply, result.map(|ack| ack.seq)), (number, Ok(7)));
+        let Ack { reply, result, .. } = next_ack(&link);
+        assert_eq!((reply, result.map(|(ack, _)| ack.seq)), (number, Ok(7)));
         lines.recv_timeout(LONG).expect("the PING is answered");
     }
     assert!(link.lost().is_empty());
@@ -875,28 +812,10 @@ fn what_is_not_nats_ends_the_link() {
     });
     let link = Link::connect(&options).unwrap();
     publish(&link, events(1, 1, 1));
-    assert!(link.acks().recv_timeout(LONG).is_err(), "nothing follows");
+    assert!(
+        link.answers().recv_timeout(LONG).is_err(),
+        "nothing follows"
+    );
     let error = link.lost().try_recv().expect("told before");
     assert!(error.to_string().contains("HTTP/1.1 400"), "{error}");
-}
-
-/// The one for events lives, and the crate waits without an end.
-#[test]
-fn a_connection_for_questions_that_dies_without_a_word_is_found_out() {
-    let _turn = lock(&TURN);
-    let mut is_dead = false;
-    let options = fake_server(move |line, stream| {
-        is_dead |= line.starts_with("PUB ");
-        if line == "PING" && !is_dead {
-            let _ = stream.write_all(b"PONG\r\n");
-        }
-    });
-    let link = Link::connect(&options).unwrap();
-    assert_eq!(link.is_stuck_for(), Duration::ZERO);
-    link.request(1, "INFO", Vec::new());
-    eventually("the link to be stuck", LONG, || {
-        link.is_stuck_for() > Duration::from_millis(100)
-    });
-    publish(&link, events(1, 1, 1));
-    assert!(link.lost().is_empty());
 }

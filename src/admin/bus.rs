@@ -3,9 +3,10 @@
 
 use crate::jetstream::Error;
 use crate::jetstream::client::Link;
-use crate::jetstream::options::Options;
-use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{self, Request, StoredMessage, StreamInfo};
+use crate::nats;
+use crate::nats::info::ServerInfo;
+use crate::nats::options::Options;
 use std::time::Duration;
 
 /// The connection, and how to make it anew.
@@ -24,7 +25,7 @@ impl Bus<'_> {
         let link = Link::connect(options)?;
         Ok(Bus {
             options,
-            info: link.server_info().clone(),
+            info: (*link.server_info()).clone(),
             server: link.server().to_string(),
             link: Some(link),
         })
@@ -40,7 +41,12 @@ impl Bus<'_> {
             None => Link::connect(self.options)?,
         };
         let answer = question(&link, self.options.request_timeout);
-        if !matches!(answer, Err(Error::Lost { .. } | Error::Permission { .. })) {
+        if !matches!(
+            answer,
+            Err(Error::Nats(
+                nats::Error::Lost { .. } | nats::Error::Permission { .. }
+            ))
+        ) {
             self.link = Some(link);
         }
         answer
@@ -64,7 +70,7 @@ impl Bus<'_> {
     /// Creates a stream; the request is [`streams::create_bucket_request`] or of its kind.
     pub fn create(&mut self, (api, body): Request) -> Result<(), Error> {
         self.ask(|link, timeout| {
-            let answer = link.call(&api, body, timeout)?;
+            let answer = link.call(&api, &body, timeout)?;
             match streams::parse_info(&answer) {
                 Ok(_) => Ok(()),
                 Err(source) => Err(Error::Api { api, source }),

@@ -5,14 +5,13 @@
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
 use super::ack::{AckError, ApiError};
-use super::client::{Link, Message};
+use super::client::{Answer, Link};
 use super::error::Error;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use std::fmt;
-use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// A request of the JetStream API: the subject behind the API prefix, and the body.
@@ -31,6 +30,9 @@ pub struct StreamInfo {
     /// The server's time, RFC 3339; servers before 2.10 do not say.
     #[serde(default)]
     pub ts: String,
+    /// The JetStream domain that it is in; empty without one.
+    #[serde(default)]
+    pub domain: String,
 }
 
 /// The part of a stream's configuration that decides whether it can carry the relay's promises.
@@ -224,32 +226,51 @@ pub fn next_message_request(stream: &str, seq: u64, subject: &str) -> Request {
 
 /// Reads the answer to [`last_message_request`] or [`message_request`]; `None` if there is no such message.
 pub fn parse_message(body: &[u8]) -> Result<Option<StoredMessage>, AckError> {
-    #[derive(Deserialize)]
-    struct Answer {
-        message: Stored,
-    }
-    #[derive(Deserialize)]
-    struct Stored {
-        subject: String,
-        seq: u64,
-        #[serde(default)]
-        time: String,
-        #[serde(default)]
-        hdrs: String,
-        #[serde(default)]
-        data: String,
-    }
-    let Some(Answer { message }) = none_if(10037, parse(body))? else {
+    let Some(StoredAnswer { message }) = none_if(10037, parse(body))? else {
         return Ok(None);
     };
-    let decode = |text: &str| STANDARD.decode(text).map_err(|_| AckError::Malformed);
-    Ok(Some(StoredMessage {
-        subject: message.subject,
-        seq: message.seq,
-        time: message.time,
-        headers: parse_headers(&decode(&message.hdrs)?),
-        data: decode(&message.data)?,
-    }))
+    let data = decode(&message.data)?;
+    let head = message.head()?;
+    Ok(Some(StoredMessage { data, ..head }))
+}
+
+/// The same without the message's body.
+pub fn parse_message_head(body: &[u8]) -> Result<Option<StoredMessage>, AckError> {
+    let answer: Option<StoredAnswer> = none_if(10037, parse(body))?;
+    answer.map(|answer| answer.message.head()).transpose()
+}
+
+#[derive(Deserialize)]
+struct StoredAnswer {
+    message: Stored,
+}
+
+#[derive(Deserialize)]
+struct Stored {
+    subject: String,
+    seq: u64,
+    #[serde(default)]
+    time: String,
+    #[serde(default)]
+    hdrs: String,
+    #[serde(default)]
+    data: String,
+}
+
+impl Stored {
+    fn head(self) -> Result<StoredMessage, AckError> {
+        Ok(StoredMessage {
+            subject: self.subject,
+            seq: self.seq,
+            time: self.time,
+            headers: parse_headers(&decode(&self.hdrs)?),
+            data: Vec::new(),
+        })
+    }
+}
+
+fn decode(text: &str) -> Result<Vec<u8>, AckError> {
+    STANDARD.decode(text).map_err(|_| AckError::Malformed)
 }
 
 /// `NATS/1.0\r\n`, then `name: value\r\n` lines (ADR-4). A line without a colon is skipped: whoever published it is
@@ -327,31 +348,10 @@ pub fn message_among(
     link: &Link,
     (api, body): Request,
     timeout: Duration,
-    other: impl FnMut(Message),
+    other: impl FnMut(Answer),
 ) -> Result<Option<StoredMessage>, Error> {
-    let answer = link.call_among(&api, body, timeout, other)?;
+    let answer = link.call_among(&api, &body, timeout, other)?;
     parse_message(&answer).map_err(|source| Error::Api { api, source })
-}
-
-/// Reads what stands at each of these sequences and was not deleted, up to `at_once` at a time; hands it to `take` as it
-/// comes, in any order.
-pub fn messages(
-    link: &Link,
-    stream: &str,
-    sequences: RangeInclusive<u64>,
-    timeout: Duration,
-    at_once: usize,
-    mut take: impl FnMut(&StoredMessage),
-) -> Result<(), Error> {
-    let first = *sequences.start();
-    let count = sequences.count();
-    let request = |nth: usize| message_request(stream, first + nth as u64);
-    link.call_each(count, request, at_once, timeout, |answer| {
-        if let Some(message) = parse_message(answer)? {
-            take(&message);
-        }
-        Ok(())
-    })
 }
 
 fn ask<T>(
@@ -360,7 +360,7 @@ fn ask<T>(
     timeout: Duration,
     parse: impl FnOnce(&[u8]) -> Result<T, AckError>,
 ) -> Result<T, Error> {
-    let answer = link.call(&api, body, timeout)?;
+    let answer = link.call(&api, &body, timeout)?;
     parse(&answer).map_err(|source| Error::Api { api, source })
 }
 
@@ -491,6 +491,7 @@ mod tests {
             state: StreamState::default(),
             created: String::new(),
             ts: String::new(),
+            domain: String::new(),
         }
     }
 
@@ -603,6 +604,7 @@ mod tests {
                 },
                 created: "2026-11-23T09:26:06.875757873Z".into(),
                 ts: "2026-11-23T09:26:06.879621015Z".into(),
+                domain: String::new(),
             }
         );
         for end in 0..body.len() {

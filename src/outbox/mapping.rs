@@ -41,6 +41,23 @@ impl Mapping {
         }
     }
 
+    /// What decides which rows become events, and which ids these have, as text: a relay that resumes where one with another
+    /// fingerprint left off cannot compare events.
+    pub fn fingerprint(&self) -> String {
+        let columns = |it: &TableMapping| {
+            let names = [&it.id, &it.aggregatetype, &it.aggregateid, &it.payload];
+            names.map(String::as_str).join(",")
+        };
+        let mut text = format!("*({})", columns(&self.default));
+        for named in &self.tables {
+            text.push_str(&format!(" {}({})", named.table, columns(&named.mapping)));
+        }
+        if let Some(prefix) = &self.message_prefix {
+            text.push_str(&format!(" message {prefix}"));
+        }
+        text
+    }
+
     /// The mapping for a table, unless it is left out.
     pub fn of_table(&self, schema: &str, name: &str) -> Option<&TableMapping> {
         if self.tables.is_empty() {

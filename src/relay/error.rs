@@ -1,11 +1,13 @@
 //! What ends a session, whether another may follow, and what a person reads.
 
+use super::core::capacity::TooLarge;
 use super::core::resume::Lost;
 use super::core::trouble::Halt;
 use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
+use crate::nats;
 use crate::outbox::lineage::Conflict;
 use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
@@ -79,6 +81,8 @@ pub enum Error {
         /// Its LSN.
         at: Lsn,
     },
+    /// Postgres sent an event at this position after a later one.
+    OutOfOrder(Position),
     /// A row cannot become an event.
     Map {
         /// Why.
@@ -90,12 +94,8 @@ pub enum Error {
     TooLarge {
         /// Table, id and position.
         event: String,
-        /// Its size in bytes.
-        size: usize,
-        /// What is allowed.
-        limit: usize,
-        /// By which setting.
-        setting: &'static str,
+        /// How large it is.
+        too_large: TooLarge,
     },
     /// A stream will never take the event.
     Refused {
@@ -128,6 +128,8 @@ pub enum Error {
     },
     /// It cannot be repaired.
     Halt(Halt),
+    /// The relay is to stop.
+    Stopped,
     /// Postgres shuts down.
     ServerShutsDown,
     /// Postgres ended the copy stream.
@@ -176,6 +178,7 @@ impl Error {
             Error::Nats(_) | Error::NoStream(_) => Verdict::Retry,
             Error::Regressed(_)
             | Error::Overtaken
+            | Error::Stopped
             | Error::ServerShutsDown
             | Error::EndedByServer => Verdict::Retry,
             Error::Setup(_)
@@ -192,9 +195,10 @@ impl Error {
             | Error::Refused { .. }
             | Error::Halt(_)
             | Error::Lost(_) => Verdict::Exit(Exit::Data),
-            Error::Decode { .. } | Error::OutOfPlace { .. } | Error::Internal(_) => {
-                Verdict::Exit(Exit::Internal)
-            }
+            Error::Decode { .. }
+            | Error::OutOfPlace { .. }
+            | Error::OutOfOrder(_)
+            | Error::Internal(_) => Verdict::Exit(Exit::Internal),
         }
     }
 }
@@ -284,6 +288,10 @@ impl fmt::Display for Error {
                     "read the replication stream: a {message} message at {at} outside of a transaction"
                 )
             }
+            Error::OutOfOrder(position) => write!(
+                f,
+                "read the replication stream: the event at {position} comes after a later one, which Postgres never sends"
+            ),
             Error::Map { error, slot } => {
                 write!(f, "{error}")?;
                 if let Some(behind) = error.behind() {
@@ -298,9 +306,12 @@ impl fmt::Display for Error {
             }
             Error::TooLarge {
                 event,
-                size,
-                limit,
-                setting,
+                too_large:
+                    TooLarge {
+                        size,
+                        limit,
+                        setting,
+                    },
             } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
@@ -344,6 +355,7 @@ impl fmt::Display for Error {
             Error::Overtaken => f.write_str(
                 "read the checkpoint: another relay with this slot's name has written it; looking again who has the slot",
             ),
+            Error::Stopped => f.write_str("the relay is to stop"),
             Error::ServerShutsDown => f.write_str("Postgres shuts down"),
             Error::EndedByServer => f.write_str("Postgres ended the replication stream"),
             Error::Internal(what) => write!(f, "internal error: {what}; please report it"),
@@ -382,6 +394,12 @@ impl From<postgres::Error> for Error {
             },
             _ => Error::Postgres(error),
         }
+    }
+}
+
+impl From<nats::Error> for Error {
+    fn from(error: nats::Error) -> Error {
+        Error::Nats(error.into())
     }
 }
 

@@ -52,6 +52,11 @@ impl Progress {
         self.held.store(true, Ordering::Release);
     }
 
+    /// Everything up to here has arrived.
+    pub fn received_lsn(&self) -> Lsn {
+        Lsn(self.received.load(Ordering::Acquire))
+    }
+
     /// Feedback: (write, flush) of a standby status update.
     ///
     /// Postgres accepts a flush position beyond its own end and moves the slot there, which would

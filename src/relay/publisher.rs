@@ -4,38 +4,39 @@
 //! the copy stream from Postgres stands still meanwhile and stays up. It calls nothing that can hang:
 //! publishing takes what the socket takes, and asking and closing are done by threads of the link.
 
-use super::bucket;
-use super::checkpoint::{CheckpointStore, Opened, Overtaken};
-use super::core::memory::Memory;
-use super::core::{Cause, Core, Next, Tally, Trouble};
+use super::checkpoint::kv;
+use super::checkpoint::record::{Anchor, Cut};
+use super::checkpoint::store::{Overtaken, Store};
+use super::connect::{self, Connector, From};
+use super::core::trouble::{Cause, Trouble};
+use super::core::{Core, Next, Tally};
 use super::error::{Error, Verdict};
 use super::outage::{Outage, WORKING};
 use super::progress::Progress;
 use super::pulse::Pulse;
-use super::rejoin::{self, Joined};
 use super::repeated::Repeated;
 use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
-use crate::jetstream;
-use crate::jetstream::ack::AckError;
-use crate::jetstream::client::{Link, Reply};
-use crate::jetstream::connection::Ack;
-use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
+use crate::jetstream::ack::{AckError, parse_ack};
+use crate::jetstream::client::{Ack, Answer, Link, Reply};
 use crate::jetstream::streams;
 use crate::jetstream::wire::Publish;
+use crate::nats;
 use crate::outbox::batch::{Batch, Fate};
+use crate::outbox::lineage::Lineage;
 use crate::outbox::park::{self, OnPoison};
+use crate::postgres::Lsn;
 use crossbeam_channel::{Receiver, never, select};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// So long outstanding acks are waited for when the session ends before everything is settled.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-/// So long the last write of the checkpoint is tried; without it the next start reads back more. A cluster
+/// So long the last write of the record is tried; without it the next start reads back more. A cluster
 /// that has just lost a node needs some seconds to find the bucket a leader.
-const KEEP_LIMIT: Duration = Duration::from_secs(5);
+const RECORD_LIMIT: Duration = Duration::from_secs(5);
 /// While something is held back, the confirmable position is looked at this often.
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
@@ -55,7 +56,8 @@ pub struct Publisher<'a> {
     progress: &'a Progress,
     stop: &'a Stop,
     core: Core,
-    store: CheckpointStore,
+    /// The record; `None` with at-least-once delivery where the bucket cannot be used.
+    store: Option<&'a mut Store>,
     /// `<slot> <system id> <timeline>`, as the position header begins.
     source: Arc<str>,
     outage: Outage,
@@ -67,10 +69,10 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
-    /// At the end the checkpoint is waited for until then.
-    keep_until: Option<Instant>,
-    /// Of the tally's `late`, what was warned of.
-    told_late: u64,
+    /// At the end the record is waited for until then.
+    record_until: Option<Instant>,
+    /// Of the tally, what was warned of.
+    warned: Tally,
     vitals: &'a Vitals,
     pulse: Pulse<'a>,
 }
@@ -94,10 +96,6 @@ pub struct Left {
     pub settled: bool,
     /// What it got done.
     pub tally: Tally,
-    /// How far the streams were.
-    pub memory: Memory,
-    /// The checkpoint.
-    pub store: CheckpointStore,
 }
 
 /// Why [`Publisher::serve`] left a connection.
@@ -123,7 +121,7 @@ impl<'a> Publisher<'a> {
         changes: Receiver<Batch>,
         progress: &'a Progress,
         stop: &'a Stop,
-        (core, store): (Core, CheckpointStore),
+        (core, store): (Core, Option<&'a mut Store>),
         vitals: &'a Vitals,
     ) -> Publisher<'a> {
         let now = Instant::now();
@@ -143,8 +141,8 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
-            keep_until: None,
-            told_late: 0,
+            record_until: None,
+            warned: Tally::default(),
             vitals,
             pulse: Pulse::new(vitals),
         }
@@ -156,24 +154,20 @@ impl<'a> Publisher<'a> {
         self.pulse.tell(&self.core, self.progress, 0);
         self.vitals.nats_is_connected(false);
         self.vitals.publisher.ended();
-        self.progress
-            .confirmable(self.core.confirmable(Instant::now()));
+        self.confirm(Instant::now());
         self.report.finish(&self.core, self.progress);
-        let settled = self.core.is_settled();
+        let settled = self.core.window().is_empty();
         if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
-        } else if result.is_ok() && !self.store.holds(&self.core.marks(&self.lineage.source)) {
+        } else if result.is_ok() && !self.is_recorded() {
             log::warn!(
                 "the checkpoint was not written in time; what it lacks is stored, but not confirmed, so Postgres sends it again at the next start"
             );
         }
-        let tally = self.core.tally();
         Left {
             result,
             settled,
-            tally,
-            memory: self.core.into_memory(),
-            store: self.store,
+            tally: self.core.tally(),
         }
     }
 
@@ -187,7 +181,7 @@ impl<'a> Publisher<'a> {
                 Err(Interrupt::End(error)) => return Err(error),
                 Err(Interrupt::Reconnect(cause, reason)) => (cause, reason),
                 Err(Interrupt::Refused { token, error }) => {
-                    self.core.disconnected();
+                    self.core.on_disconnect();
                     let event = self.describe(token);
                     let reason = format!("JetStream refused {event}: {error}");
                     if !self.put_aside(token, &error.to_string()) {
@@ -203,7 +197,7 @@ impl<'a> Publisher<'a> {
             self.vitals.nats_is_connected(false);
             self.vitals.reconnects(cause);
             self.pulse.nothing_waits();
-            self.core.disconnected();
+            self.core.on_disconnect();
             drop(link);
             match self.reconnect(&reason)? {
                 Some(connected) => link = connected,
@@ -218,33 +212,25 @@ impl<'a> Publisher<'a> {
         self.postponed = None;
         loop {
             let now = Instant::now();
-            while let Ok(acks) = link.acks().try_recv() {
-                self.acked(acks, now)?;
-            }
-            while let Ok(message) = link.replies().try_recv() {
-                self.replied(link.decode(message), now)?;
+            while let Ok(answers) = link.answers().try_recv() {
+                self.answered(answers, now)?;
             }
             let outcome = self.core.tick(now);
             self.trouble(outcome)?;
-            self.not_stuck(link)?;
             self.publish(link, now)?;
             self.look(link, now);
-            self.tell_late(now);
+            self.warn_of_foreign(now);
             let settled = self.is_settled(now);
-            if self.drained {
-                self.core.rest();
+            if settled && let Core::ExactlyOnce(core) = &mut self.core {
+                core.mark_quiescent();
             }
-            let confirmable = self.core.confirmable(now);
-            self.progress.confirmable(confirmable);
-            let marks = || self.core.marks(&self.lineage.source);
-            if let Some(write) = self.store.write(marks, confirmable, now, settled) {
-                bucket::send(&self.store, link, write);
-            }
+            self.record(link, now, settled);
+            self.confirm(now);
             self.report.tick(now, &self.core, self.progress);
             self.pulse
                 .tell(&self.core, self.progress, self.changes.len());
             self.vitals.publisher.within(LOOP_LIMIT);
-            if settled && self.is_kept(now) {
+            if settled && self.has_recorded(now) {
                 return Ok(());
             }
             let changes = if !self.drained && self.core.wants_batch() {
@@ -258,19 +244,15 @@ impl<'a> Publisher<'a> {
                 Closing::By(_) => &never_stops,
             };
             select! {
-                recv(link.acks()) -> acks => match acks {
-                    Ok(acks) => self.acked(acks, Instant::now())?,
+                recv(link.answers()) -> answers => match answers {
+                    Ok(answers) => self.answered(answers, Instant::now())?,
                     Err(_) => return Err(self.lost(link.lost().try_recv().ok())),
                 },
-                recv(link.replies()) -> message => match message {
-                    Ok(message) => self.replied(link.decode(message), Instant::now())?,
-                    Err(_) => return Err(self.lost(link.lost().try_recv().ok())),
-                },
-                recv(link.lost()) -> error => return Err(self.lost(error.ok())),
                 recv(changes) -> batch => match batch {
                     Ok(batch) => {
                         self.pulse.arrived(&batch);
-                        self.core.offer(Arc::new(batch));
+                        let outcome = self.core.offer(&Arc::new(batch));
+                        self.trouble(outcome)?;
                     }
                     Err(_) => {
                         self.drained = true;
@@ -283,26 +265,54 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Both connections must live: events may still go out over theirs while nothing comes of a question.
-    fn not_stuck(&self, link: &Link) -> Result<(), Interrupt> {
-        let limit = self.config.nats.request_timeout;
-        if link.is_stuck_for() <= limit {
-            return Ok(());
+    /// The link is over; it reports why before its answers end.
+    fn lost(&mut self, error: Option<nats::Error>) -> Interrupt {
+        if let Some(store) = &mut self.store {
+            store.on_disconnect();
         }
-        let reason = format!(
-            "the connection for questions to JetStream has been dead for {} s",
-            limit.as_secs()
-        );
-        Err(Interrupt::Reconnect(ReconnectCause::Connection, reason))
-    }
-
-    /// The link is over; why, it says before its acks end.
-    fn lost(&mut self, error: Option<jetstream::Error>) -> Interrupt {
         let reason = match error {
-            Some(error) => bucket::lost(&mut self.store, error).to_string(),
+            Some(error) => error.to_string(),
             None => "the connection to NATS ended".to_string(),
         };
         Interrupt::Reconnect(ReconnectCause::Connection, reason)
+    }
+
+    /// Writes the record if that is due.
+    fn record(&mut self, link: &Link, now: Instant, settled: bool) {
+        let subject = match &self.store {
+            Some(store) => store.subject(self.lineage.source.system_id),
+            None => return,
+        };
+        let Some(store) = &mut self.store else {
+            return;
+        };
+        let write = match &mut self.core {
+            Core::ExactlyOnce(core) => {
+                let urgent = settled || core.wants_record();
+                if urgent && store.holds(&core.cut()) {
+                    core.on_recorded_again(now);
+                    return;
+                }
+                store.write(|| core.cut_to_record(), now, urgent)
+            }
+            Core::AtLeastOnce(core) => store.write(|| bare(core.stored_lsn()), now, settled),
+        };
+        if let Some(write) = write {
+            kv::send(link, &subject, &write);
+        }
+    }
+
+    /// Tells the feedback thread what may be told to Postgres.
+    fn confirm(&mut self, now: Instant) {
+        let lsn = match (&self.core, &self.store) {
+            (Core::AtLeastOnce(core), _) => core.stored_lsn(),
+            (Core::ExactlyOnce(core), Some(store)) if core.may_confirm(now) => {
+                store.matured_lsn(now)
+            }
+            _ => return,
+        };
+        self.progress
+            .confirmable(lsn.min(self.progress.received_lsn()));
     }
 
     /// The end is near: what was read is taken and settled.
@@ -317,74 +327,107 @@ impl<'a> Publisher<'a> {
     fn is_settled(&self, now: Instant) -> bool {
         match self.closing {
             Closing::No => false,
-            Closing::WhenSettled => self.core.is_settled(),
-            Closing::By(deadline) => self.drained && self.core.is_settled() || now >= deadline,
+            Closing::WhenSettled => self.core.window().is_empty(),
+            Closing::By(deadline) => {
+                self.drained && self.core.window().is_empty() || now >= deadline
+            }
         }
     }
 
-    /// The checkpoint holds what was settled, or has had its time.
-    fn is_kept(&mut self, now: Instant) -> bool {
-        let until = *self.keep_until.get_or_insert(now + KEEP_LIMIT);
-        now >= until || self.store.holds(&self.core.marks(&self.lineage.source))
+    /// The record holds how far everything is.
+    fn is_recorded(&self) -> bool {
+        self.store.as_ref().is_none_or(|store| match &self.core {
+            Core::ExactlyOnce(core) => store.holds(&core.cut()),
+            Core::AtLeastOnce(core) => store.holds(&bare(core.stored_lsn())),
+        })
+    }
+
+    /// The same, or it has had its time.
+    fn has_recorded(&mut self, now: Instant) -> bool {
+        let until = *self.record_until.get_or_insert(now + RECORD_LIMIT);
+        now >= until || self.is_recorded()
     }
 
     /// How long nothing needs to be done unless something comes.
     fn wake(&self, now: Instant) -> Duration {
         let mut wake = self.next_look;
-        if let Some(deadline) = self.core.deadline() {
+        if let Some(deadline) = self.core.window().deadline() {
             wake = wake.min(deadline);
         }
         if let Closing::By(deadline) = self.closing {
             wake = wake.min(deadline);
         }
-        if let Some(until) = self.keep_until {
+        if let Some(until) = self.record_until {
             wake = wake.min(until);
         }
         let wait = wake.saturating_duration_since(now);
-        if self.core.is_holding_back() {
+        let ripens = self
+            .store
+            .as_ref()
+            .is_some_and(|store| store.is_ripening(now));
+        if ripens || !self.is_recorded() {
             wait.min(HOLD_BACK_TICK)
         } else {
             wait
         }
     }
 
-    /// Hands the core what JetStream said to publishes.
-    fn acked(&mut self, acks: Vec<Ack>, now: Instant) -> Result<(), Interrupt> {
-        for Ack { reply, result } in acks {
-            match self.core.answer(reply, result, now) {
-                Ok(Some(token)) => {
-                    self.pulse.acked(token, now);
-                    self.outage.worked();
-                }
-                outcome => self.trouble(outcome.map(|_| ()))?,
+    /// Takes what has come over the link.
+    fn answered(&mut self, answers: Vec<Answer>, now: Instant) -> Result<(), Interrupt> {
+        for answer in answers {
+            match answer {
+                Answer::Ack(ack) => self.acked(ack, now)?,
+                Answer::Reply(reply) => self.replied(reply, now)?,
+                // the core looks at its limits before each event
+                Answer::Info => {}
             }
         }
         Ok(())
     }
 
-    fn replied(&mut self, reply: Option<Reply>, now: Instant) -> Result<(), Interrupt> {
-        let Some(Reply { token, result }) = reply else {
-            return Ok(());
+    /// Hands the core what JetStream said to a publish.
+    fn acked(&mut self, Ack { reply, result }: Ack, now: Instant) -> Result<(), Interrupt> {
+        match self.core.answer(reply, result, now) {
+            Ok(Some(token)) => {
+                self.pulse.acked(token, now);
+                self.outage.worked();
+                Ok(())
+            }
+            outcome => self.trouble(outcome.map(|_| ())),
+        }
+    }
+
+    fn replied(&mut self, Reply { token, result }: Reply, now: Instant) -> Result<(), Interrupt> {
+        let result = match result.map_err(AckError::from) {
+            // the checkpoint keeps its own time, and a stream is looked at again
+            Err(AckError::NoAnswer) => return Ok(()),
+            result => result,
         };
-        match bucket::answers_to(token) {
+        match kv::answers_to(token) {
             Some(number) => self.written(number, result, now),
             None => self.looked_at(token, result),
         }
     }
 
-    /// The answer to a write of the checkpoint.
+    /// The answer to a write of the record.
     fn written(
         &mut self,
         number: u64,
         answer: Result<Vec<u8>, AckError>,
         now: Instant,
     ) -> Result<(), Interrupt> {
-        match bucket::answered(&mut self.store, number, answer) {
-            Ok(Some(marks)) => {
-                self.core.kept(marks, now);
+        let Some(store) = &mut self.store else {
+            return Ok(());
+        };
+        let answer = answer.and_then(|body| parse_ack(&body, None));
+        match store.on_written(number, answer, now) {
+            Ok(true) => {
+                if let Core::ExactlyOnce(core) = &mut self.core {
+                    core.on_recorded(now);
+                }
                 Ok(())
             }
-            Ok(None) => Ok(()),
+            Ok(false) => Ok(()),
             Err(Overtaken) => Err(Interrupt::Reconnect(
                 ReconnectCause::Overtaken,
                 "the checkpoint of this slot was written meanwhile: by another relay, or by a write of ours that had no answer in time"
@@ -399,16 +442,16 @@ impl<'a> Publisher<'a> {
         token: u64,
         answer: Result<Vec<u8>, AckError>,
     ) -> Result<(), Interrupt> {
-        match answer.map(|body| streams::parse_info(&body)) {
-            Ok(Ok(Some(info))) => {
-                let last_seq = info.state.last_seq;
-                let outcome = self
-                    .core
-                    .looked_at(token as usize, last_seq, Instant::now());
-                self.trouble(outcome)
-            }
-            _ => Ok(()),
-        }
+        let Core::ExactlyOnce(core) = &mut self.core else {
+            return Ok(());
+        };
+        let Ok(Ok(info)) = answer.map(|body| streams::parse_info(&body)) else {
+            return Ok(());
+        };
+        let (created, last_seq) =
+            info.map_or_else(Default::default, |info| (info.created, info.state.last_seq));
+        let outcome = core.on_look(token as usize, &created, last_seq);
+        self.trouble(outcome)
     }
 
     /// Publishes all that may go now, as one burst.
@@ -420,7 +463,7 @@ impl<'a> Publisher<'a> {
             self.publish_burst(link, now)?;
         }
         match self.postponed.take() {
-            Some(interrupt) if self.core.waiting() == 0 => Err(interrupt),
+            Some(interrupt) if self.core.window().waiting() == 0 => Err(interrupt),
             postponed => {
                 self.postponed = postponed;
                 Ok(())
@@ -429,6 +472,7 @@ impl<'a> Publisher<'a> {
     }
 
     fn publish_burst(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
+        self.core.set_max_payload(link.max_payload());
         let mut burst = Vec::new();
         let outcome = loop {
             if burst.len() == BURST {
@@ -445,26 +489,17 @@ impl<'a> Publisher<'a> {
                     }
                     burst.push(publish);
                 }
-                Ok(Next::TooLarge {
-                    token,
-                    size,
-                    limit,
-                    setting,
-                }) => {
+                Ok(Next::TooLarge { token, too_large }) => {
+                    let (size, limit) = (too_large.size, too_large.limit);
                     let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
                     if !self.put_aside(token, &cause) {
                         let event = self.describe(token);
-                        self.postponed = Some(Interrupt::End(Error::TooLarge {
-                            event,
-                            size,
-                            limit,
-                            setting,
-                        }));
+                        self.postponed = Some(Interrupt::End(Error::TooLarge { event, too_large }));
                         break Ok(());
                     }
                 }
-                Ok(Next::Lookup { stream, seq, token }) => {
-                    let outcome = self.look_up(link, &stream, seq, token);
+                Ok(Next::Read { stream, from, to }) => {
+                    let outcome = self.read(link, &stream, from, to);
                     if outcome.is_err() {
                         break outcome;
                     }
@@ -523,56 +558,52 @@ impl<'a> Publisher<'a> {
         )
     }
 
-    /// An event was taken for a duplicate although it is not stored: by whom its id was used is told.
-    fn look_up(
-        &mut self,
-        link: &Link,
-        stream: &str,
-        seq: u64,
-        token: u64,
-    ) -> Result<(), Interrupt> {
+    /// Reads what the core wants to know of a stream before it goes on.
+    fn read(&mut self, link: &Link, stream: &str, from: u64, to: u64) -> Result<(), Interrupt> {
         let timeout = self.config.nats.request_timeout;
-        let request = streams::message_request(stream, seq);
         self.pulse.nothing_waits();
-        // a write of the checkpoint may wait
+        // a write of the record may wait
         let mut meanwhile = Vec::new();
-        let keep = |message| meanwhile.push(message);
-        let found = streams::message_among(link, request, timeout, keep)
-            .map_err(|error| Interrupt::Reconnect(ReconnectCause::Connection, error.to_string()))?;
-        let position = found
-            .as_ref()
-            .and_then(|message| message.header(OUTBOX_POSITION)?.parse().ok());
-        let used = found
-            .as_ref()
-            .and_then(|message| Some((message.header("Nats-Msg-Id")?, position.as_ref())));
-        let before = self.core.tally().dropped + self.core.tally().skipped;
-        let outcome = self.core.looked_up(token, used, Instant::now());
-        let mut dropped = None;
-        self.trouble(outcome.map(|id| dropped = id))?;
-        if let Some(id) = dropped {
-            let earlier = position
-                .map(|position| position.to_string())
-                .unwrap_or_default();
-            log::warn!(id, stream, seq, earlier; "dropped an event: an earlier one has used its id");
+        let found = connect::read_gap(link, stream, from..=to, timeout, |answer| {
+            meanwhile.push(answer)
+        })
+        .map_err(|error| Interrupt::Reconnect(ReconnectCause::Connection, error.to_string()))?;
+        if let Core::ExactlyOnce(core) = &mut self.core {
+            let outcome = core.on_read(found, Instant::now());
+            let mut dropped = None;
+            self.trouble(outcome.map(|found| dropped = found))?;
+            if let Some((id, earlier)) = dropped {
+                let at = earlier
+                    .position
+                    .map(|at| at.to_string())
+                    .unwrap_or_default();
+                log::warn!(
+                    id, stream, seq = from, earlier = at;
+                    "dropped an event: an earlier one has used its id"
+                );
+            }
         }
-        if self.core.tally().dropped + self.core.tally().skipped > before {
-            // the stream answers, and the window moves on
-            self.outage.worked();
-        }
-        for message in meanwhile {
-            self.replied(link.decode(message), Instant::now())?;
-        }
-        Ok(())
+        // the stream answers, and the window moves on
+        self.outage.worked();
+        self.answered(meanwhile, Instant::now())
     }
 
-    fn tell_late(&mut self, now: Instant) {
-        let late = self.core.tally().late;
-        if late > self.told_late && self.said.is_new("late", now) {
+    /// Once a minute, what foreign messages do to ours.
+    fn warn_of_foreign(&mut self, now: Instant) {
+        let tally = self.core.tally();
+        if tally.late > self.warned.late && self.said.is_new("late", now) {
             log::warn!(
-                events = late - self.told_late;
-                "published events behind later ones: somebody else's messages in this replicated stream had let those pass"
+                events = tally.late - self.warned.late;
+                "published events after later ones: foreign messages in this replicated stream had let those pass"
             );
-            self.told_late = late;
+            self.warned.late = tally.late;
+        }
+        if tally.foreign > self.warned.foreign && self.said.is_new("foreign", now) {
+            log::info!(
+                messages = tally.foreign - self.warned.foreign;
+                "others write to the streams of the events; what their messages hinder is published again after them"
+            );
+            self.warned.foreign = tally.foreign;
         }
     }
 
@@ -582,9 +613,11 @@ impl<'a> Publisher<'a> {
             return;
         }
         self.next_look = now + LOOK_INTERVAL;
-        for (index, name) in self.core.idle_streams() {
-            let (api, body) = streams::info_request(name);
-            link.request(index as u64, &api, body);
+        if let Core::ExactlyOnce(core) = &mut self.core {
+            for (index, name) in core.looks(now) {
+                let (api, body) = streams::info_request(&name);
+                link.request(index as u64, &api, &body);
+            }
         }
     }
 
@@ -593,17 +626,17 @@ impl<'a> Publisher<'a> {
             Ok(()) => return Ok(()),
             Err(Trouble::Reconnect(cause)) => {
                 let kind = match cause {
-                    Cause::Broken(_) => ReconnectCause::OtherAck,
+                    Cause::OtherAnswer { .. } => ReconnectCause::OtherAck,
                     Cause::Refused(_) => ReconnectCause::Refused,
                     Cause::AckTimeout => ReconnectCause::AckTimeout,
                     Cause::NoStream(_) => ReconnectCause::NoStream,
-                    Cause::EndsEarly(_) => ReconnectCause::EndsEarly,
+                    Cause::Disagrees(_) => ReconnectCause::EndsEarly,
                 };
                 Interrupt::Reconnect(kind, cause.to_string())
             }
             Err(Trouble::Refused { token, error }) => Interrupt::Refused { token, error },
-            Err(Trouble::Backwards(backwards)) => Interrupt::End(Error::Backwards(backwards)),
             Err(Trouble::Halt(halt)) => Interrupt::End(Error::Halt(halt)),
+            Err(Trouble::OutOfOrder(position)) => Interrupt::End(Error::OutOfOrder(position)),
         })
     }
 
@@ -637,7 +670,7 @@ impl<'a> Publisher<'a> {
                 }
                 Err(error)
                     if error.verdict() == Verdict::Retry
-                        && !matches!(error, Error::Backwards(_) | Error::Overtaken) =>
+                        && !matches!(error, Error::Regressed(_) | Error::Overtaken) =>
                 {
                     reason = error.to_string();
                 }
@@ -648,48 +681,53 @@ impl<'a> Publisher<'a> {
     }
 
     fn rejoin(&mut self, tries: usize) -> Result<Link, Error> {
-        let found = rejoin::find(self.config, tries, &mut self.said)?;
-        let timeout = self.config.nats.request_timeout;
-        let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
-        let Opened {
-            marks,
-            went_back,
-            by_another,
-        } = opened.unwrap_or_default();
-        if went_back {
-            self.core.checkpoint_went_back();
-        }
-        if by_another {
-            // a new session finds out who has the slot, and learns what the other has published
+        let connector = Connector {
+            config: self.config,
+            lineage: self.lineage,
+            stop: self.stop,
+            accept_loss: false,
+        };
+        let found = connector.find(tries, &mut self.said)?;
+        let (core, store) = match (&mut self.core, &mut self.store) {
+            (Core::AtLeastOnce(core), store) => {
+                if let Some(it) = store
+                    && !matches!(connector.read_key(&found, it), Ok(Ok(())))
+                {
+                    *store = None;
+                }
+                core.resume(connector.capacity(&found));
+                return Ok(found.link);
+            }
+            (Core::ExactlyOnce(core), Some(store)) => (core, store),
+            (Core::ExactlyOnce(_), None) => {
+                return Err(Error::Internal(
+                    "exactly-once delivery without a checkpoint",
+                ));
+            }
+        };
+        if let Err(Overtaken) = connector.read_key(&found, store)? {
+            // a new session finds out who has the slot, and resumes with what the other has recorded
             return Err(Error::Overtaken);
         }
-        // a relay that has taken over may have come further, and what it wrote must not be taken back
-        let reached = marks.reached.and_then(|at| self.lineage.reach(&at));
-        self.core.has_reached(reached.unwrap_or_default());
-        let (last_known, acked_seq) = (
-            |stream: &str| self.core.last_known(stream),
-            |stream: &str| self.core.acked_seq(stream),
-        );
-        let joined = found.join(self.config, self.lineage, last_known, acked_seq)?;
-        joined.tell_others(&mut self.said);
-        let Joined {
-            link,
-            routes,
-            streams,
-        } = joined;
-        self.core
-            .connected(routes, streams, Instant::now())
-            .map_err(Error::from)?;
-        let puts_aside = self.config.mapping.policy.on_poison != OnPoison::Stop;
-        self.core
-            .takes(link.max_payload(), self.source.len(), puts_aside);
-        let marks = self.core.marks(&self.lineage.source);
-        if let Some(marks) = bucket::begin(&mut self.store, &link, marks, timeout)? {
-            self.core.kept(marks, Instant::now());
-        }
-        if !self.store.is_kept() {
-            self.core.has_no_checkpoint(Instant::now());
-        }
+        let cut = core.on_disconnect();
+        let resumed = connector.resume(found, store, From::Core(cut));
+        let (link, connection) = resumed.map_err(|error| match error {
+            // the slot still has what is lost: a new session begins with an older cut
+            Error::Lost(lost) => Error::Regressed(lost),
+            error => error,
+        })?;
+        core.resume(connection, Instant::now());
+        connector.claim(&link, core, store, false, Lsn::INVALID)?;
         Ok(link)
+    }
+}
+
+/// What at-least-once delivery records: everything up to here is acknowledged.
+fn bare(stored_lsn: Lsn) -> Cut {
+    Cut {
+        anchor: Anchor::bare(stored_lsn),
+        stored_lsn,
+        streams: Vec::new(),
+        quiescent: false,
     }
 }

@@ -83,7 +83,7 @@ impl<'a> Pulse<'a> {
 
     /// How things stand.
     pub fn tell(&mut self, core: &Core, progress: &Progress, channel_batches: usize) {
-        let settled = core.settled();
+        let settled = core.stored_lsn();
         while let Some(commits) = self.commits.front().filter(|c| c.end_lsn <= settled) {
             let age = since_commit(commits.last_us).as_secs_f64();
             self.vitals.commit_to_ack_seconds.observe(age);
@@ -102,7 +102,7 @@ impl<'a> Pulse<'a> {
         let confirmed = &self.vitals.confirmed;
         confirmed.set(confirmed.get().max(confirmable.0));
         self.vitals.settled.set(settled.0);
-        self.vitals.in_flight.set(core.waiting() as i64);
+        self.vitals.in_flight.set(core.window().waiting() as i64);
         self.vitals.channel_batches.set(channel_batches as i64);
     }
 }

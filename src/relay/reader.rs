@@ -52,6 +52,8 @@ pub struct Reader<'a> {
     pub upto: Option<Lsn>,
     /// Learns how far the server's log goes.
     pub vitals: &'a Vitals,
+    /// No transaction has come yet.
+    pub is_first: bool,
 }
 
 /// Why the reader ended, when nothing failed.
@@ -114,6 +116,16 @@ fn take(batch: &mut Batch) -> Batch {
     full
 }
 
+/// A batch that ends in the middle of a transaction says of which one.
+fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
+    if let Some(open) = transaction.filter(|open| open.events > 0) {
+        batch.push(Change::Open {
+            commit_lsn: open.commit_lsn,
+            commit_time_us: open.commit_time_us,
+        });
+    }
+}
+
 /// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
 fn send(changes: &Sender<Batch>, batch: Batch) -> Result<(), SendError<Batch>> {
     let places = (batch.len_bytes() / BATCH_BYTES).min(CHANNEL_BATCHES);
@@ -143,6 +155,7 @@ impl Reader<'_> {
                 || batch.changes().len() >= BATCH_CHANGES
             {
                 if !batch.is_empty() {
+                    end_open(&mut batch, transaction.as_ref());
                     self.progress.sending(true);
                     let bytes = batch.len_bytes();
                     let sent = send(&self.changes, take(&mut batch));
@@ -162,6 +175,7 @@ impl Reader<'_> {
             if self.stop.is_stopping() {
                 let since = *stopping.get_or_insert_with(Instant::now);
                 if transaction.is_none() || since.elapsed() > STOP_GRACE {
+                    end_open(&mut batch, transaction.as_ref());
                     // nobody may be there to take it
                     let _ = self.changes.send(batch);
                     return Ok(Ended::Stopped);
@@ -256,7 +270,9 @@ impl Reader<'_> {
                         at,
                     });
                 };
-                if ended.events > 0 {
+                // the first one proves which WAL this is, also without events
+                if ended.events > 0 || std::mem::take(&mut self.is_first) {
+                    self.is_first = false;
                     self.vitals.waits_too(commit_time_us);
                     batch.push(Change::Commit {
                         commit_lsn,

@@ -47,7 +47,7 @@ impl Report {
                 published
             };
             log::info!(
-                published, per_second, skipped, dropped = tally.dropped, parked = tally.parked, lost = tally.lost, waiting = core.waiting(),
+                published, per_second, skipped, dropped = tally.dropped, parked = tally.parked, lost = tally.lost, waiting = core.window().waiting(),
                 received:% = received, confirmable:% = confirmable; "{what}"
             );
         }

@@ -3,28 +3,30 @@
 //! The order of the end is what loses nothing and repeats nothing: the reader stops, the publisher settles
 //! what was read, and only then the feedback thread sends the last status update and CopyDone.
 
-use super::bucket;
-use super::checkpoint::{CheckpointStore, Opened};
-use super::core::memory::Memory;
-use super::core::{Core, Limits, Tally};
+use super::checkpoint::store::{Identity, Store};
+use super::connect::{Connector, Found, From};
+use super::core::at_least_once::AtLeastOnce;
+use super::core::continuity::Continuity;
+use super::core::exactly_once::ExactlyOnce;
+use super::core::trouble::Halt;
+use super::core::window::Limits;
+use super::core::{Core, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
 use super::progress::Progress;
 use super::publication::{self, Narrowed, Published, WATCH_INTERVAL, Watch};
 use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
-use super::rejoin::{self, Joined};
 use super::repeated::Repeated;
-use super::slot;
+use super::slot::{self, Slot};
 use super::stop::Stop;
 use super::vitals::{Phase, Vitals};
 use crate::config::Config;
 use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
-use crate::jetstream::resume::{Lineage, parse_timeline_history};
+use crate::outbox::lineage::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
-use crate::outbox::park::OnPoison;
-use crate::outbox::position::{Position, Source, SourcePosition};
+use crate::outbox::position::Source;
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
 use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
@@ -59,26 +61,33 @@ pub enum Ended {
     Drained,
 }
 
-/// What one session leaves to the next.
+/// What one session leaves to the next. How far it was, the record says.
 pub struct Session<'a> {
     config: &'a Config,
     stop: &'a Stop,
     mapper: Mapper,
-    memory: Memory,
-    store: CheckpointStore,
+    store: Store,
     said: Repeated,
-    /// The checkpoint's marks were read, at the first session; from then on `memory` knows better.
-    learned: bool,
-    /// See [`Marks::reached`](super::core::memory::Marks::reached); as of the last session.
-    reached: Option<SourcePosition>,
+    accepted: Accepted,
     /// What the publication published when it was last seen.
     published: Option<Published>,
-    /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
+    /// With `--drain`: the end of the WAL at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
     worked: bool,
     vitals: &'a Vitals,
+}
+
+/// How far `-resume-anyway` goes, which holds for the first session that comes to something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Accepted {
+    /// Nothing: what does not fit halts the relay.
+    Nothing,
+    /// What is lost is lost, and what was moved was moved.
+    Loss,
+    /// And this is another WAL than the one that the streams were written from.
+    OtherWal,
 }
 
 impl<'a> Session<'a> {
@@ -89,15 +98,23 @@ impl<'a> Session<'a> {
         mapper: Mapper,
         vitals: &'a Vitals,
     ) -> Session<'a> {
+        let identity = Identity {
+            bucket: config.checkpoint.clone(),
+            slot: config.slot.clone(),
+            writer: writer(),
+            fingerprint: config.mapping.fingerprint(),
+            delivery: config.delivery,
+        };
         Session {
             config,
             stop,
             mapper,
-            memory: Memory::default(),
-            store: CheckpointStore::new(&config.checkpoint, &config.slot, writer()),
+            store: Store::new(identity, config.hold_back, Instant::now()),
             said: Repeated::default(),
-            learned: false,
-            reached: None,
+            accepted: match config.resume_anyway {
+                true => Accepted::Loss,
+                false => Accepted::Nothing,
+            },
             published: None,
             upto: None,
             tries: 0,
@@ -114,128 +131,76 @@ impl<'a> Session<'a> {
     /// Runs one session to its end.
     pub fn run(&mut self) -> Result<Ended, Error> {
         let outcome = self.connect_and_run();
-        if let Err(Error::Backwards(_)) = outcome {
-            self.store.unripe();
+        let is_other_wal = |error: &Error| {
+            use Halt::{Discontinuous, NotSent, OtherId};
+            matches!(
+                error,
+                Error::Halt(Discontinuous(_) | NotSent { .. } | OtherId { .. })
+            )
+        };
+        match outcome {
+            Err(error) if self.accepted == Accepted::Loss && is_other_wal(&error) => {
+                log::warn!("{error}; accepted (-resume-anyway): going on with what the slot sends");
+                self.accepted = Accepted::OtherWal;
+                self.connect_and_run()
+            }
+            outcome => outcome,
         }
-        outcome
     }
 
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
-        let log_end = slot::current_lsn(&mut connection)?;
+        let wal_end = slot::current_lsn(&mut connection)?;
         if config.drain && self.upto.is_none() {
-            self.vitals.drains_upto.set(log_end.0);
-            self.upto = Some(log_end);
+            self.vitals.drains_upto.set(wal_end.0);
+            self.upto = Some(wal_end);
         }
         let lineage = lineage(&mut connection, &config.slot)?;
-        let conflict = |(stream, conflict)| Error::Conflict { stream, conflict };
-        self.memory
-            .rebase(&lineage, config.accept_new_system)
-            .map_err(conflict)?;
+        let connector = Connector {
+            config,
+            lineage: &lineage,
+            stop: self.stop,
+            accept_loss: self.accepted != Accepted::Nothing,
+        };
         let tries = self.tries;
         self.tries += 1;
-        let found = rejoin::find(config, tries, &mut self.said)?;
-        let timeout = config.nats.request_timeout;
-        let opened = bucket::open(&mut self.store, &found.link, found.replicas(), timeout)?;
-        let Opened {
-            marks, by_another, ..
-        } = opened.unwrap_or_default();
-        let resume_anyway = config.resume_anyway && !self.learned;
-        // another relay may have confirmed more since our last session
-        let reached = [&self.reached, &marks.reached].into_iter().flatten();
-        let reached = reached.filter_map(|at| lineage.reach(at)).max();
-        // without a checkpoint nobody says what another relay has confirmed
-        let reached = reached.filter(|_| self.store.is_kept());
-        if let Some(reached) = reached.filter(|lsn| *lsn < slot.confirmed_flush_lsn)
-            && !resume_anyway
-        {
-            return Err(Error::SlotMoved {
-                slot: config.slot.clone(),
-                confirmed: slot.confirmed_flush_lsn,
-                reached,
-            });
-        }
-        self.memory.reached = reached.unwrap_or_default().max(slot.confirmed_flush_lsn);
-        // accepted, also when this session comes to nothing and the checkpoint still holds the old one
-        self.reached = Some(SourcePosition {
-            source: lineage.source.clone(),
-            position: Position {
-                commit_lsn: self.memory.reached,
-                ordinal: 0,
-            },
-        });
-        let is_news = !self.learned || by_another;
-        if is_news {
-            let mut marks = marks.streams;
-            marks.retain(|mark| !resume_anyway || found.has_kept(mark));
-            self.memory.learn(marks, &lineage).map_err(conflict)?;
-            self.store.learned();
-        }
-        self.learned = true;
-        let published = self.check_publication(&mut connection)?;
-        let memory = &self.memory;
-        let (last_known, acked_seq) = (
-            |stream: &str| memory.last_known(stream),
-            |stream: &str| memory.acked_seq(stream),
-        );
-        let joined = found.join(config, &lineage, last_known, acked_seq)?;
-        joined.tell_others(&mut self.said);
-        if is_news && !resume_anyway {
-            joined.check_whole(self.memory.reached)?;
-        }
-        let start = joined.start_position();
-        let Joined {
-            link,
-            routes,
-            streams,
-        } = joined;
-
-        // at least once there is nothing to compare with what a stream has lost
-        let hold_back = match config.delivery {
-            Delivery::ExactlyOnce => config.hold_back,
-            Delivery::AtLeastOnce => Duration::ZERO,
-        };
+        let found = connector.find(tries, &mut self.said)?;
         let limits = Limits {
             inflight: config.inflight,
             inflight_bytes: INFLIGHT_BYTES,
             replies: REPLIES,
             ack_timeout: config.ack_timeout,
-            hold_back,
         };
-        let mut core = Core::new(config.delivery, limits, std::mem::take(&mut self.memory));
-        if let Err(trouble) = core.connected(routes, streams, Instant::now()) {
-            self.memory = core.into_memory();
-            return Err(trouble.into());
-        }
-        core.takes(
-            link.max_payload(),
-            lineage.source.to_string().len(),
-            config.mapping.policy.on_poison != OnPoison::Stop,
-        );
-        if self.store.is_kept() {
-            let ripe = self.store.ripe(&lineage, hold_back, Instant::now());
-            core.has_checkpoint(ripe);
-        }
-        core.log_ended_at(log_end);
-        core.starts_at(start, Instant::now());
-        let marks = core.marks(&lineage.source);
-        match bucket::begin(&mut self.store, &link, marks, timeout) {
-            Ok(Some(marks)) => core.kept(marks, Instant::now()),
-            Ok(None) => {}
-            Err(error) => {
-                self.memory = core.into_memory();
-                return Err(error);
+        self.store.start_over();
+        let (link, core, start_lsn, has_record, published) = match config.delivery {
+            Delivery::ExactlyOnce => {
+                let _ = connector.read_key(&found, &mut self.store)?;
+                let published = self.check_publication(&mut connection)?;
+                let (link, core) =
+                    self.start_exactly_once(&connector, found, &slot, wal_end, limits)?;
+                let start_lsn = core.start_lsn();
+                let core = Core::ExactlyOnce(Box::new(core));
+                (link, core, start_lsn, true, published)
             }
-        }
-        if !self.store.is_kept() {
-            core.has_no_checkpoint(Instant::now());
-        }
+            Delivery::AtLeastOnce => {
+                let read = connector.read_key(&found, &mut self.store);
+                if let Err(error) = &read
+                    && self.said.is_new("checkpoint", Instant::now())
+                {
+                    log::warn!("going on without the checkpoint: {error}");
+                }
+                let published = self.check_publication(&mut connection)?;
+                let core = AtLeastOnce::start(limits, connector.capacity(&found));
+                let core = Core::AtLeastOnce(Box::new(core));
+                (found.link, core, Lsn::INVALID, read.is_ok(), published)
+            }
+        };
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
             system_id = lineage.source.system_id, timeline = lineage.source.timeline, slot = config.slot.as_str(),
-            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = start,
+            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = start_lsn,
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
@@ -254,14 +219,9 @@ impl<'a> Session<'a> {
             published,
             self.store.publication(),
         );
-        let started = replication::start_replication(connection, &config.slot, start, &options);
-        let (stream, writer) = match started {
-            Ok(halves) => halves,
-            Err(error) => {
-                self.memory = core.into_memory();
-                return Err(in_use(error, &config.slot));
-            }
-        };
+        let (stream, writer) =
+            replication::start_replication(connection, &config.slot, start_lsn, &options)
+                .map_err(|error| in_use(error, &config.slot))?;
         let threads = Threads {
             config,
             stop: self.stop,
@@ -274,22 +234,63 @@ impl<'a> Session<'a> {
         self.vitals.sessions.inc();
         self.vitals.confirmed.set(slot.confirmed_flush_lsn.0);
         self.vitals.enter(Phase::Relaying, None);
-        let none = CheckpointStore::new("", &config.slot, String::new());
-        let store = std::mem::replace(&mut self.store, none);
+        let store = has_record.then_some(&mut self.store);
         let mapper = &mut self.mapper;
         let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
         self.published = Some(outcome.published);
         self.worked = outcome.left.tally != Tally::default();
-        self.memory = outcome.left.memory;
-        self.reached = Some(SourcePosition {
-            source: lineage.source,
-            position: Position {
-                commit_lsn: self.memory.reached,
-                ordinal: 0,
-            },
-        });
-        self.store = outcome.left.store;
+        if !matches!(outcome.result, Err(Error::Halt(_))) {
+            self.accepted = Accepted::Nothing;
+        }
         outcome.result
+    }
+
+    /// Resumes with the record, and claims the slot's streams.
+    fn start_exactly_once(
+        &mut self,
+        connector: &Connector<'_>,
+        found: Found,
+        slot: &Slot,
+        wal_end: Lsn,
+        limits: Limits,
+    ) -> Result<(Link, ExactlyOnce), Error> {
+        let confirmed_lsn = slot.confirmed_flush_lsn;
+        let told = self.store.held().map(|record| record.told_lsn);
+        if let Some(told) = told.filter(|told| confirmed_lsn > *told)
+            && self.accepted == Accepted::Nothing
+        {
+            return Err(Error::SlotMoved {
+                slot: self.config.slot.clone(),
+                confirmed: confirmed_lsn,
+                told,
+            });
+        }
+        let from = From::Record {
+            confirmed_lsn,
+            without_cuts: self.accepted == Accepted::OtherWal,
+        };
+        let (link, connection) = connector.resume(found, &self.store, from)?;
+        let resumed = &connection.resumed;
+        for lost in &resumed.disagreed {
+            log::warn!("{lost}; going back to where the checkpoint and the streams agree");
+        }
+        let fell_back = resumed.cut != Some(0);
+        let has_other_flags = self.store.has_other_flags();
+        let anchor = &resumed.anchor;
+        let is_partial = resumed.stored_lsn <= anchor.position.commit_lsn && anchor.event.is_some();
+        if has_other_flags && is_partial && self.accepted == Accepted::Nothing {
+            return Err(Error::OtherFlags(anchor.position));
+        }
+        let continuity = match self.accepted {
+            Accepted::OtherWal => Ok(Continuity::accepted()),
+            _ => Continuity::new(anchor, confirmed_lsn, wal_end, has_other_flags),
+        };
+        let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
+        let now = Instant::now();
+        let lineage = connector.lineage.clone();
+        let mut core = ExactlyOnce::start(lineage, limits, continuity, connection, wal_end, now);
+        connector.claim(&link, &mut core, &mut self.store, fell_back, confirmed_lsn)?;
+        Ok((link, core))
     }
 }
 
@@ -391,7 +392,7 @@ impl Threads<'_> {
         (mut stream, writer): (ReplicationReader, &ReplicationWriter),
         link: Link,
         core: Core,
-        store: CheckpointStore,
+        store: Option<&mut Store>,
         mapper: &mut Mapper,
         mut watch: Watch,
     ) -> Outcome {
@@ -418,6 +419,7 @@ impl Threads<'_> {
             mapper,
             upto: self.upto,
             vitals: self.vitals,
+            is_first: true,
         };
         let (read, published, fed_back, first) = thread::scope(|scope| {
             let source = &mut stream;
@@ -450,13 +452,10 @@ impl Threads<'_> {
             (read, published, feedback.join(), first)
         });
 
-        // a panic of the publisher takes the memory of the streams with it: they are read back as at a start
         let left = published.unwrap_or_else(|_| Left {
             result: Err(PANICKED),
             settled: false,
             tally: Tally::default(),
-            memory: Memory::default(),
-            store: CheckpointStore::new("", &self.config.slot, String::new()),
         });
         let shuts_down = first == First::ServerShutsDown;
         let result = match (left.result, read, fed_back) {

@@ -1,9 +1,9 @@
 //! A stream that was written from another history of Postgres than that of the server which the relay reads.
 
-use crate::rig::{Rig, STREAM, uuid};
+use crate::rig::{Rig, SLOT, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
-use serde_json::json;
+use jetstream_outbox::postgres::Lsn;
 
 fn ids(rig: &Rig) -> Vec<String> {
     let messages = rig.messages();
@@ -57,34 +57,49 @@ fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() 
     assert_eq!(ids(&new), (1..=6).map(uuid).collect::<Vec<_>>());
 }
 
-/// Two copies of one cluster have the same system and timeline: only the ids tell their events apart.
+/// Two copies of one cluster have the same system and timeline, and both have committed something at one position.
 #[test]
 fn another_event_at_the_same_position_halts() {
     let rig = Rig::start();
     rig.commit_event(1, "a");
     rig.drain(&[]);
-    let position = rig.messages()[0]
+    rig.commit_event(2, "a");
+    let slot = SLOT;
+    let sql = format!(
+        "SELECT encode(substr(data, 2, 8), 'hex') FROM pg_logical_slot_peek_binary_changes('{slot}', NULL, NULL, \
+         'proto_version', '1', 'publication_names', '{slot}') WHERE substr(data, 1, 1) = 'B' ORDER BY lsn DESC LIMIT 1"
+    );
+    let commit_lsn: String = rig.pg.scalar(&sql).expect("the second event's transaction");
+    let commit_lsn = Lsn(u64::from_str_radix(&commit_lsn, 16).expect("hexadecimal"));
+    let of_first = rig.messages()[0]
         .header("Outbox-Position")
         .map(String::from);
-    let position = position.expect("an event bears its position");
+    let of_first = of_first.expect("an event bears its position");
+    let source = of_first
+        .splitn(4, ' ')
+        .take(3)
+        .collect::<Vec<_>>()
+        .join(" ");
     // as the other copy's relay has stored it
-    let (call, other) = (format!("STREAM.MSG.DELETE.{STREAM}"), uuid(9));
-    let mut client = rig.nats.client();
-    client.api(&call, &json!({ "seq": 1 }));
+    let (position, other) = (format!("{source} {commit_lsn} 1"), uuid(9));
     let headers = [
         ("Nats-Expected-Last-Sequence", "1"),
         ("Nats-Msg-Id", other.as_str()),
         ("Outbox-Position", &position),
     ];
-    client.publish("events.account.a", &headers, b"{}");
-    rig.commit_event(2, "a");
-    let at = position.splitn(4, ' ').last().expect("five words");
+    rig.nats
+        .client()
+        .publish("events.account.a", &headers, b"{}");
     // whoever supervises it starts it again
     for _ in 0..2 {
         let last = halts(&rig, 65);
-        for part in ["the two do not belong together", at, &uuid(1), &other] {
+        for part in [
+            "another event than Postgres",
+            &commit_lsn.to_string(),
+            &uuid(2),
+        ] {
             assert!(last.contains(part), "{part:?} is not in {last}");
         }
     }
-    assert_eq!(ids(&rig), [other.as_str()]);
+    assert_eq!(ids(&rig), [uuid(1), other]);
 }

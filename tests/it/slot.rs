@@ -11,7 +11,7 @@ fn halts(rig: &Rig) {
     let (code, log) = rig.run(&[]);
     let log = log.join("\n");
     assert_eq!(code, 78, "{log}");
-    assert!(log.contains("dropped and made anew"), "{log}");
+    assert!(log.contains("dropped and re-created"), "{log}");
     assert!(log.contains("--resume-anyway"), "{log}");
 }
 

@@ -326,7 +326,7 @@ impl NatsClient {
     /// The checkpoint of the slot that tests use, once there is one. A consumer that reads a bucket to its end can miss a
     /// value that is replaced meanwhile.
     pub fn checkpoint(&mut self) -> Option<Value> {
-        let last = json!({ "last_by_subj": "$KV.jetstream_outbox.jetstream_outbox" });
+        let last = json!({ "last_by_subj": "$KV.jetstream_outbox.>" });
         let found = self.try_api("STREAM.MSG.GET.KV_jetstream_outbox", &last);
         let value = BASE64_STANDARD.decode(found.ok()?["message"]["data"].as_str()?);
         serde_json::from_slice(&value.expect("base64")).expect("JSON")

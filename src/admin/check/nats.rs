@@ -12,10 +12,9 @@ use crate::admin::{bytes, span};
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::preflight::{Preflight, preflight};
-use crate::jetstream::probe::ServerInfo;
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
-use crate::jetstream::{Delivery, Error};
-use crate::jetstream::{EXPECTED_LAST_SEQUENCE, OUTBOX_POSITION};
+use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
+use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
 use account::Account;
 use serde::Deserialize;
@@ -528,7 +527,7 @@ fn read(bus: &mut Bus<'_>, config: &Config, past: &mut Past) -> Facts {
 }
 
 fn read_account(bus: &mut Bus<'_>) -> Result<Account, String> {
-    let answer = bus.ask(|link, timeout| link.call("INFO", Vec::new(), timeout));
+    let answer = bus.ask(|link, timeout| link.call("INFO", &[], timeout));
     let answer = answer.map_err(|error| error.to_string())?;
     serde_json::from_slice(&answer).map_err(|error| error.to_string())
 }
@@ -583,7 +582,7 @@ fn probe_subject(patterns: &[String], prefix: &str) -> Option<String> {
 
 /// Publishes what must be refused.
 fn try_write(bus: &mut Bus<'_>, subject: &str) -> Tried {
-    let answer = bus.ask(|link, timeout| link.put_now(subject, NEVER, Vec::new(), timeout));
+    let answer = bus.ask(|link, timeout| link.put_now(subject, NEVER, &[], timeout));
     let answer = answer.map_err(|error| error.to_string())?;
     match parse_ack(&answer, None) {
         Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => Ok(()),

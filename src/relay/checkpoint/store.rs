@@ -174,6 +174,18 @@ impl Store {
         self.held.as_ref()
     }
 
+    /// The cuts of the record, the youngest first; and whether Postgres may have been told the oldest.
+    pub fn cuts(&self, now: Instant) -> (Vec<Cut>, bool) {
+        let (ripening, matured) = self.ripened(now);
+        let is_told = matured.is_some();
+        let young = self.held.as_ref().map(|held| held.young.clone());
+        let ripening = ripening.map(|ripening| ripening.cut);
+        (
+            young.into_iter().chain(ripening).chain(matured).collect(),
+            is_told,
+        )
+    }
+
     /// The key was read over a new connection. `Err`: another relay has written it since this process did, whose record
     /// is the one that counts now.
     pub fn on_read(

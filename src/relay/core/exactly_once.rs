@@ -8,7 +8,7 @@ use super::capacity::Capacity;
 use super::continuity::Continuity;
 use super::doubt::Doubt;
 use super::evidence::{Evidence, Message, Verdict};
-use super::fence::{AnswerFor, Fence};
+use super::fence::AnswerFor;
 use super::gate::Gate;
 use super::resume::{Resumed, StreamFacts};
 use super::stream::Stream;
@@ -162,8 +162,7 @@ impl ExactlyOnce {
         let foreign = resumed.foreign.into_iter();
         let streams = resumed.streams.into_iter().zip(facts).zip(foreign);
         let streams = streams.map(|((cut, facts), foreign)| {
-            let fence = Fence::new(facts.last_seq, self.replies);
-            let mut stream = Stream::new(cut, facts.domain, facts.is_replicated, fence);
+            let mut stream = Stream::new(cut, facts, self.replies);
             if foreign > 0 {
                 stream.foreign_at = Some(now);
             }
@@ -543,7 +542,7 @@ impl ExactlyOnce {
         }
         let connected = self.connection.as_mut();
         if let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) {
-            stream.is_met = true;
+            stream.on_duplicate();
             stream.fence.on_refusal(None);
         }
         Ok(())
@@ -624,7 +623,13 @@ impl ExactlyOnce {
                 .filter(|at| self.lineage.shares(at));
             at.is_some_and(|at| at.position == position)
         };
+        let streams = self.connection.as_ref().map(|it| &it.streams);
+        let keeps = streams
+            .and_then(|it| it.get(stream))
+            .is_some_and(|it| it.keeps_its_end);
         match found {
+            // deleted or lost, this event or another with its id: it goes again until JetStream has forgotten the id
+            None if keeps => Err(Trouble::Reconnect(Cause::OtherAnswer { seq })),
             Some(message) if message.id.as_deref() != Some(&id) => {
                 // no duplicate of that
                 Err(Trouble::Reconnect(Cause::OtherAnswer { seq }))

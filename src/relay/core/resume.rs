@@ -36,6 +36,12 @@ pub struct StreamFacts {
     pub last_seq: u64,
     /// It captures something of the prefix, or the park subject.
     pub is_routed: bool,
+    /// Its last message stays while an older one does; see
+    /// [`keeps_its_end`](crate::jetstream::streams::StreamConfig::keeps_its_end). What is gone from there was lost or deleted,
+    /// and not consumed.
+    pub keeps_its_end: bool,
+    /// The same of each message.
+    pub keeps_its_order: bool,
 }
 
 /// What a resume begins with.
@@ -51,6 +57,9 @@ pub struct Facts {
     pub confirmed_lsn: Lsn,
     /// Every stream under the prefix or named in a cut.
     pub streams: Vec<StreamFacts>,
+    /// Nothing rules out that the streams were written with at-least-once delivery last: messages of ours without a fence
+    /// are told from copies.
+    pub maybe_unfenced: bool,
     /// What is lost is lost (`-resume-anyway`).
     pub accept_loss: bool,
 }
@@ -94,6 +103,8 @@ pub enum Disagreement {
     },
     /// It was deleted and created again.
     Recreated,
+    /// Its last messages are gone, and older ones are not.
+    Torn,
     /// Another message is where one of ours was.
     Refilled {
         /// Its sequence.
@@ -118,6 +129,10 @@ impl fmt::Display for Lost {
                     "stream {stream} was deleted and created again since events were stored in it"
                 )
             }
+            Disagreement::Torn => write!(
+                f,
+                "the last messages of stream {stream} are gone, lost by the server or deleted by somebody"
+            ),
             Disagreement::Refilled { seq } => write!(
                 f,
                 "stream {stream} has another message at sequence {seq} than the event that was stored there"
@@ -145,6 +160,8 @@ pub struct Resumed {
     pub streams: Vec<StreamCut>,
     /// Messages after the anchor are gone from a stream, and may have been events.
     pub has_gone: bool,
+    /// How many are gone from each stream that loses none by itself: the server lost them, or somebody deleted them.
+    pub deleted: Vec<u64>,
     /// A stream with messages of ours after the anchor that have no fence, and the last of these: they are no evidence.
     pub unfenced: Option<(usize, Position)>,
     /// Foreign messages that were read in each stream.
@@ -163,6 +180,7 @@ pub struct Resume {
     disagreed: Vec<Lost>,
     evidence: Evidence,
     has_gone: bool,
+    deleted: Vec<u64>,
     unfenced: Option<(usize, Position)>,
     foreign: Vec<u64>,
     /// Copies of our messages, by the stream that they come from.
@@ -200,9 +218,13 @@ impl Resume {
             let there =
                 witnesses.filter(|it| (stream.first_seq..=stream.last_seq).contains(&it.seq));
             reads.extend(there.map(|witness| Read::Message(index, witness.seq)));
+            if stream.keeps_its_end && !stream.keeps_its_order && stream.last_seq > 0 {
+                reads.insert(Read::Message(index, stream.last_seq));
+            }
         }
         Resume {
             foreign: vec![0; facts.streams.len()],
+            deleted: vec![0; facts.streams.len()],
             phase: Phase::Witnesses(reads.into_iter().collect()),
             facts,
             witnesses: BTreeMap::new(),
@@ -254,7 +276,7 @@ impl Resume {
                 Phase::Witnesses(_) => {
                     self.witnesses.insert((*stream, *seq), message);
                 }
-                _ => self.on_message(*stream, message),
+                _ => self.on_message(*stream, *seq, message),
             },
             (Read::Exists(name), Answer::Exists(exists)) => {
                 // the copies of a stream that is there prove nothing: what it holds was read itself, or is none of ours
@@ -291,6 +313,7 @@ impl Resume {
             evidence: self.evidence,
             disagreed: self.disagreed,
             has_gone: self.has_gone,
+            deleted: self.deleted,
             unfenced: self.unfenced,
             foreign: self.foreign,
         }
@@ -346,6 +369,10 @@ impl Resume {
             // no event goes there any more, and an operator who deletes a stream deletes what it holds
             return None;
         };
+        if of_cut.witness.is_none() {
+            // nothing of ours was in it
+            return None;
+        }
         if !self.is_same(index, of_cut) {
             return match stream.is_routed {
                 false => None,
@@ -357,6 +384,9 @@ impl Resume {
         }
         let witness_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
         let acked_seq = of_cut.read_after.max(witness_seq);
+        if self.is_torn(index, stream, of_cut) {
+            return Some(Disagreement::Torn);
+        }
         (stream.last_seq < acked_seq).then_some(Disagreement::Regressed {
             last_seq: stream.last_seq,
             acked_seq,
@@ -367,6 +397,21 @@ impl Resume {
     fn witness(&self, stream: usize, of_cut: &StreamCut) -> Option<&Message> {
         let seq = of_cut.witness.as_ref()?.seq;
         self.witnesses.get(&(stream, seq))?.as_ref()
+    }
+
+    /// The cut's witness is gone, and can only have been lost or deleted: an older message is there, and either each message
+    /// would stay as long, or nothing at all is at the stream's end. (After a power loss the index of nats-server may be
+    /// newer than its blocks, and then it still counts what it no longer has.)
+    fn is_torn(&self, index: usize, stream: &StreamFacts, of_cut: &StreamCut) -> bool {
+        let Some(witness) = &of_cut.witness else {
+            return false;
+        };
+        let is_there = |seq| matches!(self.witnesses.get(&(index, seq)), Some(Some(_)));
+        stream.keeps_its_end
+            && stream.first_seq < witness.seq
+            && witness.seq <= stream.last_seq
+            && !is_there(witness.seq)
+            && (stream.keeps_its_order || !is_there(stream.last_seq))
     }
 
     /// The stream is the one that the cut speaks of: its witness is there, or is gone and `created` is the same.
@@ -385,8 +430,9 @@ impl Resume {
         let facts = self.facts.streams.get(stream)?;
         let of_cut = self.cut()?.stream(&facts.name)?;
         let acked_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
-        let agrees =
-            self.is_same(stream, of_cut) && facts.last_seq >= acked_seq.max(of_cut.read_after);
+        let agrees = self.is_same(stream, of_cut)
+            && !self.is_torn(stream, facts, of_cut)
+            && facts.last_seq >= acked_seq.max(of_cut.read_after);
         agrees.then_some(of_cut)
     }
 
@@ -405,31 +451,39 @@ impl Resume {
         stretches.filter(|it| it.from <= it.to).collect()
     }
 
-    fn on_message(&mut self, stream: usize, message: Option<Message>) {
+    fn on_message(&mut self, stream: usize, seq: u64, message: Option<Message>) {
         let Some(message) = message else {
-            self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+            let facts = self.facts.streams.get(stream);
+            if facts.is_some_and(|it| it.keeps_its_end && it.first_seq <= seq) {
+                let deleted = self.deleted.get_mut(stream);
+                deleted.into_iter().for_each(|it| *it += 1);
+            } else {
+                self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+            }
             return;
         };
         let lineage = &self.facts.lineage;
         let anchor = self.anchor().0.position;
         let id = message.id.clone().unwrap_or_default();
         let fenced = message.ours(lineage);
-        let unfenced = message.unfenced(lineage);
-        if let Some(position) = fenced.filter(|position| *position > anchor) {
-            self.evidence.add(position, stream, message.seq, &id);
-        }
-        if let Some(position) = unfenced.filter(|position| *position > anchor) {
-            let known = self
-                .unfenced
-                .map_or(position, |(_, known)| known.max(position));
-            self.unfenced = Some((stream, known));
-        }
-        if let Some(position) = fenced.or(unfenced) {
-            if position <= anchor
-                && !message.is_late
+        if let Some(position) = fenced {
+            if position > anchor {
+                self.evidence.add(position, stream, message.seq, &id);
+            } else if !message.is_late
                 && let Phase::Messages(stretches) = &mut self.phase
             {
                 stretches.retain(|it| it.stream != stream || !it.backwards);
+            }
+            return;
+        }
+        if self.facts.maybe_unfenced
+            && let Some(position) = message.unfenced(lineage)
+        {
+            if position > anchor {
+                let known = self
+                    .unfenced
+                    .map_or(position, |(_, known)| known.max(position));
+                self.unfenced = Some((stream, known));
             }
             return;
         }

@@ -1,6 +1,7 @@
 //! A stream as the core knows it: its fence, its witness, and how many publishes may be on their way to it.
 
 use super::fence::Fence;
+use super::resume::StreamFacts;
 use crate::outbox::batch::Event;
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
@@ -25,6 +26,8 @@ pub struct Stream {
     /// Copies in the cluster. Only an unreplicated stream can be told the expected last message's id: in a replicated one a
     /// single mismatch ends the stream for good (nats-server 2.14).
     pub is_replicated: bool,
+    /// Of [`StreamFacts`](super::resume::StreamFacts).
+    pub keeps_its_end: bool,
     /// See [`Fence`].
     pub fence: Fence,
     /// The witness of the record, and the event of ours with the highest sequence that was resolved since.
@@ -43,13 +46,14 @@ pub struct Stream {
 
 impl Stream {
     /// As it was read. Until the first ack of the connection one publish goes at a time.
-    pub fn new(cut: StreamCut, domain: String, is_replicated: bool, fence: Fence) -> Stream {
+    pub fn new(cut: StreamCut, facts: StreamFacts, names: u64) -> Stream {
         Stream {
             name: cut.name,
-            domain,
+            domain: facts.domain,
             created: cut.created,
-            is_replicated,
-            fence,
+            is_replicated: facts.is_replicated,
+            keeps_its_end: facts.keeps_its_end,
+            fence: Fence::new(facts.last_seq, names),
             recorded: cut.witness,
             resolved: None,
             is_met: false,
@@ -83,6 +87,13 @@ impl Stream {
     pub fn on_foreign(&mut self, now: Instant, on_their_way: usize) {
         self.foreign_at = Some(now);
         self.pipeline = (self.pipeline.min(on_their_way) / 2).max(LEAST_PIPELINE);
+    }
+
+    /// A publish was taken for a duplicate: where one id is used twice, more often are, and what is on its way after each
+    /// is sent in vain.
+    pub fn on_duplicate(&mut self) {
+        self.is_met = true;
+        self.pipeline = 1;
     }
 
     /// An event of ours at `seq` is resolved, as all before it are.

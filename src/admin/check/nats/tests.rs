@@ -33,6 +33,7 @@ fn good() -> Facts {
         state: StreamState::default(),
         created: String::new(),
         ts: String::new(),
+        domain: String::new(),
     };
     Facts {
         server: "127.0.0.1:4222".into(),

@@ -1,0 +1,199 @@
+//! The checkpoint's key-value bucket over a connection: creates it, reads the key and writes it. What is written when,
+//! and what an answer means, [`store`](super::store) decides.
+
+use super::record::{Anchor, Cut, Record};
+use super::store::{Store, Value, Write};
+use crate::jetstream::ack::{AckErrorKind, PubAck, parse_ack};
+use crate::jetstream::client::Link;
+use crate::jetstream::{self, streams};
+use crate::nats;
+use crate::outbox::lineage::{Lineage, NotInHistory};
+use crate::outbox::position::SourcePosition;
+use crate::postgres::Lsn;
+use serde::Deserialize;
+use std::time::Duration;
+
+/// Why the bucket cannot be used.
+#[derive(Debug)]
+pub enum Error {
+    /// Another try may go better: no answer, no leader, what was read was not the newest.
+    Passing(jetstream::Error),
+    /// It will not: no permission, or the bucket's subjects lead nowhere.
+    Lasting(String),
+    /// The key holds what no relay has written.
+    Unreadable(String),
+}
+
+/// Answers to writes of the checkpoint bear its number above this; those to looks at a stream bear the stream's index.
+const TOKENS: u64 = 1 << 32;
+
+/// Sends what is to be written; the answer comes under [`answers_to`].
+pub fn send(link: &Link, subject: &str, write: &Write) {
+    link.put(TOKENS + write.number, subject, write.revision, &write.body);
+}
+
+/// The number of the write that an answer with this token is about.
+pub fn answers_to(token: u64) -> Option<u64> {
+    token.checked_sub(TOKENS)
+}
+
+/// Writes the key, and waits for the answer.
+pub fn write(
+    link: &Link,
+    subject: &str,
+    write: &Write,
+    timeout: Duration,
+) -> Result<PubAck, Error> {
+    put(link, subject, write.revision, &write.body, timeout).map_err(|error| match error {
+        jetstream::Error::Api { source, .. }
+            if source.kind() == AckErrorKind::NoResponders && write.revision == 0 =>
+        {
+            Error::Lasting(format!("nobody answers on {subject}"))
+        }
+        error => Error::Passing(error),
+    })
+}
+
+fn put(
+    link: &Link,
+    subject: &str,
+    revision: u64,
+    body: &[u8],
+    timeout: Duration,
+) -> Result<PubAck, jetstream::Error> {
+    let answer = link.put_now(subject, revision, body, timeout)?;
+    parse_ack(&answer, None).map_err(|source| jetstream::Error::Api {
+        api: subject.into(),
+        source,
+    })
+}
+
+/// Creates the bucket if it is missing, with so many replicas, and reads the key of the slot on this system; without a value,
+/// that of the first version.
+pub fn read(
+    store: &Store,
+    link: &Link,
+    lineage: &Lineage,
+    replicas: u32,
+    timeout: Duration,
+) -> Result<Value, Error> {
+    let stream = format!("KV_{}", store.bucket());
+    let info = open(link, store.bucket(), replicas, timeout)?;
+    let mut value = Value {
+        time_ms: info
+            .as_ref()
+            .and_then(|info| milliseconds(&info.ts))
+            .unwrap_or_else(local_ms),
+        ..Value::default()
+    };
+    let subject = store.subject(lineage.source.system_id);
+    let get = |subject: &str| {
+        let last = streams::last_message_request(&stream, subject);
+        streams::message(link, last, timeout).map_err(sort)
+    };
+    let Some(message) = get(&subject)? else {
+        if let Some(old) = get(&store.old_subject())? {
+            value.record = of_first_version(&old.data, lineage);
+            value.stored_ms = value.time_ms;
+        }
+        return Ok(value);
+    };
+    value.stored_ms = milliseconds(&message.time).unwrap_or(value.time_ms);
+    let mut record: Record = serde_json::from_slice(&message.data).map_err(|error| {
+        Error::Unreadable(format!(
+            "the key {subject} holds no record of a relay ({error}); if nothing else uses it, delete it"
+        ))
+    })?;
+    if let Some(ripening) = &mut record.ripening {
+        ripening.since_ms.get_or_insert(value.stored_ms);
+    }
+    value.revision = message.seq;
+    if info.is_some_and(|info| info.config.num_replicas > 1) {
+        // a leader that does not know yet that it no longer is one answers with what it has; but it can write nothing
+        let again = put(link, &subject, value.revision, &record.body(), timeout);
+        value.revision = again.map_err(sort)?.seq;
+    }
+    value.record = Some(record);
+    Ok(value)
+}
+
+fn open(
+    link: &Link,
+    bucket: &str,
+    replicas: u32,
+    timeout: Duration,
+) -> Result<Option<streams::StreamInfo>, Error> {
+    let stream = format!("KV_{bucket}");
+    let info = streams::info(link, &stream, timeout).map_err(sort)?;
+    if info.is_some() {
+        return Ok(info);
+    }
+    let (api, body) = streams::create_bucket_request(bucket, replicas);
+    let answer = link.call(&api, &body, timeout).map_err(sort)?;
+    let info = streams::parse_info(&answer);
+    info.map_err(|source| sort(jetstream::Error::Api { api, source }))
+}
+
+/// Whether another try may go better.
+fn sort(error: jetstream::Error) -> Error {
+    let passes = match &error {
+        jetstream::Error::ApiTimeout { .. } => true,
+        jetstream::Error::Nats(error) => !matches!(error, nats::Error::Permission { .. }),
+        jetstream::Error::Api { source, .. } => matches!(
+            source.kind(),
+            AckErrorKind::WrongLastSequence(_)
+                | AckErrorKind::Busy
+                | AckErrorKind::NoAnswer
+                // where it was read before, its leader is being chosen
+                | AckErrorKind::NoResponders
+        ),
+    };
+    match passes {
+        true => Error::Passing(error),
+        false => Error::Lasting(error.to_string()),
+    }
+}
+
+/// What the first version wrote says how far it was: everything before `reached`.
+fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
+    #[derive(Deserialize)]
+    struct Old {
+        reached: Option<String>,
+        publication: Option<String>,
+    }
+    let old: Old = serde_json::from_slice(body).ok()?;
+    let reached: SourcePosition = old.reached?.parse().ok()?;
+    let is_ours = reached.source.slot == lineage.source.slot
+        && reached.source.system_id == lineage.source.system_id;
+    let lsn: Lsn = match lineage.left_at(reached.source.timeline) {
+        Ok(None) => reached.position.commit_lsn,
+        Ok(Some(lsn)) => reached.position.commit_lsn.min(lsn),
+        Err(NotInHistory) => return None,
+    };
+    is_ours.then(|| Record {
+        timeline: lineage.source.timeline,
+        young: Cut {
+            anchor: Anchor::bare(lsn),
+            stored_lsn: lsn,
+            streams: Vec::new(),
+            quiescent: false,
+        },
+        ripening: None,
+        matured: None,
+        told_lsn: lsn,
+        publication: old.publication,
+        fingerprint: String::new(),
+        writer: String::new(),
+        writes: 0,
+    })
+}
+
+fn milliseconds(rfc3339: &str) -> Option<i64> {
+    let time = rfc3339.parse::<jiff::Timestamp>().ok()?;
+    Some(time.as_millisecond())
+}
+
+/// Servers before 2.10 do not report their time.
+fn local_ms() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
+}

@@ -1,0 +1,470 @@
+//! Connects to JetStream and finds out where to go on: at a session's start, and after each lost connection.
+//!
+//! In this order: the checkpoint's key; the routes; the ends of every stream under the prefix or named in a cut; and
+//! what the [`Resume`] asks for. Its caller claims the result, by writing the record, before anything is published.
+
+use super::checkpoint::kv;
+use super::checkpoint::record::{Cut, StreamCut};
+use super::checkpoint::store::{ANYTHING, Overtaken, Store};
+use super::core::capacity::Capacity;
+use super::core::evidence::Message;
+use super::core::exactly_once::{Connection, ExactlyOnce};
+use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts};
+use super::error::Error;
+use super::repeated::Repeated;
+use super::stop::Stop;
+use crate::config::Config;
+use crate::jetstream::ack::AckError;
+use crate::jetstream::client::{self, Link};
+use crate::jetstream::preflight::preflight;
+use crate::jetstream::streams::{self, Routes, StreamInfo};
+use crate::jetstream::{self, Delivery, EXPECTED_LAST_SEQUENCE, OUTBOX_LATE, OUTBOX_POSITION};
+use crate::outbox::lineage::{Conflict, Lineage};
+use crate::outbox::park::OnPoison;
+use crate::outbox::position::SourcePosition;
+use crate::postgres::Lsn;
+use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
+
+/// How long a new leader is given to apply what it has, and one that was cut off to notice that it no longer is one
+/// (10 s in nats-server); what the stream still lacks then counts as lost.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(30);
+/// Between two looks.
+const CATCH_UP_PAUSE: Duration = Duration::from_millis(250);
+/// So many messages are asked for in a row, and so many of them, or of bytes, are on their way at a time: enough to hide
+/// the way, few for the server and in memory.
+const READ_IN_A_ROW: usize = 512;
+const READ_AT_ONCE: u64 = 64;
+const READ_AT_ONCE_BYTES: u64 = 4 * 1024 * 1024;
+/// A resume that takes longer is reported this often.
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What both of a session's parts connect with.
+pub struct Connector<'a> {
+    /// The operator's wishes.
+    pub config: &'a Config,
+    /// The server that the copy stream comes from.
+    pub lineage: &'a Lineage,
+    /// Ends a resume that takes long.
+    pub stop: &'a Stop,
+    /// What was lost is lost (`-resume-anyway`).
+    pub accept_loss: bool,
+}
+
+/// Where the cuts to resume with come from.
+pub enum From {
+    /// The record: a session starts. The slot's position, and whether what the record says counts.
+    Record {
+        /// The slot's `confirmed_flush_lsn`.
+        confirmed_lsn: Lsn,
+        /// The record is of another history, which is accepted.
+        without_cuts: bool,
+    },
+    /// The core: the copy stream goes on.
+    Core(Cut),
+}
+
+/// A connection, and the streams that were found over it.
+pub struct Found {
+    /// The connection.
+    pub link: Link,
+    infos: Vec<StreamInfo>,
+    /// Of these the first so many capture something of the prefix, or the park subject.
+    routed: usize,
+}
+
+impl Connector<'_> {
+    /// Connects, and finds the streams that capture the prefix and the park subject. `tries`: how often that, and what follows,
+    /// failed before.
+    pub fn find(&self, tries: usize, said: &mut Repeated) -> Result<Found, Error> {
+        let config = self.config;
+        let link = Link::connect_from(&config.nats, tries)?;
+        let mut infos: Vec<StreamInfo> = Vec::new();
+        for filter in self.filters() {
+            let found = streams::list(&link, &filter, config.nats.request_timeout)?;
+            if found.is_empty() {
+                return Err(Error::NoStream(filter));
+            }
+            for info in found {
+                if infos
+                    .iter()
+                    .all(|known| known.config.name != info.config.name)
+                {
+                    infos.push(info);
+                }
+            }
+        }
+        for info in &infos {
+            let judged = preflight(info, &link.server_info(), config.wanted());
+            if let Some(why) = judged.refused {
+                return Err(Error::Setup(why));
+            }
+            for warning in judged.warnings {
+                if said.is_new(&format!("{}{warning}", info.config.name), Instant::now()) {
+                    log::warn!(stream = info.config.name.as_str(); "{warning}");
+                }
+            }
+        }
+        Ok(Found {
+            link,
+            routed: infos.len(),
+            infos,
+        })
+    }
+
+    fn filters(&self) -> Vec<String> {
+        let policy = &self.config.mapping.policy;
+        let mut filters = vec![format!("{}.>", self.config.prefix)];
+        if policy.parks() {
+            filters.push(policy.park_subject.clone());
+        }
+        filters
+    }
+
+    /// What may go over the connection.
+    pub fn capacity(&self, found: &Found) -> Capacity {
+        let routed = found.infos.get(..found.routed).unwrap_or_default();
+        Capacity {
+            routes: Routes::new(routed),
+            max_payload: found.link.max_payload(),
+            position_source_len: self.lineage.source.to_string().len(),
+            puts_aside: self.config.mapping.policy.on_poison != OnPoison::Stop,
+        }
+    }
+
+    /// Reads the checkpoint's key. `Ok(Err(_))`: another relay has written it since this process did.
+    pub fn read_key(
+        &self,
+        found: &Found,
+        store: &mut Store,
+    ) -> Result<Result<(), Overtaken>, Error> {
+        let timeout = self.config.nats.request_timeout;
+        let replicas = found.infos.iter().map(|info| info.config.num_replicas);
+        let replicas = replicas.max().unwrap_or(1);
+        let value = kv::read(store, &found.link, self.lineage, replicas, timeout);
+        let value = value.map_err(|error| no_checkpoint(store.bucket(), error))?;
+        let read = store.on_read(value, self.lineage, Instant::now());
+        read.map_err(|conflict| Error::Conflict {
+            of: "the checkpoint".into(),
+            conflict,
+        })
+    }
+
+    /// Finds out where to go on.
+    pub fn resume(
+        &self,
+        mut found: Found,
+        store: &Store,
+        from: From,
+    ) -> Result<(Link, Connection), Error> {
+        let (cuts, oldest_is_matured, confirmed_lsn) = match from {
+            From::Core(cut) => (vec![cut], true, Lsn::INVALID),
+            From::Record {
+                confirmed_lsn,
+                without_cuts: true,
+            } => (Vec::new(), false, confirmed_lsn),
+            From::Record { confirmed_lsn, .. } => {
+                if store.held().is_none() {
+                    self.check_system(&found)?;
+                }
+                let (mut cuts, is_matured) = store.cuts(Instant::now());
+                forget_left(&mut cuts, is_matured, &found);
+                (cuts, is_matured, confirmed_lsn)
+            }
+        };
+        let held = store.held();
+        let maybe_unfenced =
+            confirmed_lsn > Lsn::INVALID && held.is_none_or(|record| record.told_lsn == ANYTHING);
+        let missing = self.find_named(&mut found, &cuts)?;
+        let facts = Facts {
+            lineage: self.lineage.clone(),
+            streams: self.facts(&found),
+            cuts,
+            oldest_is_matured,
+            confirmed_lsn,
+            maybe_unfenced,
+            accept_loss: self.accept_loss,
+        };
+        let streams = facts.streams.clone();
+        let resumed = self.read(&found, Resume::new(facts))?;
+        if let Some((stream, at)) = resumed.unfenced.filter(|_| !self.accept_loss) {
+            let name = streams.get(stream).map(|it| it.name.clone());
+            return Err(Error::Unfenced {
+                stream: name.unwrap_or_default(),
+                at,
+                stored: resumed.anchor.position,
+            });
+        }
+        for (stream, deleted) in streams.iter().zip(&resumed.deleted) {
+            if *deleted > 0 {
+                log::warn!(
+                    stream = stream.name.as_str(), messages = *deleted;
+                    "the last messages of this stream are gone, lost by the server or deleted by somebody; what Postgres still has is \
+                     published again"
+                );
+            }
+        }
+        let connection = Connection {
+            resumed,
+            routed: (0..found.routed).collect(),
+            capacity: self.capacity(&found),
+            streams,
+            missing,
+        };
+        Ok((found.link, connection))
+    }
+
+    /// The streams that a cut names and that capture nothing of ours now, and what the youngest cut says of those that
+    /// are gone.
+    fn find_named(&self, found: &mut Found, cuts: &[Cut]) -> Result<Vec<StreamCut>, Error> {
+        let timeout = self.config.nats.request_timeout;
+        let mut missing: Vec<StreamCut> = Vec::new();
+        for stream in cuts.iter().flat_map(|cut| &cut.streams) {
+            let is_known = found.infos.iter().any(|it| it.config.name == stream.name)
+                || missing.iter().any(|it| it.name == stream.name);
+            if is_known {
+                continue;
+            }
+            match streams::info(&found.link, &stream.name, timeout)? {
+                Some(info) => found.infos.push(info),
+                None => missing.push(stream.clone()),
+            }
+        }
+        for info in &mut found.infos {
+            let marks = cuts.iter().filter_map(|cut| cut.stream(&info.config.name));
+            let acked_seq = marks.map(|mark| {
+                let witness_seq = mark.witness.as_ref().map_or(0, |witness| witness.seq);
+                mark.read_after.max(witness_seq)
+            });
+            self.catch_up(&found.link, info, acked_seq.max().unwrap_or(0))?;
+        }
+        Ok(missing)
+    }
+
+    /// An end before what was acknowledged is looked at again before it is believed: a new leader of a replicated
+    /// stream reports an older end until it has applied what its followers agreed on.
+    fn catch_up(&self, link: &Link, info: &mut StreamInfo, acked_seq: u64) -> Result<(), Error> {
+        let timeout = self.config.nats.request_timeout;
+        let deadline = Instant::now() + CATCH_UP_LIMIT;
+        while info.state.last_seq < acked_seq
+            && info.config.num_replicas > 1
+            && Instant::now() < deadline
+        {
+            self.stop.wait(CATCH_UP_PAUSE);
+            if self.stop.is_stopping() {
+                return Err(Error::Stopped);
+            }
+            if let Some(newer) = streams::info(link, &info.config.name, timeout)? {
+                *info = newer;
+            }
+        }
+        Ok(())
+    }
+
+    fn facts(&self, found: &Found) -> Vec<StreamFacts> {
+        let infos = found.infos.iter().enumerate();
+        let facts = infos.map(|(index, info)| StreamFacts {
+            name: info.config.name.clone(),
+            domain: info.domain.clone(),
+            created: info.created.clone(),
+            is_replicated: info.config.num_replicas > 1,
+            first_seq: info.state.first_seq,
+            last_seq: info.state.last_seq,
+            is_routed: index < found.routed,
+            keeps_its_end: info.config.keeps_its_end(),
+            keeps_its_order: info.config.keeps_its_order(),
+        });
+        facts.collect()
+    }
+
+    /// Reads what the resume asks for.
+    fn read(&self, found: &Found, mut resume: Resume) -> Result<Resumed, Error> {
+        let timeout = self.config.nats.request_timeout;
+        let average = found
+            .infos
+            .iter()
+            .map(|info| info.state.bytes / info.state.messages.max(1));
+        let average = average.max().unwrap_or(0).max(1);
+        let at_once = (READ_AT_ONCE_BYTES / average).clamp(1, READ_AT_ONCE) as usize;
+        let name = |stream: usize| {
+            let info = found.infos.get(stream);
+            info.map_or("", |info| info.config.name.as_str())
+        };
+        let (mut count, mut reported) = (0, Instant::now());
+        loop {
+            let mut reads = Vec::new();
+            while reads.len() < READ_IN_A_ROW
+                && let Some(read) = resume.next().map_err(Error::Lost)?
+            {
+                reads.push(read);
+            }
+            if reads.is_empty() {
+                return Ok(resume.finish());
+            }
+            let request = |nth: usize| match reads.get(nth) {
+                Some(Read::Message(stream, seq)) => streams::message_request(name(*stream), *seq),
+                Some(Read::Exists(name)) => streams::info_request(name),
+                None => Default::default(),
+            };
+            let mut answers = Vec::with_capacity(reads.len());
+            let link = &found.link;
+            link.call_each(
+                reads.len(),
+                request,
+                at_once,
+                timeout,
+                |nth, body| {
+                    if let Some(read) = reads.get(nth) {
+                        answers.push((nth, answer(read, body)?));
+                    }
+                    Ok(())
+                },
+                |_| (),
+            )?;
+            count += answers.len();
+            for (nth, answer) in answers {
+                if let Some(read) = reads.get(nth) {
+                    resume.on_read(read, answer);
+                }
+            }
+            if self.stop.is_stopping() {
+                return Err(Error::Stopped);
+            }
+            if reported.elapsed() >= REPORT_INTERVAL {
+                reported = Instant::now();
+                log::info!(messages = count; "reading the streams back to find what is stored");
+            }
+        }
+    }
+
+    /// Writes the record of what was resumed: before that nothing is published.
+    pub fn claim(
+        &self,
+        link: &Link,
+        core: &mut ExactlyOnce,
+        store: &mut Store,
+        fell_back: bool,
+        confirmed_lsn: Lsn,
+    ) -> Result<(), Error> {
+        let timeout = self.config.nats.request_timeout;
+        let now = Instant::now();
+        let write = store.claim(core.cut_to_record(), fell_back, confirmed_lsn, now);
+        let subject = store.subject(self.lineage.source.system_id);
+        let ack = kv::write(link, &subject, &write, timeout)
+            .map_err(|error| no_checkpoint(store.bucket(), error))?;
+        match store.on_written(write.number, Ok(ack), Instant::now()) {
+            Ok(_) => core.on_recorded(Instant::now()),
+            Err(Overtaken) => return Err(Error::Overtaken),
+        }
+        Ok(())
+    }
+
+    /// Without a record, the last message under our subjects tells whether another Postgres system wrote here before.
+    fn check_system(&self, found: &Found) -> Result<(), Error> {
+        if self.config.accept_new_system || self.config.delivery == Delivery::AtLeastOnce {
+            return Ok(());
+        }
+        let timeout = self.config.nats.request_timeout;
+        for info in found.infos.iter().take(found.routed) {
+            let name = &info.config.name;
+            for filter in self.filters() {
+                let last = streams::last_message_request(name, &filter);
+                let last = streams::message(&found.link, last, timeout)?;
+                let at = last.and_then(|message| {
+                    message
+                        .header(OUTBOX_POSITION)?
+                        .parse::<SourcePosition>()
+                        .ok()
+                });
+                let source = &self.lineage.source;
+                if let Some(at) = at
+                    && at.source.slot == source.slot
+                    && at.source.system_id != source.system_id
+                {
+                    return Err(Error::Conflict {
+                        of: format!("stream {name}"),
+                        conflict: Conflict::OtherSystem(at),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the bucket's trouble means to exactly-once delivery.
+pub fn no_checkpoint(bucket: &str, error: kv::Error) -> Error {
+    match error {
+        kv::Error::Passing(error) => Error::Nats(error),
+        kv::Error::Lasting(reason) | kv::Error::Unreadable(reason) => Error::NoCheckpoint {
+            bucket: bucket.into(),
+            reason,
+        },
+    }
+}
+
+/// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured.
+fn forget_left(cuts: &mut [Cut], is_matured: bool, found: &Found) {
+    let routed = found.infos.get(..found.routed).unwrap_or_default();
+    let matured = cuts.last().filter(|_| is_matured).cloned();
+    let Some(matured) = matured else {
+        return;
+    };
+    let have_matured: Vec<&str> = (matured.streams.iter())
+        .filter(|it| routed.iter().all(|info| info.config.name != it.name))
+        .filter(|it| cuts.iter().all(|cut| cut.stream(&it.name) == Some(it)))
+        .map(|it| it.name.as_str())
+        .collect();
+    for cut in cuts {
+        cut.streams
+            .retain(|it| !have_matured.contains(&it.name.as_str()));
+    }
+}
+
+fn answer(read: &Read, body: &[u8]) -> Result<Answer, AckError> {
+    Ok(match read {
+        Read::Message(..) => Answer::Message(message(body)?),
+        Read::Exists(_) => Answer::Exists(streams::parse_info(body)?.is_some()),
+    })
+}
+
+/// Reads these sequences of a stream over a connection that is in use; what else comes meanwhile is handed on.
+pub fn read_gap(
+    link: &Link,
+    stream: &str,
+    sequences: RangeInclusive<u64>,
+    timeout: Duration,
+    other: impl FnMut(client::Answer),
+) -> Result<Vec<(u64, Option<Message>)>, jetstream::Error> {
+    let first = *sequences.start();
+    let mut messages = Vec::new();
+    let request = |nth: usize| streams::message_request(stream, first + nth as u64);
+    let take = |nth: usize, body: &[u8]| {
+        messages.push((first + nth as u64, message(body)?));
+        Ok(())
+    };
+    let at_once = READ_AT_ONCE as usize;
+    link.call_each(sequences.count(), request, at_once, timeout, take, other)?;
+    messages.sort_unstable_by_key(|(seq, _)| *seq);
+    Ok(messages)
+}
+
+fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
+    let stored = streams::parse_message_head(body)?;
+    Ok(stored.map(|stored| Message {
+        seq: stored.seq,
+        position: stored
+            .header(OUTBOX_POSITION)
+            .and_then(|text| text.parse().ok()),
+        id: stored.header("Nats-Msg-Id").map(str::to_string),
+        expected_last_sequence: stored
+            .header(EXPECTED_LAST_SEQUENCE)
+            .and_then(|text| text.parse().ok()),
+        // ADR-8: the stream's name, the sequence there, and more
+        copied_from: stored
+            .header("Nats-Stream-Source")
+            .and_then(|text| text.split_ascii_whitespace().next())
+            .map(str::to_string),
+        is_late: stored.header(OUTBOX_LATE).is_some(),
+    }))
+}
