@@ -40,10 +40,14 @@ fn kind(why: &str) -> String {
 #[test]
 fn every_event_once_and_in_order_whatever_fails() {
     if let Some(seed) = number("SIM_SEED") {
-        println!("{:?}", catch_unwind(|| {
-            let (outcome, trace) = world::run(seed, true);
-            println!("{}\n{outcome:?}", trace.join("\n"));
-        }).is_ok());
+        println!(
+            "{:?}",
+            catch_unwind(|| {
+                let (outcome, trace) = world::run(seed, true);
+                println!("{}\n{outcome:?}", trace.join("\n"));
+            })
+            .is_ok()
+        );
         return;
     }
     let first = number("SIM_FIRST").unwrap_or(0);
@@ -53,13 +57,19 @@ fn every_event_once_and_in_order_whatever_fails() {
     for seed in seeds {
         match run(seed) {
             Ok(Ended::AllStored) => *ended.entry("all stored".into()).or_default() += 1,
-            Ok(Ended::Halted(why)) => *ended.entry(format!("halted: {}", kind(&why))).or_default() += 1,
+            Ok(Ended::Halted(why)) => {
+                *ended.entry(format!("halted: {}", kind(&why))).or_default() += 1
+            }
             Err(why) => failures.entry(kind(&why)).or_default().push(seed),
         }
     }
     println!("{ended:#?}");
     for (why, seeds) in &failures {
-        println!("{:>6} {why}: {:?}", seeds.len(), seeds.iter().take(6).collect::<Vec<_>>());
+        println!(
+            "{:>6} {why}: {:?}",
+            seeds.len(),
+            seeds.iter().take(6).collect::<Vec<_>>()
+        );
     }
     assert!(failures.is_empty());
 }

@@ -51,6 +51,7 @@ pub struct Stream {
     pub name: String,
     pub created: String,
     pub topics: BTreeSet<usize>,
+    pub born: Instant,
     pub is_replicated: bool,
     /// Messages go once they are consumed.
     pub is_queue: bool,
@@ -72,12 +73,20 @@ pub fn refused(code: u32, err_code: u32, description: &str) -> AckError {
 }
 
 impl Stream {
-    pub fn new(serial: u64, name: &str, is_replicated: bool, is_queue: bool, window: Duration) -> Stream {
+    pub fn new(
+        serial: u64,
+        name: &str,
+        is_replicated: bool,
+        is_queue: bool,
+        window: Duration,
+        born: Instant,
+    ) -> Stream {
         Stream {
             serial,
             name: name.into(),
             created: format!("created-{serial}"),
             topics: BTreeSet::new(),
+            born,
             is_replicated,
             is_queue,
             is_full: false,
@@ -92,11 +101,17 @@ impl Stream {
 
     /// A publish arrives; `Ok` of a sequence: it is stored there.
     pub fn publish(&mut self, flight: &Flight, now: Instant) -> Result<PubAck, AckError> {
-        if flight.expected_stream.as_ref().is_some_and(|name| *name != self.name) {
+        if flight
+            .expected_stream
+            .as_ref()
+            .is_some_and(|name| *name != self.name)
+        {
             return Err(refused(400, 10060, "expected stream does not match"));
         }
         let known = self.ids.get(&flight.id);
-        let known = known.filter(|(_, time)| now - *time < self.window).map(|(seq, _)| *seq);
+        let known = known
+            .filter(|(_, time)| now - *time < self.window)
+            .map(|(seq, _)| *seq);
         let duplicate = known.map(|seq| PubAck {
             seq,
             duplicate: true,
@@ -111,7 +126,10 @@ impl Stream {
         if let Some(id) = &flight.expected_last
             && self.last_id.as_ref() != Some(id)
         {
-            let text = format!("wrong last msg ID: {}", self.last_id.as_deref().unwrap_or_default());
+            let text = format!(
+                "wrong last msg ID: {}",
+                self.last_id.as_deref().unwrap_or_default()
+            );
             return Err(refused(400, 10070, &text));
         }
         if let Some(duplicate) = duplicate {
@@ -145,7 +163,8 @@ impl Stream {
         if let Some(id) = &message.id {
             self.ids.insert(id.clone(), (self.last_seq, time));
         }
-        self.messages.insert(self.last_seq, Stored { uid, message, time });
+        self.messages
+            .insert(self.last_seq, Stored { uid, message, time });
     }
 
     /// A message goes.
@@ -183,6 +202,8 @@ impl Stream {
             first_seq: self.first_seq,
             last_seq: self.last_seq,
             is_routed: !self.topics.is_empty(),
+            keeps_its_end: !self.is_replicated && !self.is_queue,
+            keeps_its_order: !self.is_replicated && !self.is_queue,
         }
     }
 
@@ -201,6 +222,7 @@ impl Stream {
             state: StreamState::default(),
             created: self.created.clone(),
             ts: String::new(),
+            domain: String::new(),
         }
     }
 }
@@ -256,7 +278,10 @@ impl Key {
 
     /// An older copy of the bucket is put back, which the key had at `time`.
     pub fn put_back(&mut self, time: Instant) {
-        let older = self.history.iter().rposition(|(.., written)| *written <= time);
+        let older = self
+            .history
+            .iter()
+            .rposition(|(.., written)| *written <= time);
         let Some(index) = older else {
             return;
         };

@@ -93,7 +93,12 @@ impl Fault {
         let many = [2, 4, 8, faults.len()][rng.usize(..4)];
         faults.truncate(many);
         if rng.u32(..4) == 0 {
-            let due = [Fault::Restore, Fault::Clone, Fault::SlotMoved, Fault::Elsewhere];
+            let due = [
+                Fault::Restore,
+                Fault::Clone,
+                Fault::SlotMoved,
+                Fault::Elsewhere,
+            ];
             faults.push(due[rng.usize(..due.len())]);
         }
         faults
@@ -126,8 +131,11 @@ impl Env {
     fn add_stream(&mut self, name: &str, is_replicated: bool, is_queue: bool) -> usize {
         self.serial += 1;
         let window = Duration::from_secs([60, 120][self.rng.usize(..2)]);
-        let stream = Stream::new(self.serial, name, is_replicated, is_queue, window);
-        trace!(self, "stream {name}, replicated {is_replicated}, queue {is_queue}, window {window:?}");
+        let stream = Stream::new(self.serial, name, is_replicated, is_queue, window, self.now);
+        trace!(
+            self,
+            "stream {name}, replicated {is_replicated}, queue {is_queue}, window {window:?}"
+        );
         self.streams.push(stream);
         self.streams.len() - 1
     }
@@ -167,8 +175,11 @@ impl Env {
 
     fn delete_stream(&mut self, index: usize) -> Stream {
         let stream = self.streams.remove(index);
-        for (seq, stored) in &stream.messages {
-            self.mark(stream.serial, *seq, stored.uid, State::Gone);
+        // also what a crash has taken before: whoever deletes a stream does not ask what was in it
+        for copy in self.stories.values_mut().flat_map(|it| &mut it.copies) {
+            if copy.at.0 == stream.serial {
+                copy.state = State::Gone;
+            }
         }
         stream
     }
@@ -208,9 +219,18 @@ impl Env {
 impl World {
     pub fn strike(&mut self, fault: Fault) {
         match fault {
-            Fault::Crash | Fault::Stop | Fault::Zombie | Fault::Disconnect | Fault::ServerRestart => self.strike_relay(fault),
+            Fault::Crash
+            | Fault::Stop
+            | Fault::Zombie
+            | Fault::Disconnect
+            | Fault::ServerRestart => self.strike_relay(fault),
             Fault::KeyLost | Fault::KeyBack | Fault::KeyDown => self.strike_key(fault),
-            Fault::PgCrash | Fault::Failover | Fault::Noise | Fault::Restore | Fault::Clone | Fault::SlotMoved => {
+            Fault::PgCrash
+            | Fault::Failover
+            | Fault::Noise
+            | Fault::Restore
+            | Fault::Clone
+            | Fault::SlotMoved => {
                 self.strike_postgres(fault);
             }
             Fault::ReuseIds | Fault::Park | Fault::Lose => {}
@@ -248,7 +268,10 @@ impl World {
             }
             _ => {
                 if let Some(mut relay) = self.relay.take_if(|relay| relay.is_up()) {
-                    trace!(env, "relay {} is frozen, and goes on as a zombie", relay.name);
+                    trace!(
+                        env,
+                        "relay {} is frozen, and goes on as a zombie", relay.name
+                    );
                     relay.zombie_since = Some(env.now);
                     self.zombies.push(relay);
                 }
@@ -282,7 +305,11 @@ impl World {
 
     fn strike_postgres(&mut self, fault: Fault) {
         let env = &mut self.env;
-        if !matches!(fault, Fault::PgCrash | Fault::Failover | Fault::Noise | Fault::SlotMoved) && self.snapshot.is_none() {
+        if !matches!(
+            fault,
+            Fault::PgCrash | Fault::Failover | Fault::Noise | Fault::SlotMoved
+        ) && self.snapshot.is_none()
+        {
             trace!(env, "a snapshot of Postgres is taken at {}", env.pg.wal_end);
             self.snapshot = Some(env.pg.clone());
             return;
@@ -293,7 +320,10 @@ impl World {
                 return;
             }
             Fault::PgCrash => {
-                trace!(env, "Postgres crashes: confirmed {} again", env.pg.persisted);
+                trace!(
+                    env,
+                    "Postgres crashes: confirmed {} again", env.pg.persisted
+                );
                 env.pg.confirmed = env.pg.persisted;
             }
             Fault::Failover => {
@@ -301,7 +331,9 @@ impl World {
                 let kept = many - env.rng.usize(..=many.min(3));
                 let end = env.pg.transactions.get(..kept).and_then(|it| it.last());
                 let end = end.map_or(Lsn(100), |it| it.end_lsn);
-                if end < env.pg.confirmed {
+                // a synced slot is not ahead of its standby, whose history is that of the primary
+                let left = env.pg.switch_points.last().map_or(Lsn(0), |(_, lsn)| *lsn);
+                if end < env.pg.confirmed.max(left) {
                     return;
                 }
                 let lacking = env.pg.transactions.split_off(kept);
@@ -326,13 +358,24 @@ impl World {
                 let Some(mut other) = self.snapshot.take() else {
                     return;
                 };
-                let is_other = |it: &&std::rc::Rc<crate::postgres::Transaction>| it.commit_lsn >= other.wal_end;
-                let lacking: Vec<_> = env.pg.transactions.iter().filter(is_other).cloned().collect();
+                let is_other = |it: &&std::rc::Rc<crate::postgres::Transaction>| {
+                    it.commit_lsn >= other.wal_end
+                };
+                let lacking: Vec<_> = env
+                    .pg
+                    .transactions
+                    .iter()
+                    .filter(is_other)
+                    .cloned()
+                    .collect();
                 env.give_up(&lacking);
                 if fault == Fault::Clone {
                     let end = other.wal_end;
                     other.promote(end);
-                    trace!(env, "a clone is promoted at {end} to timeline {}", other.timeline);
+                    trace!(
+                        env,
+                        "a clone is promoted at {end} to timeline {}", other.timeline
+                    );
                     if other.timeline > env.pg.timeline {
                         // a fail-over to a standby that lags; the slot is as old as that, too
                     } else {
@@ -375,7 +418,11 @@ impl World {
                 if let Some(relay) = &mut self.relay {
                     let name = &env.streams[index].topics;
                     let lost = env.rng.usize(..3);
-                    let of_it = relay.out.iter().enumerate().filter(|(_, it)| name.contains(&it.topic));
+                    let of_it = relay
+                        .out
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, it)| name.contains(&it.topic));
                     let of_it: Vec<usize> = of_it.map(|(at, _)| at).take(lost).collect();
                     for at in of_it.into_iter().rev() {
                         relay.out.remove(at);
@@ -389,13 +436,23 @@ impl World {
                 for _ in 0..env.rng.usize(1..5) {
                     env.foreign(index, Message::default());
                 }
-                trace!(env, "foreign messages in {}, which ends at {}", env.streams[index].name, env.streams[index].last_seq);
+                trace!(
+                    env,
+                    "foreign messages in {}, which ends at {}",
+                    env.streams[index].name,
+                    env.streams[index].last_seq
+                );
             }
             Fault::Flood if env.one_in(10) => {
                 for _ in 0..2000 {
                     env.foreign(index, Message::default());
                 }
-                trace!(env, "thousands in {}, which ends at {}", env.streams[index].name, env.streams[index].last_seq);
+                trace!(
+                    env,
+                    "thousands in {}, which ends at {}",
+                    env.streams[index].name,
+                    env.streams[index].last_seq
+                );
             }
             Fault::OtherService => {
                 let seq = env.streams[index].last_seq;
@@ -422,8 +479,12 @@ impl World {
                 trace!(env, "another service writes to {}", env.streams[index].name);
             }
             Fault::Copy | Fault::BareCopy => {
+                env.has_bare_copies |= fault == Fault::BareCopy;
                 if let Some((from, message)) = env.any_of_ours() {
-                    trace!(env, "a copy of {:?} in {}", message.id, env.streams[index].name);
+                    trace!(
+                        env,
+                        "a copy of {:?} in {}", message.id, env.streams[index].name
+                    );
                     let message = Message {
                         expected_last_sequence: None,
                         copied_from: (fault == Fault::Copy).then_some(from),
@@ -440,11 +501,16 @@ impl World {
                 }
             }
             Fault::Split => {
-                let free = ["D", "E", "F"].into_iter().find(|name| env.streams.iter().all(|it| it.name != *name));
+                let free = ["D", "E", "F"]
+                    .into_iter()
+                    .find(|name| env.streams.iter().all(|it| it.name != *name));
                 if let Some(name) = free
                     && !env.is_late(topic)
                 {
-                    let (replicated, queue) = (env.streams[index].is_replicated, env.streams[index].is_queue);
+                    let (replicated, queue) = (
+                        env.streams[index].is_replicated,
+                        env.streams[index].is_queue,
+                    );
                     let new = env.add_stream(name, replicated, queue);
                     trace!(env, "topic {topic} is moved to the new {name}");
                     env.give_topic(topic, new);
@@ -452,7 +518,10 @@ impl World {
             }
             Fault::Full => {
                 env.streams[index].is_full ^= true;
-                trace!(env, "{} is full: {}", env.streams[index].name, env.streams[index].is_full);
+                trace!(
+                    env,
+                    "{} is full: {}", env.streams[index].name, env.streams[index].is_full
+                );
             }
             Fault::Recreate => {
                 let old = env.delete_stream(index);
@@ -475,7 +544,10 @@ impl World {
             Fault::Created => {
                 env.serial += 1;
                 let created = format!("created-{}", env.serial);
-                trace!(env, "created of {} changes, the servers restart", env.streams[index].name);
+                trace!(
+                    env,
+                    "created of {} changes, the servers restart", env.streams[index].name
+                );
                 env.streams[index].created = created;
                 env.streams.iter_mut().for_each(Stream::restart);
                 self.disconnect("the server restarts");
@@ -491,13 +563,21 @@ impl World {
                 let seqs: Vec<u64> = env.streams[index].messages.keys().copied().collect();
                 if !seqs.is_empty() {
                     let seq = seqs[env.rng.usize(..seqs.len())];
-                    trace!(env, "message {seq} of {} is deleted", env.streams[index].name);
+                    trace!(
+                        env,
+                        "message {seq} of {} is deleted", env.streams[index].name
+                    );
                     env.remove(index, seq);
                 }
             }
             Fault::Consume if env.streams[index].is_queue => {
                 let many = env.rng.usize(1..8);
-                let seqs: Vec<u64> = env.streams[index].messages.keys().copied().take(many).collect();
+                let seqs: Vec<u64> = env.streams[index]
+                    .messages
+                    .keys()
+                    .copied()
+                    .take(many)
+                    .collect();
                 trace!(env, "consumed of {}: {seqs:?}", env.streams[index].name);
                 for seq in seqs {
                     env.remove(index, seq);

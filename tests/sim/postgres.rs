@@ -95,7 +95,8 @@ impl Postgres {
     /// Everything from `lsn` on is another server's.
     pub fn cut_off(&mut self, lsn: Lsn) {
         let kept = |transaction: &Rc<Transaction>| transaction.commit_lsn < lsn;
-        self.transactions.truncate(self.transactions.partition_point(kept));
+        self.transactions
+            .truncate(self.transactions.partition_point(kept));
         self.wal_end = lsn;
     }
 

@@ -17,7 +17,9 @@ use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
 use jetstream_outbox::relay::core::evidence::Message;
 use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce};
-use jetstream_outbox::relay::core::resume::{Answer as Found, Facts, Read, Resume, StreamFacts};
+use jetstream_outbox::relay::core::resume::{
+    Answer as Found, Facts, Read, Resume, StreamFacts, forget_left,
+};
 use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
 use jetstream_outbox::relay::core::window::Limits;
 use jetstream_outbox::relay::core::{Core, Next};
@@ -175,7 +177,10 @@ impl Relay {
 
     /// What was on its way may still arrive.
     pub fn hang_up(&mut self, env: &mut Env) {
-        env.leave_behind(std::mem::take(&mut self.out), std::mem::take(&mut self.writes));
+        env.leave_behind(
+            std::mem::take(&mut self.out),
+            std::mem::take(&mut self.writes),
+        );
         self.answers.clear();
         self.written.clear();
         self.looks.clear();
@@ -256,15 +261,24 @@ impl Relay {
         let Some(session) = &self.session else {
             return Ok(());
         };
-        let routed: Vec<_> = env.streams.iter().filter(|it| !it.topics.is_empty()).collect();
+        let routed: Vec<_> = env
+            .streams
+            .iter()
+            .filter(|it| !it.topics.is_empty())
+            .collect();
         let mut streams: Vec<StreamFacts> = routed.iter().map(|it| it.facts()).collect();
         let infos: Vec<_> = routed.iter().map(|it| it.info()).collect();
-        let is_own = own_cut.is_some();
-        let cuts: Vec<Cut> = match (own_cut, self.store.held()) {
-            (Some(cut), _) => vec![cut],
-            (None, Some(record)) => relevant_cuts(record, &streams),
-            (None, None) => Vec::new(),
+        let (cuts, oldest_is_matured) = match own_cut {
+            Some(cut) => (vec![cut], true),
+            None => {
+                let (mut cuts, is_matured) = self.store.cuts(env.now);
+                forget_left(&mut cuts, is_matured, |name| {
+                    streams.iter().any(|it| it.name == name)
+                });
+                (cuts, is_matured)
+            }
         };
+        let maybe_unfenced = session.core.is_none() && self.store.held().is_none();
         let routed = (0..streams.len()).collect();
         let mut missing: Vec<StreamCut> = Vec::new();
         for named in cuts.iter().flat_map(|cut| &cut.streams) {
@@ -278,10 +292,10 @@ impl Relay {
                 None => missing.push(named.clone()),
             }
         }
-        let is_matured = self.store.held().is_some_and(|record| record.matured.is_some());
         let facts = Facts {
             lineage: session.lineage.clone(),
-            oldest_is_matured: is_own || is_matured,
+            oldest_is_matured,
+            maybe_unfenced,
             cuts,
             confirmed_lsn: session.confirmed,
             streams: streams.clone(),
@@ -331,7 +345,11 @@ impl Relay {
         for read in reads {
             let answer = match &read {
                 Read::Message(index, seq) => {
-                    let name = reading.connection.streams.get(*index).map(|it| it.name.as_str());
+                    let name = reading
+                        .connection
+                        .streams
+                        .get(*index)
+                        .map(|it| it.name.as_str());
                     Found::Message(env.message(name.unwrap_or_default(), *seq)?)
                 }
                 Read::Exists(name) => Found::Exists(env.streams.iter().any(|it| it.name == *name)),
@@ -352,10 +370,16 @@ impl Relay {
         trace!(
             env,
             "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {}, unfenced {:?}",
-            self.name, resumed.cut, resumed.disagreed, resumed.anchor, resumed.stored_lsn, resumed.evidence, resumed.has_gone,
+            self.name,
+            resumed.cut,
+            resumed.disagreed,
+            resumed.anchor,
+            resumed.stored_lsn,
+            resumed.evidence,
+            resumed.has_gone,
             resumed.unfenced
         );
-        if let Some(unfenced) = resumed.unfenced.filter(|_| resumed.cut.is_none()) {
+        if let Some(unfenced) = resumed.unfenced {
             return Err(End::Halt(format!("unfenced: {unfenced:?}")));
         }
         let fell_back = session.core.is_none() && resumed.cut != Some(0);
@@ -380,7 +404,14 @@ impl Relay {
                     ack_timeout: ACK_TIMEOUT,
                 };
                 let lineage = session.lineage.clone();
-                let core = ExactlyOnce::start(lineage, limits, continuity, connection, session.wal_end, env.now);
+                let core = ExactlyOnce::start(
+                    lineage,
+                    limits,
+                    continuity,
+                    connection,
+                    session.wal_end,
+                    env.now,
+                );
                 session.core = Some(Core::ExactlyOnce(Box::new(core)));
             }
         }
@@ -388,7 +419,9 @@ impl Relay {
         let Some(Core::ExactlyOnce(core)) = &mut session.core else {
             return Ok(());
         };
-        let write = self.store.claim(core.cut_to_record(), fell_back, confirmed, env.now);
+        let write = self
+            .store
+            .claim(core.cut_to_record(), fell_back, confirmed, env.now);
         self.stage = Stage::Claiming(write.number, env.now);
         self.writes.push_back(write);
         Ok(())
@@ -424,7 +457,13 @@ impl Relay {
         if let Some(Core::ExactlyOnce(core)) = &session.core {
             session.is_streaming = true;
             session.next = (env.pg.first_from(core.start_lsn()), 0);
-            trace!(env, "relay {}: streams from {}, confirmed {}", self.name, core.start_lsn(), env.pg.confirmed);
+            trace!(
+                env,
+                "relay {}: streams from {}, confirmed {}",
+                self.name,
+                core.start_lsn(),
+                env.pg.confirmed
+            );
         }
         Ok(())
     }
@@ -552,16 +591,27 @@ impl Relay {
                     };
                     trace!(
                         env,
-                        "relay {}: publishes {} {} to {} at {:?}{}", self.name, flight.id, event.position, event.subject,
-                        flight.expected, if flight.is_late { ", late" } else { "" }
+                        "relay {}: publishes {} {} to {} at {:?}{}",
+                        self.name,
+                        flight.id,
+                        event.position,
+                        event.subject,
+                        flight.expected,
+                        if flight.is_late { ", late" } else { "" }
                     );
                     self.out.push_back(flight);
                 }
                 Ok(Next::Read { stream, from, to }) => {
                     let read = |seq| Ok((seq, env.message(&stream, seq)?));
-                    let messages: Result<Vec<(u64, Option<Message>)>, End> = (from..=to).map(read).collect();
+                    let messages: Result<Vec<(u64, Option<Message>)>, End> =
+                        (from..=to).map(read).collect();
                     let messages = messages?;
-                    trace!(env, "relay {}: reads {stream} from {from} to {to}: {}", self.name, crate::world::list(&messages));
+                    trace!(
+                        env,
+                        "relay {}: reads {stream} from {from} to {to}: {}",
+                        self.name,
+                        crate::world::list(&messages)
+                    );
                     let Core::ExactlyOnce(core) = core else {
                         return Ok(Ok(()));
                     };
@@ -577,7 +627,8 @@ impl Relay {
                 Ok(Next::TooLarge { token, .. }) => {
                     let event = core.event(token);
                     let event = event.ok_or_else(|| End::Broken("no such event".into()))?;
-                    let parked = park::parked(&event, PARK_SUBJECT, "too large", core.room(PARK_SUBJECT));
+                    let parked =
+                        park::parked(&event, PARK_SUBJECT, "too large", core.room(PARK_SUBJECT));
                     core.replace(token, parked);
                 }
                 Ok(Next::Nothing) => return Ok(Ok(())),
@@ -607,14 +658,17 @@ impl Relay {
                 Err(End::Connection(error.to_string()))
             }
             Trouble::Halt(halt) => Err(End::Halt(format!("{halt:?}"))),
-            Trouble::OutOfOrder(position) => Err(End::Broken(format!("out of order at {position}"))),
+            Trouble::OutOfOrder(position) => {
+                Err(End::Broken(format!("out of order at {position}")))
+            }
         }
     }
 
     /// Writes the record if there is news.
     fn record(&mut self, env: &mut Env, urgent: bool) {
         let now = env.now;
-        let Some(Core::ExactlyOnce(core)) = self.session.as_mut().and_then(|it| it.core.as_mut()) else {
+        let Some(Core::ExactlyOnce(core)) = self.session.as_mut().and_then(|it| it.core.as_mut())
+        else {
             return;
         };
         let urgent = urgent || core.wants_record();
@@ -686,7 +740,10 @@ impl Relay {
         }
         let flush = self.store.matured_lsn(now).min(session.received);
         if flush > core.stored_lsn() {
-            return Err(End::Broken(format!("told {flush}, stored is {}", core.stored_lsn())));
+            return Err(End::Broken(format!(
+                "told {flush}, stored is {}",
+                core.stored_lsn()
+            )));
         }
         if flush > session.flush {
             session.flush = flush;
@@ -709,19 +766,4 @@ impl Relay {
         }
         true
     }
-}
-
-/// The record's cuts. A stream that captures nothing of ours any more is forgotten once what it holds of ours has
-/// matured.
-fn relevant_cuts(record: &Record, streams: &[StreamFacts]) -> Vec<Cut> {
-    let is_routed = |name: &str| streams.iter().any(|it| it.name == name);
-    let has_matured = |name: &str| {
-        let matured = record.matured.as_ref().and_then(|cut| cut.stream(name));
-        matured.is_some() && record.cuts().all(|cut| cut.stream(name) == matured)
-    };
-    let mut cuts: Vec<Cut> = record.cuts().cloned().collect();
-    for cut in &mut cuts {
-        cut.streams.retain(|it| is_routed(&it.name) || !has_matured(&it.name));
-    }
-    cuts
 }

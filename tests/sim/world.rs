@@ -91,6 +91,8 @@ pub struct Env {
     pub moved: [Option<Instant>; TOPICS + 1],
     /// The record is not what it was.
     pub key_was_touched: bool,
+    /// A message of ours without a fence is no copy, for all that is known.
+    pub has_bare_copies: bool,
     pub trace: Option<Vec<String>>,
 }
 
@@ -123,7 +125,10 @@ impl Env {
         let timeline = self.pg.timeline;
         let transaction = self.pg.commit(gap, time_us, events).clone();
         for event in &transaction.events {
-            self.by_id.entry(event.id.clone()).or_default().push(event.uid);
+            self.by_id
+                .entry(event.id.clone())
+                .or_default()
+                .push(event.uid);
             let story = Story {
                 event: event.clone(),
                 timeline,
@@ -134,8 +139,20 @@ impl Env {
             self.stories.insert(event.uid, story);
         }
         let events = transaction.events.iter();
-        let events: Vec<_> = events.map(|it| format!("{} to {}{}", it.id, it.topic, if it.is_large { " large" } else { "" })).collect();
-        trace!(self, "commit {} {events:?}, ends at {}", transaction.commit_lsn, transaction.end_lsn);
+        let events: Vec<_> = events
+            .map(|it| {
+                format!(
+                    "{} to {}{}",
+                    it.id,
+                    it.topic,
+                    if it.is_large { " large" } else { "" }
+                )
+            })
+            .collect();
+        trace!(
+            self,
+            "commit {} {events:?}, ends at {}", transaction.commit_lsn, transaction.end_lsn
+        );
     }
 
     /// The events of these transactions need not be published any more.
@@ -212,7 +229,10 @@ impl Env {
             return Ok(Ok((ack, Arc::new(origin))));
         }
         let now = self.now;
-        let home = self.streams.iter_mut().find(|it| it.topics.contains(&flight.topic));
+        let home = self
+            .streams
+            .iter_mut()
+            .find(|it| it.topics.contains(&flight.topic));
         let Some(stream) = home else {
             return Ok(Err(AckError::NoResponders));
         };
@@ -231,7 +251,12 @@ impl Env {
         Ok(answer.map(|ack| (ack, origin)))
     }
 
-    fn on_stored(&mut self, flight: &Flight, at: (u64, u64), is_late_copy: bool) -> Result<(), End> {
+    fn on_stored(
+        &mut self,
+        flight: &Flight,
+        at: (u64, u64),
+        is_late_copy: bool,
+    ) -> Result<(), End> {
         let broken = |why: String| Err(End::Broken(why));
         let position = flight.position.position;
         let Some(story) = self.stories.get_mut(&flight.uid) else {
@@ -239,7 +264,10 @@ impl Env {
         };
         let twice = story.copies.iter().find(|copy| copy.state == State::There);
         if let Some(twice) = twice {
-            return broken(format!("twice: {} at {at:?}, and at {:?}", flight.id, twice.at));
+            return broken(format!(
+                "twice: {} at {at:?}, and at {:?}",
+                flight.id, twice.at
+            ));
         }
         let event = story.event.clone();
         story.copies.push(Copy {
@@ -267,20 +295,29 @@ impl Env {
             return Ok(());
         };
         let mut later = stream.messages.range(..at.1).filter(|(_, it)| {
-            it.uid.and_then(|uid| self.stories.get(&uid)).is_some_and(|other| {
-                let ours = it.message.ours(&lineage);
-                !other.given_up && ours.is_some_and(|of_it| of_it > position)
-            })
+            it.uid
+                .and_then(|uid| self.stories.get(&uid))
+                .is_some_and(|other| {
+                    let ours = it.message.ours(&lineage);
+                    !other.given_up && ours.is_some_and(|of_it| of_it > position)
+                })
         });
         let Some((seq, _)) = later.next() else {
             return Ok(());
         };
         if !flight.is_late && self.due.is_none() {
-            return broken(format!("{} at {} comes after {seq}, which is later, and is not marked late", flight.id, at.1));
+            return broken(format!(
+                "{} at {} comes after {seq}, which is later, and is not marked late",
+                flight.id, at.1
+            ));
         }
-        let was_moved = self.moved[flight.topic].is_some_and(|moved| event.committed <= moved);
+        let was_moved = event.committed <= stream.born
+            || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved);
         if !stream.is_replicated && !was_moved && self.due.is_none() {
-            return broken(format!("out of order: {} at {} comes after {seq}, which is later", flight.id, at.1));
+            return broken(format!(
+                "out of order: {} at {} comes after {seq}, which is later",
+                flight.id, at.1
+            ));
         }
         Ok(())
     }
@@ -299,7 +336,10 @@ impl Env {
 
     pub fn on_dropped(&mut self, id: &str) -> Result<(), End> {
         let uids = self.by_id.get(id).cloned().unwrap_or_default();
-        let reused = uids.iter().filter_map(|uid| self.stories.get(uid)).any(|it| it.event.reuses_id);
+        let reused = uids
+            .iter()
+            .filter_map(|uid| self.stories.get(uid))
+            .any(|it| it.event.reuses_id);
         if !reused {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
@@ -320,9 +360,19 @@ impl Env {
         }
         // a restored server has repeated the write: nothing tells the two apart
         let same = self.by_id.get(&event.id).into_iter().flatten();
-        let mut same = same.filter(|uid| self.stories.get(uid).is_some_and(|it| it.event.position == event.position));
+        let mut same = same.filter(|uid| {
+            self.stories
+                .get(uid)
+                .is_some_and(|it| it.event.position == event.position)
+        });
         same.any(is_resolved)
-            || event.reuses_id && self.by_id.get(&event.id).into_iter().flatten().any(is_resolved)
+            || event.reuses_id
+                && self
+                    .by_id
+                    .get(&event.id)
+                    .into_iter()
+                    .flatten()
+                    .any(is_resolved)
     }
 
     /// The relay tells Postgres.
@@ -332,17 +382,25 @@ impl Env {
         }
         trace!(self, "confirmed {lsn}");
         if lsn > self.pg.wal_end {
-            return Err(End::Broken(format!("confirmed {lsn}, the WAL ends at {}", self.pg.wal_end)));
+            return Err(End::Broken(format!(
+                "confirmed {lsn}, the WAL ends at {}",
+                self.pg.wal_end
+            )));
         }
         if !self.key_was_touched && self.key.record().is_none_or(|record| record.told_lsn < lsn) {
-            return Err(End::Broken(format!("confirmed {lsn}, which the record does not tell")));
+            return Err(End::Broken(format!(
+                "confirmed {lsn}, which the record does not tell"
+            )));
         }
         let from = self.pg.first_from(Lsn(0));
         let transactions = self.pg.transactions.iter().skip(from);
         for transaction in transactions.take_while(|it| it.end_lsn <= lsn) {
             for event in &transaction.events {
                 if !self.is_resolved(event) {
-                    return Err(End::Broken(format!("confirmed {lsn}, but {} at {} is not stored", event.id, event.position)));
+                    return Err(End::Broken(format!(
+                        "confirmed {lsn}, but {} at {} is not stored",
+                        event.id, event.position
+                    )));
                 }
             }
         }
@@ -356,7 +414,10 @@ impl Env {
     fn check_all(&self) -> Result<(), String> {
         for event in self.pg.transactions.iter().flat_map(|it| &it.events) {
             if !self.is_resolved(event) {
-                return Err(format!("lost: {} at {} of topic {}", event.id, event.position, event.topic));
+                return Err(format!(
+                    "lost: {} at {} of topic {}",
+                    event.id, event.position, event.topic
+                ));
             }
         }
         Ok(())
@@ -415,6 +476,7 @@ impl World {
             leaf: None,
             moved: [None; TOPICS + 1],
             key_was_touched: false,
+            has_bare_copies: false,
             trace: traced.then(Vec::new),
             rng,
         };
@@ -444,7 +506,9 @@ impl World {
 
     fn on_halt(&mut self, why: String) -> Outcome {
         trace!(self.env, "halted: {why}");
+        let is_unfenced = why.starts_with("unfenced");
         match self.env.due {
+            None if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
             Some(_) => Ok(Ended::Halted(why)),
             None => Err(format!("halted without need: {why}")),
         }
@@ -493,7 +557,13 @@ impl World {
     }
 
     fn try_work(&mut self, much: usize) -> Result<(), End> {
-        let World { env, relay, zombies, relays, .. } = self;
+        let World {
+            env,
+            relay,
+            zombies,
+            relays,
+            ..
+        } = self;
         let new = *relays;
         let relay = relay.get_or_insert_with(|| Relay::new(new, env.now));
         *relays = (*relays).max(relay.name + 1);
@@ -505,7 +575,9 @@ impl World {
         let mut index = 0;
         while index < zombies.len() {
             let zombie = &mut zombies[index];
-            let is_over = zombie.zombie_since.is_none_or(|since| env.now > since + LATEST / 2);
+            let is_over = zombie
+                .zombie_since
+                .is_none_or(|since| env.now > since + LATEST / 2);
             let mut outcome = serve(env, zombie);
             if outcome.is_ok() && !is_over {
                 outcome = zombie.work(env);
@@ -540,7 +612,10 @@ impl World {
         if self.env.due == Some("elsewhere") {
             return Ok(Ended::AllStored);
         }
-        Err(format!("no progress: {} of {} confirmed", self.env.pg.confirmed, self.env.pg.wal_end))
+        Err(format!(
+            "no progress: {} of {} confirmed",
+            self.env.pg.confirmed, self.env.pg.wal_end
+        ))
     }
 
     fn commit(&mut self) {
@@ -618,8 +693,12 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             trace!(env, "the answer to {} is lost", flight.id);
             continue;
         }
-        let home = env.streams.iter().find(|it| it.topics.contains(&flight.topic));
-        let overtakes = answer.is_err() && home.is_some_and(|it| it.is_replicated) && env.rng.bool();
+        let home = env
+            .streams
+            .iter()
+            .find(|it| it.topics.contains(&flight.topic));
+        let overtakes =
+            answer.is_err() && home.is_some_and(|it| it.is_replicated) && env.rng.bool();
         match overtakes {
             true => relay.answers.push_front((flight.reply, answer)),
             false => relay.answers.push_back((flight.reply, answer)),
@@ -630,14 +709,19 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
     {
         if env.is_key_down() {
             if env.rng.bool() {
-                relay.written.push_back((write.number, Err(AckError::NoResponders)));
+                relay
+                    .written
+                    .push_back((write.number, Err(AckError::NoResponders)));
             }
             continue;
         }
         let answer = env.key.put(&write, env.now);
         trace!(
             env,
-            "relay {} record {}: {answer:?} {}", relay.name, write.number, String::from_utf8_lossy(&write.body)
+            "relay {} record {}: {answer:?} {}",
+            relay.name,
+            write.number,
+            String::from_utf8_lossy(&write.body)
         );
         if !env.one_in(40) {
             relay.written.push_back((write.number, answer));

@@ -716,11 +716,16 @@ impl ExactlyOnce {
 
     /// No event after the anchor has this sequence or a lower one.
     fn read_after(&self, connected: &Connected, index: usize) -> u64 {
-        let out = self.window.events().filter_map(|pending| match pending.state {
-            State::Sent { stream, expected } if stream == index => Some(expected),
-            State::Resolved(Some((stream, seq))) if stream == index => Some(seq.saturating_sub(1)),
-            _ => None,
-        });
+        let out = self
+            .window
+            .events()
+            .filter_map(|pending| match pending.state {
+                State::Sent { stream, expected } if stream == index => Some(expected),
+                State::Resolved(Some((stream, seq))) if stream == index => {
+                    Some(seq.saturating_sub(1))
+                }
+                _ => None,
+            });
         let evidence = connected
             .evidence
             .lowest_seq(index)

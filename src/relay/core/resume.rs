@@ -499,6 +499,19 @@ impl Resume {
     }
 }
 
+/// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured.
+pub fn forget_left(cuts: &mut [Cut], is_matured: bool, is_routed: impl Fn(&str) -> bool) {
+    let Some(matured) = cuts.last().filter(|_| is_matured).cloned() else {
+        return;
+    };
+    let left = matured.streams.iter().filter(|it| !is_routed(&it.name));
+    let left = left.filter(|it| cuts.iter().all(|cut| cut.stream(&it.name) == Some(it)));
+    let left: Vec<&str> = left.map(|it| it.name.as_str()).collect();
+    for cut in cuts {
+        cut.streams.retain(|it| !left.contains(&it.name.as_str()));
+    }
+}
+
 fn next_of(stretches: &mut Vec<Stretch>) -> Option<Read> {
     let stretch = stretches.last_mut()?;
     let seq = match stretch.backwards {
