@@ -27,7 +27,6 @@ pub struct Flight {
     pub reply: u64,
     pub id: String,
     pub position: SourcePosition,
-    pub size: usize,
     pub expected: Option<u64>,
     pub expected_last: Option<String>,
     pub expected_stream: Option<String>,

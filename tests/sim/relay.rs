@@ -11,7 +11,7 @@ use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::lineage::Lineage;
 use jetstream_outbox::outbox::park;
 use jetstream_outbox::postgres::Lsn;
-use jetstream_outbox::relay::checkpoint::record::{Cut, Record, StreamCut};
+use jetstream_outbox::relay::checkpoint::record::{Cut, StreamCut};
 use jetstream_outbox::relay::checkpoint::store::{Identity, Overtaken, Store, Write};
 use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
@@ -582,7 +582,6 @@ impl Relay {
                         reply: publish.reply,
                         id: event.id.into(),
                         position: session.lineage.at(event.position),
-                        size: event.body.len(),
                         expected: publish.expected_last_sequence,
                         expected_last: publish.expected_last.map(|last| last.id().into()),
                         expected_stream: publish.expected_stream.map(|name| name.to_string()),

@@ -49,7 +49,6 @@ pub struct Copy {
 #[derive(Debug)]
 pub struct Story {
     pub event: Rc<Event>,
-    pub timeline: u32,
     pub copies: Vec<Copy>,
     /// Its id was another's.
     pub dropped: bool,
@@ -122,7 +121,6 @@ impl Env {
 
     pub fn commit(&mut self, gap: u64, events: Vec<Event>) {
         let time_us = (self.now - self.begun).as_micros() as i64 + self.rng.i64(1..1_000_000);
-        let timeline = self.pg.timeline;
         let transaction = self.pg.commit(gap, time_us, events).clone();
         for event in &transaction.events {
             self.by_id
@@ -131,7 +129,6 @@ impl Env {
                 .push(event.uid);
             let story = Story {
                 event: event.clone(),
-                timeline,
                 copies: Vec::new(),
                 dropped: false,
                 given_up: false,
