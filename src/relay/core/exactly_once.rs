@@ -419,7 +419,9 @@ impl ExactlyOnce {
             true => None,
             false => stream.previous.replace(event.clone()),
         };
-        let is_late = !connected.evidence.is_empty();
+        // whoever reads the stream back stops at what is not late
+        let position = event.position();
+        let is_late = position < stream.acked || connected.evidence.has_after(position, index);
         let expected_stream = (!stream.is_met && has_room).then(|| stream.name.as_str().into());
         self.tally.late += u64::from(is_late);
         connected.is_parking = event.fate() == Fate::Park;
@@ -470,13 +472,16 @@ impl ExactlyOnce {
         let AnswerFor::One(token) = found else {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         };
-        let Some(State::Sent { expected, .. }) = self.window.get(token).map(|it| it.state) else {
+        let Some(pending) = self.window.get(token) else {
+            return Ok(None);
+        };
+        let State::Sent { expected, .. } = pending.state else {
             return Ok(None);
         };
         if ack.seq != expected + 1 {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         }
-        stream.on_ack(expected);
+        stream.on_ack(expected, pending.event.position());
         self.window.on_stored(token, Some((index, ack.seq)), now);
         self.count(token);
         self.settle();

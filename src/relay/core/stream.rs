@@ -39,6 +39,8 @@ pub struct Stream {
     pub is_recorded: bool,
     /// The event that was published last over this connection, while nothing else has come after it.
     pub previous: Option<Event>,
+    /// The last event that was acknowledged over this connection.
+    pub acked: Position,
     /// When a foreign message was last seen.
     pub foreign_at: Option<Instant>,
     pipeline: usize,
@@ -59,6 +61,7 @@ impl Stream {
             is_met: false,
             is_recorded: false,
             previous: None,
+            acked: Position::default(),
             foreign_at: None,
             pipeline: usize::MAX,
         }
@@ -76,8 +79,9 @@ impl Stream {
     }
 
     /// A publish is stored.
-    pub fn on_ack(&mut self, expected: u64) {
+    pub fn on_ack(&mut self, expected: u64, position: Position) {
         self.is_met = true;
+        self.acked = self.acked.max(position);
         self.fence.on_ack(expected);
         self.pipeline = self.pipeline.saturating_add(1);
     }
