@@ -181,6 +181,8 @@ pub struct Resume {
     evidence: Evidence,
     has_gone: bool,
     deleted: Vec<u64>,
+    /// Streams that were read back to a message of ours at or before the anchor.
+    read_back: BTreeSet<usize>,
     unfenced: Option<(usize, Position)>,
     foreign: Vec<u64>,
     /// Copies of our messages, by the stream that they come from.
@@ -233,6 +235,7 @@ impl Resume {
             disagreed: Vec::new(),
             evidence: Evidence::default(),
             has_gone: false,
+            read_back: BTreeSet::new(),
             unfenced: None,
             copies: HashMap::new(),
         }
@@ -297,6 +300,7 @@ impl Resume {
     /// Where to go on, once it is done.
     pub fn finish(self) -> Resumed {
         let (anchor, stored_lsn) = self.anchor();
+        let has_gone = self.has_gone || self.has_gone_first();
         let streams = self.facts.streams.iter().enumerate();
         let streams = streams.map(|(index, facts)| StreamCut {
             name: facts.name.clone(),
@@ -312,7 +316,7 @@ impl Resume {
             anchor,
             evidence: self.evidence,
             disagreed: self.disagreed,
-            has_gone: self.has_gone,
+            has_gone,
             deleted: self.deleted,
             unfenced: self.unfenced,
             foreign: self.foreign,
@@ -436,6 +440,19 @@ impl Resume {
         agrees.then_some(of_cut)
     }
 
+    /// Messages before the first one that is still there may have been events after the anchor.
+    fn has_gone_first(&self) -> bool {
+        let mut streams = self.facts.streams.iter().enumerate();
+        streams.any(|(index, stream)| {
+            let read_after = match self.trusted(index) {
+                Some(of_cut) => of_cut.read_after,
+                None if self.read_back.contains(&index) => return false,
+                None => 0,
+            };
+            read_after < stream.last_seq && read_after + 1 < stream.first_seq
+        })
+    }
+
     /// What is to be read for evidence. R4.
     fn stretches(&self) -> Vec<Stretch> {
         let streams = self.facts.streams.iter().enumerate();
@@ -458,7 +475,7 @@ impl Resume {
                 let deleted = self.deleted.get_mut(stream);
                 deleted.into_iter().for_each(|it| *it += 1);
             } else {
-                self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+                self.has_gone = true;
             }
             return;
         };
@@ -473,6 +490,7 @@ impl Resume {
                 && let Phase::Messages(stretches) = &mut self.phase
             {
                 stretches.retain(|it| it.stream != stream || !it.backwards);
+                self.read_back.insert(stream);
             }
             return;
         }
