@@ -344,8 +344,12 @@ impl Resume {
             self.disagreed.push(lost);
         }
         match self.disagreed.last() {
+            // from the oldest on, and each stream from its start where it does not agree
+            Some(Lost {
+                how: Disagreement::Recreated,
+                ..
+            }) => self.chosen = self.facts.cuts.len().checked_sub(1),
             Some(lost) if self.facts.oldest_is_matured => match self.facts.accept_loss {
-                // from the oldest on, and each stream from its start where it does not agree
                 true => self.chosen = self.facts.cuts.len().checked_sub(1),
                 false => return Err(lost.clone()),
             },
@@ -357,13 +361,14 @@ impl Resume {
 
     fn disagreement(&self, cut: usize) -> Option<Lost> {
         let cut = self.facts.cuts.get(cut)?;
-        cut.streams.iter().find_map(|of_cut| {
+        let lost = cut.streams.iter().filter_map(|of_cut| {
             let how = self.disagrees(of_cut)?;
             Some(Lost {
                 stream: of_cut.name.clone(),
                 how,
             })
-        })
+        });
+        lost.min_by_key(|lost| lost.how == Disagreement::Recreated)
     }
 
     fn disagrees(&self, of_cut: &StreamCut) -> Option<Disagreement> {
@@ -380,7 +385,7 @@ impl Resume {
         if !self.is_same(index, of_cut) {
             return match stream.is_routed {
                 false => None,
-                true if self.witness(index, of_cut).is_none() => Some(Disagreement::Recreated),
+                true if stream.created != of_cut.created => Some(Disagreement::Recreated),
                 true => Some(Disagreement::Refilled {
                     seq: of_cut.witness.as_ref().map_or(0, |witness| witness.seq),
                 }),
