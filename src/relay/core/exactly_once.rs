@@ -29,6 +29,9 @@ use std::time::{Duration, Instant};
 /// default hold-back less the default sync interval of nats-server (150 s less 120 s).
 const AGREED_FOR: Duration = Duration::from_secs(30);
 
+/// So many connections in a row that end with an answer from elsewhere are no moved subject.
+const MOST_ELSEWHERE: u32 = 3;
+
 /// A connection that was resumed over.
 #[derive(Debug)]
 pub struct Connection {
@@ -57,6 +60,8 @@ pub struct ExactlyOnce {
     doubt: Doubt,
     /// What was true when the connection was lost.
     cut_at_disconnect: Option<Cut>,
+    /// So many connections in a row ended with an answer from elsewhere.
+    elsewhere: u32,
     is_quiescent: bool,
     tally: Tally,
 }
@@ -137,6 +142,7 @@ impl ExactlyOnce {
             gate: Gate::default(),
             doubt: Doubt::new(resumed.anchor.position, resumed.quiescent, wal_end),
             cut_at_disconnect: None,
+            elsewhere: 0,
             is_quiescent: false,
             tally: Tally::default(),
         };
@@ -461,11 +467,10 @@ impl ExactlyOnce {
             .answer_for(name, (!ack.duplicate).then_some(ack.seq));
         let is_home = origin.stream == stream.name && origin.domain == stream.domain;
         if !is_home || found == AnswerFor::None {
-            return Err(Trouble::Halt(Halt::Elsewhere {
-                stream: stream.name.clone(),
-                answered: origin.to_string(),
-            }));
+            let stream = stream.name.clone();
+            return Err(self.on_elsewhere(stream, origin.to_string()));
         }
+        self.elsewhere = 0;
         if ack.duplicate {
             return self.on_duplicate(index, found, ack.seq).map(|()| None);
         }
@@ -486,6 +491,15 @@ impl ExactlyOnce {
         self.count(token);
         self.settle();
         Ok(Some(token))
+    }
+
+    /// Another stream has answered. Moved subjects are found out by another connection; only what stays so halts. R5.
+    fn on_elsewhere(&mut self, stream: String, answered: String) -> Trouble {
+        self.elsewhere += 1;
+        match self.elsewhere < MOST_ELSEWHERE {
+            true => Trouble::Reconnect(Cause::Elsewhere { stream, answered }),
+            false => Trouble::Halt(Halt::Elsewhere { stream, answered }),
+        }
     }
 
     fn count(&mut self, token: u64) {
@@ -513,10 +527,8 @@ impl ExactlyOnce {
                 stream.fence.on_refusal(end);
             }
             AckErrorKind::OtherStream => {
-                return Err(Trouble::Halt(Halt::Elsewhere {
-                    stream: stream.name.clone(),
-                    answered: error.to_string(),
-                }));
+                let stream = stream.name.clone();
+                return Err(self.on_elsewhere(stream, error.to_string()));
             }
             kind if kind.is_for_good() => match found {
                 AnswerFor::One(token) => return Err(Trouble::Refused { token, error }),
