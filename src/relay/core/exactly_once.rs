@@ -251,7 +251,7 @@ impl ExactlyOnce {
         let mut streams = connected.streams.iter_mut().enumerate();
         let (index, stream) =
             streams.find(|(_, stream)| stream.fence.is_broken() && stream.fence.waiting() == 0)?;
-        let (known, end) = (stream.fence.known(), stream.fence.end());
+        let (known, end) = (stream.fence.known(), stream.gap_end());
         if end > known {
             connected.asked = Some(Asked::Gap(index));
             return Some(Next::Read {
@@ -260,18 +260,17 @@ impl ExactlyOnce {
                 to: end,
             });
         }
-        self.restart(index);
+        self.restart(index, 0);
         self.next_read()
     }
 
-    fn restart(&mut self, index: usize) {
+    fn restart(&mut self, index: usize, found: u64) {
         let stream = self
             .connection
             .as_mut()
             .and_then(|it| it.streams.get_mut(index));
         if let Some(stream) = stream {
-            stream.fence.restart();
-            stream.previous = None;
+            stream.restart(found);
             self.window.on_refused(index);
         }
     }
@@ -428,7 +427,8 @@ impl ExactlyOnce {
         // whoever reads the stream back stops at what is not late
         let position = event.position();
         let is_late = position < stream.acked || connected.evidence.has_after(position, index);
-        let expected_stream = (!stream.is_met && has_room).then(|| stream.name.as_str().into());
+        stream.names_it &= has_room;
+        let expected_stream = stream.names_it.then(|| stream.name.as_str().into());
         self.tally.late += u64::from(is_late);
         connected.is_parking = event.fate() == Fate::Park;
         self.window.send_at_cursor(index, expected, now);
@@ -524,7 +524,7 @@ impl ExactlyOnce {
                     let name = stream.name.clone();
                     return Err(Trouble::Reconnect(Cause::Disagrees(name)));
                 }
-                stream.fence.on_refusal(end);
+                stream.on_refusal(end);
             }
             AckErrorKind::OtherStream => {
                 let stream = stream.name.clone();
@@ -534,7 +534,7 @@ impl ExactlyOnce {
                 AnswerFor::One(token) => return Err(Trouble::Refused { token, error }),
                 // it is published again, under a name of its own
                 _ => {
-                    stream.fence.on_refusal(None);
+                    stream.on_refusal(None);
                     self.window.name_each();
                 }
             },
@@ -560,7 +560,7 @@ impl ExactlyOnce {
         let connected = self.connection.as_mut();
         if let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) {
             stream.on_duplicate();
-            stream.fence.on_refusal(None);
+            stream.on_refusal(None);
         }
         Ok(())
     }
@@ -595,12 +595,13 @@ impl ExactlyOnce {
         let Some(connected) = &mut self.connection else {
             return;
         };
-        let mut foreign = 0;
+        let (mut foreign, mut last) = (0, 0);
         for (seq, message) in messages {
             let Some(message) = message else {
                 self.doubt.on_gone(None);
                 continue;
             };
+            last = last.max(seq);
             match message.ours(&self.lineage) {
                 Some(position) => {
                     if position > self.reached.anchor.position && !out.contains(&position) {
@@ -617,7 +618,7 @@ impl ExactlyOnce {
             stream.on_foreign(now, stream.fence.unacknowledged());
             self.tally.foreign += foreign;
         }
-        self.restart(index);
+        self.restart(index, last);
     }
 
     /// What the event under `token` is called a duplicate of. R7.
