@@ -19,7 +19,7 @@ use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
-use crate::jetstream::ack::{AckError, parse_ack};
+use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
 use crate::jetstream::client::{Ack, Answer, Link, Reply};
 use crate::jetstream::streams;
 use crate::jetstream::wire::Publish;
@@ -361,11 +361,9 @@ impl<'a> Publisher<'a> {
             wake = wake.min(until);
         }
         let wait = wake.saturating_duration_since(now);
-        let ripens = self
-            .store
-            .as_ref()
-            .is_some_and(|store| store.is_ripening(now));
-        if ripens || !self.is_recorded() {
+        let stored_lsn = self.core.stored_lsn();
+        let store = self.store.as_ref();
+        if store.is_some_and(|store| store.is_behind(stored_lsn, now)) {
             wait.min(HOLD_BACK_TICK)
         } else {
             wait
@@ -420,6 +418,13 @@ impl<'a> Publisher<'a> {
             return Ok(());
         };
         let answer = answer.and_then(|body| parse_ack(&body, None));
+        if let Err(error) = &answer
+            && error.kind() == AckErrorKind::NoResponders
+        {
+            // a new connection creates the bucket again
+            let reason = "the checkpoint's bucket is gone, or has no leader".to_string();
+            return Err(Interrupt::Reconnect(ReconnectCause::NoStream, reason));
+        }
         match store.on_written(number, answer, now) {
             Ok(true) => {
                 if let Core::ExactlyOnce(core) = &mut self.core {
