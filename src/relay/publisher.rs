@@ -721,6 +721,9 @@ impl<'a> Publisher<'a> {
             Error::Lost(lost) => Error::Regressed(lost),
             error => error,
         })?;
+        if let Some(lost) = connection.resumed.disagreed.first() {
+            return Err(Error::Regressed(lost.clone()));
+        }
         core.resume(connection, Instant::now());
         connector.claim(&link, core, store, false, Lsn::INVALID)?;
         Ok(link)

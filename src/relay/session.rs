@@ -185,11 +185,14 @@ impl<'a> Session<'a> {
                 (link, core, start_lsn, true, published)
             }
             Delivery::AtLeastOnce => {
+                let mut found = found;
                 let read = connector.read_key(&found, &mut self.store);
-                if let Err(error) = &read
-                    && self.said.is_new("checkpoint", Instant::now())
-                {
-                    log::warn!("going on without the checkpoint: {error}");
+                if let Err(error) = &read {
+                    if self.said.is_new("checkpoint", Instant::now()) {
+                        log::warn!("going on without the checkpoint: {error}");
+                    }
+                    // what is not allowed ends the connection
+                    found = connector.find(tries, &mut self.said)?;
                 }
                 let published = self.check_publication(&mut connection)?;
                 let core = AtLeastOnce::start(limits, connector.capacity(&found));
@@ -267,6 +270,8 @@ impl<'a> Session<'a> {
         }
         let from = From::Record {
             confirmed_lsn,
+            // what the slot does not send any more is accepted as it is
+            is_moved: told.is_some_and(|told| confirmed_lsn > told),
             without_cuts: self.accepted == Accepted::OtherWal,
         };
         let (link, connection) = connector.resume(found, &self.store, from)?;
