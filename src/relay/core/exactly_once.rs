@@ -592,6 +592,8 @@ impl ExactlyOnce {
             .filter(|it| matches!(it.state, State::Resolved(_)))
             .map(|it| it.event.position())
             .collect();
+        let resolved = self.reached.event.as_ref().map(Event::position);
+        let resolved = resolved.unwrap_or_default().max(self.reached.anchor.position);
         let Some(connected) = &mut self.connection else {
             return;
         };
@@ -604,7 +606,7 @@ impl ExactlyOnce {
             last = last.max(seq);
             match message.ours(&self.lineage) {
                 Some(position) => {
-                    if position > self.reached.anchor.position && !out.contains(&position) {
+                    if position > resolved && !out.contains(&position) {
                         let id = message.id.as_deref().unwrap_or_default();
                         connected.evidence.add(position, index, seq, id);
                     }
