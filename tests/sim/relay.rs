@@ -269,7 +269,7 @@ impl Relay {
         let mut streams: Vec<StreamFacts> = routed.iter().map(|it| it.facts()).collect();
         let infos: Vec<_> = routed.iter().map(|it| it.info()).collect();
         let (cuts, oldest_is_matured) = match own_cut {
-            Some(cut) => (vec![cut], true),
+            Some(cut) => (vec![cut], false),
             None => {
                 let (mut cuts, is_matured) = self.store.cuts(env.now);
                 forget_left(&mut cuts, is_matured, |name| {
@@ -294,6 +294,7 @@ impl Relay {
         }
         let facts = Facts {
             lineage: session.lineage.clone(),
+            goes_on: session.core.is_some(),
             oldest_is_matured,
             maybe_unfenced,
             cuts,

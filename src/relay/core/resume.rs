@@ -51,6 +51,8 @@ pub struct Facts {
     pub lineage: Lineage,
     /// The cuts to resume with, the youngest first.
     pub cuts: Vec<Cut>,
+    /// The copy stream goes on where it is: no other cut will do than the youngest.
+    pub goes_on: bool,
     /// Postgres was told of the oldest of them: what a stream has lost of it, the slot cannot send again.
     pub oldest_is_matured: bool,
     /// Where to begin without a cut: the slot's position.
@@ -344,15 +346,14 @@ impl Resume {
             self.disagreed.push(lost);
         }
         match self.disagreed.last() {
+            Some(lost) if self.facts.goes_on => return Err(lost.clone()),
             // from the oldest on, and each stream from its start where it does not agree
-            Some(Lost {
-                how: Disagreement::Recreated,
-                ..
-            }) => self.chosen = self.facts.cuts.len().checked_sub(1),
-            Some(lost) if self.facts.oldest_is_matured => match self.facts.accept_loss {
-                true => self.chosen = self.facts.cuts.len().checked_sub(1),
-                false => return Err(lost.clone()),
-            },
+            Some(lost) if self.facts.oldest_is_matured => {
+                if lost.how != Disagreement::Recreated && !self.facts.accept_loss {
+                    return Err(lost.clone());
+                }
+                self.chosen = self.facts.cuts.len().checked_sub(1);
+            }
             // Postgres was told nothing yet: the slot has everything
             _ => {}
         }
