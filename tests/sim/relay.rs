@@ -370,14 +370,14 @@ impl Relay {
         let resumed = resume.finish();
         trace!(
             env,
-            "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {}, unfenced {:?}",
+            "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {:?}, unfenced {:?}",
             self.name,
             resumed.cut,
             resumed.disagreed,
             resumed.anchor,
             resumed.stored_lsn,
             resumed.evidence,
-            resumed.has_gone,
+            resumed.gone,
             resumed.unfenced
         );
         if let Some(unfenced) = resumed.unfenced {
