@@ -159,6 +159,7 @@ impl Connector<'_> {
         store: &Store,
         from: From,
     ) -> Result<(Link, Connection), Error> {
+        let goes_on = matches!(from, From::Core(_));
         let (cuts, oldest_is_matured, confirmed_lsn) = match from {
             From::Core(cut) => (vec![cut], true, Lsn::INVALID),
             From::Record {
@@ -193,6 +194,7 @@ impl Connector<'_> {
             lineage: self.lineage.clone(),
             streams: self.facts(&found),
             cuts,
+            goes_on,
             oldest_is_matured,
             confirmed_lsn,
             maybe_unfenced,

@@ -281,8 +281,7 @@ impl Store {
         let cut = cut();
         let (ripening, matured) = self.ripened(now);
         let is_news = self.held.as_ref().is_none_or(|held| {
-            let ripens_on =
-                matured != held.matured && ripening.is_none() && matured.as_ref() != Some(&cut);
+            let ripens_on = ripening.is_none() && matured.as_ref() != Some(&cut);
             held.young != cut || ripens_on || held.publication != self.publication.get()
         });
         is_news.then(|| self.send(cut, ripening, matured, now))
