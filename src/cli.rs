@@ -159,7 +159,7 @@ pub struct Cli {
     /// exit when another relay uses the slot, instead of waiting for it (default off)
     #[argh(switch)]
     pub no_wait: bool,
-    /// serve metrics, health and a status page over HTTP: a port on 127.0.0.1, or address:port (default off)
+    /// serve metrics, health and a status page over HTTP: a port of localhost, :port for every address of this machine, or address:port (default off)
     #[argh(option)]
     pub listen: Option<String>,
     /// least level that is logged: debug, info, warn or error (default info)

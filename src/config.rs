@@ -70,8 +70,8 @@ pub struct Config {
     pub resume_anyway: bool,
     /// A tail of another Postgres system is no reason to halt.
     pub accept_new_system: bool,
-    /// Where metrics and health are served; `None`: nowhere.
-    pub listen: Option<SocketAddr>,
+    /// Where metrics, health and the status page are served, all under one port; none: nowhere.
+    pub listen: Vec<SocketAddr>,
     /// What is logged, and how.
     pub log: LogConfig,
     /// What an operator should be told once at the start.
@@ -359,8 +359,8 @@ impl Config {
             resume_anyway: from.switch("resume-anyway", cli.resume_anyway)?,
             accept_new_system: from.switch("accept-new-system", cli.accept_new_system)?,
             listen: match from.text("listen", cli.listen) {
-                given if given.value.is_empty() => None,
-                given => Some(given.parse(parse_listen)?),
+                given if given.value.is_empty() => Vec::new(),
+                given => given.parse(parse_listen)?,
             },
             log: LogConfig {
                 level: from.text("logging", cli.logging).one_of(&[
@@ -422,7 +422,10 @@ impl Config {
             ("accept-new-system", on(self.accept_new_system)),
             ("drain", on(self.drain)),
             ("no-wait", on(self.no_wait)),
-            ("listen", self.listen.map(|address| address.to_string())),
+            (
+                "listen",
+                list(self.listen.iter().map(ToString::to_string).collect()),
+            ),
             (
                 "logging",
                 Some(self.log.level.as_str().to_ascii_lowercase()),

@@ -364,6 +364,12 @@ impl Core {
             .as_ref()
     }
 
+    /// Each stream's name, and the highest sequence that it has acknowledged or was seen to have.
+    pub fn stream_ends(&self) -> impl Iterator<Item = (&str, u64)> {
+        let streams = self.streams.iter();
+        streams.map(|stream| (stream.name.as_str(), stream.acked_seq))
+    }
+
     /// What a stream has acknowledged.
     pub fn acked_seq(&self, stream: &str) -> u64 {
         let found = self.streams.iter().find(|known| known.name == stream);

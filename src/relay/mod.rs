@@ -13,6 +13,7 @@ pub mod confirm;
 pub mod core;
 pub mod error;
 pub mod feedback;
+pub mod figure;
 pub mod outage;
 pub mod pace;
 pub mod progress;
@@ -25,6 +26,7 @@ pub mod repeated;
 mod report;
 pub mod session;
 pub mod slot;
+pub mod slot_wal;
 pub mod stop;
 pub mod vitals;
 

@@ -138,7 +138,7 @@ impl<'a> Publisher<'a> {
             source: lineage.source.to_string().into(),
             outage: Outage::new(config.max_outage),
             said: Repeated::default(),
-            report: Report::new(now),
+            report: Report::new(now, vitals),
             closing: Closing::No,
             drained: false,
             postponed: None,
@@ -153,12 +153,12 @@ impl<'a> Publisher<'a> {
     /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
     pub fn run(mut self, link: Link) -> Left {
         let result = self.work(link);
-        self.pulse.tell(&self.core, self.progress, 0);
         self.vitals.nats_is_connected(false);
         self.vitals.publisher.ended();
         self.progress
             .confirmable(self.core.confirmable(Instant::now()));
-        self.report.finish(&self.core, self.progress);
+        self.pulse.tell(&self.core, self.progress, 0);
+        self.report.finish(self.vitals);
         let settled = self.core.is_settled();
         if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
@@ -240,9 +240,9 @@ impl<'a> Publisher<'a> {
             if let Some(write) = self.store.write(marks, confirmable, now, settled) {
                 bucket::send(&self.store, link, write);
             }
-            self.report.tick(now, &self.core, self.progress);
             self.pulse
                 .tell(&self.core, self.progress, self.changes.len());
+            self.report.tick(now, self.vitals);
             self.vitals.publisher.within(LOOP_LIMIT);
             if settled && self.is_kept(now) {
                 return Ok(());
@@ -381,6 +381,7 @@ impl<'a> Publisher<'a> {
     ) -> Result<(), Interrupt> {
         match bucket::answered(&mut self.store, number, answer) {
             Ok(Some(marks)) => {
+                self.vitals.checkpointed_lsn.raise(marks.settled.0);
                 self.core.kept(marks, now);
                 Ok(())
             }
@@ -593,11 +594,11 @@ impl<'a> Publisher<'a> {
             Ok(()) => return Ok(()),
             Err(Trouble::Reconnect(cause)) => {
                 let kind = match cause {
-                    Cause::Broken(_) => ReconnectCause::OtherAck,
+                    Cause::Broken(_) => ReconnectCause::UnexpectedAck,
                     Cause::Refused(_) => ReconnectCause::Refused,
                     Cause::AckTimeout => ReconnectCause::AckTimeout,
                     Cause::NoStream(_) => ReconnectCause::NoStream,
-                    Cause::EndsEarly(_) => ReconnectCause::EndsEarly,
+                    Cause::EndsEarly(_) => ReconnectCause::Regressed,
                 };
                 Interrupt::Reconnect(kind, cause.to_string())
             }
@@ -632,6 +633,8 @@ impl<'a> Publisher<'a> {
             match self.rejoin(tries) {
                 Ok(link) => {
                     self.vitals.enter(Phase::Relaying, None);
+                    self.vitals
+                        .set_nats(link.server(), &link.server_info().version);
                     log::info!(server = link.server(); "connected to NATS again");
                     return Ok(Some(link));
                 }

@@ -125,6 +125,7 @@ impl<'a> Session<'a> {
         let mut connection = Connection::connect(&config.db)?;
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
         let log_end = slot::current_lsn(&mut connection)?;
+        self.vitals.slot_wal.look(&mut connection, &config.slot);
         if config.drain && self.upto.is_none() {
             self.vitals.drains_upto.set(log_end.0);
             self.upto = Some(log_end);
@@ -239,6 +240,10 @@ impl<'a> Session<'a> {
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
+        let version = connection.parameter("server_version").unwrap_or_default();
+        self.vitals.set_postgres(connection.peer(), version);
+        self.vitals
+            .set_nats(link.server(), &link.server_info().version);
         let options = slot::pgoutput_options(
             connection.server_version_num(),
             &config.publication,
@@ -253,6 +258,7 @@ impl<'a> Session<'a> {
             connection.peer(),
             published,
             self.store.publication(),
+            self.vitals.slot_wal.clone(),
         );
         let started = replication::start_replication(connection, &config.slot, start, &options);
         let (stream, writer) = match started {
@@ -271,9 +277,8 @@ impl<'a> Session<'a> {
             vitals: self.vitals,
         };
         self.tries = 0;
-        self.vitals.sessions.inc();
-        self.vitals.confirmed.set(slot.confirmed_flush_lsn.0);
-        self.vitals.enter(Phase::Relaying, None);
+        self.vitals
+            .session_starts(slot.confirmed_flush_lsn, log_end);
         let none = CheckpointStore::new("", &config.slot, String::new());
         let store = std::mem::replace(&mut self.store, none);
         let mapper = &mut self.mapper;

@@ -4,6 +4,7 @@
 
 mod credentials;
 mod drain;
+mod exposition;
 mod failover;
 mod faults_cluster;
 mod faults_nats;
@@ -13,6 +14,7 @@ mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
 mod histories;
+mod http;
 mod internal;
 mod mapping;
 mod observe;

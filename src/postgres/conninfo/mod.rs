@@ -262,17 +262,23 @@ impl ConnInfo {
     pub fn dbname(&self) -> &str {
         &self.dbname
     }
+
+    /// Where: `host:port,host:port`.
+    pub fn servers(&self) -> String {
+        let hosts = self.hosts.iter().map(ToString::to_string);
+        hosts.collect::<Vec<_>>().join(",")
+    }
 }
 
 impl fmt::Display for ConnInfo {
     /// `user@host:port,host:port/db sslmode=prefer`: for logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@", self.user)?;
-        for (i, host) in self.hosts.iter().enumerate() {
-            let separator = if i == 0 { "" } else { "," };
-            write!(f, "{separator}{host}")?;
-        }
-        write!(f, "/{} sslmode={}", self.dbname, self.tls.mode.name())
+        let (user, servers, dbname) = (&self.user, self.servers(), &self.dbname);
+        write!(
+            f,
+            "{user}@{servers}/{dbname} sslmode={}",
+            self.tls.mode.name()
+        )
     }
 }
 
