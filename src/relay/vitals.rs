@@ -132,6 +132,8 @@ pub struct Vitals {
     pub commit_to_ack_seconds: Histogram,
     /// See [`Vitals::oldest_waits`]; microseconds since 2000, 0: nothing waits.
     oldest_commit_us: AtomicI64,
+    /// The same of a transaction of which the reader has handed over only a part.
+    arriving_commit_us: AtomicI64,
     state: Mutex<State>,
     postgres: Mutex<Peer>,
     nats: Mutex<Peer>,
@@ -165,6 +167,7 @@ impl Default for Vitals {
             ack_seconds: Histogram::new(ACK_BOUNDS),
             commit_to_ack_seconds: Histogram::new(COMMIT_TO_ACK_BOUNDS),
             oldest_commit_us: AtomicI64::new(0),
+            arriving_commit_us: AtomicI64::new(0),
             state: Mutex::new(State {
                 phase: Phase::Connecting,
                 nats_is_connected: false,
@@ -233,13 +236,28 @@ impl Vitals {
         let _ = oldest.compare_exchange(0, commit_time_us, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// Reader: it is about to wait for room in the channel, which holds so many batches, with everything up to `received`
+    /// and the beginning of a transaction of this commit time, if there is one. While there is no connection to
+    /// NATS the wait is as long, and the publisher says nothing.
+    pub fn hands_over(
+        &self,
+        received: Lsn,
+        channel_batches: usize,
+        unfinished_commit_us: Option<i64>,
+    ) {
+        self.received_lsn.raise(received.0);
+        self.channel_batches.set(channel_batches as u64);
+        let arriving = unfinished_commit_us.unwrap_or(0);
+        self.arriving_commit_us.store(arriving, Ordering::Relaxed);
+    }
+
     /// So long ago the oldest transaction that arrived and is not stored yet was committed, by the server's clock. An
     /// origin's commit time can be any; one in the future is now.
     pub fn lag(&self) -> Duration {
-        match self.oldest_commit_us.load(Ordering::Relaxed) {
-            0 => Duration::ZERO,
-            commit_time_us => since_commit(commit_time_us),
-        }
+        let commits = [&self.oldest_commit_us, &self.arriving_commit_us];
+        let commits = commits.map(|commit| commit.load(Ordering::Relaxed));
+        let oldest = commits.into_iter().filter(|commit| *commit != 0).min();
+        oldest.map_or(Duration::ZERO, since_commit)
     }
 
     /// The end of the server's WAL, as far as it is known.
@@ -257,6 +275,7 @@ impl Vitals {
     pub fn session_starts(&self, confirmed_flush_lsn: Lsn, wal_end: Lsn) {
         self.sessions.inc();
         self.wal_end.set(wal_end.0.max(confirmed_flush_lsn.0));
+        self.arriving_commit_us.store(0, Ordering::Relaxed);
         for position in [
             &self.received_lsn,
             &self.stored_lsn,
@@ -531,6 +550,12 @@ mod tests {
         vitals.oldest_waits(Some(366 * 86_400 * 1_000_000));
         assert!(vitals.lag() > Duration::from_secs(20 * 365 * 86_400));
         vitals.oldest_waits(None);
+        assert_eq!(vitals.lag(), Duration::ZERO);
+        // nor is one that arrives in parts left out until its end has come
+        vitals.hands_over(Lsn(7), 2, Some(366 * 86_400 * 1_000_000));
+        assert!(vitals.lag() > Duration::from_secs(20 * 365 * 86_400));
+        assert_eq!(vitals.received_lsn.get(), 7);
+        vitals.hands_over(Lsn(8), 0, None);
         assert_eq!(vitals.lag(), Duration::ZERO);
     }
 }

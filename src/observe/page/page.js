@@ -32,19 +32,19 @@ const short = n => n >= 100 ? n.toFixed(0) : n >= 10 ? String(+n.toFixed(1)) : S
 function scaled(n, base, units) {
   let power = 0;
   while (Math.abs(n) >= base && power < units.length - 1) { n /= base; power++; }
-  return short(n) + " " + units[power];
+  return short(n) + "\u00a0" + units[power]; // not to be broken
 }
 const FORMATS = {
   count: n => scaled(n, 1000, ["", "k", "M", "G"]).trimEnd(),
   bytes: n => scaled(n, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]),
-  seconds: s => s === 0 ? "0 s" : s < 0.001 ? short(s * 1e6) + " µs" : s < 1 ? short(s * 1000) + " ms" : duration(s),
+  seconds: s => s === 0 ? "0\u00a0s" : s < 0.001 ? short(s * 1e6) + "\u00a0µs" : s < 1 ? short(s * 1000) + "\u00a0ms" : duration(s),
 };
-FORMATS.rate = n => FORMATS.count(n) + " /s";
+FORMATS.rate = n => FORMATS.count(n) + "\u00a0/s";
 function duration(s) {
-  if (s < 120) return short(s) + " s";
-  if (s < 7200) return short(s / 60) + " min";
-  if (s < 172800) return short(s / 3600) + " h";
-  return short(s / 86400) + " days";
+  if (s < 120 && s !== 60) return short(s) + "\u00a0s";
+  if (s < 7200) return short(s / 60) + "\u00a0min";
+  if (s < 172800) return short(s / 3600) + "\u00a0h";
+  return short(s / 86400) + "\u00a0days";
 }
 const exact = n => Number(n).toLocaleString("en", { maximumFractionDigits: 3 });
 const two = n => String(n).padStart(2, "0");
@@ -167,7 +167,7 @@ function serves({ settings: s, connected }) {
     ["Postgres", server(s.postgres, connected.postgres, "PostgreSQL")], ["NATS", server(s.nats, connected.nats, "nats-server")],
     ["subjects", s.prefix + ".>"],
     ["delivery", s.delivery],
-    ["hold-back", s.hold_back_seconds === 0 ? "none" : exact(s.hold_back_seconds) + " s"],
+    ["hold-back", s.hold_back_seconds === 0 ? "none" : exact(s.hold_back_seconds) + "\u00a0s"],
     ["checkpoint", s.checkpoint === "" ? "none" : "bucket " + s.checkpoint],
   ].map(([name, text]) => row(name, cell(text)));
 }
@@ -219,7 +219,7 @@ function take(status) {
   const lag = status.metrics.find(it => it.name === "lag_seconds").value;
   const value = name => status.metrics.find(it => it.name === name).value;
   $("events_per_second").querySelector("p").textContent = `${exact(value("events_published_total"))} since the start, ${exact(value("events_in_flight"))} in flight`;
-  $("lag_bytes").querySelector("p").textContent = lag > 0 ? `the oldest event that waits was committed ${FORMATS.seconds(lag)} ago` : "no event waits";
+  $("lag_bytes").querySelector("p").textContent = lag > 0 ? `the oldest event that waits was committed ${FORMATS.seconds(lag)} ago` : "nothing that has arrived waits";
   const { count, sum } = value("commit_to_ack_seconds");
   $("commit_to_ack_seconds").querySelector("p").textContent = count ? `${FORMATS.seconds(sum / count)} since the start, from a sample` : "no event yet";
   $("slot_wal_bytes").querySelector("p").textContent = kept(status.slot_wal, s, now);
