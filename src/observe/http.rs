@@ -179,8 +179,9 @@ impl<A: Fn(&Request) -> Answer> Server<A> {
             let wait = wake.saturating_duration_since(now) + Duration::from_millis(1);
             Timespec::try_from(wait).unwrap_or_default()
         });
-        // a signal, or a lack of memory: the next round asks again
         if poll(&mut polled, timeout.as_ref()).is_err() {
+            // a lack of memory, most likely: the next round asks again
+            thread::sleep(ACCEPT_PAUSE);
             return Vec::new();
         }
         let connections = polled.iter().take(self.connections.len());

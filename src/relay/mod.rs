@@ -4,7 +4,7 @@
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`], what
 //! may be confirmed in [`confirm`]. [`slot`] and [`rejoin`] read what each side holds before a
 //! start, [`checkpoint`] what an earlier process has left (in a [`bucket`]); [`publication`] sees whether rows are left out.
-//! What the outside may know of all this is in [`vitals`].
+//! What the outside may know of all this is in [`vitals`], made of [`figure`]s, and in [`slot_wal`].
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
 pub mod bucket;
