@@ -1,7 +1,7 @@
 //! The one list of figures, with their names, units and meanings: `/metrics` serves it, and the status page shows it.
 //!
 //! Names follow [Prometheus' conventions](https://prometheus.io/docs/practices/naming/). How the list becomes text is
-//! in [`super::exposition`].
+//! in `exposition`.
 
 use crate::postgres::Lsn;
 use crate::relay::figure::Histogram;
