@@ -39,6 +39,9 @@ const KEEP_LIMIT: Duration = Duration::from_secs(5);
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// What was read so shortly before an event is found too large is not read again: many such events in a row must not cost a
+/// connection each.
+const LIMITS_ARE_NEW: Duration = Duration::from_secs(1);
 /// Events that are handed to the connection at once: the server has them while the next are being looked at.
 const BURST: usize = 128;
 /// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
@@ -66,6 +69,8 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
+    /// When the server's and the streams' limits were read: at the last connect.
+    limits_read: Instant,
     /// At the end the checkpoint is waited for until then.
     keep_until: Option<Instant>,
     /// Of the tally's `late`, what was warned of.
@@ -142,6 +147,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            limits_read: now,
             keep_until: None,
             told_late: 0,
             vitals,
@@ -195,7 +201,8 @@ impl<'a> Publisher<'a> {
                     (ReconnectCause::Refused, reason)
                 }
             };
-            if start.elapsed() >= WORKING {
+            let is_outage = !matches!(cause, ReconnectCause::Limits | ReconnectCause::LameDuck);
+            if start.elapsed() >= WORKING || !is_outage {
                 // also when there was nothing to publish
                 self.outage.worked();
             }
@@ -406,6 +413,15 @@ impl<'a> Publisher<'a> {
     /// An event that cannot be published interrupts once everything before it is answered: the connection
     /// is dropped with what has not left yet, so each attempt would lose the same events again.
     fn publish(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
+        if self.postponed.is_none() && link.server_info().ldm {
+            self.postponed = Some(Interrupt::Reconnect(
+                ReconnectCause::LameDuck,
+                format!(
+                    "{} is in lame duck mode: it is about to shut down",
+                    link.server()
+                ),
+            ));
+        }
         if self.postponed.is_none() {
             self.publish_burst(link, now)?;
         }
@@ -442,6 +458,15 @@ impl<'a> Publisher<'a> {
                     setting,
                 }) => {
                     let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
+                    if now.duration_since(self.limits_read) > LIMITS_ARE_NEW {
+                        // they may have been raised since
+                        let reason = format!(
+                            "reading {setting} again: {} is too large, {cause}",
+                            self.describe(token)
+                        );
+                        self.postponed = Some(Interrupt::Reconnect(ReconnectCause::Limits, reason));
+                        break Ok(());
+                    }
                     if !self.put_aside(token, &cause) {
                         let event = self.describe(token);
                         self.postponed = Some(Interrupt::End(Error::TooLarge {
@@ -670,6 +695,7 @@ impl<'a> Publisher<'a> {
         let puts_aside = self.config.mapping.policy.on_poison != OnPoison::Stop;
         self.core
             .takes(link.max_payload(), self.source.len(), puts_aside);
+        self.limits_read = Instant::now();
         let marks = self.core.marks(&self.lineage.source);
         if let Some(marks) = bucket::begin(&mut self.store, &link, marks, timeout)? {
             self.core.kept(marks, Instant::now());

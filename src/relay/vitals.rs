@@ -39,6 +39,10 @@ pub enum ReconnectCause {
     EndsEarly,
     /// Another relay has written the checkpoint.
     Overtaken,
+    /// An event is larger than was allowed at the last connect.
+    Limits,
+    /// The server is about to shut down.
+    LameDuck,
 }
 
 impl EncodeLabelValue for ReconnectCause {
@@ -51,6 +55,8 @@ impl EncodeLabelValue for ReconnectCause {
             ReconnectCause::NoStream => "no_stream",
             ReconnectCause::EndsEarly => "ends_early",
             ReconnectCause::Overtaken => "overtaken",
+            ReconnectCause::Limits => "limits",
+            ReconnectCause::LameDuck => "lame_duck",
         })
     }
 }
