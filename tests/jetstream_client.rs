@@ -4,7 +4,7 @@ mod support;
 
 use crossbeam_channel::unbounded;
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
-use jetstream_outbox::jetstream::client::{Ack, Answer, Link, Reply};
+use jetstream_outbox::jetstream::client::{Ack, Answer, Api, Link, Reply};
 use jetstream_outbox::jetstream::streams::{self, Routes};
 use jetstream_outbox::jetstream::wire::{self, Publish};
 use jetstream_outbox::nats::Error;

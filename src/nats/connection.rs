@@ -161,41 +161,24 @@ impl<A: Send + 'static> Connection<A> {
         first: usize,
         read_ack: impl FnMut(u64, Option<&str>, &[u8]) -> A + Send + 'static,
     ) -> Result<Connection<A>, Error> {
-        let mut servers = options.discovered.after(&options.servers);
-        let count = servers.len().max(1);
-        servers.rotate_left(first % count);
         let inbox = sign_in::unique().map_err(|source| Error::Unreachable {
             server: "any server".into(),
             source,
         })?;
         let inbox = format!("_INBOX.{inbox}.");
         let subscription = format!("SUB {inbox}* 1\r\n");
-        let mut errors = Vec::new();
-        for server in &servers {
-            match handshake::sign_in(options, server, &subscription) {
-                Ok(session) => {
-                    return Connection::open(options, server, session, inbox, read_ack);
-                }
-                Err(error) => errors.push(error),
-            }
-        }
-        match errors.pop() {
-            Some(only) if errors.is_empty() => Err(only),
-            last => {
-                errors.extend(last);
-                Err(Error::NoServer(errors))
-            }
-        }
+        let (server, session) = handshake::sign_in_to_any(options, first, &subscription)?;
+        Connection::open(options, server, session, inbox, read_ack)
     }
 
     fn open(
         options: &Options,
-        server: &ServerUrl,
+        server: ServerUrl,
         session: Session,
         inbox: String,
         read_ack: impl FnMut(u64, Option<&str>, &[u8]) -> A + Send + 'static,
     ) -> Result<Connection<A>, Error> {
-        let (discovered, server) = (options.discovered.clone(), server.clone());
+        let discovered = options.discovered.clone();
         let discover = move |info: &ServerInfo| discovered.replace(&server, &info.connect_urls);
         discover(&session.info);
         let refused = |reason: String| Error::Refused {
@@ -362,7 +345,7 @@ fn encode(request: &Request<'_>, inbox: &str, out: &mut Vec<u8>) {
 }
 
 /// A stored message comes in base64 in an answer of the JetStream API, as JSON.
-fn max_reply(info: &ServerInfo) -> usize {
+pub(super) fn max_reply(info: &ServerInfo) -> usize {
     info.max_payload / 3 * 4 + MAX_REPLY_BYTES
 }
 
@@ -768,7 +751,7 @@ mod tests {
         SockRef::from(&session.stream)
             .set_send_buffer_size(send_buffer)
             .unwrap();
-        Connection::open(options, &server, session, inbox, |number, _, body| {
+        Connection::open(options, server, session, inbox, |number, _, body| {
             (number, String::from_utf8_lossy(body).into_owned())
         })
     }

@@ -6,7 +6,7 @@ use super::core::memory::Marks;
 use super::error::Error;
 use crate::jetstream;
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
-use crate::jetstream::client::Link;
+use crate::jetstream::client::{Api, Link};
 use crate::jetstream::streams;
 use crate::nats;
 use std::time::{Duration, Instant};
