@@ -169,7 +169,11 @@ impl Attempt<'_> {
             Some(_) => return Err(self.not_nats("it does not begin with INFO".into())),
             None => {
                 return Err(self.not_nats(
-                    "it closed the connection without a NATS greeting: check the port".into(),
+                    match self.options.tls_first {
+                        true => "it closed the connection without a NATS greeting",
+                        false => "it closed the connection without a NATS greeting: check the port; a server with handshake_first needs -nats-tls-first",
+                    }
+                    .into(),
                 ));
             }
         };

@@ -39,8 +39,8 @@ const KEEP_LIMIT: Duration = Duration::from_secs(5);
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
-/// What was read so shortly before an event is found too large is not read again: many such events in a row must not cost a
-/// connection each.
+/// Limits that were read again so shortly before are not read once more: many events in a row that are too large must not cost
+/// a connection each.
 const LIMITS_ARE_NEW: Duration = Duration::from_secs(1);
 /// Events that are handed to the connection at once: the server has them while the next are being looked at.
 const BURST: usize = 128;
@@ -69,8 +69,8 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
-    /// When the server's and the streams' limits were read: at the last connect.
-    limits_read: Instant,
+    /// When the limits of server and streams were read again: at the last reconnect.
+    limits_read: Option<Instant>,
     /// At the end the checkpoint is waited for until then.
     keep_until: Option<Instant>,
     /// Of the tally's `late`, what was warned of.
@@ -147,7 +147,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
-            limits_read: now,
+            limits_read: None,
             keep_until: None,
             told_late: 0,
             vitals,
@@ -458,7 +458,8 @@ impl<'a> Publisher<'a> {
                     setting,
                 }) => {
                     let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
-                    if now.duration_since(self.limits_read) > LIMITS_ARE_NEW {
+                    let is_new = |at| now.duration_since(at) < LIMITS_ARE_NEW;
+                    if !self.limits_read.is_some_and(is_new) {
                         // they may have been raised since
                         let reason = format!(
                             "reading {setting} again: {} is too large, {cause}",
@@ -695,7 +696,7 @@ impl<'a> Publisher<'a> {
         let puts_aside = self.config.mapping.policy.on_poison != OnPoison::Stop;
         self.core
             .takes(link.max_payload(), self.source.len(), puts_aside);
-        self.limits_read = Instant::now();
+        self.limits_read = Some(Instant::now());
         let marks = self.core.marks(&self.lineage.source);
         if let Some(marks) = bucket::begin(&mut self.store, &link, marks, timeout)? {
             self.core.kept(marks, Instant::now());
