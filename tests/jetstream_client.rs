@@ -2,14 +2,13 @@
 
 mod support;
 
-use crossbeam_channel::{select, unbounded};
+use crossbeam_channel::unbounded;
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
-use jetstream_outbox::jetstream::client::{Link, Reply};
-use jetstream_outbox::jetstream::connection::Ack;
-use jetstream_outbox::jetstream::error::Error;
-use jetstream_outbox::jetstream::options::{Options, ServerUrl};
+use jetstream_outbox::jetstream::client::{Ack, Answer, Api, Link, Reply};
 use jetstream_outbox::jetstream::streams::{self, Routes};
 use jetstream_outbox::jetstream::wire::{self, Publish};
+use jetstream_outbox::nats::Error;
+use jetstream_outbox::nats::options::{Options, ServerUrl};
 use jetstream_outbox::outbox::batch::{Batch, Event};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
@@ -19,13 +18,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use support::files::temp_dir;
 use support::nats::{Builder, Nats};
-use support::operator::Operator;
+use support::operator::{self, Operator};
 use support::process::lock;
 use support::wait::{eventually, pause};
 
 const LONG: Duration = Duration::from_secs(30);
 
-/// What waits for no server is done by then on a busy machine; the crate's flush waits for ten times as long.
+/// What waits for no server is done by then on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// The tests count the process' threads, so they take turns.
@@ -73,7 +72,7 @@ impl Server {
 fn create_stream(link: &Link, extra: &str) {
     let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"]{extra}}}"#);
     let answer = link
-        .call("STREAM.CREATE.EVENTS", body.into(), LONG)
+        .call("STREAM.CREATE.EVENTS", body.as_bytes(), LONG)
         .unwrap();
     let answer = String::from_utf8(answer).unwrap();
     assert!(answer.contains("did_create"), "{answer}");
@@ -124,12 +123,19 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
     (first..).zip(indexes).map(publish).collect()
 }
 
-fn next_acks(link: &Link) -> Vec<Ack> {
-    select! {
-        recv(link.acks()) -> acks => acks.unwrap(),
-        recv(link.lost()) -> error => panic!("{}", error.unwrap()),
-        default(LONG) => panic!("no answer"),
+fn next_answers(link: &Link) -> Vec<Answer> {
+    match link.answers().recv_timeout(LONG) {
+        Ok(answers) => answers,
+        Err(_) => panic!("no answer: {:?}", link.lost().try_recv()),
     }
+}
+
+fn next_acks(link: &Link) -> Vec<Ack> {
+    let ack = |answer| match answer {
+        Answer::Ack(ack) => ack,
+        other => panic!("{other:?}"),
+    };
+    next_answers(link).into_iter().map(ack).collect()
 }
 
 fn next_ack(link: &Link) -> Ack {
@@ -139,10 +145,9 @@ fn next_ack(link: &Link) -> Ack {
 }
 
 fn next_reply(link: &Link) -> Reply {
-    select! {
-        recv(link.replies()) -> message => link.decode(message.unwrap()).unwrap(),
-        recv(link.lost()) -> error => panic!("{}", error.unwrap()),
-        default(LONG) => panic!("no answer"),
+    match next_answers(link).remove(0) {
+        Answer::Reply(reply) => reply,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -155,7 +160,7 @@ fn pipeline(link: &Link, count: u64, window: u64, burst: u64, body_len: usize) {
             publish(link, events(first, n, body_len));
             first += n;
         }
-        for Ack { reply, result } in next_acks(link) {
+        for Ack { reply, result, .. } in next_acks(link) {
             acked += 1;
             let stored = Ok(PubAck {
                 seq: acked,
@@ -166,8 +171,7 @@ fn pipeline(link: &Link, count: u64, window: u64, burst: u64, body_len: usize) {
     }
 }
 
-/// Those of links, and the crate's, which have the name of the thread that has started them. (All threads are not to be counted:
-/// the test harness starts one when it likes.)
+/// Those of links. (All threads are not to be counted: the test harness starts one when it likes.)
 fn threads() -> usize {
     let names = thread_names();
     names
@@ -249,8 +253,7 @@ fn a_server_killed_while_publishing_is_noticed_and_leaves_nothing_behind() {
         assert!(matches!(error, Error::Unreachable { .. }), "{error}");
         server.nats.start_again();
     }
-    // the crate's own flusher may take two minutes to notice
-    threads_return_to(before + ROUNDS);
+    threads_return_to(before);
 }
 
 #[test]
@@ -264,7 +267,7 @@ fn a_frozen_server_blocks_nobody() {
     let started = Instant::now();
     for burst in 0..64 {
         publish(&link, events(1001 + burst, 1, 1_000_000));
-        link.request(1, "INFO", Vec::new());
+        link.request(1, "INFO", &[]);
     }
     assert!(started.elapsed() < 2 * AT_ONCE, "{:?}", started.elapsed());
     let mut options = server.options();
@@ -304,8 +307,7 @@ fn a_frozen_server_that_is_killed_frees_its_threads() {
     drop(link);
     server.nats.kill();
     server.nats.start_again();
-    // the crate's own flusher may take two minutes to notice
-    threads_return_to(before + 1);
+    threads_return_to(before);
 }
 
 #[test]
@@ -315,7 +317,7 @@ fn refusals_are_named() {
     create_stream(&link, r#","max_msg_size":1000"#);
     let ask = |first, body_len| {
         publish(&link, events(first, 1, body_len));
-        let Ack { reply, result } = next_ack(&link);
+        let Ack { reply, result, .. } = next_ack(&link);
         assert_eq!(reply, first);
         result.map(|ack| ack.seq).map_err(|error| error.kind())
     };
@@ -323,18 +325,18 @@ fn refusals_are_named() {
     assert_eq!(ask(9, 1), Err(AckErrorKind::WrongLastSequence(Some(1))));
     assert_eq!(ask(2, 2000), Err(AckErrorKind::MessageTooLarge));
     let error = link
-        .call("STREAM.INFO.NONE", Vec::new(), LONG)
+        .call("STREAM.INFO.NONE", &[], LONG)
         .map(|body| String::from_utf8(body).unwrap());
     assert!(error.unwrap().contains("stream not found"));
     // asynchronously
-    link.request(7, "STREAM.INFO.EVENTS", Vec::new());
+    link.request(7, "STREAM.INFO.EVENTS", &[]);
     let Reply { token, result } = next_reply(&link);
     assert_eq!(token, 7);
     let answer = String::from_utf8(result.unwrap()).unwrap();
     assert!(answer.contains("events."), "{answer}");
-    link.call("STREAM.DELETE.EVENTS", Vec::new(), LONG).unwrap();
+    link.call("STREAM.DELETE.EVENTS", &[], LONG).unwrap();
     publish(&link, events(1, 1, 1));
-    let Ack { reply, result } = next_ack(&link);
+    let Ack { reply, result, .. } = next_ack(&link);
     let kind = result.unwrap_err().kind();
     assert_eq!((reply, kind), (1, AckErrorKind::NoResponders));
 }
@@ -344,16 +346,15 @@ fn a_call_hands_on_the_answers_to_others() {
     let server = Server::start();
     let link = server.connect();
     create_stream(&link, "");
-    link.put(7, "events.kept".into(), 0, b"{}".to_vec());
+    link.put(7, "events.kept", 0, b"{}");
     eventually("the write to be answered", LONG, || {
-        !link.replies().is_empty()
+        !link.answers().is_empty()
     });
     let mut others = Vec::new();
     let request = streams::message_request("EVENTS", 1);
     let found = streams::message_among(&link, request, LONG, |other| others.push(other));
     assert_eq!(found.unwrap().unwrap().data, b"{}");
-    let others: Vec<Reply> = others.into_iter().filter_map(|m| link.decode(m)).collect();
-    let [Reply { token: 7, result }] = &others[..] else {
+    let [Answer::Reply(Reply { token: 7, result })] = &others[..] else {
         panic!("{others:?}");
     };
     let answer = String::from_utf8_lossy(result.as_ref().unwrap());
@@ -365,10 +366,10 @@ fn a_server_without_jetstream_is_named() {
     let server = Server::without_jetstream("");
     let link = server.connect();
     assert!(!link.server_info().jetstream);
-    let error = link.call("STREAM.NAMES", Vec::new(), LONG).unwrap_err();
+    let error = link.call("STREAM.NAMES", &[], LONG).unwrap_err();
     assert!(error.to_string().contains("enable JetStream"), "{error}");
     publish(&link, events(1, 1, 1));
-    let Ack { reply, result } = next_ack(&link);
+    let Ack { reply, result, .. } = next_ack(&link);
     let kind = result.unwrap_err().kind();
     assert_eq!((reply, kind), (1, AckErrorKind::NoResponders));
 }
@@ -448,7 +449,7 @@ fn more_streams_than_fit_a_page_are_listed() {
     for n in 0..count {
         let body = format!(r#"{{"name":"S{n}","subjects":["events.{n}.>"],"storage":"memory"}}"#);
         let api = format!("STREAM.CREATE.S{n}");
-        link.call(&api, body.into(), LONG).unwrap();
+        link.call(&api, body.as_bytes(), LONG).unwrap();
     }
     let found = streams::list(&link, "events.>", LONG).unwrap();
     assert_eq!(found.len(), count);
@@ -567,7 +568,7 @@ fn a_message_has_the_size_that_the_server_counts() {
     let size = wire::size(event.spans(), *expected_last_sequence, None, SOURCE.len());
     let limit = |call: &str, limit: usize| {
         let body = format!(r#"{{"name":"EVENTS","subjects":["events.>"],"max_msg_size":{limit}}}"#);
-        link.call(&format!("STREAM.{call}.EVENTS"), body.into(), LONG)
+        link.call(&format!("STREAM.{call}.EVENTS"), body.as_bytes(), LONG)
             .unwrap()
     };
     limit("CREATE", size - 1);
@@ -577,7 +578,7 @@ fn a_message_has_the_size_that_the_server_counts() {
     limit("UPDATE", size);
     publishes[0].reply = 2;
     publish(&link, publishes);
-    let Ack { reply, result } = next_ack(&link);
+    let Ack { reply, result, .. } = next_ack(&link);
     assert_eq!((reply, result.is_ok()), (2, true));
 }
 
@@ -690,6 +691,207 @@ fn tls_is_checked_and_carries_events() {
     );
 }
 
+/// The server says nothing before the TLS handshake.
+#[test]
+fn a_server_with_handshake_first_needs_tls_first() {
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+    let config = |first: &str| {
+        Nats::builder()
+            .file("cert.pem", cert.pem())
+            .file("key.pem", signing_key.serialize_pem())
+            .config(&format!(
+                r#"tls {{ cert_file: "{{dir}}/cert.pem", key_file: "{{dir}}/key.pem", handshake_first: {first} }}"#
+            ))
+    };
+    let server = Server::with(config("true"));
+    let ca = server.nats.dir().join("cert.pem");
+    let with = |tls_first: bool| {
+        let ca = ca.clone();
+        move |options: &mut Options| {
+            (options.tls_ca, options.tls_first) = (Some(ca), tls_first);
+            options.connect_timeout = Duration::from_secs(2);
+        }
+    };
+    check_sign_in(&server, "tls://localhost", with(true), Ok(()));
+    let hint = "a server with handshake_first needs -nats-tls-first";
+    check_sign_in(&server, "tls://localhost", with(false), Err(hint));
+    let mut options = server.options_for("tls://localhost");
+    with(true)(&mut options);
+    let link = Link::connect(&options).unwrap();
+    create_stream(&link, "");
+    pipeline(&link, 2000, 1024, 64, 100);
+    drop((link, server));
+
+    // one that waits a moment for either, and one that knows only the other
+    let server = Server::with(config("\"300ms\""));
+    let ca = server.nats.dir().join("cert.pem");
+    for tls_first in [true, false] {
+        let change = |options: &mut Options| {
+            (options.tls_ca, options.tls_first) = (Some(ca.clone()), tls_first);
+        };
+        check_sign_in(&server, "tls://localhost", change, Ok(()));
+    }
+    drop(server);
+    let server = Server::with(config("false"));
+    let ca = server.nats.dir().join("cert.pem");
+    let change = |options: &mut Options| (options.tls_ca, options.tls_first) = (Some(ca), true);
+    let hint = "-nats-tls-first is for servers with handshake_first";
+    check_sign_in(&server, "tls://localhost", change, Err(hint));
+}
+
+/// The certificate is the user.
+#[test]
+fn a_client_certificate_signs_in_where_it_is_mapped_to_a_user() {
+    let folder = temp_dir("client-");
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new([]).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority = params.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(params, key);
+    let issue = |names: &[&str], email: Option<&str>| {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let mut params = rcgen::CertificateParams::new(names).unwrap();
+        let email = email.map(|email| rcgen::SanType::Rfc822Name(email.try_into().unwrap()));
+        params.subject_alt_names.extend(email);
+        let cert = params.signed_by(&key, &issuer).unwrap();
+        (cert.pem(), key.serialize_pem())
+    };
+    let (cert, key) = issue(&["localhost"], None);
+    let config = r#"
+        tls { cert_file: "{dir}/cert.pem", key_file: "{dir}/key.pem", ca_file: "{dir}/ca.pem", verify_and_map: true }
+        authorization { users: [ { user: "relay@example.com" } ] }"#;
+    let builder = Nats::builder()
+        .without_jetstream()
+        .file("ca.pem", authority.pem())
+        .file("cert.pem", cert)
+        .file("key.pem", key)
+        .config(config);
+    let server = Server::with(builder);
+    for (email, expected) in [
+        ("relay@example.com", Ok(())),
+        ("other@example.com", Err("sign in to NATS")),
+    ] {
+        let (cert, key) = issue(&[], Some(email));
+        let write = |name: &str, text: String| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let (cert, key) = (write("cert", cert), write("key", key));
+        let change = |options: &mut Options| {
+            options.tls_ca = Some(server.nats.dir().join("ca.pem"));
+            (options.tls_cert, options.tls_key) = (Some(cert), Some(key));
+        };
+        // no tls:// is needed
+        check_sign_in(&server, "localhost", change, expected);
+    }
+}
+
+/// Whoever has an authority's certificate wants no word in clear: not even to a server that would take the password.
+#[test]
+fn nothing_is_said_in_clear_where_tls_is_asked_for() {
+    let _turn = lock(&TURN);
+    let folder = temp_dir("client-");
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+    let file = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        Some(path)
+    };
+    let (cert, key) = (
+        file("cert", cert.pem()),
+        file("key", signing_key.serialize_pem()),
+    );
+    let (heard, lines) = unbounded();
+    let plain = fake_server(move |line, _| heard.send(line.to_string()).unwrap());
+    for (url, ca, client) in [
+        ("nats", true, false),
+        ("nats", false, true),
+        ("tls", false, false),
+    ] {
+        let mut options = plain.clone();
+        let server = format!("{url}://u:s3cret@{}", plain.servers[0]);
+        options.servers = vec![ServerUrl::parse(&server).unwrap()];
+        options.tls_ca = cert.clone().filter(|_| ca);
+        (options.tls_cert, options.tls_key) = match client {
+            true => (cert.clone(), key.clone()),
+            false => (None, None),
+        };
+        let error = refused(&options);
+        assert!(error.to_string().contains("does not offer TLS"), "{error}");
+    }
+    assert!(lines.recv_timeout(Duration::from_millis(100)).is_err());
+}
+
+/// A limit of the account's comes after signing in, to a client that says it understands a later INFO.
+#[test]
+fn the_accounts_own_max_payload_is_the_one() {
+    let operator = Operator::new(r#","payload":2000"#);
+    let server = Server::without_jetstream(&operator.config());
+    let creds = server.nats.dir().join("creds");
+    std::fs::write(&creds, operator.credentials("")).unwrap();
+    let mut options = server.options();
+    options.creds = Some(creds);
+    let link = Link::connect(&options).unwrap();
+    assert_eq!(link.max_payload(), 2000);
+}
+
+/// Who asks somebody else whether to let a client in takes as long as that takes.
+#[test]
+fn an_auth_callout_may_take_as_long_as_the_timeout_allows() {
+    let issuer = nkeys::KeyPair::new_account();
+    let config = format!(
+        r#"accounts {{ AUTH {{ users: [ {{ user: auth, password: auth }} ] }}, APP {{}} }}
+        authorization {{
+            timeout: 20
+            auth_callout {{ issuer: {}, auth_users: [ auth ], account: AUTH }}
+        }}"#,
+        issuer.public_key()
+    );
+    let builder = Nats::builder()
+        .without_jetstream()
+        .config(&config)
+        .client_options(serde_json::json!({ "user": "auth", "pass": "auth" }));
+    let server = Server::with(builder);
+    let mut responder = server.nats.client();
+    responder.try_subscribe("$SYS.REQ.USER.AUTH", 2).unwrap();
+    std::thread::spawn(move || {
+        while let Ok(request) = responder.try_next() {
+            let claims = operator::claims(&String::from_utf8(request.body).unwrap());
+            let user = claims["nats"]["user_nkey"].as_str().unwrap();
+            let server = claims["nats"]["server_id"]["id"].as_str().unwrap();
+            let permissions = r#""pub":{},"sub":{},"subs":-1,"data":-1,"payload":-1"#;
+            let jwt = operator::token(&issuer, user, "user", r#""aud":"APP","#, permissions);
+            let answer = operator::token(
+                &issuer,
+                user,
+                "authorization_response",
+                &format!(r#""aud":"{server}","#),
+                &format!(r#""jwt":"{jwt}""#),
+            );
+            pause(Duration::from_secs(3));
+            let reply = request.reply.unwrap();
+            responder
+                .try_send(&reply, "none", &[], answer.as_bytes())
+                .unwrap();
+        }
+    });
+    let within = |seconds| {
+        move |options: &mut Options| options.connect_timeout = Duration::from_secs(seconds)
+    };
+    let url = "nats://relay:secret@127.0.0.1";
+    check_sign_in(&server, url, within(10), Ok(()));
+    check_sign_in(
+        &server,
+        url,
+        within(2),
+        Err("did not answer to signing in within 2.0 s"),
+    );
+}
+
 /// A server whose socket takes less than the client sends.
 #[test]
 fn large_events_arrive_whole_and_in_order() {
@@ -699,7 +901,6 @@ fn large_events_arrive_whole_and_in_order() {
     pipeline(&link, 64, 64, 64, 900_000);
 }
 
-/// The crate's TLS would give up on it.
 #[test]
 fn large_events_go_through_tls() {
     let folder = temp_dir("client-");
@@ -746,20 +947,6 @@ fn fake_server(hear: impl FnMut(&str, &mut TcpStream) + Clone + Send + 'static) 
     }
 }
 
-/// A connection that subscribes before its first PING is the one for events.
-#[derive(Clone, Default)]
-struct Kind {
-    is_subscribed: bool,
-    is_for_questions: bool,
-}
-
-impl Kind {
-    fn heard(&mut self, line: &str) {
-        self.is_for_questions |= line == "PING" && !self.is_subscribed;
-        self.is_subscribed |= line.starts_with("SUB ");
-    }
-}
-
 #[test]
 fn a_server_that_lets_nobody_in_is_a_timeout_and_leaves_nothing_behind() {
     let _turn = lock(&TURN);
@@ -773,57 +960,6 @@ fn a_server_that_lets_nobody_in_is_a_timeout_and_leaves_nothing_behind() {
         );
     }
     threads_return_to(before);
-}
-
-#[test]
-fn attempts_that_hang_are_limited() {
-    let _turn = lock(&TURN);
-    let mut kind = Kind::default();
-    let options = fake_server(move |line, stream| {
-        kind.heard(line);
-        if line == "PING" && !kind.is_for_questions {
-            let _ = stream.write_all(b"PONG\r\n");
-        }
-    });
-    let mut timeouts = 0;
-    loop {
-        match refused(&options) {
-            Error::Timeout { .. } => timeouts += 1,
-            Error::Hanging { .. } => break,
-            other => panic!("{other}"),
-        }
-    }
-    assert_eq!(timeouts, 8);
-    // what hangs is the crate's half
-    eventually("the connections for events to end", LONG, || {
-        let names = thread_names();
-        match names.iter().any(|name| name.starts_with("nats-acks")) {
-            true => Err(names),
-            false => Ok(()),
-        }
-    });
-}
-
-/// The crate's thread panics on it, without a word to anybody.
-#[test]
-fn a_long_info_in_pieces_is_noticed() {
-    let _turn = lock(&TURN);
-    let options = fake_server(move |line, stream| {
-        if line == "PING" {
-            let _ = stream.write_all(b"PONG\r\n");
-        }
-        if line.starts_with("PUB ") {
-            let info = format!("INFO {{\"x\":\"{}\"", "x".repeat(4000));
-            for piece in [info.as_str(), &"y".repeat(2000)] {
-                let _ = stream.write_all(piece.as_bytes());
-                pause(Duration::from_millis(50));
-            }
-        }
-    });
-    let link = Link::connect(&options).unwrap();
-    link.request(1, "INFO", Vec::new());
-    let error = link.lost().recv_timeout(LONG).unwrap();
-    assert!(error.to_string().contains("thread ended"), "{error}");
 }
 
 /// What a server may say between two acks, and in how many pieces, is no trouble for the connection of the events.
@@ -855,7 +991,7 @@ fn a_server_that_talks_a_lot_is_understood() {
     let link = Link::connect(&options).unwrap();
     for number in 1..=3 {
         publish(&link, events(number, 1, 1));
-        let Ack { reply, result } = next_ack(&link);
+        let Ack { reply, result, .. } = next_ack(&link);
         assert_eq!((reply, result.map(|ack| ack.seq)), (number, Ok(7)));
         lines.recv_timeout(LONG).expect("the PING is answered");
     }
@@ -875,28 +1011,10 @@ fn what_is_not_nats_ends_the_link() {
     });
     let link = Link::connect(&options).unwrap();
     publish(&link, events(1, 1, 1));
-    assert!(link.acks().recv_timeout(LONG).is_err(), "nothing follows");
+    assert!(
+        link.answers().recv_timeout(LONG).is_err(),
+        "nothing follows"
+    );
     let error = link.lost().try_recv().expect("told before");
     assert!(error.to_string().contains("HTTP/1.1 400"), "{error}");
-}
-
-/// The one for events lives, and the crate waits without an end.
-#[test]
-fn a_connection_for_questions_that_dies_without_a_word_is_found_out() {
-    let _turn = lock(&TURN);
-    let mut is_dead = false;
-    let options = fake_server(move |line, stream| {
-        is_dead |= line.starts_with("PUB ");
-        if line == "PING" && !is_dead {
-            let _ = stream.write_all(b"PONG\r\n");
-        }
-    });
-    let link = Link::connect(&options).unwrap();
-    assert_eq!(link.is_stuck_for(), Duration::ZERO);
-    link.request(1, "INFO", Vec::new());
-    eventually("the link to be stuck", LONG, || {
-        link.is_stuck_for() > Duration::from_millis(100)
-    });
-    publish(&link, events(1, 1, 1));
-    assert!(link.lost().is_empty());
 }

@@ -2,7 +2,7 @@
 
 use super::remedy;
 use crate::exit::Exit;
-use crate::{jetstream, postgres};
+use crate::{jetstream, nats, postgres};
 use std::fmt;
 use std::io;
 
@@ -87,9 +87,11 @@ impl Error {
             Error::Wrong { exit, .. } => *exit,
             Error::Output(_) => Exit::Unavailable,
             Error::Nats(
-                jetstream::Error::File { .. }
-                | jetstream::Error::Authorization { .. }
-                | jetstream::Error::Permission { .. }
+                jetstream::Error::Nats(
+                    nats::Error::File { .. }
+                    | nats::Error::Authorization { .. }
+                    | nats::Error::Permission { .. },
+                )
                 | jetstream::Error::Api { .. },
             ) => Exit::Configuration,
             Error::Nats(_) => Exit::Unavailable,

@@ -2,7 +2,7 @@
 //!
 //! `None`: a setting is wrong, and the error says which.
 
-use crate::{jetstream, postgres};
+use crate::{jetstream, nats, postgres};
 use std::io::ErrorKind::{ConnectionRefused, NotFound};
 
 const STARTS: &str = "the server starts up, recovers or shuts down: its log tells how far it is; then run this again";
@@ -73,13 +73,21 @@ fn state(sqlstate: &str) -> Option<&'static str> {
     })
 }
 
-/// NATS.
+/// JetStream, or the connection to it.
 pub fn nats(error: &jetstream::Error) -> Option<&'static str> {
-    use jetstream::Error::{
-        ApiTimeout, Hanging, Lost, NoServer, NotNats, Refused, Timeout, Unreachable,
-    };
+    match error {
+        jetstream::Error::Nats(error) => connection(error),
+        jetstream::Error::ApiTimeout { .. } => Some(
+            "is nats-server frozen or overloaded, or the stream without a leader: its log, and nats server report jetstream",
+        ),
+        jetstream::Error::Api { .. } => None,
+    }
+}
+
+fn connection(error: &nats::Error) -> Option<&'static str> {
+    use nats::Error::{Lost, NoServer, NotNats, Refused, Timeout, Unreachable};
     Some(match error {
-        NoServer(errors) => return nats(errors.last()?),
+        NoServer(errors) => return connection(errors.last()?),
         Unreachable { source, .. } if source.kind() == ConnectionRefused => {
             "nothing listens there: is nats-server up (systemctl status nats-server on its host, and its log), are host and port \
              of -nats right"
@@ -87,14 +95,11 @@ pub fn nats(error: &jetstream::Error) -> Option<&'static str> {
         Unreachable { .. } => {
             "is its host up and its name known here, are host and port of -nats right, does a firewall let the port through"
         }
-        Timeout { .. } | Hanging { .. } => {
+        Timeout { .. } => {
             "is nats-server frozen or overloaded (its log), are host and port of -nats right, does a firewall let the port through"
         }
         NotNats { .. } => "are host and port of -nats those of a nats-server",
         Refused { .. } | Lost { .. } => LOST,
-        ApiTimeout { .. } => {
-            "is nats-server frozen or overloaded, or the stream without a leader: its log, and nats server report jetstream"
-        }
         _ => return None,
     })
 }

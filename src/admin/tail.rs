@@ -119,20 +119,20 @@ fn time(message: &StoredMessage) -> Timestamp {
 
 /// The server may come back.
 fn may_pass(error: &jetstream::Error) -> bool {
-    use jetstream::Error::{
-        ApiTimeout, Hanging, Lost, NoServer, NotNats, Refused, Timeout, Unreachable,
-    };
-    matches!(
-        error,
-        ApiTimeout { .. }
-            | Hanging { .. }
-            | Lost { .. }
-            | NoServer(_)
-            | NotNats { .. }
-            | Refused { .. }
-            | Timeout { .. }
-            | Unreachable { .. }
-    )
+    use crate::nats::Error::{Lost, NoServer, NotNats, Refused, Timeout, Unreachable};
+    match error {
+        jetstream::Error::ApiTimeout { .. } => true,
+        jetstream::Error::Nats(error) => matches!(
+            error,
+            Lost { .. }
+                | NoServer(_)
+                | NotNats { .. }
+                | Refused { .. }
+                | Timeout { .. }
+                | Unreachable { .. }
+        ),
+        jetstream::Error::Api { .. } => false,
+    }
 }
 
 /// The sequence to begin with.

@@ -10,6 +10,8 @@ use std::time::Duration;
 /// Above this the window is larger than any server answers at once, and costs memory alone.
 pub(super) const INFLIGHT: RangeInclusive<usize> = 1..=65_536;
 /// Shorter than a network round trip under load it would end healthy sessions; longer than an hour it hides outages.
+pub(super) const CONNECT_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(120);
 pub(super) const ACK_TIMEOUT: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(3600);
 /// Shorter than a second there is no time for a single attempt to connect.

@@ -3,8 +3,11 @@
 //! Pure: bytes in, values out. The forms are those of ADR-1 (JSON API) and of nats-server's `errors.json`,
 //! where the numbers of [`ApiError::err_code`] come from.
 
+use crate::nats::connection::NoReply;
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 /// The stream stored the message, or had it already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,9 @@ pub enum AckError {
     NoResponders,
     /// Neither a PubAck nor an error: somebody other than JetStream answered.
     Malformed,
+    /// No answer came in time; whether the message was stored is not known. Never said of an event: the core keeps their
+    /// deadlines.
+    NoAnswer,
 }
 
 /// What a refusal means to a publisher.
@@ -69,6 +75,8 @@ pub enum AckErrorKind {
     Busy,
     /// An answer that is not JetStream's.
     Malformed,
+    /// No answer in time.
+    NoAnswer,
     /// Anything else; the description says what.
     Other,
 }
@@ -118,6 +126,7 @@ impl AckError {
             AckError::Api(error) => error.kind(),
             AckError::NoResponders => AckErrorKind::NoResponders,
             AckError::Malformed => AckErrorKind::Malformed,
+            AckError::NoAnswer => AckErrorKind::NoAnswer,
         }
     }
 }
@@ -143,6 +152,17 @@ impl fmt::Display for AckError {
             AckError::Malformed => f.write_str(
                 "the answer is no PubAck: another subscriber answers on the subject, or the server is too old",
             ),
+            AckError::NoAnswer => f.write_str("no answer came in time"),
+        }
+    }
+}
+
+impl From<NoReply> for AckError {
+    fn from(reason: NoReply) -> AckError {
+        match reason {
+            NoReply::NoResponders => AckError::NoResponders,
+            NoReply::Status => AckError::Malformed,
+            NoReply::Timeout => AckError::NoAnswer,
         }
     }
 }
@@ -150,20 +170,76 @@ impl fmt::Display for AckError {
 impl std::error::Error for ApiError {}
 impl std::error::Error for AckError {}
 
+/// Where an ack says that a message is stored: with leaf nodes, imports and mappings this may be another stream than the one
+/// that the publisher knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The stream's name.
+    pub stream: String,
+    /// The JetStream domain; empty without one.
+    pub domain: String,
+}
+
+/// The most origins that are remembered; a publisher meets as many as it has streams.
+const MAX_ORIGINS: usize = 64;
+
+/// The origins met so far, so that an ack costs no memory of its own: it bears a counted reference, and to compare two that
+/// come from one place is to compare two addresses.
+#[derive(Debug, Default)]
+pub struct Origins(Vec<Arc<Origin>>);
+
+impl Origins {
+    /// The origin of this name. The last one asked for is found first.
+    fn intern(&mut self, stream: &str, domain: &str) -> Arc<Origin> {
+        let is_it = |origin: &Arc<Origin>| origin.stream == stream && origin.domain == domain;
+        if let Some(at) = self.0.iter().rposition(is_it) {
+            let last = self.0.len() - 1;
+            self.0.swap(at, last);
+            return self.0.get(last).cloned().unwrap_or_default();
+        }
+        let origin = Arc::new(Origin {
+            stream: stream.into(),
+            domain: domain.into(),
+        });
+        if self.0.len() == MAX_ORIGINS {
+            self.0.clear();
+        }
+        self.0.push(origin.clone());
+        origin
+    }
+}
+
 /// Reads the answer to a publish. `status` is the status of its header line (`NATS/1.0 503`), if it has one.
 pub fn parse_ack(body: &[u8], status: Option<&str>) -> Result<PubAck, AckError> {
+    read(body, status).map(|(ack, _, _)| ack)
+}
+
+/// As [`parse_ack`], and where the message is stored.
+pub fn parse_ack_from(
+    body: &[u8],
+    status: Option<&str>,
+    origins: &mut Origins,
+) -> Result<(PubAck, Arc<Origin>), AckError> {
+    let (ack, stream, domain) = read(body, status)?;
+    Ok((ack, origins.intern(&stream, &domain)))
+}
+
+/// The ack, its stream and its domain.
+type Read<'a> = (PubAck, Cow<'a, str>, Cow<'a, str>);
+
+fn read<'a>(body: &'a [u8], status: Option<&str>) -> Result<Read<'a>, AckError> {
     match status {
         Some("503") => Err(AckError::NoResponders),
         Some(_) => Err(AckError::Malformed),
         None => match scan(body) {
-            Some(ack) => Ok(ack),
+            Some((ack, stream)) => Ok((ack, stream.into(), "".into())),
             None => parse_any(body),
         },
     }
 }
 
 /// Every form of answer.
-fn parse_any(body: &[u8]) -> Result<PubAck, AckError> {
+fn parse_any<'a>(body: &[u8]) -> Result<Read<'a>, AckError> {
     #[derive(Deserialize)]
     struct Answer {
         error: Option<ApiError>,
@@ -171,24 +247,27 @@ fn parse_any(body: &[u8]) -> Result<PubAck, AckError> {
         seq: Option<u64>,
         #[serde(default)]
         duplicate: bool,
+        #[serde(default)]
+        domain: String,
     }
     match serde_json::from_slice(body) {
         Ok(Answer {
             error: Some(error), ..
         }) => Err(AckError::Api(error)),
         Ok(Answer {
-            stream: Some(_),
+            stream: Some(stream),
             seq: Some(seq),
             duplicate,
+            domain,
             ..
-        }) => Ok(PubAck { seq, duplicate }),
+        }) => Ok((PubAck { seq, duplicate }, stream.into(), domain.into())),
         _ => Err(AckError::Malformed),
     }
 }
 
 /// The two forms nearly all acks have, `{"stream":"S","seq":7}` and the same with `"duplicate": true`, without
-/// building anything. `None` sends any other form to [`parse_any`].
-fn scan(body: &[u8]) -> Option<PubAck> {
+/// building anything; and the stream. `None` sends any other form to [`parse_any`].
+fn scan(body: &[u8]) -> Option<(PubAck, &str)> {
     let rest = body.strip_prefix(br#"{"stream":""#)?;
     let end = rest.iter().position(|&byte| byte == b'"')?;
     let (name, rest) = rest.split_at_checked(end)?;
@@ -206,17 +285,12 @@ fn scan(body: &[u8]) -> Option<PubAck> {
         return None;
     }
     let seq = std::str::from_utf8(number).ok()?.parse().ok()?;
-    match rest {
-        b"}" => Some(PubAck {
-            seq,
-            duplicate: false,
-        }),
-        br#","duplicate": true}"# | br#","duplicate":true}"# => Some(PubAck {
-            seq,
-            duplicate: true,
-        }),
-        _ => None,
-    }
+    let duplicate = match rest {
+        b"}" => false,
+        br#","duplicate": true}"# | br#","duplicate":true}"# => true,
+        _ => return None,
+    };
+    Some((PubAck { seq, duplicate }, std::str::from_utf8(name).ok()?))
 }
 
 #[cfg(test)]
@@ -303,6 +377,31 @@ mod tests {
     }
 
     #[test]
+    fn an_ack_says_where_its_message_is_stored() {
+        let mut origins = Origins::default();
+        let mut from = |body: &str| {
+            parse_ack_from(body.as_bytes(), None, &mut origins)
+                .unwrap()
+                .1
+        };
+        let first = from(r#"{"stream":"EV","seq":1}"#);
+        let hub = from(r#"{"stream":"EV","domain":"hub","seq":1}"#);
+        let again = from(r#"{"stream":"EV","seq":2,"duplicate": true}"#);
+        let other = from(r#"{"stream":"Ä","seq":1}"#);
+        let origin = |stream: &str, domain: &str| Origin {
+            stream: stream.into(),
+            domain: domain.into(),
+        };
+        assert_eq!((&*first, &*hub), (&origin("EV", ""), &origin("EV", "hub")));
+        assert_eq!(*other, origin("Ä", ""));
+        assert!(Arc::ptr_eq(&first, &again), "nothing is built for it");
+        for number in 0..1000 {
+            from(&format!(r#"{{"stream":"S{number}","seq":1}}"#));
+        }
+        assert!(origins.0.len() <= MAX_ORIGINS);
+    }
+
+    #[test]
     fn the_common_forms_take_the_fast_path() {
         for (body, fast) in [
             (r#"{"stream":"EV","seq":1}"#, true),
@@ -315,8 +414,9 @@ mod tests {
 
     /// What the fast path accepts, the whole parser reads the same way.
     fn agrees(body: &[u8]) {
-        if let Some(ack) = scan(body) {
-            assert_eq!(parse_any(body), Ok(ack), "{body:?}");
+        if let Some((ack, stream)) = scan(body) {
+            let read = (ack, stream.into(), "".into());
+            assert_eq!(parse_any(body), Ok(read), "{body:?}");
         }
     }
 

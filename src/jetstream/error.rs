@@ -1,91 +1,15 @@
-//! What can go wrong between the relay and NATS, in words that say what to do.
+//! What can go wrong between the relay and JetStream, in words that say what to do.
 
 use super::ack::{AckError, ApiError};
+use crate::nats;
 use std::fmt;
-use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
-/// An error of this layer. Servers are named as `host:port`; no variant holds a secret.
+/// An error of this layer.
 #[derive(Debug)]
 pub enum Error {
-    /// A file that signing in or TLS needs is missing, unreadable or malformed.
-    File {
-        /// What it should have been.
-        what: &'static str,
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The name did not resolve, or nobody accepted the connection.
-    Unreachable {
-        /// The server.
-        server: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// The server did not do its part within the connect timeout.
-    Timeout {
-        /// The server.
-        server: String,
-        /// What it did not do.
-        what: &'static str,
-        /// How long it was given.
-        after: Duration,
-    },
-    /// Whoever listens there does not speak NATS as this program can.
-    NotNats {
-        /// The server.
-        server: String,
-        /// What it did.
-        reason: String,
-    },
-    /// Earlier attempts to connect hang; another would only add a thread to them.
-    Hanging {
-        /// The server.
-        server: String,
-    },
-    /// User, password, token, credentials or nkey are wrong or have expired.
-    Authorization {
-        /// The server.
-        server: String,
-        /// The server's words.
-        reason: String,
-    },
-    /// TLS failed.
-    Tls {
-        /// The server.
-        server: String,
-        /// Why.
-        reason: String,
-    },
-    /// The user lacks a permission.
-    Permission {
-        /// The server's words: they name the subject.
-        reason: String,
-    },
-    /// The server refused the connection for another reason, or broke it while it was made.
-    Refused {
-        /// The server.
-        server: String,
-        /// The server's words.
-        reason: String,
-    },
-    /// The connection is over.
-    Lost {
-        /// The server.
-        server: String,
-        /// What ended it.
-        reason: String,
-    },
-    /// A message that NATS would close the connection for was handed over.
-    Unpublishable {
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// No server of several could be used.
-    NoServer(Vec<Error>),
+    /// The connection.
+    Nats(nats::Error),
     /// The JetStream API did not answer in time.
     ApiTimeout {
         /// What was asked.
@@ -102,42 +26,7 @@ pub enum Error {
     },
 }
 
-/// Of a server's words, so much is kept.
-const MAX_WORDS: usize = 400;
-
 impl Error {
-    /// What a server's words behind `-ERR` mean.
-    pub fn of_server(server: &str, words: &str) -> Error {
-        let (server, reason) = (server.to_string(), words.chars().take(MAX_WORDS).collect());
-        let has = |text: &str| words.to_ascii_lowercase().contains(text);
-        if has("permissions violation") {
-            Error::Permission { reason }
-        } else if has("authorization") || has("authentication") {
-            Error::Authorization { server, reason }
-        } else {
-            Error::Lost { server, reason }
-        }
-    }
-
-    /// Why a connection with TLS is over. An alert is how a server refuses a client certificate, and it comes after the
-    /// handshake.
-    pub fn of_tls(server: &str, reason: String) -> Error {
-        let server = server.to_string();
-        if reason.contains("alert") {
-            Error::Tls { server, reason }
-        } else {
-            Error::Lost { server, reason }
-        }
-    }
-
-    /// The same of a connection that is still being made.
-    pub fn while_connecting(self) -> Error {
-        match self {
-            Error::Lost { server, reason } => Error::Refused { server, reason },
-            other => other,
-        }
-    }
-
     /// The error object of the JetStream API, if it is one.
     pub fn api_error(&self) -> Option<&ApiError> {
         match self {
@@ -150,55 +39,16 @@ impl Error {
     }
 }
 
+impl From<nats::Error> for Error {
+    fn from(error: nats::Error) -> Error {
+        Error::Nats(error)
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::File { what, path, source } => {
-                write!(f, "read {what} {}: {source}", path.display())
-            }
-            Error::Unreachable { server, source } => write!(
-                f,
-                "connect to NATS at {server}: {source}: check the address, and that the server runs"
-            ),
-            Error::Timeout {
-                server,
-                what,
-                after,
-            } => write!(
-                f,
-                "connect to NATS at {server}: {what} within {:.1} s",
-                after.as_secs_f32()
-            ),
-            Error::NotNats { server, reason } => {
-                write!(f, "connect to NATS at {server}: {reason}")
-            }
-            Error::Hanging { server } => write!(
-                f,
-                "connect to NATS at {server}: earlier attempts still hang; if the server is well, restart this program"
-            ),
-            Error::Authorization { server, reason } => write!(
-                f,
-                "sign in to NATS at {server}: {reason}: check user, password, token, credentials or nkey, and whether they have expired"
-            ),
-            Error::Tls { server, reason } => write!(
-                f,
-                "secure the connection to NATS at {server}: {reason}: check the certificate authority, the host name and the client certificate"
-            ),
-            Error::Permission { reason } => write!(
-                f,
-                "use NATS: {reason}: allow the user to publish to the events' subjects and the JetStream API, and to subscribe to _INBOX.>"
-            ),
-            Error::Refused { server, reason } => {
-                write!(f, "connect to NATS at {server}: {reason}")
-            }
-            Error::Lost { server, reason } => {
-                write!(f, "keep the connection to NATS at {server}: {reason}")
-            }
-            Error::Unpublishable { reason } => write!(f, "publish to NATS: {reason}"),
-            Error::NoServer(errors) => {
-                write!(f, "connect to NATS: none of {} servers", errors.len())?;
-                errors.iter().try_for_each(|error| write!(f, "; {error}"))
-            }
+            Error::Nats(error) => error.fmt(f),
             Error::ApiTimeout { api, after } => write!(
                 f,
                 "ask JetStream for {api}: no answer within {:.1} s: check that it has a leader, and the API prefix",
@@ -212,6 +62,7 @@ impl fmt::Display for Error {
                 AckError::Malformed => {
                     write!(f, "ask JetStream for {api}: the answer is not JetStream's")
                 }
+                AckError::NoAnswer => write!(f, "ask JetStream for {api}: no answer in time"),
                 AckError::Api(error) => write!(f, "ask JetStream for {api}: {error}"),
             },
         }
@@ -221,9 +72,9 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::File { source, .. } | Error::Unreachable { source, .. } => Some(source),
+            Error::Nats(error) => error.source(),
             Error::Api { source, .. } => Some(source),
-            _ => None,
+            Error::ApiTimeout { .. } => None,
         }
     }
 }

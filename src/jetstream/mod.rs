@@ -1,25 +1,16 @@
-//! JetStream as the relay uses it.
+//! JetStream as the relay uses it, over [`crate::nats`].
 //!
-//! [`client`] is the link to a server: a [`connection`] of our own for events, and one of the `nats` crate, which only it
-//! names, for questions. [`probe`] looks at a server before both do; [`sign_in`] is the CONNECT line, [`protocol`] what a
-//! server says; [`tls`] is TLS, and [`tunnel`] TLS for the crate; [`options`] say where NATS is; [`ack`] reads
-//! PubAcks and errors; [`streams`] knows which stream captures a subject, [`preflight`] whether a stream can carry the
-//! promises; [`wire`] is what a publish looks like; [`chain`] and [`resume`] are the fence and the resume.
+//! [`client`] is the link to a server: events and their PubAcks, requests of the JetStream API and their answers, over one
+//! connection. [`ack`] reads PubAcks and errors; [`streams`] knows which stream captures a subject, [`preflight`] whether a
+//! stream can carry the promises; [`wire`] is what a publish looks like; [`chain`] and [`resume`] are the fence and the resume.
 
 pub mod ack;
 pub mod chain;
 pub mod client;
-pub mod connection;
 pub mod error;
-pub mod options;
 pub mod preflight;
-pub mod probe;
-pub mod protocol;
 pub mod resume;
-pub mod sign_in;
 pub mod streams;
-pub mod tls;
-pub mod tunnel;
 pub mod wire;
 
 pub use error::Error;

@@ -1,8 +1,8 @@
 //! Whether a stream can carry the promises, from its configuration. Pure.
 
 use super::Delivery;
-use super::probe::ServerInfo;
 use super::streams::{StreamConfig, StreamInfo};
+use crate::nats::info::ServerInfo;
 
 /// The first release whose replicated streams neither answer false duplicates nor poison refused ids.
 const REPLICATED: (u32, u32) = (2, 12);

@@ -5,9 +5,11 @@
 //! of the row that holds the name of the fence must not come before it, or the publish would go unfenced. The server
 //! counts block and body against `max_payload` and `max_msg_size`.
 
-use super::error::Error;
+use crate::nats::Error;
+use crate::nats::connection::Burst;
 use crate::outbox::batch::{Event, EventSpans, OutboxEvent};
 use std::io::Write;
+use std::sync::Arc;
 
 const VERSION: &str = "NATS/1.0";
 const EXPECTED_LAST_SEQUENCE: &str = "\r\nNats-Expected-Last-Sequence: ";
@@ -50,60 +52,74 @@ pub fn check(event: &OutboxEvent<'_>) -> Result<(), Error> {
     })
 }
 
-/// Turns publishes into bytes.
-pub struct Encoder {
-    /// `_INBOX.<unique>.`; the publish's `reply` behind it is where the answer is to go.
-    inbox: String,
-    /// Of one publish at a time.
-    block: Vec<u8>,
+/// Events on their way to the socket; each is made into bytes when its turn comes.
+pub struct Publishes {
+    rest: std::vec::IntoIter<Publish>,
+    /// `<slot> <system id> <timeline>`, which begins their `Outbox-Position`.
+    position_source: Arc<str>,
 }
 
-impl Encoder {
-    /// The answers go to `inbox`.
-    pub fn new(inbox: &str) -> Encoder {
-        Encoder {
-            inbox: inbox.into(),
-            block: Vec::new(),
+impl Publishes {
+    /// Each must have passed [`check`].
+    pub fn new(publishes: Vec<Publish>, position_source: &Arc<str>) -> Publishes {
+        Publishes {
+            rest: publishes.into_iter(),
+            position_source: position_source.clone(),
         }
     }
+}
 
-    /// Appends one publish, which must have passed [`check`]. `position_source`, `<slot> <system id> <timeline>`, begins its
-    /// `Outbox-Position`.
-    pub fn encode(&mut self, publish: &Publish, position_source: &str, out: &mut Vec<u8>) {
-        let event = publish.event.view();
-        self.encode_block(publish, &event, position_source);
-        let (subject, inbox, reply) = (event.subject, &self.inbox, publish.reply);
-        let headers = self.block.len();
-        let all = headers + event.body.len();
-        out.reserve(subject.len() + inbox.len() + all + 80);
-        // writing to a Vec cannot fail
-        let _ = write!(out, "HPUB {subject} {inbox}{reply} {headers} {all}\r\n");
-        out.extend_from_slice(&self.block);
-        out.extend_from_slice(event.body);
-        out.extend_from_slice(b"\r\n");
+impl Burst for Publishes {
+    fn encode_next(&mut self, inbox: &str, out: &mut Vec<u8>) -> bool {
+        let Some(publish) = self.rest.next() else {
+            return false;
+        };
+        encode(&publish, &self.position_source, inbox, out);
+        true
     }
+}
 
-    fn encode_block(&mut self, publish: &Publish, event: &OutboxEvent<'_>, position_source: &str) {
-        let block = &mut self.block;
-        block.clear();
-        let text = |block: &mut Vec<u8>, text: &str| block.extend_from_slice(text.as_bytes());
-        text(block, VERSION);
-        if let Some(seq) = publish.expected_last_sequence {
-            // as above
-            let _ = write!(block, "{EXPECTED_LAST_SEQUENCE}{seq}");
-        }
-        text(block, MSG_ID);
-        text(block, event.id);
-        if let Some(last) = &publish.expected_last {
-            text(block, EXPECTED_LAST_MSG_ID);
-            text(block, last.id());
-        }
-        text(block, OUTBOX_POSITION);
-        text(block, position_source);
-        let _ = write!(block, " {}", event.position);
-        text(block, event.headers);
-        text(block, END);
+/// Appends one publish; its answer goes to `inbox` and the publish's `reply`.
+fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u8>) {
+    let event = publish.event.view();
+    let all = size(
+        publish.event.spans(),
+        publish.expected_last_sequence,
+        publish.expected_last.as_ref().map(|last| last.id().len()),
+        position_source.len(),
+    );
+    let headers = all - event.body.len();
+    out.reserve(event.subject.len() + inbox.len() + all + 80);
+    let text = |out: &mut Vec<u8>, text: &str| out.extend_from_slice(text.as_bytes());
+    // writing to a Vec cannot fail
+    let _ = write!(
+        out,
+        "HPUB {} {inbox}{} {headers} {all}\r\n",
+        event.subject, publish.reply
+    );
+    let start = out.len();
+    text(out, VERSION);
+    if let Some(seq) = publish.expected_last_sequence {
+        let _ = write!(out, "{EXPECTED_LAST_SEQUENCE}{seq}");
     }
+    text(out, MSG_ID);
+    text(out, event.id);
+    if let Some(last) = &publish.expected_last {
+        text(out, EXPECTED_LAST_MSG_ID);
+        text(out, last.id());
+    }
+    text(out, OUTBOX_POSITION);
+    text(out, position_source);
+    let _ = write!(out, " {}", event.position);
+    text(out, event.headers);
+    text(out, END);
+    debug_assert_eq!(
+        out.len() - start,
+        headers,
+        "the size is that of what is written"
+    );
+    out.extend_from_slice(event.body);
+    out.extend_from_slice(b"\r\n");
 }
 
 /// How many bytes of an event with these parts the server counts.
@@ -173,9 +189,10 @@ mod tests {
     const SOURCE: &str = "jetstream_outbox 7312345678901234567 1";
 
     fn encoded(publish: &Publish) -> String {
-        let mut encoder = Encoder::new("_INBOX.me.");
         let mut out = b"before".to_vec();
-        encoder.encode(publish, SOURCE, &mut out);
+        let mut burst = Publishes::new(vec![publish.clone()], &SOURCE.into());
+        assert!(burst.encode_next("_INBOX.me.", &mut out));
+        assert!(!burst.encode_next("_INBOX.me.", &mut out));
         let text = String::from_utf8(out).unwrap();
         text.strip_prefix("before").unwrap().into()
     }

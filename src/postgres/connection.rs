@@ -11,6 +11,7 @@ use super::frames::{Frame, FrameBuffer};
 use super::limits::{CONNECT_TIMEOUT, MAX_MESSAGE_BYTES, MAX_RESULT_BYTES, REQUEST_TIMEOUT};
 use super::stream::{Deadlined, Stream};
 use super::{passfile, tls};
+use crate::lookup;
 use bytes::BytesMut;
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::message::backend::{DataRowBody, Message};
@@ -19,9 +20,9 @@ use rustls::{ClientConfig, ClientConnection};
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, mpsc};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use postgres_protocol::escape::{
@@ -376,25 +377,16 @@ fn connect_host(
     last
 }
 
-/// The system's resolver knows no deadline, so it works in a thread of its own, which ends when it ends.
 fn look_up(name: &str, port: u16, length: Duration) -> Result<Vec<SockAddr>, Error> {
     let doing = "look up the host";
-    let (sender, receiver) = mpsc::channel();
-    let target = (name.to_string(), port);
-    std::thread::Builder::new()
-        .name("pg-resolve".into())
-        .spawn(move || {
-            let found = target.to_socket_addrs().map(Iterator::collect::<Vec<_>>);
-            // nobody waits any more after the deadline
-            let _ = sender.send(found);
-        })
-        .map_err(|source| Error::Io { doing, source })?;
-    let found = receiver.recv_timeout(length).map_err(|_| Error::Timeout {
-        doing,
-        after: length,
+    let found = lookup::look_up(name, port, length).map_err(|source| match source.kind() {
+        io::ErrorKind::TimedOut => Error::Timeout {
+            doing,
+            after: length,
+        },
+        _ => Error::Io { doing, source },
     })?;
-    let addresses = found.map_err(|source| Error::Io { doing, source })?;
-    Ok(addresses.into_iter().map(SockAddr::from).collect())
+    Ok(found.into_iter().map(SockAddr::from).collect())
 }
 
 fn unix_address(host: &Host, directory: &str) -> Result<SockAddr, Error> {

@@ -6,8 +6,9 @@ use super::core::memory::Marks;
 use super::error::Error;
 use crate::jetstream;
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
-use crate::jetstream::client::Link;
+use crate::jetstream::client::{Api, Link};
 use crate::jetstream::streams;
+use crate::nats;
 use std::time::{Duration, Instant};
 
 /// Answers to writes of the checkpoint bear its number above this; those to looks at a stream bear the stream's index.
@@ -27,9 +28,7 @@ pub fn open(
     store.closed();
     match read(store, link, replicas, timeout) {
         Ok(value) => Ok(Some(store.opened(value, Instant::now()))),
-        Err(error @ (jetstream::Error::Lost { .. } | jetstream::Error::Permission { .. })) => {
-            Err(lost(store, error))
-        }
+        Err(jetstream::Error::Nats(error)) => Err(lost(store, error)),
         Err(error) if is_passing(&error) => Err(Error::Nats(error)),
         Err(error) => {
             log::warn!(
@@ -44,18 +43,18 @@ pub fn open(
 
 /// The connection was lost; if it was by what the checkpoint may not do, it is not tried again. Returns
 /// what to say of it.
-pub fn lost(store: &mut CheckpointStore, error: jetstream::Error) -> Error {
+pub fn lost(store: &mut CheckpointStore, error: nats::Error) -> Error {
     let ours = |reason: &str| {
         reason.contains("$KV.") || reason.contains(&format!("KV_{}", store.bucket()))
     };
     match error {
-        jetstream::Error::Permission { reason } if ours(&reason) => {
+        nats::Error::Permission { reason } if ours(&reason) => {
             store.forbid();
             Error::WithoutCheckpoint(reason)
         }
         error => {
             store.closed();
-            Error::Nats(error)
+            error.into()
         }
     }
 }
@@ -90,14 +89,18 @@ pub fn begin<'s>(
             store.forbid();
             Ok(None)
         }
-        Err(error) => Err(lost(store, error)),
+        Err(jetstream::Error::Nats(error)) => Err(lost(store, error)),
+        Err(error) => {
+            store.closed();
+            Err(error.into())
+        }
     }
 }
 
 /// Sends what [`CheckpointStore::write`] wants written; the answer comes under [`answers_to`].
 pub fn send(store: &CheckpointStore, link: &Link, write: Write) {
     let token = TOKENS + write.number;
-    link.put(token, store.subject(), write.revision, write.body);
+    link.put(token, &store.subject(), write.revision, &write.body);
 }
 
 /// The number of the write that an answer with this token is about.
@@ -126,7 +129,7 @@ fn read(
         Some(info) => Some(info),
         None => {
             let (api, body) = streams::create_bucket_request(store.bucket(), replicas);
-            let answer = link.call(&api, body, timeout)?;
+            let answer = link.call(&api, &body, timeout)?;
             streams::parse_info(&answer).map_err(|source| jetstream::Error::Api { api, source })?
         }
     };
@@ -179,7 +182,7 @@ fn put(
     timeout: Duration,
 ) -> Result<PubAck, jetstream::Error> {
     let api = store.subject();
-    let answer = link.put_now(&api, write.revision, write.body, timeout)?;
+    let answer = link.put_now(&api, write.revision, &write.body, timeout)?;
     parse_ack(&answer, None).map_err(|source| jetstream::Error::Api { api, source })
 }
 

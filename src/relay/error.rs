@@ -8,6 +8,7 @@ use crate::jetstream;
 use crate::jetstream::ack::AckError;
 use crate::jetstream::chain::Broken;
 use crate::jetstream::resume::Conflict;
+use crate::nats;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
@@ -425,6 +426,12 @@ impl From<Trouble> for Error {
                 Error::Internal("a new connection was found broken before it was used")
             }
         }
+    }
+}
+
+impl From<nats::Error> for Error {
+    fn from(error: nats::Error) -> Error {
+        Error::Nats(error.into())
     }
 }
 

@@ -18,13 +18,12 @@ use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
-use crate::jetstream;
 use crate::jetstream::ack::AckError;
-use crate::jetstream::client::{Link, Reply};
-use crate::jetstream::connection::Ack;
+use crate::jetstream::client::{Ack, Answer, Link, Reply};
 use crate::jetstream::resume::{Lineage, OUTBOX_POSITION};
 use crate::jetstream::streams;
 use crate::jetstream::wire::Publish;
+use crate::nats;
 use crate::outbox::batch::{Batch, Fate};
 use crate::outbox::park::{self, OnPoison};
 use crossbeam_channel::{Receiver, never, select};
@@ -40,6 +39,9 @@ const KEEP_LIMIT: Duration = Duration::from_secs(5);
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// Limits that were read again so shortly before are not read once more: many events in a row that are too large must not cost
+/// a connection each.
+const LIMITS_ARE_NEW: Duration = Duration::from_secs(1);
 /// Events that are handed to the connection at once: the server has them while the next are being looked at.
 const BURST: usize = 128;
 /// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
@@ -67,6 +69,8 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
+    /// When the limits of server and streams were read again: at the last reconnect.
+    limits_read: Option<Instant>,
     /// At the end the checkpoint is waited for until then.
     keep_until: Option<Instant>,
     /// Of the tally's `late`, what was warned of.
@@ -143,6 +147,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            limits_read: None,
             keep_until: None,
             told_late: 0,
             vitals,
@@ -196,7 +201,8 @@ impl<'a> Publisher<'a> {
                     (ReconnectCause::Refused, reason)
                 }
             };
-            if start.elapsed() >= WORKING {
+            let is_outage = !matches!(cause, ReconnectCause::Limits | ReconnectCause::LameDuck);
+            if start.elapsed() >= WORKING || !is_outage {
                 // also when there was nothing to publish
                 self.outage.worked();
             }
@@ -218,15 +224,11 @@ impl<'a> Publisher<'a> {
         self.postponed = None;
         loop {
             let now = Instant::now();
-            while let Ok(acks) = link.acks().try_recv() {
-                self.acked(acks, now)?;
-            }
-            while let Ok(message) = link.replies().try_recv() {
-                self.replied(link.decode(message), now)?;
+            while let Ok(answers) = link.answers().try_recv() {
+                self.answered(answers, now)?;
             }
             let outcome = self.core.tick(now);
             self.trouble(outcome)?;
-            self.not_stuck(link)?;
             self.publish(link, now)?;
             self.look(link, now);
             self.tell_late(now);
@@ -258,15 +260,10 @@ impl<'a> Publisher<'a> {
                 Closing::By(_) => &never_stops,
             };
             select! {
-                recv(link.acks()) -> acks => match acks {
-                    Ok(acks) => self.acked(acks, Instant::now())?,
+                recv(link.answers()) -> answers => match answers {
+                    Ok(answers) => self.answered(answers, Instant::now())?,
                     Err(_) => return Err(self.lost(link.lost().try_recv().ok())),
                 },
-                recv(link.replies()) -> message => match message {
-                    Ok(message) => self.replied(link.decode(message), Instant::now())?,
-                    Err(_) => return Err(self.lost(link.lost().try_recv().ok())),
-                },
-                recv(link.lost()) -> error => return Err(self.lost(error.ok())),
                 recv(changes) -> batch => match batch {
                     Ok(batch) => {
                         self.pulse.arrived(&batch);
@@ -283,21 +280,8 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Both connections must live: events may still go out over theirs while nothing comes of a question.
-    fn not_stuck(&self, link: &Link) -> Result<(), Interrupt> {
-        let limit = self.config.nats.request_timeout;
-        if link.is_stuck_for() <= limit {
-            return Ok(());
-        }
-        let reason = format!(
-            "the connection for questions to JetStream has been dead for {} s",
-            limit.as_secs()
-        );
-        Err(Interrupt::Reconnect(ReconnectCause::Connection, reason))
-    }
-
-    /// The link is over; why, it says before its acks end.
-    fn lost(&mut self, error: Option<jetstream::Error>) -> Interrupt {
+    /// The link is over; it reports why before its answers end.
+    fn lost(&mut self, error: Option<nats::Error>) -> Interrupt {
         let reason = match error {
             Some(error) => bucket::lost(&mut self.store, error).to_string(),
             None => "the connection to NATS ended".to_string(),
@@ -348,23 +332,36 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Hands the core what JetStream said to publishes.
-    fn acked(&mut self, acks: Vec<Ack>, now: Instant) -> Result<(), Interrupt> {
-        for Ack { reply, result } in acks {
-            match self.core.answer(reply, result, now) {
-                Ok(Some(token)) => {
-                    self.pulse.acked(token, now);
-                    self.outage.worked();
-                }
-                outcome => self.trouble(outcome.map(|_| ()))?,
+    /// Takes what has come over the link.
+    fn answered(&mut self, answers: Vec<Answer>, now: Instant) -> Result<(), Interrupt> {
+        for answer in answers {
+            match answer {
+                Answer::Ack(ack) => self.acked(ack, now)?,
+                Answer::Reply(reply) => self.replied(reply, now)?,
+                // looked at where it matters
+                Answer::Info => {}
             }
         }
         Ok(())
     }
 
-    fn replied(&mut self, reply: Option<Reply>, now: Instant) -> Result<(), Interrupt> {
-        let Some(Reply { token, result }) = reply else {
-            return Ok(());
+    /// Hands the core what JetStream said to a publish.
+    fn acked(&mut self, Ack { reply, result, .. }: Ack, now: Instant) -> Result<(), Interrupt> {
+        match self.core.answer(reply, result, now) {
+            Ok(Some(token)) => {
+                self.pulse.acked(token, now);
+                self.outage.worked();
+                Ok(())
+            }
+            outcome => self.trouble(outcome.map(|_| ())),
+        }
+    }
+
+    fn replied(&mut self, Reply { token, result }: Reply, now: Instant) -> Result<(), Interrupt> {
+        let result = match result.map_err(AckError::from) {
+            // the checkpoint keeps its own time, and a stream is looked at again
+            Err(AckError::NoAnswer) => return Ok(()),
+            result => result,
         };
         match bucket::answers_to(token) {
             Some(number) => self.written(number, result, now),
@@ -417,6 +414,15 @@ impl<'a> Publisher<'a> {
     /// An event that cannot be published interrupts once everything before it is answered: the connection
     /// is dropped with what has not left yet, so each attempt would lose the same events again.
     fn publish(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
+        if self.postponed.is_none() && link.server_info().ldm {
+            self.postponed = Some(Interrupt::Reconnect(
+                ReconnectCause::LameDuck,
+                format!(
+                    "{} is in lame duck mode: it is about to shut down",
+                    link.server()
+                ),
+            ));
+        }
         if self.postponed.is_none() {
             self.publish_burst(link, now)?;
         }
@@ -453,6 +459,16 @@ impl<'a> Publisher<'a> {
                     setting,
                 }) => {
                     let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
+                    let is_new = |at| now.duration_since(at) < LIMITS_ARE_NEW;
+                    if !self.limits_read.is_some_and(is_new) {
+                        // they may have been raised since
+                        let reason = format!(
+                            "reading {setting} again: {} is too large, {cause}",
+                            self.describe(token)
+                        );
+                        self.postponed = Some(Interrupt::Reconnect(ReconnectCause::Limits, reason));
+                        break Ok(());
+                    }
                     if !self.put_aside(token, &cause) {
                         let event = self.describe(token);
                         self.postponed = Some(Interrupt::End(Error::TooLarge {
@@ -537,7 +553,7 @@ impl<'a> Publisher<'a> {
         self.pulse.nothing_waits();
         // a write of the checkpoint may wait
         let mut meanwhile = Vec::new();
-        let keep = |message| meanwhile.push(message);
+        let keep = |answer| meanwhile.push(answer);
         let found = streams::message_among(link, request, timeout, keep)
             .map_err(|error| Interrupt::Reconnect(ReconnectCause::Connection, error.to_string()))?;
         let position = found
@@ -560,10 +576,7 @@ impl<'a> Publisher<'a> {
             // the stream answers, and the window moves on
             self.outage.worked();
         }
-        for message in meanwhile {
-            self.replied(link.decode(message), Instant::now())?;
-        }
-        Ok(())
+        self.answered(meanwhile, Instant::now())
     }
 
     fn tell_late(&mut self, now: Instant) {
@@ -585,7 +598,7 @@ impl<'a> Publisher<'a> {
         self.next_look = now + LOOK_INTERVAL;
         for (index, name) in self.core.idle_streams() {
             let (api, body) = streams::info_request(name);
-            link.request(index as u64, &api, body);
+            link.request(index as u64, &api, &body);
         }
     }
 
@@ -686,6 +699,7 @@ impl<'a> Publisher<'a> {
         let puts_aside = self.config.mapping.policy.on_poison != OnPoison::Stop;
         self.core
             .takes(link.max_payload(), self.source.len(), puts_aside);
+        self.limits_read = Some(Instant::now());
         let marks = self.core.marks(&self.lineage.source);
         if let Some(marks) = bucket::begin(&mut self.store, &link, marks, timeout)? {
             self.core.kept(marks, Instant::now());

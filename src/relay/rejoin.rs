@@ -139,7 +139,7 @@ pub fn find(config: &Config, tries: usize, said: &mut Repeated) -> Result<Found,
         }
     }
     for info in &infos {
-        let judged = preflight(info, link.server_info(), config.wanted());
+        let judged = preflight(info, &link.server_info(), config.wanted());
         if let Some(why) = judged.refused {
             return Err(Error::Setup(why));
         }

@@ -43,11 +43,15 @@ pub enum ReconnectCause {
     Regressed,
     /// Another relay has written the checkpoint.
     Overtaken,
+    /// An event is larger than was allowed at the last connect.
+    Limits,
+    /// The server is about to shut down.
+    LameDuck,
 }
 
 impl ReconnectCause {
     /// Each of them, with its name in the metrics.
-    pub const ALL: [(ReconnectCause, &'static str); 7] = [
+    pub const ALL: [(ReconnectCause, &'static str); 9] = [
         (ReconnectCause::Connection, "connection"),
         (ReconnectCause::AckTimeout, "ack_timeout"),
         (ReconnectCause::Refused, "refused"),
@@ -55,6 +59,8 @@ impl ReconnectCause {
         (ReconnectCause::NoStream, "no_stream"),
         (ReconnectCause::Regressed, "regressed"),
         (ReconnectCause::Overtaken, "overtaken"),
+        (ReconnectCause::Limits, "limits"),
+        (ReconnectCause::LameDuck, "lame_duck"),
     ];
 }
 

@@ -1,8 +1,9 @@
 //! TLS to a NATS server: what is trusted, the handshake, and taking records apart.
 
 use super::error::Error;
+use super::handshake::Timed;
+use super::info::ServerInfo;
 use super::options::{Options, ServerUrl};
-use super::probe::ServerInfo;
 use rustls::client::ClientConnection;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::{self, PemObject};
@@ -13,13 +14,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Whether either side asks for it. An error if the server has none to offer.
+/// Whether either side asks for it: whoever names an authority or a certificate wants nothing said in clear. An error if the
+/// server has none to offer.
 pub fn is_wanted(options: &Options, server: &ServerUrl, info: &ServerInfo) -> Result<bool, Error> {
-    let is_wanted = server.tls || options.tls_required || info.tls_required;
+    let is_wanted = server.tls
+        || options.tls_ca.is_some()
+        || options.tls_cert.is_some()
+        || options.tls_first
+        || info.tls_required;
     if is_wanted && !info.tls_required && !info.tls_available {
         return Err(Error::Tls {
             server: server.to_string(),
-            reason: "the server does not offer TLS".into(),
+            reason: "the server does not offer TLS, which tls://, -nats-tls-ca and -nats-tls-cert ask for".into(),
         });
     }
     Ok(is_wanted)
@@ -46,12 +52,21 @@ pub fn open(
         server: server.to_string(),
         reason,
     };
-    let name = ServerName::try_from(server.host.clone())
+    let name = ServerName::try_from(server.tls_name().to_string())
         .map_err(|_| failed("the host name cannot be one of a certificate".into()))?;
     let mut session =
         ClientConnection::new(config.clone(), name).map_err(|error| failed(error.to_string()))?;
     session.set_buffer_limit(None);
-    handshake(&mut session, stream, deadline).map_err(|error| failed(error.to_string()))?;
+    // each read and write ends at the deadline, and so does a peer's drip of single bytes
+    let mut stream = Timed { stream, deadline };
+    while session.is_handshaking() {
+        if let Err(error) = session.complete_io(&mut stream) {
+            return Err(match error.kind() {
+                io::ErrorKind::TimedOut => failed("the TLS handshake took too long".into()),
+                _ => failed(error.to_string()),
+            });
+        }
+    }
     Ok(session)
 }
 
@@ -114,28 +129,6 @@ fn file_error(what: &'static str, path: &Path, error: pem::Error) -> Error {
         path: path.into(),
         source,
     }
-}
-
-fn handshake(
-    session: &mut ClientConnection,
-    mut stream: &TcpStream,
-    deadline: Instant,
-) -> io::Result<()> {
-    while session.is_handshaking() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::other("the handshake took too long"));
-        }
-        stream.set_read_timeout(Some(left))?;
-        stream.set_write_timeout(Some(left))?;
-        match session.complete_io(&mut stream) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-    stream.set_read_timeout(None)?;
-    stream.set_write_timeout(None)
 }
 
 /// Appends to `open` what the records in `sealed` hold; false: the server has said that nothing follows.

@@ -4,8 +4,10 @@
 //! host; port 4222 unless told. User and password are percent-decoded, as in RFC 3986.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// The port NATS listens on unless told otherwise.
@@ -16,9 +18,11 @@ const DEFAULT_PORT: u16 = 4222;
 pub struct Options {
     /// Tried in turn, from the first, on every connect. At least one.
     pub servers: Vec<ServerUrl>,
-    /// A credentials file: user JWT and nkey seed, as `nsc` writes it. Read anew on every connect.
+    /// Further servers to try.
+    pub discovered: Discovered,
+    /// A credentials file: user JWT and nkey seed, as `nsc` writes it. Read again on every connect.
     pub creds: Option<PathBuf>,
-    /// A file that holds an nkey seed (`SU…`). Read anew on every connect.
+    /// A file that holds an nkey seed (`SU…`). Read again on every connect.
     pub nkey: Option<PathBuf>,
     /// PEM file of the authorities to trust in place of the system's.
     pub tls_ca: Option<PathBuf>,
@@ -26,15 +30,16 @@ pub struct Options {
     pub tls_cert: Option<PathBuf>,
     /// PEM file of the client certificate's key.
     pub tls_key: Option<PathBuf>,
-    /// Use TLS even if neither URL nor server ask for it.
-    pub tls_required: bool,
+    /// Make the TLS handshake before the server says anything, as `handshake_first` of nats-server wants it.
+    pub tls_first: bool,
     /// What the subjects of the JetStream API begin with: `$JS.API`, or `$JS.<domain>.API`.
     pub api_prefix: String,
     /// The connection's name, as the server's monitoring shows it.
     pub name: String,
-    /// At most this long is spent on one server: name, probe, TLS, sign-in and subscription.
+    /// Longest time for one server: name lookup, connect, INFO, TLS and sign-in together.
     pub connect_timeout: Duration,
-    /// The longest wait for an answer of the JetStream API.
+    /// Longest wait for the answer to a request; also how long a server may be silent before it is asked for a sign of life,
+    /// and then for that.
     pub request_timeout: Duration,
 }
 
@@ -42,17 +47,64 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             servers: vec![ServerUrl::local()],
+            discovered: Discovered::default(),
             creds: None,
             nkey: None,
             tls_ca: None,
             tls_cert: None,
             tls_key: None,
-            tls_required: false,
+            tls_first: false,
             api_prefix: "$JS.API".into(),
             name: "jetstream-outbox".into(),
             connect_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(5),
         }
+    }
+}
+
+/// The most servers of a cluster that are remembered beside the configured ones.
+const MAX_DISCOVERED: usize = 16;
+
+/// The other servers of the cluster, as the last INFO of a connection has named them. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Discovered(Arc<Mutex<Vec<ServerUrl>>>);
+
+impl Discovered {
+    /// Remembers the `connect_urls` that `server` has announced, in place of earlier ones. They are reached as `server` is: with
+    /// its user, and with TLS where it has that. What cannot be read is left out.
+    pub fn replace(&self, server: &ServerUrl, connect_urls: &[String]) {
+        if connect_urls.is_empty() {
+            return;
+        }
+        let found = connect_urls.iter().filter_map(|url| {
+            let found = ServerUrl::parse(url).ok()?;
+            let is_address = found.host.parse::<IpAddr>().is_ok();
+            Some(ServerUrl {
+                tls: server.tls,
+                auth: server.auth.clone(),
+                // a certificate names hosts; an address is known by the name of the server that has announced it
+                tls_name: is_address.then(|| server.tls_name().to_string()),
+                ..found
+            })
+        });
+        *self.lock() = found.take(MAX_DISCOVERED).collect();
+    }
+
+    /// The configured servers, and then the others.
+    pub fn after(&self, configured: &[ServerUrl]) -> Vec<ServerUrl> {
+        let mut all = configured.to_vec();
+        for server in self.lock().iter() {
+            let is_known =
+                |known: &ServerUrl| known.host == server.host && known.port == server.port;
+            if !all.iter().any(is_known) {
+                all.push(server.clone());
+            }
+        }
+        all
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<ServerUrl>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -76,6 +128,8 @@ pub struct ServerUrl {
     pub tls: bool,
     /// User and password, or token, if the URL has them.
     pub auth: Option<UrlAuth>,
+    /// The name in the server's certificate, where it is not `host`.
+    pub tls_name: Option<String>,
 }
 
 impl ServerUrl {
@@ -85,7 +139,13 @@ impl ServerUrl {
             port: DEFAULT_PORT,
             tls: false,
             auth: None,
+            tls_name: None,
         }
+    }
+
+    /// The name that the server's certificate must have.
+    pub fn tls_name(&self) -> &str {
+        self.tls_name.as_deref().unwrap_or(&self.host)
     }
 
     /// Reads one URL.
@@ -136,6 +196,7 @@ impl ServerUrl {
             port,
             tls,
             auth,
+            tls_name: None,
         })
     }
 }
@@ -250,6 +311,7 @@ mod tests {
             port,
             tls,
             auth,
+            tls_name: None,
         }
     }
 
@@ -323,6 +385,38 @@ mod tests {
             ["a:4222", "b:1", "[::1]:4222"]
         );
         assert_eq!(hosts("a,,b"), Err(ParseServerError::Host));
+    }
+
+    #[test]
+    fn servers_of_a_cluster_are_tried_after_the_configured_ones() {
+        let configured = parse_servers("tls://u:p@a:4222,b").unwrap();
+        let discovered = Discovered::default();
+        let urls = |urls: &[&str]| urls.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let shown = |discovered: &Discovered| {
+            let all = discovered.after(&configured);
+            all.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(&discovered), ["a:4222", "b:4222"]);
+        discovered.replace(
+            &configured[0],
+            &urls(&["10.0.0.1:4222", "b:4222", "[::1]:5", "c d", "e:1"]),
+        );
+        assert_eq!(
+            shown(&discovered),
+            ["a:4222", "b:4222", "10.0.0.1:4222", "[::1]:5", "e:1"]
+        );
+        let found = discovered.after(&configured);
+        assert!(
+            found[2..]
+                .iter()
+                .all(|s| s.tls && s.auth == configured[0].auth)
+        );
+        let names: Vec<&str> = found.iter().map(ServerUrl::tls_name).collect();
+        assert_eq!(names, ["a", "b", "a", "a", "e"]);
+        let many: Vec<String> = (0..1000).map(|n| format!("h{n}:1")).collect();
+        discovered.replace(&configured[1], &many);
+        assert_eq!(shown(&discovered).len(), 2 + MAX_DISCOVERED);
+        assert!(!format!("{discovered:?}").contains("p@"));
     }
 
     #[test]

@@ -1,14 +1,20 @@
 //! What a NATS server says on a connection, operation by operation. Pure: bytes in, values out.
 //!
 //! Follows <https://docs.nats.io/reference/reference-protocols/nats-protocol>; headers and their status are ADR-4's.
+//!
+//! Whoever is on the wire decides no amount of memory: a line, a block of headers and a message have bounds, and what is beyond
+//! is an error before any of it is waited for.
 
 use std::borrow::Cow;
 
-/// The longest line before its end is given up: an INFO of a large cluster, anything else is shorter.
-const MAX_LINE_BYTES: usize = 64 * 1024;
+/// The longest INFO: a cluster of hundreds of servers lists them all.
+const MAX_INFO_BYTES: usize = 256 * 1024;
 
-/// The largest message. A PubAck has some dozens of bytes.
-const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
+/// The longest other line; nats-server's own `max_control_line` is 4 KiB.
+const MAX_LINE_BYTES: usize = 8 * 1024;
+
+/// The largest block of headers: JetStream takes 64 KiB, and a server's answer has some dozens of bytes.
+const MAX_HEADER_BYTES: usize = 64 * 1024;
 
 /// What the server says.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,26 +25,40 @@ pub enum ServerOp<'a> {
         subject: &'a [u8],
         /// Of the header line, for instance `503` of `NATS/1.0 503`.
         status: Option<&'a str>,
-        /// What stands behind the headers.
+        /// What follows the headers.
         body: &'a [u8],
     },
+    /// INFO, with its JSON.
+    Info(&'a [u8]),
     /// To be answered with PONG.
     Ping,
     /// The answer to a PING: what was sent before it has been looked at.
     Pong,
     /// `-ERR`, with the server's words.
     Error(Cow<'a, str>),
-    /// INFO or +OK: nothing to be done.
-    Other,
+    /// `+OK`: nothing to be done.
+    Ok,
 }
 
-/// The first operation of `bytes`, and how long it is; `None` while its end has not come. The error says what stands there
-/// in place of one: nothing behind it can be read.
-pub fn parse(bytes: &[u8]) -> Result<Option<(ServerOp<'_>, usize)>, String> {
-    let Some(end) = memchr::memchr(b'\n', bytes) else {
+/// The first operation of `bytes`, and how long it is; `None` while its end has not come. `limit` is the largest message that
+/// may come on a subject, headers included. The error says what is there in place of an operation: nothing after it can be
+/// read.
+pub fn parse(
+    bytes: &[u8],
+    limit: impl FnOnce(&[u8]) -> usize,
+) -> Result<Option<(ServerOp<'_>, usize)>, String> {
+    let is_info = bytes
+        .get(..4)
+        .is_some_and(|word| word.eq_ignore_ascii_case(b"INFO"));
+    let longest = match is_info {
+        true => MAX_INFO_BYTES,
+        false => MAX_LINE_BYTES,
+    };
+    let within = bytes.get(..longest).unwrap_or(bytes);
+    let Some(end) = memchr::memchr(b'\n', within) else {
         return match bytes.len() {
-            0..=MAX_LINE_BYTES => Ok(None),
-            _ => Err("a line without an end".into()),
+            len if len < longest => Ok(None),
+            _ => Err(format!("a line of more than {longest} bytes")),
         };
     };
     let line = bytes.get(..end).unwrap_or_default().trim_ascii_end();
@@ -51,12 +71,18 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(ServerOp<'_>, usize)>, String> {
         let Some((subject, headers_len, len)) = message_line(rest, is("HMSG")) else {
             return Err(format!("the line {:?}", shown(line)));
         };
-        let behind = bytes.get(end + 1..).unwrap_or_default();
-        if behind.len() < len + 2 {
+        if headers_len > MAX_HEADER_BYTES || len > limit(subject) {
+            return Err(format!(
+                "a larger message than was asked for: {:?}",
+                shown(line)
+            ));
+        }
+        let after = bytes.get(end + 1..).unwrap_or_default();
+        if after.len() < len + 2 {
             return Ok(None);
         }
-        let (message, behind) = behind.split_at_checked(len).unwrap_or_default();
-        if !behind.starts_with(b"\r\n") {
+        let (message, after) = after.split_at_checked(len).unwrap_or_default();
+        if !after.starts_with(b"\r\n") {
             return Err("a message that does not end where it should".into());
         }
         let (headers, body) = message.split_at_checked(headers_len).unwrap_or_default();
@@ -76,8 +102,10 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(ServerOp<'_>, usize)>, String> {
             Cow::Borrowed(words) => Cow::Borrowed(words.trim_matches('\'')),
             Cow::Owned(words) => Cow::Owned(words.trim_matches('\'').into()),
         })
-    } else if is("INFO") || is("+OK") {
-        ServerOp::Other
+    } else if is("INFO") {
+        ServerOp::Info(rest)
+    } else if is("+OK") {
+        ServerOp::Ok
     } else {
         return Err(format!("the line {:?}", shown(line)));
     };
@@ -97,7 +125,7 @@ fn message_line(line: &[u8], has_headers: bool) -> Option<(&[u8], usize, usize)>
         0
     };
     let _reply = words.next();
-    let is_whole = words.next().is_none() && headers <= len && len <= MAX_MESSAGE_BYTES;
+    let is_whole = words.next().is_none() && headers <= len;
     is_whole.then_some((subject, headers, len))
 }
 
@@ -133,8 +161,8 @@ mod tests {
 
     fn said() -> Vec<ServerOp<'static>> {
         vec![
-            ServerOp::Other,
-            ServerOp::Other,
+            ServerOp::Info(b" {\"server_id\":\"N\"}"),
+            ServerOp::Ok,
             ServerOp::Ping,
             message("_INBOX.a.7", None, r#"{"stream":"EVENTS","seq":1}"#),
             message("_INBOX.a.8", Some("503"), ""),
@@ -145,15 +173,33 @@ mod tests {
         ]
     }
 
+    fn any(_subject: &[u8]) -> usize {
+        100_000
+    }
+
+    #[test]
+    fn a_line_has_a_bound_wherever_it_is_cut() {
+        for (start, longest) in [("INFO ", MAX_INFO_BYTES), ("+OK ", MAX_LINE_BYTES)] {
+            let mut line = start.as_bytes().to_vec();
+            line.resize(longest - 1, b' ');
+            assert_eq!(parse(&line, any), Ok(None));
+            line.push(b'\n');
+            assert!(parse(&line, any).unwrap().is_some());
+            line.insert(start.len(), b' ');
+            assert!(parse(&line, any).is_err());
+            assert!(parse(&line[..longest], any).is_err());
+        }
+    }
+
     #[test]
     fn reads_what_a_server_says() {
         let mut rest = SAID;
         for expected in said() {
-            let (op, len) = parse(rest).unwrap().unwrap();
+            let (op, len) = parse(rest, any).unwrap().unwrap();
             assert_eq!(op, expected);
             // it takes its last byte to be one
             for end in 0..len {
-                assert_eq!(parse(&rest[..end]), Ok(None), "{end} bytes of {op:?}");
+                assert_eq!(parse(&rest[..end], any), Ok(None), "{end} bytes of {op:?}");
             }
             rest = &rest[len..];
         }
@@ -171,9 +217,11 @@ mod tests {
             (b"HMSG a 1 3 2\r\n", "HMSG a 1 3 2"),
             (b"HMSG a 1 2\r\n", "HMSG a 1 2"),
             (b"MSG a 1 1\r\nxyz", "does not end where it should"),
-            (&[b'x'; 70_000], "without an end"),
+            (&[b'x'; MAX_LINE_BYTES], "a line of more than"),
+            (b"MSG a 1 4294967295\r\n", "a larger message than"),
+            (b"HMSG a 1 70000 70000\r\n", "a larger message than"),
         ] {
-            let error = parse(bytes).unwrap_err();
+            let error = parse(bytes, any).unwrap_err();
             assert!(error.contains(expected), "{error}");
         }
     }
@@ -193,7 +241,7 @@ mod tests {
                 }
             }
             let mut rest = bytes.as_slice();
-            while let Ok(Some((_, len))) = parse(rest) {
+            while let Ok(Some((_, len))) = parse(rest, any) {
                 assert!(len > 0);
                 rest = &rest[len..];
             }

@@ -1,17 +1,21 @@
-//! The CONNECT line of a connection of our own: who we are, and the proof of it.
+//! The CONNECT line: who we are, and the proof of it.
 //!
 //! Follows <https://docs.nats.io/reference/reference-protocols/nats-protocol#connect>. A server that wants an nkey's
 //! signature has put a nonce into its INFO; the credentials file is what `nsc generate creds` writes.
 
 use super::error::Error;
+use super::nkey::Nkey;
 use super::options::{Options, ServerUrl, UrlAuth};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::Serialize;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
+
+/// A credentials file has some kilobytes.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 #[derive(Default, Serialize)]
 struct Connect<'a> {
@@ -21,7 +25,7 @@ struct Connect<'a> {
     lang: &'a str,
     version: &'a str,
     name: &'a str,
-    /// 0: no later INFO is wanted.
+    /// 1: a later INFO is wanted.
     protocol: u8,
     headers: bool,
     /// Whether a publish that nobody listens to is answered (status 503).
@@ -49,16 +53,16 @@ pub enum Identity {
         /// The JWT.
         jwt: String,
         /// The key it names.
-        key: Arc<nkeys::KeyPair>,
+        key: Arc<Nkey>,
     },
     /// A bare key.
-    Nkey(Arc<nkeys::KeyPair>),
+    Nkey(Arc<Nkey>),
     /// Nothing.
     None,
 }
 
 impl Identity {
-    /// Reads the files anew, so that renewed credentials are found.
+    /// Reads the files again, so that renewed credentials are found.
     pub fn load(options: &Options, server: &ServerUrl) -> Result<Identity, Error> {
         Ok(match (&server.auth, &options.creds, &options.nkey) {
             (Some(auth), ..) => Identity::Url(auth.clone()),
@@ -72,18 +76,24 @@ impl Identity {
             (None, None, Some(path)) => {
                 let what = "nkey seed file";
                 let text = read(what, path)?;
-                let key = nkeys::KeyPair::from_seed(text.trim())
-                    .map_err(|_| malformed(what, path, "expected a seed that begins with SU"))?;
+                let key = seed(&text)
+                    .ok_or_else(|| malformed(what, path, "expected a seed that begins with SU"))?;
                 Identity::Nkey(Arc::new(key))
             }
             (None, None, None) => Identity::None,
         })
     }
 
+    /// There is something to hide.
+    pub fn is_secret(&self) -> bool {
+        !matches!(self, Identity::None)
+    }
+
     /// The line, with its end.
     pub fn connect_line(&self, options: &Options, tls: bool, nonce: Option<&str>) -> Vec<u8> {
         let mut connect = Connect {
             tls_required: tls,
+            protocol: 1,
             lang: "rust",
             version: env!("CARGO_PKG_VERSION"),
             name: &options.name,
@@ -92,7 +102,7 @@ impl Identity {
             ..Connect::default()
         };
         let nonce = nonce.unwrap_or_default().as_bytes();
-        let sign = |key| Some(BASE64_URL_SAFE_NO_PAD.encode(sign(key, nonce)));
+        let sign = |key: &Nkey| Some(BASE64_URL_SAFE_NO_PAD.encode(key.sign(nonce)));
         match self {
             Identity::Url(UrlAuth::UserPassword(user, password)) => {
                 connect.user = Some(user);
@@ -126,33 +136,46 @@ pub fn unique() -> io::Result<String> {
     Ok(format!("{:032x}", u128::from_ne_bytes(random)))
 }
 
-/// The key comes from a seed, so it can sign; an empty signature would merely be refused.
-pub fn sign(key: &nkeys::KeyPair, nonce: &[u8]) -> Vec<u8> {
-    key.sign(nonce).unwrap_or_default()
-}
-
-/// What stands between two lines of dashes, twice: the JWT, then the seed.
+/// The JWT is what a line of dashes precedes and another one follows; the seed may come before or after it, and comments
+/// anywhere.
 fn credentials(text: &str) -> Option<Identity> {
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let is_border = |line: &&str| line.starts_with("---");
-    let mut section = || {
-        lines.find(is_border)?;
-        let text = lines.next()?;
-        lines.next().filter(is_border).map(|_| text)
-    };
-    let (jwt, seed) = (section()?, section()?);
+    let lines: Vec<&str> = lines(text).collect();
+    let is_border = |line: &str| line.starts_with("---");
+    let jwt = lines.windows(3).find_map(|lines| match lines {
+        [before, jwt, after]
+            if is_border(before) && is_border(after) && jwt.split('.').count() == 3 =>
+        {
+            Some(*jwt)
+        }
+        _ => None,
+    })?;
     Some(Identity::Credentials {
         jwt: jwt.into(),
-        key: Arc::new(nkeys::KeyPair::from_seed(seed).ok()?),
+        key: Arc::new(seed(text)?),
     })
 }
 
+/// The first line that is a user's seed, whose checksum says so.
+fn seed(text: &str) -> Option<Nkey> {
+    lines(text).find_map(Nkey::from_seed)
+}
+
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty())
+}
+
+/// Reads as other clients do: a byte order mark, and comments in whatever encoding, are no error.
 fn read(what: &'static str, path: &Path) -> Result<String, Error> {
-    std::fs::read_to_string(path).map_err(|source| Error::File {
-        what,
-        path: path.into(),
-        source,
-    })
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(MAX_FILE_BYTES).read_to_end(&mut bytes))
+        .map_err(|source| Error::File {
+            what,
+            path: path.into(),
+            source,
+        })?;
+    let text = String::from_utf8_lossy(&bytes);
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(&text).into())
 }
 
 fn malformed(what: &'static str, path: &Path, reason: &str) -> Error {
@@ -187,12 +210,55 @@ mod tests {
             }
             _ => panic!("not read"),
         }
-        let last_border = text.find("------END USER").unwrap();
-        for end in 0..last_border + 3 {
+        let end_of_seed = text.find("\n------END USER").unwrap();
+        for end in 0..end_of_seed {
             assert!(credentials(&text[..end]).is_none(), "{end} bytes");
         }
         assert!(credentials(&file("SUAB")).is_none());
         assert!(credentials("").is_none());
+    }
+
+    #[test]
+    fn credentials_are_read_in_every_form_that_other_clients_read() {
+        let user = nkeys::KeyPair::new_user();
+        let seed = user.seed().unwrap();
+        let jwt =
+            "-----BEGIN NATS USER JWT-----\neyJ0eXAi.eyJ.c2ln\n------END NATS USER JWT------\n";
+        let key =
+            format!("-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("creds");
+        let latin1 = b"# f\xfcr den Betrieb\n";
+        for content in [
+            [jwt, &key].concat().into_bytes(),
+            [&key, jwt].concat().into_bytes(),
+            [jwt, &key].concat().replace('\n', "\r\n").into_bytes(),
+            format!("\u{feff}{jwt}{key}").into_bytes(),
+            [latin1, jwt.as_bytes(), latin1, key.as_bytes(), latin1].concat(),
+        ] {
+            std::fs::write(&path, &content).unwrap();
+            let shown = String::from_utf8_lossy(&content).into_owned();
+            let found = credentials(&read("credentials file", &path).unwrap());
+            let Some(Identity::Credentials { jwt, key }) = found else {
+                panic!("{shown}");
+            };
+            assert_eq!(jwt, "eyJ0eXAi.eyJ.c2ln");
+            assert_eq!(key.public_key(), user.public_key());
+        }
+        // an nkey file is as forgiving
+        for content in [
+            format!("\u{feff}{seed}\r\n"),
+            format!("# mine\n{seed}\n"),
+            key,
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let options = Options {
+                nkey: Some(path.clone()),
+                ..Options::default()
+            };
+            let found = Identity::load(&options, &options.servers[0]).unwrap();
+            assert!(matches!(found, Identity::Nkey(key) if key.public_key() == user.public_key()));
+        }
     }
 
     fn said(identity: &Identity, nonce: Option<&str>) -> serde_json::Value {
@@ -228,7 +294,8 @@ mod tests {
         );
         let by_token = said(&Identity::Url(UrlAuth::Token("t".into())), None);
         assert_eq!(by_token["auth_token"], "t");
-        let key = Arc::new(nkeys::KeyPair::new_user());
+        let theirs = nkeys::KeyPair::new_user();
+        let key = Arc::new(Nkey::from_seed(&theirs.seed().unwrap()).unwrap());
         let by_jwt = Identity::Credentials {
             jwt: "a.b.c".into(),
             key: key.clone(),
@@ -239,6 +306,6 @@ mod tests {
         let by_key = said(&Identity::Nkey(key.clone()), Some("nonce"));
         assert_eq!(by_key["nkey"], key.public_key());
         let signature = BASE64_URL_SAFE_NO_PAD.decode(by_key["sig"].as_str().unwrap());
-        key.verify(b"nonce", &signature.unwrap()).unwrap();
+        theirs.verify(b"nonce", &signature.unwrap()).unwrap();
     }
 }
