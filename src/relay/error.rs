@@ -2,6 +2,7 @@
 
 use super::checkpoint::WITHOUT;
 use super::core::{Backwards, Cause, Halt, Trouble};
+use super::preflight::Finding;
 use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
@@ -42,7 +43,9 @@ pub enum Error {
         /// What the relay has confirmed at most.
         reached: Lsn,
     },
-    /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
+    /// Server, slot or publication are not as the relay needs them: the rules that failed.
+    Preflight(Vec<Finding>),
+    /// A stream is not as the relay needs it, or the publication: what is wrong, and what to do.
     Setup(String),
     /// What Postgres says of the log that comes next: the publication was missing when it was written.
     PublicationSkipped {
@@ -167,7 +170,8 @@ impl Error {
             | Error::Overtaken
             | Error::ServerShutsDown
             | Error::EndedByServer => Verdict::Retry,
-            Error::Setup(_)
+            Error::Preflight(_)
+            | Error::Setup(_)
             | Error::SlotMoved { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
@@ -225,6 +229,14 @@ impl fmt::Display for Error {
                  --delivery at-least-once --drain until that ends with 0 (within the stream's deduplication window nothing comes \
                  twice), then start the relay again; where none is missing, pass --resume-anyway once"
             ),
+            Error::Preflight(findings) => {
+                f.write_str("check Postgres: ")?;
+                for (index, finding) in findings.iter().enumerate() {
+                    let separator = if index == 0 { "" } else { "; also: " };
+                    write!(f, "{separator}{}", finding.sentence())?;
+                }
+                Ok(())
+            }
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped { notice, slot } => write!(
                 f,

@@ -15,6 +15,7 @@ pub mod error;
 pub mod feedback;
 pub mod outage;
 pub mod pace;
+pub mod preflight;
 pub mod progress;
 pub mod publication;
 pub mod publisher;

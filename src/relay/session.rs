@@ -123,7 +123,7 @@ impl<'a> Session<'a> {
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
+        let slot = slot::check(&mut connection, config)?;
         let log_end = slot::current_lsn(&mut connection)?;
         if config.drain && self.upto.is_none() {
             self.vitals.drains_upto.set(log_end.0);
