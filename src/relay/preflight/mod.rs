@@ -233,31 +233,4 @@ impl fmt::Display for Finding {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::{self, Invocation};
-    use std::ffi::OsString;
-
-    /// The configuration of a relay with these flags.
-    pub fn config(args: &[&str]) -> Config {
-        let args = [&["-db", "host=h"], args].concat();
-        let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
-            panic!("{args:?} do not parse");
-        };
-        Config::load(*cli, &|_| None).expect("a configuration")
-    }
-
-    #[test]
-    fn a_finding_is_one_line() {
-        let finding = warn("a.b", "it\nis  so", "it hurts", "SELECT\n1;");
-        assert_eq!(
-            finding.to_string(),
-            "warn  a.b                          it is so: it hurts; fix: SELECT 1;"
-        );
-        assert_eq!(
-            ok("a.b", "fine").to_string(),
-            "ok    a.b                          fine"
-        );
-        assert!(Level::Fail > Level::Warn && Level::Warn > Level::Ok);
-    }
-}
+pub(crate) mod tests;
