@@ -130,13 +130,7 @@ impl Writer {
     /// The statement that ends it.
     pub fn end(&self) -> String {
         match (&self.gid, self.pid) {
-            (Some(gid), _) => {
-                let gid = quote(gid);
-                let database = self.database.as_deref().unwrap_or_default();
-                format!(
-                    "COMMIT PREPARED {gid}; -- in database {database}, or ROLLBACK PREPARED {gid};"
-                )
-            }
+            (Some(gid), _) => format!("COMMIT PREPARED {};", quote(gid)),
             (None, pid) => format!("SELECT pg_terminate_backend({});", pid.unwrap_or_default()),
         }
     }
@@ -545,7 +539,13 @@ fn blockers(facts: &Facts, config: &Config) -> Vec<Finding> {
 pub fn blocked_by(writers: &[Writer], slot: &str) -> Finding {
     let named = writers.iter().take(MAX_BLOCKERS);
     let found: Vec<String> = named.clone().map(Writer::description).collect();
-    let fix: Vec<String> = named.map(Writer::end).collect();
+    let fix: Vec<String> = named.clone().map(Writer::end).collect();
+    let comment = match named.clone().any(|writer| writer.gid.is_some()) {
+        true => {
+            " -- the prepared in its own database, or ROLLBACK PREPARED where its work is not wanted"
+        }
+        false => "",
+    };
     let more = match writers.len().saturating_sub(MAX_BLOCKERS) {
         0 => String::new(),
         more => format!(", and {more} more"),
@@ -554,7 +554,7 @@ pub fn blocked_by(writers: &[Writer], slot: &str) -> Finding {
         "postgres.open_transactions",
         found.join("; ") + &more,
         format!("slot {slot} cannot be created before they end"),
-        fix.join(" "),
+        fix.join(" ") + comment,
     )
 }
 

@@ -257,8 +257,10 @@ fn used(slot: &Slot, facts: &Facts, config: &Config) -> Finding {
     let Some(pid) = slot.active_pid else {
         return ok(NAME, format!("slot {name} is not in use"));
     };
+    // the default name ends in the version, which may be another
+    let is_relay = |name: &str| name == ours || name.starts_with("jetstream-outbox ");
     match &slot.application {
-        Some(other) if other.as_str() != ours => warn(
+        Some(other) if !is_relay(other) => warn(
             NAME,
             format!(
                 "slot {name} is in use by the server process {pid}, whose application_name is {other}, not {ours}"

@@ -296,7 +296,7 @@ fn what_blocks_the_slot_s_creation_is_named() {
     for part in [
         "server process 42, database other, role app, application report, 3600 s old",
         "prepared transaction 'it''s', database shop, role app, 1 s old",
-        "SELECT pg_terminate_backend(42); COMMIT PREPARED 'it''s'; -- in database shop, or ROLLBACK PREPARED 'it''s';",
+        "SELECT pg_terminate_backend(42); COMMIT PREPARED 'it''s'; -- the prepared in its own database, or ROLLBACK",
     ] {
         assert!(texts[0].contains(part), "{part}: {texts:?}");
     }
