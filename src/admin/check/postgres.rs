@@ -115,13 +115,17 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Option<Log>) {
         let each = rules.iter().flat_map(|rule| rule(&facts.shared, config));
         each.collect()
     };
-    let own = JUDGES.iter().flat_map(|judge| judge(&facts, config));
+    let own = |judges: &[Judge]| -> Vec<Finding> {
+        let each = judges.iter().flat_map(|judge| judge(&facts, config));
+        each.collect()
+    };
     let findings = [
         of(&server::START),
         of(&server::RULES),
-        own.collect(),
+        own(&JUDGES),
         of(&slot::START),
         of(&slot::RULES),
+        own(&SLOT_JUDGES),
         of(&[probe::rule]),
     ];
     (findings.concat(), log)
@@ -139,17 +143,17 @@ fn unreachable(error: &Error) -> Finding {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// The findings that the relay's start does not ask for.
-const JUDGES: [Judge; 9] = [
+const JUDGES: [Judge; 6] = [
     encryption,
     publication,
     published_tables,
     headers_column,
     messages,
     replica_identity,
-    publication_age,
-    retained,
-    disk::judge,
 ];
+
+/// Those about the slot.
+const SLOT_JUDGES: [Judge; 3] = [retained, disk::judge, publication_age];
 
 fn encryption(facts: &Facts, _: &Config) -> Vec<Finding> {
     const NAME: &str = "postgres.tls";
@@ -184,7 +188,15 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("publication {name} does not exist in this database"),
             "it says which tables are sent",
-            match (named_by_their_beginning(config), &facts.shared.slot) {
+            match (
+                named_by_their_beginning(config),
+                // of another's slot its own finding speaks
+                facts
+                    .shared
+                    .slot
+                    .as_ref()
+                    .filter(|slot| slot.could_be_ours()),
+            ) {
                 // which tables there are, setup finds out
                 (Some(names), None) => {
                     format!("jetstream-outbox setup -- when there is a table {names}")

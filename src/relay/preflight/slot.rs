@@ -76,7 +76,7 @@ impl Slot {
     }
 
     /// It is of the relay's kind and in the relay's database. Any other is not for us to drop or move.
-    fn could_be_ours(&self) -> bool {
+    pub fn could_be_ours(&self) -> bool {
         self.slot_type == "logical"
             && self.plugin.as_deref() == Some(PLUGIN)
             && self.here

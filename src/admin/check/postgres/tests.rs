@@ -58,6 +58,7 @@ fn check_with(
     let config = config(args);
     let findings: Vec<Finding> = JUDGES
         .iter()
+        .chain(&SLOT_JUDGES)
         .flat_map(|judge| judge(&facts, &config))
         .collect();
     let bad: Vec<String> = findings
