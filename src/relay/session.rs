@@ -464,7 +464,6 @@ impl Threads<'_> {
             (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
-            (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
             _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
             (_, Ok(Ok(reader::Ended::Drained)), _) if left.settled => Ok(Ended::Drained),

@@ -29,4 +29,5 @@ mod stops;
 mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
+mod synchronous;
 mod transactions;
