@@ -144,6 +144,14 @@ fn program(name: &str) -> Command {
     command
 }
 
+/// Has a program that refuses to run as root run as the server's user, who may read `folder`.
+pub fn as_server(command: &mut Command, folder: &Path) {
+    if let Some(account) = *ACCOUNT {
+        give_to_server(folder);
+        command.uid(account.uid).gid(account.gid);
+    }
+}
+
 fn initdb(data: &Path) {
     run(program("initdb")
         .args(["--no-sync", "--auth=trust", "--username=postgres"])
