@@ -155,9 +155,10 @@ fn what_holds_the_slot_s_creation_up_is_named() {
     rig.pg.execute("CREATE DATABASE shop OWNER owner");
     let mut other = rig.pg.client_of("other").expect("the database");
     other
-        .batch_execute(
-            "CREATE TABLE t (n int); BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'a''b'",
-        )
+        .batch_execute("CREATE TABLE t (n int)")
+        .expect("a table");
+    other
+        .batch_execute("BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'a''b'")
         .expect("a prepared transaction");
     let mut open = rig.pg.client_of("other").expect("the database");
     open.batch_execute("SET application_name = 'report'; BEGIN; INSERT INTO t VALUES (2)")
