@@ -314,7 +314,8 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "resume stream {stream}: its last event ({tail}) was written from another Postgres system; if this database \
-                 replaces that one, pass --accept-new-system once: what this slot sends is then published after it"
+                 replaces that one (pg_upgrade, a restored dump), pass --accept-new-system once: what this slot sends is then \
+                 published after it"
             ),
             Error::Conflict {
                 stream,
