@@ -6,7 +6,7 @@ use crate::config::operation::{DEFAULT_WINDOW, Setup};
 use crate::jetstream::streams::{Request, create_bucket_request, matches};
 use crate::outbox::mapping::{TableMapping, TableName};
 use crate::postgres::identifier::identifier;
-pub use crate::relay::preflight::slot::{create_slot, drop_slot};
+pub use crate::relay::preflight::slot::create_slot;
 use serde_json::json;
 use std::time::Duration;
 

@@ -133,7 +133,7 @@ fn facts(rig: &Rig, role: &str) -> preflight::Facts {
         ConnInfo::parse(&rig.pg.url(role, "postgres"), &|_| None).expect("a connection string");
     let mut connection = Connection::connect(&info.without_replication()).expect("a connection");
     let args = ["-db", "host=h"].map(std::ffi::OsString::from);
-    let parsed = jetstream_outbox::cli::parse(args.into_iter());
+    let parsed = jetstream_outbox::cli::parse(args);
     let Ok(jetstream_outbox::cli::Invocation::Relay(cli)) = parsed else {
         panic!("the flags do not parse");
     };
@@ -310,4 +310,40 @@ fn a_two_phase_slot_is_mended_without_loss() {
     let subjects = rig.subjects();
     let expected = ["a", "a", "a", "late"].map(|id| format!("events.account.{id}"));
     assert_eq!(subjects, expected);
+}
+
+/// Neither printed nor done: no command drops a slot that is another's.
+#[test]
+fn teardown_leaves_the_slots_of_others() {
+    let rig = bare(Postgres::start());
+    rig.pg.execute("CREATE DATABASE elsewhere");
+    for (db, create, part) in [
+        (
+            "postgres",
+            "pg_create_logical_replication_slot('jetstream_outbox', 'test_decoding')",
+            "of plugin test_decoding",
+        ),
+        (
+            "postgres",
+            "pg_create_physical_replication_slot('jetstream_outbox')",
+            "is physical",
+        ),
+        (
+            "elsewhere",
+            "pg_create_logical_replication_slot('jetstream_outbox', 'pgoutput')",
+            "belongs to database elsewhere",
+        ),
+    ] {
+        let mut client = rig.pg.client_of(db).expect("the database");
+        client
+            .batch_execute(&format!("SELECT {create}"))
+            .expect("a slot");
+        let ended = on(&rig, &["teardown", "-yes"]);
+        assert_eq!(ended.code, 78, "{ended:?}");
+        assert!(ended.stderr.contains(part), "{ended:?}");
+        // it is there still, or this fails
+        client
+            .batch_execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"))
+            .expect("the slot");
+    }
 }
