@@ -2,6 +2,7 @@
 
 use super::checkpoint::WITHOUT;
 use super::core::{Backwards, Cause, Halt, Trouble};
+use super::preflight::Finding;
 use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
@@ -43,7 +44,9 @@ pub enum Error {
         /// What the relay has confirmed at most.
         reached: Lsn,
     },
-    /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
+    /// Server, slot or publication are not as the relay needs them: the rules that failed.
+    Preflight(Vec<Finding>),
+    /// A stream is not as the relay needs it, or the publication: what is wrong, and what to do.
     Setup(String),
     /// What Postgres says of the log that comes next: the publication was missing when it was written.
     PublicationSkipped {
@@ -168,7 +171,8 @@ impl Error {
             | Error::Overtaken
             | Error::ServerShutsDown
             | Error::EndedByServer => Verdict::Retry,
-            Error::Setup(_)
+            Error::Preflight(_)
+            | Error::Setup(_)
             | Error::SlotMoved { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
@@ -226,6 +230,14 @@ impl fmt::Display for Error {
                  --delivery at-least-once --drain until that ends with 0 (within the stream's deduplication window nothing comes \
                  twice), then start the relay again; where none is missing, pass --resume-anyway once"
             ),
+            Error::Preflight(findings) => {
+                f.write_str("check Postgres: ")?;
+                for (index, finding) in findings.iter().enumerate() {
+                    let separator = if index == 0 { "" } else { "; also: " };
+                    write!(f, "{separator}{}", finding.sentence())?;
+                }
+                Ok(())
+            }
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped { notice, slot } => write!(
                 f,
@@ -303,7 +315,8 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "resume stream {stream}: its last event ({tail}) was written from another Postgres system; if this database \
-                 replaces that one, pass --accept-new-system once: what this slot sends is then published after it"
+                 replaces that one (pg_upgrade, a restored dump), pass --accept-new-system once: what this slot sends is then \
+                 published after it"
             ),
             Error::Conflict {
                 stream,

@@ -16,6 +16,7 @@ pub mod feedback;
 pub mod figure;
 pub mod outage;
 pub mod pace;
+pub mod preflight;
 pub mod progress;
 pub mod publication;
 pub mod publisher;

@@ -123,7 +123,7 @@ impl<'a> Session<'a> {
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
+        let slot = slot::check(&mut connection, config)?;
         let log_end = slot::current_lsn(&mut connection)?;
         self.vitals.slot_wal.look(&mut connection, &config.slot);
         if config.drain && self.upto.is_none() {
@@ -143,6 +143,7 @@ impl<'a> Session<'a> {
         let Opened {
             marks, by_another, ..
         } = opened.unwrap_or_default();
+        let marks_reached = marks.reached.clone();
         let resume_anyway = config.resume_anyway && !self.learned;
         // another relay may have confirmed more since our last session
         let reached = [&self.reached, &marks.reached].into_iter().flatten();
@@ -175,7 +176,11 @@ impl<'a> Session<'a> {
             self.store.learned();
         }
         self.learned = true;
-        let published = self.check_publication(&mut connection)?;
+        // of another system the publication is another one too: pg_upgrade and a restored dump create it again
+        let system_id = lineage.source.system_id;
+        let of_this_system =
+            (marks_reached.as_ref()).is_none_or(|at| at.source.system_id == system_id);
+        let published = self.check_publication(&mut connection, of_this_system)?;
         let memory = &self.memory;
         let (last_known, acked_seq) = (
             |stream: &str| memory.last_known(stream),
@@ -308,10 +313,14 @@ fn writer() -> String {
 
 impl Session<'_> {
     /// Sees that the publication is all that it was when an earlier session, or an earlier process, saw it.
-    fn check_publication(&mut self, connection: &mut Connection) -> Result<Published, Error> {
+    fn check_publication(
+        &mut self,
+        connection: &mut Connection,
+        of_this_system: bool,
+    ) -> Result<Published, Error> {
         let config = self.config;
         let seen = self.store.publication();
-        let remembered = || Published::from_text(&seen.get()?);
+        let remembered = || Published::from_text(&seen.get().filter(|_| of_this_system)?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
         let (name, mapping) = (&config.publication, &config.mapping);
@@ -469,7 +478,6 @@ impl Threads<'_> {
             (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
-            (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
             _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
             (_, Ok(Ok(reader::Ended::Drained)), _) if left.settled => Ok(Ended::Drained),

@@ -33,4 +33,5 @@ mod stops;
 mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
+mod synchronous;
 mod transactions;

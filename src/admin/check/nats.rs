@@ -4,6 +4,7 @@
 //! subject to have been stored last at a sequence that no stream reaches.
 
 mod account;
+mod versions;
 
 use super::finding::{Finding, fail, ok, warn};
 use super::postgres::is_local;
@@ -125,8 +126,9 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 12] = [
+const JUDGES: [Judge; 13] = [
     connection,
+    versions::judge,
     encryption,
     jetstream,
     account::judge,

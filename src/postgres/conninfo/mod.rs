@@ -215,6 +215,11 @@ impl fmt::Display for ConnInfoError {
 impl std::error::Error for ConnInfoError {}
 
 impl ConnInfo {
+    /// The name that the session has in `pg_stat_activity`, and as a standby.
+    pub fn application_name(&self) -> &str {
+        &self.application_name
+    }
+
     /// Reads a `postgres://` URL or a `key=value` string; what it does not say is asked of `env` (the
     /// environment of the process, or a test's), and then is libpq's default.
     pub fn parse(
