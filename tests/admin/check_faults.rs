@@ -52,6 +52,17 @@ const FAULTS: &[Fault] = &[
         since: 13,
         together: false,
     },
+    // the slot has a row to send of a time when there was no publication
+    Fault {
+        findings: &[("postgres.start", "fail")],
+        sql: &[
+            "DROP PUBLICATION jetstream_outbox",
+            "INSERT INTO outbox VALUES (gen_random_uuid(), 'a', 'b', '{}')",
+            "CREATE PUBLICATION jetstream_outbox FOR TABLE outbox WITH (publish = 'insert')",
+        ],
+        since: 13,
+        together: false,
+    },
     Fault {
         findings: &[("postgres.wal_sender_timeout", "warn")],
         sql: &[
