@@ -40,7 +40,7 @@ pub enum Probe {
 pub enum Start {
     /// Postgres sends.
     Sends,
-    /// Nothing came within [`WATCH_LIMIT`].
+    /// Nothing came within five seconds.
     Silent,
     /// Postgres refused it, or broke it off.
     Failed(Arc<postgres::Error>),
