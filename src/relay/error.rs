@@ -72,6 +72,21 @@ pub enum Error {
         /// Its LSN.
         at: Lsn,
     },
+    /// Postgres cannot decode what is in its WAL.
+    Undecodable {
+        /// What it says.
+        error: postgres::Error,
+        /// Where the change is that it was at, if it says so.
+        at: Option<Lsn>,
+        /// The commit of the transaction that it was sending.
+        commit_lsn: Option<Lsn>,
+        /// Everything up to here had arrived.
+        reached: Lsn,
+        /// No other session can pass it either.
+        is_for_good: bool,
+        /// The slot that it came from; empty until it is known.
+        slot: String,
+    },
     /// A row cannot become an event.
     Map {
         /// Why.
@@ -149,7 +164,10 @@ impl Error {
 
     /// The same, knowing the slot that is to be moved.
     pub fn of_slot(mut self, name: String) -> Error {
-        if let Error::Map { slot, .. } | Error::PublicationSkipped { slot, .. } = &mut self {
+        if let Error::Map { slot, .. }
+        | Error::PublicationSkipped { slot, .. }
+        | Error::Undecodable { slot, .. } = &mut self
+        {
             *slot = name;
         }
         self
@@ -174,6 +192,10 @@ impl Error {
             | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
+            Error::Undecodable { is_for_good, .. } => match is_for_good {
+                true => Verdict::Exit(Exit::Data),
+                false => Verdict::Retry,
+            },
             Error::Map { .. } | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
                 Verdict::Exit(Exit::Data)
             }
@@ -258,8 +280,43 @@ impl fmt::Display for Error {
             Error::OutOfPlace { message, at } => {
                 write!(
                     f,
-                    "read the replication stream: a {message} message at {at} outside of a transaction"
+                    "read the replication stream: a {message} message at {at}, where none can be: see what stands between the \
+                     relay and Postgres"
                 )
+            }
+            Error::Undecodable {
+                error,
+                at,
+                commit_lsn,
+                reached,
+                is_for_good,
+                slot,
+            } => {
+                let place = commit_lsn.or(at.filter(|_| error.is_of_message()));
+                match (commit_lsn, at) {
+                    (Some(commit_lsn), _) => write!(f, "decode the transaction that was committed at {commit_lsn}"),
+                    (None, Some(at)) => write!(f, "decode the WAL at {at}"),
+                    (None, None) => write!(f, "decode the WAL after {reached}"),
+                }?;
+                write!(f, ": Postgres cannot: {error}")?;
+                if !is_for_good {
+                    return Ok(());
+                }
+                f.write_str("; nothing from there on is confirmed, and it will be the same each time: publish this transaction's events otherwise, ")?;
+                let advance = format!("SELECT pg_replication_slot_advance({}, ", quote_literal(slot));
+                match place {
+                    // what begins before the slot's position is skipped
+                    Some(place) => write!(
+                        f,
+                        "then move the slot past it: {advance}'{}')",
+                        Lsn(place.0.saturating_add(1))
+                    ),
+                    None => write!(
+                        f,
+                        "then move the slot past its commit, which pg_waldump shows: {advance}'<its LSN>')"
+                    ),
+                }?;
+                f.write_str("; and then pass --resume-anyway once")
             }
             Error::Map { error, slot } => {
                 write!(f, "{error}")?;
@@ -345,7 +402,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Postgres(error) => Some(error),
+            Error::Postgres(error) | Error::Undecodable { error, .. } => Some(error),
             Error::Nats(error) => Some(error),
             Error::Decode { error, .. } => Some(error),
             Error::Map { error, .. } => Some(error),

@@ -469,6 +469,7 @@ impl Look {
             // of several hosts another one, which may be behind: it proves nothing
             return Ok(Some(before.clone()));
         }
+        connection.use_database_encoding()?;
         read(
             &mut connection,
             &self.publication,

@@ -50,6 +50,10 @@ const DRAIN_PING: Duration = Duration::from_millis(100);
 /// While a session runs, the supervisor does nothing that takes longer, `SHUTDOWN_LOOK` and a connect included.
 const WAIT_LIMIT: Duration = Duration::from_secs(120);
 
+/// So often in a row Postgres may fail to decode at one place, by an error that may pass, before it counts as one that does not.
+/// With the pauses between sessions that takes seconds.
+const DECODE_TRIES: u32 = 8;
+
 /// Why a session ended, when nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -78,6 +82,8 @@ pub struct Session<'a> {
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
     worked: bool,
+    /// Where Postgres could not decode its WAL, by which SQLSTATE, and how often in a row.
+    undecodable: Option<((String, Lsn), u32)>,
     vitals: &'a Vitals,
 }
 
@@ -102,6 +108,7 @@ impl<'a> Session<'a> {
             upto: None,
             tries: 0,
             worked: false,
+            undecodable: None,
             vitals,
         }
     }
@@ -117,12 +124,39 @@ impl<'a> Session<'a> {
         if let Err(Error::Backwards(_)) = outcome {
             self.store.unripe();
         }
-        outcome
+        outcome.map_err(|error| self.returned(error))
+    }
+
+    /// What Postgres cannot decode it will never be able to, if it has failed there again and again.
+    fn returned(&mut self, mut error: Error) -> Error {
+        let Error::Undecodable {
+            error: cause,
+            at,
+            commit_lsn,
+            reached,
+            is_for_good,
+            ..
+        } = &mut error
+        else {
+            return error;
+        };
+        let code = cause.sqlstate().unwrap_or_default().to_string();
+        let place = (code, at.or(*commit_lsn).unwrap_or(*reached));
+        match &mut self.undecodable {
+            Some((known, times)) if *known == place => {
+                *times += 1;
+                *is_for_good |= *times >= DECODE_TRIES;
+            }
+            other => *other = Some((place, 1)),
+        }
+        error
     }
 
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
+        self.mapper
+            .set_encoding(connection.use_database_encoding()?);
         let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
         let log_end = slot::current_lsn(&mut connection)?;
         if config.drain && self.upto.is_none() {
@@ -259,7 +293,8 @@ impl<'a> Session<'a> {
             Ok(halves) => halves,
             Err(error) => {
                 self.memory = core.into_memory();
-                return Err(in_use(error, &config.slot));
+                let error = in_use(error, &config.slot);
+                return Err(wal_removed(error, &config.slot, slot.confirmed_flush_lsn));
             }
         };
         let threads = Threads {
@@ -289,7 +324,9 @@ impl<'a> Session<'a> {
             },
         });
         self.store = outcome.left.store;
-        outcome.result
+        let confirmed = slot.confirmed_flush_lsn;
+        let result = outcome.result;
+        result.map_err(|error| wal_removed(error, &config.slot, confirmed))
     }
 }
 
@@ -338,6 +375,18 @@ fn in_use(error: crate::postgres::Error, slot: &str) -> Error {
             pid: None,
         },
         _ => Error::Postgres(error),
+    }
+}
+
+/// A file of the WAL that the slot needs is not there: somebody has removed it, or restored the server without it.
+fn wal_removed(error: Error, slot: &str, confirmed: Lsn) -> Error {
+    match &error {
+        Error::Postgres(cause) if cause.sqlstate() == Some("58P01") => Error::Setup(format!(
+            "read the WAL: Postgres no longer has what slot {slot} needs ({cause}); what was committed after {confirmed} is lost to \
+             the relay: put the file back if there is a copy (an archive has it under the same name), or drop the slot, create it \
+             again, publish by hand what the stream lacks, and pass --resume-anyway once"
+        )),
+        _ => error,
     }
 }
 

@@ -127,8 +127,10 @@ pub struct Vitals {
     oldest_commit_us: AtomicI64,
     nats_is_connected: AtomicBool,
     state: Mutex<State>,
-    /// Of the supervisor, the publisher and the feedback thread.
+    /// Of the supervisor, the reader, the publisher and the feedback thread.
     pub supervisor: Beat,
+    /// See there; while it waits for Postgres or the publisher it has no limit.
+    pub reader: Beat,
     /// See there.
     pub publisher: Beat,
     /// See there.
@@ -166,6 +168,7 @@ impl Default for Vitals {
                 hindrance: None,
             }),
             supervisor: Beat::default(),
+            reader: Beat::default(),
             publisher: Beat::default(),
             feedback: Beat::default(),
         }
@@ -278,6 +281,7 @@ impl Vitals {
     pub fn liveness(&self, now: Instant) -> Result<(), String> {
         for (name, beat) in [
             ("supervisor", &self.supervisor),
+            ("reader", &self.reader),
             ("publisher", &self.publisher),
             ("feedback", &self.feedback),
         ] {
@@ -330,7 +334,7 @@ impl Beat {
         self.due_ms.store(due_ms.max(1), Ordering::Relaxed);
     }
 
-    /// The thread has ended.
+    /// The thread has ended, or waits for somebody who keeps watch himself.
     pub fn ended(&self) {
         self.due_ms.store(0, Ordering::Relaxed);
     }
