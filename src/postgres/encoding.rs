@@ -36,6 +36,15 @@ impl Encoding {
         }
     }
 
+    /// Every byte that a writer can store has an equivalent in UTF-8.
+    pub fn is_complete(&self) -> bool {
+        match self {
+            Encoding::Utf8 => true,
+            Encoding::Unknown => false,
+            Encoding::SingleByte(table) => table.iter().all(Option::is_some),
+        }
+    }
+
     /// The text; `None` where a byte stands for no character.
     pub fn decode<'a>(&self, bytes: &'a [u8]) -> Option<Cow<'a, str>> {
         match self {
@@ -132,6 +141,9 @@ mod tests {
         }
         assert_eq!(*of("WIN1252").encode("Пр"), *"Пр".as_bytes());
         assert_eq!(Encoding::of_database("EUC_JP"), None);
+        let complete =
+            ["UTF8", "LATIN1", "WIN1252", "SQL_ASCII"].map(|name| of(name).is_complete());
+        assert_eq!(complete, [true, true, false, false]);
         assert_eq!(single_byte_names().count(), 27);
     }
 }

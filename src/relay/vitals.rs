@@ -367,6 +367,12 @@ mod tests {
         assert!(late.contains("the publisher thread"), "{late}");
         vitals.publisher.ended();
         assert_eq!(vitals.liveness(after(100)), Ok(()));
+        vitals.reader.within(Duration::from_secs(20));
+        let late = vitals.liveness(after(100)).unwrap_err();
+        assert!(late.contains("the reader thread"), "{late}");
+        // it waits for a server
+        vitals.reader.ended();
+        assert_eq!(vitals.liveness(after(100)), Ok(()));
     }
 
     #[test]

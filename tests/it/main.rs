@@ -4,6 +4,7 @@
 
 mod credentials;
 mod drain;
+mod encodings;
 mod failover;
 mod faults_cluster;
 mod faults_nats;
@@ -14,6 +15,7 @@ mod faults_scenario;
 mod faults_streams;
 mod histories;
 mod internal;
+mod large;
 mod mapping;
 mod observe;
 mod operation;

@@ -15,6 +15,7 @@ use crate::admin::{Error, bytes};
 use crate::config::Config;
 use crate::outbox::mapping::TableName;
 use crate::postgres::Lsn;
+use crate::postgres::encoding::Encoding;
 use crate::postgres::identifier::identifier;
 use disk::Disk;
 use std::collections::BTreeMap;
@@ -144,7 +145,7 @@ fn unreachable(error: &Error) -> Finding {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 20] = [
+const JUDGES: [Judge; 21] = [
     connection,
     encryption,
     standby,
@@ -154,6 +155,7 @@ const JUDGES: [Judge; 20] = [
     senders,
     sender_timeout,
     idle_timeout,
+    encoding,
     publication,
     published_tables,
     headers_column,
@@ -330,6 +332,33 @@ fn idle_timeout(facts: &Facts, _: &Config) -> Vec<Finding> {
             format!("{name} is {found} s"),
             "when no relay runs for so long, the slot is given up, and events are lost",
             format!("ALTER SYSTEM SET {name} = 0; SELECT pg_reload_conf();"),
+        ),
+    }]
+}
+
+fn encoding(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.encoding";
+    let found = format!("the database's encoding is {}", facts.encoding);
+    let another = "move to a database created with ENCODING 'UTF8'";
+    vec![match Encoding::of_database(&facts.encoding) {
+        Some(encoding) if encoding.is_complete() => ok(NAME, found),
+        Some(Encoding::Unknown) => warn(
+            NAME,
+            found,
+            "an event with bytes that are not UTF-8 in its id, subject, headers or JSON cannot be published: -on-poison decides",
+            another,
+        ),
+        Some(_) => warn(
+            NAME,
+            found,
+            "an event with a byte that stands for no character cannot be published: -on-poison decides",
+            another,
+        ),
+        None => warn(
+            NAME,
+            found,
+            "a row, in whatever published table, that Postgres cannot convert to UTF-8 stops the relay with 65, whatever -on-poison says",
+            another,
         ),
     }]
 }
