@@ -105,12 +105,11 @@ impl FrameBuffer {
 
     /// What follows the first part of this message is passed over.
     fn cuts(&self, header: Header) -> bool {
-        header.total_bytes > CUT_MESSAGE_BYTES
-            && match header.tag {
-                b'E' | b'N' | b'S' => true,
-                b'd' => self.copy_data == CopyData::Cut,
-                _ => false,
-            }
+        match header.tag {
+            b'E' | b'N' | b'S' => true,
+            b'd' => self.copy_data == CopyData::Cut,
+            _ => false,
+        }
     }
 
     fn comes_in_pieces(&self, header: Header) -> bool {
@@ -121,7 +120,9 @@ impl FrameBuffer {
 
     /// So much of the message at the front must be there before any of it can be taken.
     fn needs(&self, header: Header) -> usize {
-        if self.cuts(header) {
+        if header.total_bytes <= CUT_MESSAGE_BYTES {
+            header.total_bytes
+        } else if self.cuts(header) {
             CUT_MESSAGE_BYTES
         } else if self.comes_in_pieces(header) {
             HEAD_BYTES
@@ -157,9 +158,11 @@ impl FrameBuffer {
         let start = self.filled.start;
         let end = start + len;
         self.filled.start = end;
-        self.rest = header.total_bytes - len;
-        self.is_cut = true;
-        self.pass_over_cut();
+        if len < header.total_bytes {
+            self.rest = header.total_bytes - len;
+            self.is_cut = true;
+            self.pass_over_cut();
+        }
         let tag = header.tag;
         Ok(Some(Frame { tag, start, end }))
     }

@@ -144,7 +144,7 @@ pub enum ReplicationMessage<'a> {
         reply_requested: bool,
     },
     /// A NoticeResponse. Postgres 18 says in one only (55000) that it skips a publication that is missing.
-    Notice(ServerError),
+    Notice(Box<ServerError>),
 }
 
 /// The receiving half of the copy-both stream. The connection lasts until this and all writers are dropped,
@@ -174,7 +174,7 @@ impl ReplicationReader {
             Some(Next::Data(frame)) => decode(self.connection.frames.body(frame)).map(Some),
             Some(Next::Notice(frame)) => {
                 let notice = ServerError::from_body(self.connection.frames.body(frame))?;
-                Ok(Some(ReplicationMessage::Notice(notice)))
+                Ok(Some(ReplicationMessage::Notice(Box::new(notice))))
             }
             Some(Next::Large) => {
                 let ReplicationMessage::XLogData {

@@ -36,6 +36,8 @@ const BATCH_CHANGES: usize = 512;
 const STOP_GRACE: Duration = Duration::from_millis(500);
 /// By so much a batch goes beyond `BATCH_BYTES` when its last event is an ordinary one.
 const BATCH_SLACK: usize = 4 * 1024;
+/// One that is larger than this has an event larger than NATS takes by default, and others.
+const LARGE_BATCH_BYTES: usize = (1 << 20) + 2 * BATCH_BYTES;
 /// How many batches may wait for the publisher; a large one counts for several.
 pub const CHANNEL_BATCHES: usize = 4;
 
@@ -158,13 +160,22 @@ fn take(batch: &mut Batch) -> Batch {
     full
 }
 
-/// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
+/// A large batch takes several places in the channel, so that what waits there is bounded in bytes. One that is larger than an
+/// event is that NATS takes by default is waited for: the next may be as large.
 fn send(changes: &Sender<Batch>, batch: Batch) -> Result<(), SendError<Batch>> {
-    let places = (batch.len_bytes() / BATCH_BYTES).min(CHANNEL_BATCHES);
+    let bytes = batch.len_bytes();
+    let places = (bytes / BATCH_BYTES).min(CHANNEL_BATCHES);
     for _ in 1..places {
         changes.send(Batch::default())?;
     }
-    changes.send(batch)
+    changes.send(batch)?;
+    if bytes > LARGE_BATCH_BYTES {
+        // all of them are in the channel once it is not
+        for _ in 0..CHANNEL_BATCHES {
+            changes.send(Batch::default())?;
+        }
+    }
+    Ok(())
 }
 
 /// What has been read so far.
@@ -281,7 +292,7 @@ impl Reader<'_> {
             None => return Ok(Some(Ended::ByServer)),
             Some(ReplicationMessage::Notice(notice)) => {
                 if notice.message.contains("skipped loading publication") {
-                    return Err(Error::publication_skipped(&notice));
+                    return Err(Error::publication_skipped(&*notice));
                 }
                 log::info!(notice:% = notice; "postgres says");
             }
