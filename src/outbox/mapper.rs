@@ -26,7 +26,9 @@ use super::large::LargeRow;
 use super::mapping::{Mapping, TableMapping, TableName};
 use super::message;
 use super::park::{self, OnBad, OnPoison};
-use super::plan::{FEW_COLUMNS, Flaw, HEADERS, JSON_OID, MAX_COLUMNS, Part, Place, Plan, Value};
+use super::plan::{
+    FEW_COLUMNS, Flaw, HEADERS, JSON_OID, MAX_COLUMNS, Part, Place, Plan, Shape, Value,
+};
 use super::position::Position;
 use super::problem::{EventSource, MapError, ValueProblem};
 use crate::postgres::Lsn;
@@ -35,6 +37,7 @@ use crate::postgres::pgoutput::{self, Text};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::Arc;
 
 /// A column of a relation message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +58,8 @@ pub struct Mapper {
     encoding: Encoding,
     /// Tables of which a warning says that they are ignored.
     ignored: u32,
+    /// Of the outbox that was described last.
+    last_shape: Option<Arc<Shape>>,
 }
 
 #[derive(Debug)]
@@ -87,6 +92,7 @@ impl Mapper {
             messages,
             encoding: Encoding::Utf8,
             ignored: 0,
+            last_shape: None,
         }
     }
 
@@ -180,6 +186,7 @@ impl Mapper {
                 return Err(MapError::TooManyColumns { table });
             }
             plan.find_columns(columns.iter().map(|column| column.name));
+            plan.share(&mut self.last_shape);
             self.relations.insert(id, Relation::Outbox(Box::new(plan)));
             return Ok(());
         }
@@ -811,6 +818,24 @@ mod tests {
         // an outbox that is none any more would lose events
         let renamed = describe(&mut mapper, "outbox", &[("id", 23)]);
         assert!(matches!(renamed, Err(MapError::MissingColumns { .. })));
+    }
+
+    #[test]
+    fn outboxes_of_one_shape_share_it() {
+        let mut mapper = Mapper::new(&Mapping::new("events"));
+        let columns = seed(JSONB_OID).map(|(name, type_id)| ColumnInfo { name, type_id });
+        let mut other = columns;
+        other.reverse();
+        for (id, columns) in [(1, columns), (2, columns), (3, other), (4, columns)] {
+            let name = format!("outbox_{id}");
+            mapper
+                .relation(id, "public", &name, columns.into_iter(), AT.commit_lsn)
+                .unwrap();
+        }
+        let shape = |id| std::ptr::from_ref::<Shape>(mapper.plan(id).unwrap().unwrap());
+        assert_eq!(shape(1), shape(2));
+        assert!(shape(1) != shape(3) && shape(3) != shape(4));
+        assert_eq!(mapper.plan(2).unwrap().unwrap().label, "public.outbox_2");
     }
 
     #[test]

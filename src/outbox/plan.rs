@@ -12,6 +12,8 @@ use super::problem::{EventSource, MapError, ValueProblem};
 use super::template::Subject;
 use super::{json, message_id};
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 // src/include/catalog/pg_type.dat
 pub(super) const BYTEA_OID: u32 = 17;
@@ -89,6 +91,21 @@ pub(super) struct Plan {
     pub(super) source: EventSource,
     /// `schema.table`, as events bear it.
     pub(super) label: String,
+    /// The same for all tables of one shape: an outbox may have partitions by the ten thousand.
+    shape: Arc<Shape>,
+}
+
+impl Deref for Plan {
+    type Target = Shape;
+
+    fn deref(&self) -> &Shape {
+        &self.shape
+    }
+}
+
+/// What becomes of the columns of a table.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Shape {
     /// For each column of a row its slot, or [`UNUSED`].
     pub(super) slots: Vec<u8>,
     /// The columns that take part.
@@ -101,7 +118,7 @@ pub(super) struct Plan {
 }
 
 /// The headers beside the relay's own.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Extras {
     /// Header and slot.
     columns: Vec<(String, usize)>,
@@ -111,7 +128,7 @@ pub(super) struct Extras {
     position: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct CloudEvent {
     source: String,
     /// The slots of the type, and of what stands for it where there is none.
@@ -251,9 +268,7 @@ impl Plan {
             || extras.object.is_some()
             || extras.cloud_event.is_some()
             || extras.position;
-        let plan = Plan {
-            source,
-            label,
+        let shape = Shape {
             slots: Vec::new(),
             names: wanted.names.clone(),
             id,
@@ -261,6 +276,11 @@ impl Plan {
             subject,
             body: Body::of_type(type_id(&table.payload)),
             extras: any.then(|| Box::new(extras)),
+        };
+        let plan = Plan {
+            source,
+            label,
+            shape: Arc::new(shape),
         };
         (plan, wanted)
     }
@@ -271,7 +291,19 @@ impl Plan {
             let found = self.names.iter().position(|wanted| wanted == name);
             found.and_then(|slot| u8::try_from(slot).ok())
         };
-        self.slots = columns.map(|name| slot(name).unwrap_or(UNUSED)).collect();
+        let slots = columns.map(|name| slot(name).unwrap_or(UNUSED)).collect();
+        // nobody shares it before its columns are known
+        if let Some(shape) = Arc::get_mut(&mut self.shape) {
+            shape.slots = slots;
+        }
+    }
+
+    /// Shares the shape of the table before it, where that is the same.
+    pub(super) fn share(&mut self, last: &mut Option<Arc<Shape>>) {
+        match last {
+            Some(last) if *last == self.shape => self.shape = Arc::clone(last),
+            other => *other = Some(Arc::clone(&self.shape)),
+        }
     }
 
     /// The values that take part, of a row that has one for each column.
