@@ -270,12 +270,10 @@ impl<'a> Lines<'a> {
             values.push(value.into_owned());
             Ok(())
         };
-        match value.get().starts_with('[') {
-            true => match each_element(value, &mut push) {
-                Err(Some(error)) => return Err(error),
-                Ok(()) | Err(None) => {}
-            },
-            false => push(value)?,
+        if !value.get().starts_with('[') {
+            push(value)?;
+        } else if let Err(Some(error)) = each_element(value, &mut push) {
+            return Err(error);
         }
         // one header's values are all encoded or none is, as the list names headers
         let plain = values.iter().all(|value| is_plain(value));

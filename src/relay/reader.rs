@@ -6,7 +6,7 @@
 //! [`Pace`] lets a little gather first. When the channel is full the reader stands still, the socket fills
 //! up, and Postgres keeps the rest.
 
-use super::error::Error;
+use super::error::{Error, Undecodable};
 use super::feedback::Ask;
 use super::pace::Pace;
 use super::progress::Progress;
@@ -17,6 +17,7 @@ use crate::outbox::large::{LargeContent, LargeRow};
 use crate::outbox::mapper::Mapper;
 use crate::outbox::plan::{Place, Value};
 use crate::outbox::position::Position;
+use crate::postgres::error::ServerError;
 use crate::postgres::pgoutput::{self, DecodeError, Message, TupleValue};
 use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
@@ -83,14 +84,16 @@ fn while_decoding(
         return Error::publication_skipped(&error);
     }
     match error.meaning() {
-        Some(meaning @ (Meaning::Data | Meaning::Unclear)) => Error::Undecodable {
-            at: error.server().and_then(|error| error.associated_lsn()),
-            error,
-            commit_lsn: transaction.map(|transaction| transaction.commit_lsn),
-            reached,
-            is_for_good: meaning == Meaning::Data,
-            slot: String::new(),
-        },
+        Some(meaning @ (Meaning::Data | Meaning::Unclear)) => {
+            Error::Undecodable(Box::new(Undecodable {
+                at: error.server().and_then(ServerError::associated_lsn),
+                error,
+                commit_lsn: transaction.map(|transaction| transaction.commit_lsn),
+                reached,
+                is_for_good: meaning == Meaning::Data,
+                slot: String::new(),
+            }))
+        }
         Some(Meaning::Outage | Meaning::Configuration) | None => Error::Postgres(error),
     }
 }

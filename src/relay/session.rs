@@ -129,23 +129,16 @@ impl<'a> Session<'a> {
 
     /// What Postgres cannot decode it will never be able to, if it has failed there again and again.
     fn returned(&mut self, mut error: Error) -> Error {
-        let Error::Undecodable {
-            error: cause,
-            at,
-            commit_lsn,
-            reached,
-            is_for_good,
-            ..
-        } = &mut error
-        else {
+        let Error::Undecodable(found) = &mut error else {
             return error;
         };
-        let code = cause.sqlstate().unwrap_or_default().to_string();
-        let place = (code, at.or(*commit_lsn).unwrap_or(*reached));
+        let code = found.error.sqlstate().unwrap_or_default().to_string();
+        let place = found.at.or(found.commit_lsn).unwrap_or(found.reached);
+        let place = (code, place);
         match &mut self.undecodable {
             Some((known, times)) if *known == place => {
                 *times += 1;
-                *is_for_good |= *times >= DECODE_TRIES;
+                found.is_for_good |= *times >= DECODE_TRIES;
             }
             other => *other = Some((place, 1)),
         }

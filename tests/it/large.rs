@@ -49,7 +49,7 @@ fn what_is_not_for_the_relay_takes_no_memory() {
         format!("BEGIN; SELECT pg_logical_emit_message(false, 'x', {large}); ROLLBACK"),
         format!("SELECT pg_logical_emit_message(false, '{SLOT}', {large})"),
         format!("SELECT pg_logical_emit_message(true, 'x', {large})"),
-        format!("SELECT pg_logical_emit_message(true, repeat('prefix', 5000000), 'x')"),
+        "SELECT pg_logical_emit_message(true, repeat('prefix', 5000000), 'x')".to_string(),
         format!("INSERT INTO other VALUES (1, {large}, 'b')"),
         "UPDATE other SET b = 'c'".to_string(),
         "UPDATE other SET a = a || 'c', id = 2".to_string(),
