@@ -500,6 +500,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_beyond_the_limit_is_not_looked_at() {
+        let members: Vec<_> = (0..200_000).map(|n| format!("\"k{n}\":\"\\n\"")).collect();
+        let many = format!("{{{}}}", members.join(","));
+        let array = format!("{{\"k\":[{}1]}}", "\"\\n\",".repeat(200_000));
+        let long = format!("{{\"k\":\"{}\"}}", "\\n".repeat(100_000));
+        let named = format!("{{\"{}\":1}}", "n".repeat(100_000));
+        for json in [many, array, long, named] {
+            let mut out = Vec::new();
+            let mut lines = Lines::new(&mut out, true, false);
+            let added = lines.add_object(&json, |_| false);
+            assert_eq!(added, Err(LineError::Full.into()));
+            assert!(out.len() <= MAX_LEN + 100, "{}", out.len());
+        }
+        // to the byte, the list of what is encoded included
+        for (len, fits) in [(MAX_LEN - 5, true), (MAX_LEN - 4, false)] {
+            let json = format!("{{\"k\":\"{}\"}}", "x".repeat(len));
+            let mut out = Vec::new();
+            let mut lines = Lines::new(&mut out, true, false);
+            let added = lines.add_object(&json, |_| false).is_ok();
+            assert_eq!((added, lines.finish().is_ok()), (fits, true), "{len}");
+        }
+    }
+
+    #[test]
     fn members_of_an_object_become_headers() {
         for (json, expected) in [
             ("{}", Some("")),
