@@ -39,7 +39,7 @@ struct Record {
     /// Names the process that wrote it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     writer: String,
-    /// [`super::publication::Published`] as text.
+    /// [`super::preflight::publication_state::PublicationState`] as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     publication: Option<String>,
 }

@@ -3,7 +3,6 @@
 use super::checkpoint::WITHOUT;
 use super::core::{Backwards, Cause, Halt, Trouble};
 use super::preflight::Finding;
-use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
@@ -53,13 +52,6 @@ pub enum Error {
         notice: String,
         /// The slot; empty until it is known.
         slot: String,
-    },
-    /// The publication publishes less than before.
-    Narrowed {
-        /// Its name.
-        publication: String,
-        /// What it lacks.
-        narrowed: Narrowed,
     },
     /// pgoutput sent what cannot be read.
     Decode {
@@ -175,7 +167,6 @@ impl Error {
             | Error::SlotMoved { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
-            | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
             Error::Map { .. } | Error::TooLarge { .. } | Error::Refused { .. } | Error::Halt(_) => {
@@ -245,24 +236,6 @@ impl fmt::Display for Error {
                  hand what the stream lacks, and move the slot past that time: \
                  SELECT pg_replication_slot_advance({}, pg_current_wal_lsn()); and then pass -resume-anyway once",
                 quote_literal(slot)
-            ),
-            Error::Narrowed {
-                publication,
-                narrowed: narrowed @ Narrowed::Renamed { .. },
-            } => write!(
-                f,
-                "check the publication: {publication} {narrowed}; name both in -table (rows written before the change come under \
-                 the old name), and compare the table with the stream: a relay that ran meanwhile may have passed rows over. If \
-                 nothing under the name that is missing there matters, pass -resume-anyway once"
-            ),
-            Error::Narrowed {
-                publication,
-                narrowed,
-            } => write!(
-                f,
-                "check the publication: {publication} {narrowed}; rows that were committed since may be missing, and the slot \
-                 cannot send them: Postgres reads its log with the publication of that time. Put it back, compare the table with \
-                 the stream, publish what is missing, and pass -resume-anyway once to go on"
             ),
             Error::Decode { error, at } => {
                 write!(f, "decode the pgoutput message at {at}: {error}")

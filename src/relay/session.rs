@@ -9,8 +9,10 @@ use super::core::memory::Memory;
 use super::core::{Core, Limits, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
+use super::preflight::publication_state::PublicationState;
+use super::preflight::watch::{WATCH_INTERVAL, Watch};
+use super::preflight::{Facts, Finding, Level, publication};
 use super::progress::Progress;
-use super::publication::{self, Narrowed, Published, WATCH_INTERVAL, Watch};
 use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
 use super::rejoin::{self, Joined};
@@ -71,8 +73,8 @@ pub struct Session<'a> {
     learned: bool,
     /// See [`Marks::reached`](super::core::memory::Marks::reached); as of the last session.
     reached: Option<SourcePosition>,
-    /// What the publication published when it was last seen.
-    published: Option<Published>,
+    /// What of the outboxes reached the relay when it last looked.
+    published: Option<PublicationState>,
     /// With `--drain`: the end of the log at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     /// How often in a row NATS was asked, and no session came of it.
@@ -123,7 +125,7 @@ impl<'a> Session<'a> {
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let slot = slot::check(&mut connection, config)?;
+        let (slot, facts) = slot::check(&mut connection, config)?;
         let log_end = slot::current_lsn(&mut connection)?;
         if config.drain && self.upto.is_none() {
             self.vitals.drains_upto.set(log_end.0);
@@ -179,7 +181,7 @@ impl<'a> Session<'a> {
         let system_id = lineage.source.system_id;
         let of_this_system =
             (marks_reached.as_ref()).is_none_or(|at| at.source.system_id == system_id);
-        let published = self.check_publication(&mut connection, of_this_system)?;
+        let published = self.check_publication(connection.peer(), facts, of_this_system)?;
         let memory = &self.memory;
         let (last_known, acked_seq) = (
             |stream: &str| memory.last_known(stream),
@@ -307,36 +309,44 @@ fn writer() -> String {
 }
 
 impl Session<'_> {
-    /// Sees that the publication is all that it was when an earlier session, or an earlier process, saw it.
+    /// Sees that what reached an earlier session, or an earlier process, still does.
     fn check_publication(
         &mut self,
-        connection: &mut Connection,
+        peer: &str,
+        mut facts: Facts,
         of_this_system: bool,
-    ) -> Result<Published, Error> {
+    ) -> Result<PublicationState, Error> {
         let config = self.config;
         let seen = self.store.publication();
-        let remembered = || Published::from_text(&seen.get().filter(|_| of_this_system)?);
+        let remembered = || PublicationState::from_text(&seen.get().filter(|_| of_this_system)?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
-        let (name, mapping) = (&config.publication, &config.mapping);
-        let now = publication::read(connection, name, mapping, before.as_ref())?;
-        let narrowed = match (&before, &now) {
-            (Some(before), now) => before.narrowed_to(now.as_ref()),
-            (None, None) => Some(Narrowed::Dropped),
-            (None, Some(_)) => None,
+        let lost = match before {
+            Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
+            None => None,
         };
-        match (narrowed, now) {
-            (None, Some(now)) => Ok(self.published.insert(now).clone()),
-            (Some(narrowed), Some(now)) if accept => {
-                log::warn!(publication = name.as_str(); "going on although the publication {narrowed} (-resume-anyway)");
-                Ok(self.published.insert(now).clone())
+        match lost {
+            Some(lost) if accept => {
+                log::warn!("going on although {} (-resume-anyway)", lost.found);
             }
-            (narrowed, _) => Err(Error::Narrowed {
-                publication: name.clone(),
-                narrowed: narrowed.unwrap_or(Narrowed::Dropped),
-            }),
+            Some(lost) => return Err(Error::Preflight(vec![lost])),
+            None => {}
         }
-        .inspect(|published| seen.set(Some(published.to_text())))
+        let findings = publication::START
+            .iter()
+            .flat_map(|rule| rule(&facts, config));
+        for finding in findings.filter(|finding| finding.level != Level::Ok) {
+            match finding.level {
+                Level::Fail => return Err(Error::Preflight(vec![finding])),
+                _ if self.said.is_new(&finding.found, Instant::now()) => {
+                    log::warn!("{}", finding.sentence());
+                }
+                _ => {}
+            }
+        }
+        let now = PublicationState::of(&facts.outboxes, config).unwrap_or_default();
+        seen.set(Some(now.to_text()));
+        Ok(self.published.insert(now).clone())
     }
 }
 
@@ -390,7 +400,7 @@ struct Threads<'a> {
 struct Outcome {
     result: Result<Ended, Error>,
     left: Left,
-    published: Published,
+    published: PublicationState,
 }
 
 impl Threads<'_> {
@@ -444,9 +454,11 @@ impl Threads<'_> {
                 // the publisher finds the channel closed when it has taken all that was read
                 first = wait();
             }
-            if let First::Narrowed(narrowed) = &first {
+            if let First::Lost(findings) = &first {
                 progress.hold();
-                log::warn!("the publication {narrowed}: stopping; nothing more is confirmed");
+                for finding in findings {
+                    log::warn!("{}: stopping; nothing more is confirmed", finding.found);
+                }
             }
             session_stop.begin();
             if self.stop.is_stopping() {
@@ -480,10 +492,7 @@ impl Threads<'_> {
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
         };
         let result = match first {
-            First::Narrowed(narrowed) => Err(Error::Narrowed {
-                publication: self.config.publication.clone(),
-                narrowed,
-            }),
+            First::Lost(findings) => Err(Error::Preflight(findings)),
             _ => result,
         };
         // whatever ended the session: what is stored by now is told to Postgres if it still listens
@@ -498,7 +507,7 @@ impl Threads<'_> {
         Outcome {
             result,
             left,
-            published: watch.into_published(),
+            published: watch.into_state(),
         }
     }
 
@@ -527,9 +536,9 @@ impl Threads<'_> {
                     let _ = asks.try_send(Ask::Ping);
                 }
                 recv(watches) -> _ => watch.ask(),
-                recv(watch.looks()) -> look => match look.map(|now| watch.take(now)) {
+                recv(watch.looks()) -> look => match look.map(|now| watch.on_look(now, self.config)) {
                     Ok(Ok(())) => {}
-                    Ok(Err(narrowed)) => return First::Narrowed(narrowed),
+                    Ok(Err(findings)) => return First::Lost(findings),
                     Err(_) => watch.end(),
                 },
                 recv(looks) -> _ => {
@@ -551,8 +560,8 @@ enum First {
     StopAsked,
     /// Postgres is seen to shut down.
     ServerShutsDown,
-    /// The publication is seen to publish less than before.
-    Narrowed(Narrowed),
+    /// Rows are seen to be left out.
+    Lost(Vec<Finding>),
 }
 
 /// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing
