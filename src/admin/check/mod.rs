@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::exit::Exit;
 use crate::jetstream::Delivery;
 use crate::outbox::position::SourcePosition;
+use crate::relay::preflight::publication_state;
 use finding::{Finding, Level, fail, ok};
 use nats::Past;
 use postgres::Log;
@@ -21,10 +22,15 @@ use serde_json::json;
 
 /// Looks at both sides and prints what it found.
 pub fn run(config: &Config, json: bool, strict: bool) -> Result<Exit, Error> {
-    let (mut findings, log) = postgres::findings(config);
     let (nats, past) = nats::findings(config);
+    let (mut findings, log) = postgres::findings(config, past.publication.as_ref());
     findings.extend(nats);
     if let Some(log) = log {
+        // of another system the publication is another one too, and that is said
+        let is_same = |at: &SourcePosition| at.source.system_id == log.system_id;
+        if !past.reached.as_ref().is_none_or(is_same) {
+            findings.retain(|finding| finding.name != publication_state::NAME);
+        }
         findings.extend(history(config, log, &past));
         findings.extend(slot_position(config, log, &past));
         findings.extend(left_off(config, log, &past));

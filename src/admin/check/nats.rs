@@ -18,6 +18,7 @@ use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
+use crate::relay::preflight::publication_state::PublicationState;
 use account::Account;
 use serde::Deserialize;
 
@@ -44,6 +45,8 @@ pub struct Past {
     pub tails: Vec<Tail>,
     /// How far the relay has confirmed at most, from the checkpoint.
     pub reached: Option<SourcePosition>,
+    /// What of the outboxes reached it when it last looked, from the checkpoint.
+    pub publication: Option<PublicationState>,
 }
 
 /// Whether something may be done: done, or the reason why not.
@@ -622,21 +625,27 @@ fn read_bucket(
         Ok(value) => value,
         Err(error) => return Bucket::Unreadable(error.to_string()),
     };
-    past.reached = value.and_then(|message| reached(&message.data));
+    if let Some(message) = value {
+        read_record(&message.data, past);
+    }
     Bucket::Found {
         memory: info.config.storage == "memory",
         write: try_write(bus, &key),
     }
 }
 
-/// From the checkpoint's value, of which this is the only part that matters here.
-fn reached(value: &[u8]) -> Option<SourcePosition> {
-    #[derive(Deserialize)]
+/// From the checkpoint's value, of which these are the only parts that matter here.
+fn read_record(value: &[u8], past: &mut Past) {
+    #[derive(Default, Deserialize)]
     struct Record {
         reached: Option<String>,
+        publication: Option<String>,
     }
-    let record: Record = serde_json::from_slice(value).ok()?;
-    record.reached?.parse().ok()
+    let record: Record = serde_json::from_slice(value).unwrap_or_default();
+    past.reached = record.reached.and_then(|text| text.parse().ok());
+    past.publication = record
+        .publication
+        .and_then(|text| PublicationState::from_text(&text));
 }
 
 #[cfg(test)]

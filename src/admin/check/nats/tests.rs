@@ -449,6 +449,7 @@ fn findings_about_history_are_made_of_both_sides() {
                 fenced: true,
             }],
             reached: Some(position.clone()),
+            publication: None,
         };
         let found = history(&config(&[]), log, &past);
         assert_eq!(
@@ -460,6 +461,11 @@ fn findings_about_history_are_made_of_both_sides() {
         assert_eq!(found.map(|finding| finding.level), of_slot, "{position}");
     }
     let record = br#"{"streams":[],"reached":"s 1 2 0/99 0","ripening":null}"#;
+    let reached = |record: &[u8]| {
+        let mut past = Past::default();
+        read_record(record, &mut past);
+        past.reached
+    };
     assert_eq!(reached(record), "s 1 2 0/99 0".parse().ok());
     assert_eq!(reached(b"{}"), None);
     assert_eq!(reached(b""), None);
@@ -483,6 +489,7 @@ fn a_relay_with_at_least_once_that_left_off_is_found_before_exactly_once_begins(
                 fenced,
             }],
             reached: reached.map(|at| at.parse().unwrap()),
+            publication: None,
         };
         let found = left_off(&config(args), log, &past);
         found.first().map(|finding| finding.level) == Some(Level::Fail)
