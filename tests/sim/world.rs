@@ -320,7 +320,8 @@ impl Env {
         let was_moved = event.committed <= stream.born
             || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved + LATEST)
             // somebody has taken it, and the server has forgotten it
-            || was_gone;
+            || was_gone
+            || event.reuses_id;
         if !stream.is_replicated && !was_moved && self.due.is_none() {
             return broken(format!(
                 "out of order: {} at {} comes after {seq}, which is later",

@@ -648,6 +648,8 @@ impl ExactlyOnce {
             at.is_some_and(|at| at.position == position)
         };
         let streams = self.connection.as_ref().map(|it| &it.streams);
+        let known = streams.and_then(|it| it.get(stream));
+        let known = known.map_or(0, |it| it.fence.known());
         let keeps = streams
             .and_then(|it| it.get(stream))
             .is_some_and(|it| it.keeps_its_end);
@@ -664,8 +666,8 @@ impl ExactlyOnce {
                 self.settle();
                 Ok(None)
             }
-            // gone, and it may have been this very event
-            None if self.doubt.is_about(position) => {
+            // gone, and it may have been this very event: also one that came since the stream was read
+            None if self.doubt.is_about(position) || known < seq => {
                 self.tally.skipped += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();
