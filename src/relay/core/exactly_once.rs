@@ -332,7 +332,12 @@ impl ExactlyOnce {
         loop {
             match connected.evidence.verdict(position, event.id()) {
                 Verdict::Publish => return Ok(None),
-                Verdict::Stored(stream, seq) => return Ok(Some((stream, seq))),
+                Verdict::Stored(stream, seq) => {
+                    if let Some(stream) = connected.streams.get_mut(stream) {
+                        stream.latest = stream.latest.max(position);
+                    }
+                    return Ok(Some((stream, seq)));
+                }
                 Verdict::OtherId(_) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
@@ -428,7 +433,7 @@ impl ExactlyOnce {
         };
         // whoever reads the stream back stops at what is not late
         let position = event.position();
-        let is_late = position < stream.acked || connected.evidence.has_after(position, index);
+        let is_late = position < stream.latest || connected.evidence.has_after(position, index);
         stream.names_it &= has_room;
         let expected_stream = stream.names_it.then(|| stream.name.as_str().into());
         self.tally.late += u64::from(is_late);
