@@ -409,7 +409,9 @@ impl World {
         let topic = env.rng.usize(..=TOPICS);
         match fault {
             Fault::Regress => {
-                if env.regress(index) && env.rng.u32(..5) < 3 {
+                // a replicated stream loses something only if all servers crash
+                let is_replicated = env.streams[index].is_replicated;
+                if env.regress(index) && (is_replicated || env.rng.u32(..5) < 3) {
                     self.disconnect("the server has crashed");
                 }
             }

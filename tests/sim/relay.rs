@@ -261,6 +261,9 @@ impl Relay {
         let Some(session) = &self.session else {
             return Ok(());
         };
+        if env.streams.iter().all(|it| it.topics.is_empty()) {
+            return Err(End::Connection("no stream".into()));
+        }
         let routed: Vec<_> = env
             .streams
             .iter()

@@ -349,7 +349,7 @@ impl Env {
             .iter()
             .filter_map(|uid| self.stories.get(uid))
             .any(|it| it.event.reuses_id);
-        if !reused {
+        if !reused && self.due.is_none() {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
         for uid in uids {
