@@ -5,8 +5,8 @@ use crate::config::Config;
 use crate::config::operation::{DEFAULT_WINDOW, Setup};
 use crate::jetstream::streams::{Request, create_bucket_request, matches};
 use crate::outbox::mapping::{TableMapping, TableName};
-use crate::postgres::connection::quote_literal;
 use crate::postgres::identifier::identifier;
+pub use crate::relay::preflight::slot::create_slot;
 use serde_json::json;
 use std::time::Duration;
 
@@ -136,20 +136,6 @@ pub fn create_publication(config: &Config, tables: &[TableName], of_partitioned:
     )
 }
 
-/// Creates the slot. `failover` exists from Postgres 17 on.
-pub fn create_slot(slot: &str, failover: bool) -> String {
-    let failover = if failover { ", failover => true" } else { "" };
-    format!(
-        "SELECT pg_create_logical_replication_slot({}, 'pgoutput'{failover});",
-        quote_literal(slot)
-    )
-}
-
-/// Drops the slot.
-pub fn drop_slot(slot: &str) -> String {
-    format!("SELECT pg_drop_replication_slot({});", quote_literal(slot))
-}
-
 /// Asks for the stream of the prefix.
 pub fn create_stream(config: &Config, how: &Setup) -> Request {
     let nanos = |span: Duration| u64::try_from(span.as_nanos()).unwrap_or(i64::MAX as u64);
@@ -185,8 +171,7 @@ pub fn park_stream(how: &Setup) -> String {
     format!("{}_parked", how.stream)
 }
 
-/// Asks for the bucket of the checkpoint; `None` if there is to be none.
-pub fn create_bucket(config: &Config, replicas: Option<u32>) -> Option<Request> {
-    (!config.checkpoint.is_empty())
-        .then(|| create_bucket_request(&config.checkpoint, replicas.unwrap_or(1)))
+/// Asks for the bucket of the checkpoint.
+pub fn create_bucket(config: &Config, replicas: Option<u32>) -> Request {
+    create_bucket_request(&config.checkpoint, replicas.unwrap_or(1))
 }

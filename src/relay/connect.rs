@@ -57,6 +57,8 @@ pub enum From {
     Record {
         /// The slot's `confirmed_flush_lsn`.
         confirmed_lsn: Lsn,
+        /// The slot was moved to there by somebody else, which is accepted.
+        is_moved: bool,
         /// The record is of another history, which is accepted.
         without_cuts: bool,
     },
@@ -163,12 +165,20 @@ impl Connector<'_> {
             From::Record {
                 confirmed_lsn,
                 without_cuts: true,
+                ..
             } => (Vec::new(), false, confirmed_lsn),
-            From::Record { confirmed_lsn, .. } => {
+            From::Record {
+                confirmed_lsn,
+                is_moved,
+                ..
+            } => {
                 if store.held().is_none() {
                     self.check_system(&found)?;
                 }
                 let (mut cuts, is_matured) = store.cuts(Instant::now());
+                for cut in cuts.iter_mut().filter(|_| is_moved) {
+                    cut.move_to(confirmed_lsn);
+                }
                 let routed = found.infos.get(..found.routed).unwrap_or_default();
                 forget_left(&mut cuts, is_matured, |name| {
                     routed.iter().any(|info| info.config.name == name)

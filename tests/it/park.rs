@@ -358,7 +358,7 @@ fn a_parked_event_is_found_where_it_is_the_last_of_the_stream() {
         insert(&rig, "'1'", "'a'", "'x'");
         insert(&rig, "'2'", "NULL", "'x'");
         for _ in 0..3 {
-            let log = rig.drain(&[&PARK[..], &["--checkpoint=none"]].concat());
+            let log = rig.drain(&PARK);
             let again = "connecting to NATS again";
             assert!(
                 !log.iter().any(|line| line.contains(again)),
@@ -497,7 +497,7 @@ fn an_event_is_given_up_only_when_that_is_said_twice() {
     assert_eq!(gave_up.len(), 2, "{gave_up:?}");
     assert!(gave_up.iter().all(|line| line.contains("level=warn")));
     assert!(gave_up[0].contains("aggregateid is NULL") && gave_up[1].contains("id=3"));
-    assert_eq!(counted(&log, "lost"), 2);
+    assert_eq!(counted(&log, "given_up"), 2);
     rig.drain(&[]);
     assert_eq!(ids(&rig.messages()), ["1", "4"]);
 }

@@ -882,6 +882,15 @@ impl ExactlyOnce {
         }
     }
 
+    /// The streams, and where each ends for all that is known.
+    pub fn stream_ends(&self) -> Vec<(String, u64)> {
+        let connected = self.connection.iter();
+        let streams = connected.flat_map(|connected| &connected.streams);
+        streams
+            .map(|it| (it.name.clone(), it.fence.known()))
+            .collect()
+    }
+
     /// The window.
     pub fn window(&self) -> &Window {
         &self.window
