@@ -423,9 +423,9 @@ impl Relay {
         let Some(Core::ExactlyOnce(core)) = &mut session.core else {
             return Ok(());
         };
-        let write = self
-            .store
-            .claim(core.cut_to_record(), fell_back, confirmed, env.now);
+        let cut = core.cut_to_record();
+        let end = |name: &str| core.end_of(name);
+        let write = self.store.claim(cut, fell_back, end, confirmed, env.now);
         self.stage = Stage::Claiming(write.number, env.now);
         self.writes.push_back(write);
         Ok(())

@@ -715,6 +715,13 @@ impl ExactlyOnce {
         }
     }
 
+    /// Where a stream ends for all that is known.
+    pub fn end_of(&self, name: &str) -> Option<u64> {
+        let mut streams = self.connection.iter().flat_map(|it| &it.streams);
+        let stream = streams.find(|stream| stream.name == name)?;
+        Some(stream.fence.known())
+    }
+
     /// The cut that is true now.
     pub fn cut(&self) -> Cut {
         if let Some(cut) = &self.cut_at_disconnect {
