@@ -214,6 +214,16 @@ impl Store {
                 .and_then(|record| record.publication.clone());
             self.publication.set(seen);
         }
+        let is_older = |record: &Record| {
+            let held = self.held.as_ref();
+            held.is_some_and(|held| held.writer == record.writer && held.writes > record.writes)
+        };
+        let mut record = record;
+        if let Some(record) = record.as_mut().filter(|record| is_older(record)) {
+            // put back: what came after it may have found that its older cuts are no longer true
+            record.ripening = None;
+            record.matured = None;
+        }
         self.timeline = lineage.source.timeline;
         self.held = record;
         self.revision = value.revision;
