@@ -318,7 +318,7 @@ impl Env {
             ));
         }
         let was_moved = event.committed <= stream.born
-            || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved + LATEST)
+            || self.moved[flight.topic].is_some()
             // somebody has taken it, and the server has forgotten it
             || was_gone
             || event.reuses_id;
@@ -353,9 +353,7 @@ impl Env {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
         for uid in uids {
-            if let Some(story) = self.stories.get_mut(&uid)
-                && story.event.reuses_id
-            {
+            if let Some(story) = self.stories.get_mut(&uid) {
                 story.dropped = true;
             }
         }
