@@ -820,9 +820,12 @@ impl ExactlyOnce {
         self.connection.is_some() && self.gate.wants_record()
     }
 
-    /// Nothing more is published: whether that is true of everything that was, the next cut says.
+    /// Nothing more is published: whether everything that was, also by others before, is resolved, the next cut says.
     pub fn mark_quiescent(&mut self) {
-        self.is_quiescent = self.connection.is_some() && self.window.waiting() == 0;
+        let (anchor, stored_lsn) = (self.anchor().position, self.reached.stored_lsn);
+        self.is_quiescent = self.connection.is_some()
+            && self.window.waiting() == 0
+            && self.doubt.has_resolved_all(anchor, stored_lsn);
     }
 
     /// The streams that are to be asked now whether they still agree, for [`ExactlyOnce::on_look`].
