@@ -149,6 +149,7 @@ impl Env {
 
     fn foreign(&mut self, index: usize, message: Message) {
         let now = self.now;
+        self.has_foreign = true;
         self.streams[index].store(None, message, now, false);
     }
 
@@ -312,6 +313,10 @@ impl World {
         {
             trace!(env, "a snapshot of Postgres is taken at {}", env.pg.wal_end);
             self.snapshot = Some(env.pg.clone());
+            return;
+        }
+        if env.due.is_some() && matches!(fault, Fault::Failover | Fault::Clone | Fault::Restore) {
+            // what was promoted or restored twice before the relay has seen it is beyond all proof
             return;
         }
         match fault {

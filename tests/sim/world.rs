@@ -92,6 +92,7 @@ pub struct Env {
     pub key_was_touched: bool,
     /// A message of ours without a fence is no copy, for all that is known.
     pub has_bare_copies: bool,
+    pub has_foreign: bool,
     pub trace: Option<Vec<String>>,
 }
 
@@ -275,6 +276,7 @@ impl Env {
             ));
         }
         let event = story.event.clone();
+        let was_lost = story.copies.iter().any(|copy| copy.state == State::Lost);
         let was_gone = story.copies.iter().any(|copy| copy.state == State::Gone);
         story.copies.push(Copy {
             at,
@@ -321,7 +323,9 @@ impl Env {
             || self.moved[flight.topic].is_some()
             // somebody has taken it, and the server has forgotten it
             || was_gone
-            || event.reuses_id;
+            || event.reuses_id
+            // its end was lost, and others have filled it before the relay has seen that
+            || was_lost && self.has_foreign;
         if !stream.is_replicated && !was_moved && self.due.is_none() {
             return broken(format!(
                 "out of order: {} at {} comes after {seq}, which is later",
@@ -484,6 +488,7 @@ impl World {
             moved: [None; TOPICS + 1],
             key_was_touched: false,
             has_bare_copies: false,
+            has_foreign: false,
             trace: traced.then(Vec::new),
             rng,
         };
