@@ -480,6 +480,7 @@ impl Look {
             // of several hosts another one, which may be behind: it proves nothing
             return Ok(Some(before.clone()));
         }
+        connection.use_database_encoding()?;
         self.slot_wal.look(&mut connection, &self.slot);
         read(
             &mut connection,

@@ -181,6 +181,7 @@ impl<'a> Publisher<'a> {
         let mut link = link;
         loop {
             self.vitals.nats_is_connected(true);
+            self.progress.set_max_payload(link.max_payload());
             let start = Instant::now();
             let (cause, reason) = match self.serve(&link) {
                 Ok(()) => return Ok(()),
@@ -563,9 +564,12 @@ impl<'a> Publisher<'a> {
         let Some(event) = self.core.event(token) else {
             return false;
         };
+        // cut to what is taken already, and still not taken
+        let is_cut = event.headers.contains(park::BODY_CUT)
+            && event.id.len() + event.headers.len() + event.body.len()
+                <= self.core.room(event.subject);
         match (event.fate, policy.on_poison) {
-            // cut already, and still not taken
-            (Fate::Park, _) if event.headers.contains(park::BODY_CUT) => false,
+            (Fate::Park, _) if is_cut => false,
             (Fate::Park, _) | (_, OnPoison::Park) => {
                 let subject = &policy.park_subject;
                 let parked = park::parked(&event, subject, cause, self.core.room(subject));

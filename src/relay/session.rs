@@ -52,6 +52,10 @@ const DRAIN_PING: Duration = Duration::from_millis(100);
 /// While a session runs, the supervisor does nothing that takes longer, `SHUTDOWN_LOOK` and a connect included.
 const WAIT_LIMIT: Duration = Duration::from_secs(120);
 
+/// So often in a row Postgres may fail to decode at one place, by an error that may pass, before it counts as one that does not.
+/// With the pauses between sessions that takes seconds.
+const DECODE_TRIES: u32 = 8;
+
 /// Why a session ended, when nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -76,6 +80,8 @@ pub struct Session<'a> {
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
     worked: bool,
+    /// Where Postgres could not decode its WAL, by which SQLSTATE, and how often in a row.
+    undecodable: Option<((String, Lsn), u32)>,
     vitals: &'a Vitals,
 }
 
@@ -119,6 +125,7 @@ impl<'a> Session<'a> {
             upto: None,
             tries: 0,
             worked: false,
+            undecodable: None,
             vitals,
         }
     }
@@ -130,7 +137,7 @@ impl<'a> Session<'a> {
 
     /// Runs one session to its end.
     pub fn run(&mut self) -> Result<Ended, Error> {
-        let outcome = self.connect_and_run();
+        let outcome = self.connect_and_run().map_err(|error| self.returned(error));
         let is_other_wal = |error: &Error| {
             use Halt::{Discontinuous, NotSent, OtherId};
             matches!(
@@ -148,9 +155,29 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// What Postgres cannot decode it will never be able to, if it has failed there again and again.
+    fn returned(&mut self, mut error: Error) -> Error {
+        let Error::Undecodable(found) = &mut error else {
+            return error;
+        };
+        let code = found.error.sqlstate().unwrap_or_default().to_string();
+        let place = found.at.or(found.commit_lsn).unwrap_or(found.reached);
+        let place = (code, place);
+        match &mut self.undecodable {
+            Some((known, times)) if *known == place => {
+                *times += 1;
+                found.is_for_good |= *times >= DECODE_TRIES;
+            }
+            other => *other = Some((place, 1)),
+        }
+        error
+    }
+
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
+        self.mapper
+            .set_encoding(connection.use_database_encoding()?);
         let slot = slot::check(&mut connection, config)?;
         let wal_end = slot::current_lsn(&mut connection)?;
         self.vitals.slot_wal.look(&mut connection, &config.slot);
@@ -228,9 +255,10 @@ impl<'a> Session<'a> {
             self.store.publication(),
             self.vitals.slot_wal.clone(),
         );
+        let confirmed = slot.confirmed_flush_lsn;
         let (stream, writer) =
             replication::start_replication(connection, &config.slot, start_lsn, &options)
-                .map_err(|error| in_use(error, &config.slot))?;
+                .map_err(|error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed))?;
         let threads = Threads {
             config,
             stop: self.stop,
@@ -250,7 +278,8 @@ impl<'a> Session<'a> {
         if !matches!(outcome.result, Err(Error::Halt(_))) {
             self.accepted = Accepted::Nothing;
         }
-        outcome.result
+        let result = outcome.result;
+        result.map_err(|error| wal_removed(error, &config.slot, confirmed))
     }
 
     /// Resumes with the record, and claims the slot's streams.
@@ -349,6 +378,18 @@ fn in_use(error: crate::postgres::Error, slot: &str) -> Error {
             pid: None,
         },
         _ => Error::Postgres(error),
+    }
+}
+
+/// A file of the WAL that the slot needs is not there: somebody has removed it, or restored the server without it.
+fn wal_removed(error: Error, slot: &str, confirmed: Lsn) -> Error {
+    match &error {
+        Error::Postgres(cause) if cause.sqlstate() == Some("58P01") => Error::Setup(format!(
+            "read the WAL: Postgres no longer has what slot {slot} needs ({cause}); what was committed after {confirmed} is lost to \
+             the relay: put the file back if there is a copy (an archive has it under the same name), or drop the slot, create it \
+             again, publish by hand what the stream lacks, and pass --resume-anyway once"
+        )),
+        _ => error,
     }
 }
 

@@ -1,4 +1,4 @@
-//! A start's look at Postgres: the rules of [`preflight`](super::preflight), and what the session needs to know of the slot.
+//! A start's look at Postgres: the rules of [`preflight`], and what the session needs to know of the slot.
 //!
 //! Everything is read on the replication connection itself, which takes plain SQL.
 

@@ -5,6 +5,7 @@
 mod credentials;
 mod drain;
 mod exposition;
+mod encodings;
 mod failover;
 mod faults_cluster;
 mod faults_nats;
@@ -16,6 +17,7 @@ mod faults_streams;
 mod histories;
 mod http;
 mod internal;
+mod large;
 mod mapping;
 mod nats_limits;
 mod observe;

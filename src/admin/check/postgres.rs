@@ -13,6 +13,7 @@ use crate::admin::{Error, bytes};
 use crate::config::Config;
 use crate::outbox::mapping::TableName;
 use crate::postgres::Lsn;
+use crate::postgres::encoding::Encoding;
 use crate::postgres::identifier::identifier;
 use crate::relay::preflight::probe::{self, Probe};
 use crate::relay::preflight::server::{self, OLDEST};
@@ -143,8 +144,9 @@ fn unreachable(error: &Error) -> Finding {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// The findings that the relay's start does not ask for.
-const JUDGES: [Judge; 6] = [
+const JUDGES: [Judge; 7] = [
     encryption,
+    encoding,
     publication,
     published_tables,
     headers_column,
@@ -178,6 +180,33 @@ pub fn is_local(peer: &str) -> bool {
         || host
             .parse()
             .is_ok_and(|ip: std::net::IpAddr| ip.is_loopback())
+}
+
+fn encoding(facts: &Facts, _: &Config) -> Vec<Finding> {
+    const NAME: &str = "postgres.encoding";
+    let found = format!("the database's encoding is {}", facts.encoding);
+    let another = "move to a database created with ENCODING 'UTF8'";
+    vec![match Encoding::of_database(&facts.encoding) {
+        Some(encoding) if encoding.is_complete() => ok(NAME, found),
+        Some(Encoding::Unknown) => warn(
+            NAME,
+            found,
+            "an event with bytes that are not UTF-8 in its id, subject, headers or JSON cannot be published: -on-poison decides",
+            another,
+        ),
+        Some(_) => warn(
+            NAME,
+            found,
+            "an event with a byte that stands for no character cannot be published: -on-poison decides",
+            another,
+        ),
+        None => warn(
+            NAME,
+            found,
+            "a row, in whatever published table, that Postgres cannot convert to UTF-8 stops the relay with 65, whatever -on-poison says",
+            another,
+        ),
+    }]
 }
 
 fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {

@@ -556,3 +556,6 @@ fn next_of(stretches: &mut Vec<Stretch>) -> Option<Read> {
     }
     Some(read)
 }
+
+#[cfg(test)]
+mod tests;

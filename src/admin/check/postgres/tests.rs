@@ -312,6 +312,23 @@ fn tables_and_columns_follow_the_mapping() {
 }
 
 #[test]
+fn encodings_without_an_equivalent_for_each_byte() {
+    use Level::{Ok, Warn};
+    for (encoding, level, says) in [
+        ("UTF8", Ok, "encoding is UTF8"),
+        ("LATIN1", Ok, "encoding is LATIN1"),
+        ("WIN1252", Warn, "stands for no character"),
+        ("SQL_ASCII", Warn, "not UTF-8"),
+        ("EUC_JP", Warn, "stops the relay with 65"),
+    ] {
+        let name = if level == Ok { "" } else { "postgres.encoding" };
+        check_with(&["-no-messages"], level, name, &[says], |f| {
+            f.encoding = encoding.into();
+        });
+    }
+}
+
+#[test]
 fn headers_and_messages() {
     use Level::{Fail, Ok, Warn};
     let meta = |kind: &'static str| {
@@ -343,14 +360,14 @@ fn headers_and_messages() {
     );
 
     let name = "postgres.messages";
-    check(Warn, name, &["SQL_ASCII", "-no-messages"], |f| {
-        f.encoding = "SQL_ASCII".into()
+    check(Warn, name, &["LATIN1", "-no-messages"], |f| {
+        f.encoding = "LATIN1".into()
     });
     check(Warn, name, &["upgrade to Postgres 14"], |f| {
         f.shared.version = 130_020
     });
     check_with(&["-no-messages"], Ok, "", &["not taken"], |f| {
-        f.encoding = "SQL_ASCII".into();
+        f.encoding = "LATIN1".into();
         f.shared.version = 130_020;
     });
     let function = |f: &mut Facts| {
