@@ -214,6 +214,16 @@ impl Store {
                 .and_then(|record| record.publication.clone());
             self.publication.set(seen);
         }
+        let is_older = |record: &Record| {
+            let held = self.held.as_ref();
+            held.is_some_and(|held| held.writer == record.writer && held.writes > record.writes)
+        };
+        let mut record = record;
+        if let Some(record) = record.as_mut().filter(|record| is_older(record)) {
+            // put back: what came after it may have found that its older cuts are no longer true
+            record.ripening = None;
+            record.matured = None;
+        }
         self.timeline = lineage.source.timeline;
         self.held = record;
         self.revision = value.revision;
@@ -237,18 +247,25 @@ impl Store {
     }
 
     /// The record of a start or a new connection, to be written before anything is published: the cut that was resumed
-    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again, and the older cuts know of
-    /// no more in a stream than it does. `confirmed_lsn`: what Postgres has been told.
-    pub fn claim(&mut self, cut: Cut, fell_back: bool, confirmed_lsn: Lsn, now: Instant) -> Write {
+    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again. In each stream the cuts know of no
+    /// more than `end` of it. `confirmed_lsn`: what Postgres has been told.
+    pub fn claim(
+        &mut self,
+        cut: Cut,
+        fell_back: bool,
+        end: impl Fn(&str) -> Option<u64>,
+        confirmed_lsn: Lsn,
+        now: Instant,
+    ) -> Write {
         let (mut ripening, mut matured) = self.ripened(now);
         if fell_back {
             ripening = None;
-            for stream in matured.iter_mut().flat_map(|cut| &mut cut.streams) {
-                let known = cut.stream(&stream.name);
-                let end = known.map_or(0, |known| known.read_after);
-                stream.read_after = stream.read_after.min(end);
-                stream.witness.take_if(|witness| witness.seq > end);
-            }
+        }
+        let older = ripening.iter_mut().map(|it| &mut it.cut);
+        for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
+            let end = end(&stream.name).unwrap_or(u64::MAX);
+            stream.read_after = stream.read_after.min(end);
+            stream.witness.take_if(|witness| witness.seq > end);
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
