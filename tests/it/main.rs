@@ -17,6 +17,8 @@ mod internal;
 mod mapping;
 mod observe;
 mod operation;
+mod operators;
+mod operators_streams;
 mod park;
 mod payloads;
 mod publication;
