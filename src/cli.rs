@@ -144,7 +144,7 @@ pub struct Cli {
     /// keep WAL this long after its events were acknowledged, up to 24h (default 150s)
     #[argh(option)]
     pub hold_back: Option<String>,
-    /// key-value bucket that remembers how far each stream was, or none (default jetstream_outbox)
+    /// key-value bucket that remembers how far the relay is (default jetstream_outbox)
     #[argh(option)]
     pub checkpoint: Option<String>,
     /// go on although events are missing (lost by a stream, left out by a changed publication or by at-least-once) or the slot was moved; to be given once (default off)

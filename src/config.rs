@@ -64,7 +64,7 @@ pub struct Config {
     pub delivery: Delivery,
     /// How long after its acknowledgement a transaction is confirmed to Postgres; zero: at once.
     pub hold_back: Duration,
-    /// The key-value bucket of the checkpoint; empty: none is kept.
+    /// The key-value bucket of the checkpoint.
     pub checkpoint: String,
     /// Events that were lost, here or there, are accepted as lost.
     pub resume_anyway: bool,
@@ -411,13 +411,7 @@ impl Config {
             ),
             ("delivery", Some(self.delivery.to_string())),
             ("hold-back", Some(format!("{:?}", self.hold_back))),
-            (
-                "checkpoint",
-                Some(match self.checkpoint.as_str() {
-                    "" => "none".to_string(),
-                    bucket => bucket.to_string(),
-                }),
-            ),
+            ("checkpoint", Some(self.checkpoint.clone())),
             ("resume-anyway", on(self.resume_anyway)),
             ("accept-new-system", on(self.accept_new_system)),
             ("drain", on(self.drain)),
@@ -643,7 +637,7 @@ mod tests {
             ("max-outage", "MAX_OUTAGE", "60s", "never"),
             ("delivery", "DELIVERY", "at-least-once", "exactly-once"),
             ("hold-back", "HOLD_BACK", "0ns", "60s"),
-            ("checkpoint", "CHECKPOINT", "a", "none"),
+            ("checkpoint", "CHECKPOINT", "a", "b"),
             ("listen", "LISTEN", "127.0.0.1:1", "0.0.0.0:9464"),
             ("logging", "LOGGING", "debug", "error"),
             ("log-format", "LOG_FORMAT", "json", "text"),
@@ -852,6 +846,7 @@ mod tests {
             ("hold-back", "25h", "more than 86400s"),
             ("hold-back", "-1s", "not a duration"),
             ("checkpoint", "a b", "bucket's name"),
+            ("checkpoint", "none", "-delivery at-least-once"),
             ("checkpoint", "a.b", "bucket's name"),
             ("delivery", "at-most-once", "exactly-once, at-least-once"),
             ("logging", "trace", "debug, info, warn, error"),

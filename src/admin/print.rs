@@ -123,10 +123,9 @@ fn nats(config: &Config, how: &Setup) -> String {
             streams.push(park_stream(how));
         }
     }
-    if !config.checkpoint.is_empty() {
-        allowed.push(format!("$KV.{}.{}", config.checkpoint, config.slot));
-        streams.push(format!("KV_{}", config.checkpoint));
-    }
+    // a key for each slot and system
+    allowed.push(format!("$KV.{}.*", config.checkpoint));
+    streams.push(format!("KV_{}", config.checkpoint));
     for stream in &streams {
         allowed.push(format!("{api}.STREAM.INFO.{stream}"));
         allowed.push(format!("{api}.STREAM.MSG.GET.{stream}"));
@@ -145,7 +144,7 @@ fn nats(config: &Config, how: &Setup) -> String {
     );
     let requests = std::iter::once(create_stream(config, how))
         .chain(create_park_stream(config, how))
-        .chain(create_bucket(config, how.replicas));
+        .chain([create_bucket(config, how.replicas)]);
     for (subject, body) in requests {
         // what is asked for is JSON, and JSON of ours has no single quote
         let body = String::from_utf8_lossy(&body);

@@ -196,9 +196,7 @@ fn bucket(
     how: &Setup,
     report: &mut Report,
 ) -> Result<(), Error> {
-    let Some(request) = create_bucket(config, how.replicas) else {
-        return Ok(());
-    };
+    let request = create_bucket(config, how.replicas);
     let what = format!("checkpoint bucket {}", config.checkpoint);
     let outcome = match bus.stream(&format!("KV_{}", config.checkpoint))? {
         None => {

@@ -185,8 +185,7 @@ pub fn park_stream(how: &Setup) -> String {
     format!("{}_parked", how.stream)
 }
 
-/// Asks for the bucket of the checkpoint; `None` if there is to be none.
-pub fn create_bucket(config: &Config, replicas: Option<u32>) -> Option<Request> {
-    (!config.checkpoint.is_empty())
-        .then(|| create_bucket_request(&config.checkpoint, replicas.unwrap_or(1)))
+/// Asks for the bucket of the checkpoint.
+pub fn create_bucket(config: &Config, replicas: Option<u32>) -> Request {
+    create_bucket_request(&config.checkpoint, replicas.unwrap_or(1))
 }

@@ -30,14 +30,18 @@ pub(super) fn check_slot(name: &str) -> Result<(), String> {
     }
 }
 
-/// `none`, or a name as ADR-8 has it. Source: the NATS clients' check of bucket names.
+/// A name as ADR-8 has it. Source: the NATS clients' check of bucket names.
 pub(super) fn parse_bucket(name: &str) -> Result<String, String> {
     let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
     match name {
-        "none" => Ok(String::new()),
+        "none" => Err(
+            "is no longer possible: exactly-once delivery needs the checkpoint; allow the user what `jetstream-outbox setup \
+             --print-nats` lists, or pass -delivery at-least-once"
+                .to_string(),
+        ),
         _ if !name.is_empty() && name.bytes().all(legal) => Ok(name.to_string()),
         _ => Err(
-            "is not a bucket's name: letters, digits, underscores and dashes, or none".to_string(),
+            "is not a bucket's name: letters, digits, underscores and dashes".to_string(),
         ),
     }
 }

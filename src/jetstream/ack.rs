@@ -93,7 +93,8 @@ impl ApiError {
                     .next()
                     .and_then(|word| word.parse().ok()),
             ),
-            10164 => AckErrorKind::WrongLastSequence(None),
+            // the last one: another message has taken the sequence of the one before
+            10164 | 10070 => AckErrorKind::WrongLastSequence(None),
             10158 => AckErrorKind::DuplicateInProcess,
             10054 | 10097 => AckErrorKind::MessageTooLarge,
             10165 | 10189..=10192 | 10203 | 10212 | 10223 => AckErrorKind::BadHeader,
@@ -484,6 +485,7 @@ mod tests {
                 WrongLastSequence(None),
             ),
             (400, 10164, "wrong last sequence", WrongLastSequence(None)),
+            (400, 10070, "wrong last msg ID: x", WrongLastSequence(None)),
             (
                 409,
                 10158,

@@ -9,7 +9,7 @@ use super::checkpoint::store::{ANYTHING, Overtaken, Store};
 use super::core::capacity::Capacity;
 use super::core::evidence::Message;
 use super::core::exactly_once::{Connection, ExactlyOnce};
-use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts};
+use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts, forget_left};
 use super::error::Error;
 use super::repeated::Repeated;
 use super::stop::Stop;
@@ -168,7 +168,10 @@ impl Connector<'_> {
                     self.check_system(&found)?;
                 }
                 let (mut cuts, is_matured) = store.cuts(Instant::now());
-                forget_left(&mut cuts, is_matured, &found);
+                let routed = found.infos.get(..found.routed).unwrap_or_default();
+                forget_left(&mut cuts, is_matured, |name| {
+                    routed.iter().any(|info| info.config.name == name)
+                });
                 (cuts, is_matured, confirmed_lsn)
             }
         };
@@ -400,24 +403,6 @@ pub fn no_checkpoint(bucket: &str, error: kv::Error) -> Error {
             bucket: bucket.into(),
             reason,
         },
-    }
-}
-
-/// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured.
-fn forget_left(cuts: &mut [Cut], is_matured: bool, found: &Found) {
-    let routed = found.infos.get(..found.routed).unwrap_or_default();
-    let matured = cuts.last().filter(|_| is_matured).cloned();
-    let Some(matured) = matured else {
-        return;
-    };
-    let have_matured: Vec<&str> = (matured.streams.iter())
-        .filter(|it| routed.iter().all(|info| info.config.name != it.name))
-        .filter(|it| cuts.iter().all(|cut| cut.stream(&it.name) == Some(it)))
-        .map(|it| it.name.as_str())
-        .collect();
-    for cut in cuts {
-        cut.streams
-            .retain(|it| !have_matured.contains(&it.name.as_str()));
     }
 }
 

@@ -626,7 +626,7 @@ impl<'a> Publisher<'a> {
             Ok(()) => return Ok(()),
             Err(Trouble::Reconnect(cause)) => {
                 let kind = match cause {
-                    Cause::OtherAnswer { .. } => ReconnectCause::OtherAck,
+                    Cause::OtherAnswer { .. } | Cause::Elsewhere { .. } => ReconnectCause::OtherAck,
                     Cause::Refused(_) => ReconnectCause::Refused,
                     Cause::AckTimeout => ReconnectCause::AckTimeout,
                     Cause::NoStream(_) => ReconnectCause::NoStream,

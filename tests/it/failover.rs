@@ -162,7 +162,7 @@ impl Pair {
         let mut halted = self.relay(&[]);
         assert_eq!(halted.wait_exit(DEADLINE), 78);
         let last = halted.log().pop().expect("it says why");
-        assert!(last.contains("made anew"), "{last}");
+        assert!(last.contains("re-created"), "{last}");
         self.relay(&["--resume-anyway"])
     }
 

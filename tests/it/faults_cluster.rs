@@ -63,7 +63,7 @@ fn a_message_of_another_in_the_middle_of_a_window_of_a_replicated_stream_loses_n
         let (bodies, log) = another_in_the_window(&cluster.nodes[0], killed);
         let late = bodies.iter().zip(1..).take_while(|(body, n)| *body != n);
         assert!(late.count() > 0, "the window passed the refused event");
-        let warned = log.iter().any(|line| line.contains("behind later ones"));
+        let warned = log.iter().any(|line| line.contains("after later ones"));
         assert!(warned, "{}", log.join("\n"));
         let mut client = cluster.nodes[0].client();
         client.api(&format!("STREAM.DELETE.{NAME}"), &Value::Null);

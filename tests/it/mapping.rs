@@ -12,10 +12,11 @@ const TABLE: &str = "CREATE TABLE outbox (
     type text, tenant text, traceparent text, tracestate text, headers jsonb, ttl text)";
 
 /// The headers that no writer has put there.
-const OWN: [&str; 4] = [
+const OWN: [&str; 5] = [
     "Nats-Msg-Id",
     "Nats-Expected-Last-Sequence",
     "Nats-Expected-Last-Msg-Id",
+    "Nats-Expected-Stream",
     "Outbox-Position",
 ];
 

@@ -358,7 +358,7 @@ fn a_parked_event_is_found_where_it_is_the_last_of_the_stream() {
         insert(&rig, "'1'", "'a'", "'x'");
         insert(&rig, "'2'", "NULL", "'x'");
         for _ in 0..3 {
-            let log = rig.drain(&[&PARK[..], &["--checkpoint=none"]].concat());
+            let log = rig.drain(&PARK);
             let again = "connecting to NATS again";
             assert!(
                 !log.iter().any(|line| line.contains(again)),

@@ -33,7 +33,7 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
             .expect("insert");
     }
     // the checkpoint has subjects of its own
-    rig.drain(&["-checkpoint=none"]);
+    rig.drain(&[]);
 
     let stored = rig.messages();
     assert_eq!(stored.len(), rows.len(), "one message a row");
@@ -49,6 +49,7 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
             names,
             [
                 "Nats-Expected-Last-Sequence",
+                "Nats-Expected-Stream",
                 "Nats-Msg-Id",
                 "Outbox-Position"
             ],

@@ -130,6 +130,12 @@ impl Evidence {
         of_it.map(|found| found.seq).min()
     }
 
+    /// An event after `position` is in the stream.
+    pub fn has_after(&self, position: Position, stream: usize) -> bool {
+        let of_it = self.found.iter().filter(|found| found.stream == stream);
+        of_it.map(|found| found.position).any(|at| at > position)
+    }
+
     /// Nothing is left.
     pub fn is_empty(&self) -> bool {
         self.found.is_empty()

@@ -29,6 +29,9 @@ use std::time::{Duration, Instant};
 /// default hold-back less the default sync interval of nats-server (150 s less 120 s).
 const AGREED_FOR: Duration = Duration::from_secs(30);
 
+/// So many connections in a row that end with an answer from elsewhere are no moved subject.
+const MOST_ELSEWHERE: u32 = 3;
+
 /// A connection that was resumed over.
 #[derive(Debug)]
 pub struct Connection {
@@ -57,6 +60,8 @@ pub struct ExactlyOnce {
     doubt: Doubt,
     /// What was true when the connection was lost.
     cut_at_disconnect: Option<Cut>,
+    /// So many connections in a row ended with an answer from elsewhere.
+    elsewhere: u32,
     is_quiescent: bool,
     tally: Tally,
 }
@@ -137,6 +142,7 @@ impl ExactlyOnce {
             gate: Gate::default(),
             doubt: Doubt::new(resumed.anchor.position, resumed.quiescent, wal_end),
             cut_at_disconnect: None,
+            elsewhere: 0,
             is_quiescent: false,
             tally: Tally::default(),
         };
@@ -245,7 +251,7 @@ impl ExactlyOnce {
         let mut streams = connected.streams.iter_mut().enumerate();
         let (index, stream) =
             streams.find(|(_, stream)| stream.fence.is_broken() && stream.fence.waiting() == 0)?;
-        let (known, end) = (stream.fence.known(), stream.fence.end());
+        let (known, end) = (stream.fence.known(), stream.gap_end());
         if end > known {
             connected.asked = Some(Asked::Gap(index));
             return Some(Next::Read {
@@ -254,18 +260,17 @@ impl ExactlyOnce {
                 to: end,
             });
         }
-        self.restart(index);
+        self.restart(index, 0);
         self.next_read()
     }
 
-    fn restart(&mut self, index: usize) {
+    fn restart(&mut self, index: usize, found: u64) {
         let stream = self
             .connection
             .as_mut()
             .and_then(|it| it.streams.get_mut(index));
         if let Some(stream) = stream {
-            stream.fence.restart();
-            stream.previous = None;
+            stream.restart(found);
             self.window.on_refused(index);
         }
     }
@@ -338,8 +343,8 @@ impl ExactlyOnce {
                     }));
                 }
                 Verdict::NotSent(found) => {
-                    let mut out = self.window.out();
-                    let has_come = out.any(|it| it.event.position() == found.position);
+                    let mut events = self.window.events();
+                    let has_come = events.any(|it| it.event.position() == found.position);
                     if !has_come && !self.continuity.is_lenient() {
                         return Err(Trouble::Halt(Halt::NotSent {
                             stream: name(&connected.streams, found.stream),
@@ -419,8 +424,11 @@ impl ExactlyOnce {
             true => None,
             false => stream.previous.replace(event.clone()),
         };
-        let is_late = !connected.evidence.is_empty();
-        let expected_stream = (!stream.is_met && has_room).then(|| stream.name.as_str().into());
+        // whoever reads the stream back stops at what is not late
+        let position = event.position();
+        let is_late = position < stream.acked || connected.evidence.has_after(position, index);
+        stream.names_it &= has_room;
+        let expected_stream = stream.names_it.then(|| stream.name.as_str().into());
         self.tally.late += u64::from(is_late);
         connected.is_parking = event.fate() == Fate::Park;
         self.window.send_at_cursor(index, expected, now);
@@ -459,28 +467,39 @@ impl ExactlyOnce {
             .answer_for(name, (!ack.duplicate).then_some(ack.seq));
         let is_home = origin.stream == stream.name && origin.domain == stream.domain;
         if !is_home || found == AnswerFor::None {
-            return Err(Trouble::Halt(Halt::Elsewhere {
-                stream: stream.name.clone(),
-                answered: origin.to_string(),
-            }));
+            let stream = stream.name.clone();
+            return Err(self.on_elsewhere(stream, origin.to_string()));
         }
+        self.elsewhere = 0;
         if ack.duplicate {
             return self.on_duplicate(index, found, ack.seq).map(|()| None);
         }
         let AnswerFor::One(token) = found else {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         };
-        let Some(State::Sent { expected, .. }) = self.window.get(token).map(|it| it.state) else {
+        let Some(pending) = self.window.get(token) else {
+            return Ok(None);
+        };
+        let State::Sent { expected, .. } = pending.state else {
             return Ok(None);
         };
         if ack.seq != expected + 1 {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         }
-        stream.on_ack(expected);
+        stream.on_ack(expected, pending.event.position());
         self.window.on_stored(token, Some((index, ack.seq)), now);
         self.count(token);
         self.settle();
         Ok(Some(token))
+    }
+
+    /// Another stream has answered. Moved subjects are found out by another connection; only what stays so halts. R5.
+    fn on_elsewhere(&mut self, stream: String, answered: String) -> Trouble {
+        self.elsewhere += 1;
+        match self.elsewhere < MOST_ELSEWHERE {
+            true => Trouble::Reconnect(Cause::Elsewhere { stream, answered }),
+            false => Trouble::Halt(Halt::Elsewhere { stream, answered }),
+        }
     }
 
     fn count(&mut self, token: u64) {
@@ -505,19 +524,17 @@ impl ExactlyOnce {
                     let name = stream.name.clone();
                     return Err(Trouble::Reconnect(Cause::Disagrees(name)));
                 }
-                stream.fence.on_refusal(end);
+                stream.on_refusal(end);
             }
             AckErrorKind::OtherStream => {
-                return Err(Trouble::Halt(Halt::Elsewhere {
-                    stream: stream.name.clone(),
-                    answered: error.to_string(),
-                }));
+                let stream = stream.name.clone();
+                return Err(self.on_elsewhere(stream, error.to_string()));
             }
             kind if kind.is_for_good() => match found {
                 AnswerFor::One(token) => return Err(Trouble::Refused { token, error }),
                 // it is published again, under a name of its own
                 _ => {
-                    stream.fence.on_refusal(None);
+                    stream.on_refusal(None);
                     self.window.name_each();
                 }
             },
@@ -543,7 +560,7 @@ impl ExactlyOnce {
         let connected = self.connection.as_mut();
         if let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) {
             stream.on_duplicate();
-            stream.fence.on_refusal(None);
+            stream.on_refusal(None);
         }
         Ok(())
     }
@@ -571,19 +588,20 @@ impl ExactlyOnce {
 
     /// What came to a stream that refused something: late copies of our own publishes, and foreign messages.
     fn on_gap(&mut self, index: usize, messages: Vec<(u64, Option<Message>)>, now: Instant) {
-        let out: Vec<Position> = (self.window.out())
+        let out: Vec<Position> = (self.window.events())
             .filter(|it| matches!(it.state, State::Resolved(_)))
             .map(|it| it.event.position())
             .collect();
         let Some(connected) = &mut self.connection else {
             return;
         };
-        let mut foreign = 0;
+        let (mut foreign, mut last) = (0, 0);
         for (seq, message) in messages {
             let Some(message) = message else {
                 self.doubt.on_gone(None);
                 continue;
             };
+            last = last.max(seq);
             match message.ours(&self.lineage) {
                 Some(position) => {
                     if position > self.reached.anchor.position && !out.contains(&position) {
@@ -600,7 +618,7 @@ impl ExactlyOnce {
             stream.on_foreign(now, stream.fence.unacknowledged());
             self.tally.foreign += foreign;
         }
-        self.restart(index);
+        self.restart(index, last);
     }
 
     /// What the event under `token` is called a duplicate of. R7.
@@ -716,11 +734,16 @@ impl ExactlyOnce {
 
     /// No event after the anchor has this sequence or a lower one.
     fn read_after(&self, connected: &Connected, index: usize) -> u64 {
-        let out = self.window.out().filter_map(|pending| match pending.state {
-            State::Sent { stream, expected } if stream == index => Some(expected),
-            State::Resolved(Some((stream, seq))) if stream == index => Some(seq.saturating_sub(1)),
-            _ => None,
-        });
+        let out = self
+            .window
+            .events()
+            .filter_map(|pending| match pending.state {
+                State::Sent { stream, expected } if stream == index => Some(expected),
+                State::Resolved(Some((stream, seq))) if stream == index => {
+                    Some(seq.saturating_sub(1))
+                }
+                _ => None,
+            });
         let evidence = connected
             .evidence
             .lowest_seq(index)

@@ -137,13 +137,14 @@ impl Fence {
         self.end
     }
 
-    /// Every publish is answered, and the stream was read up to its end: from there on it can be predicted again.
-    pub fn restart(&mut self) {
+    /// Every publish is answered, and the stream was read up to `end`: from there on it can be predicted again.
+    pub fn restart(&mut self, end: u64) {
         assert_eq!(self.waiting, 0, "an answer is due");
         self.sent.clear();
         self.refused = 0;
-        self.known = self.end;
-        self.predicted = self.end;
+        self.known = end;
+        self.end = end;
+        self.predicted = end;
     }
 }
 
@@ -184,7 +185,7 @@ mod tests {
         fence.on_ack(10);
         fence.on_ack(11);
         assert_eq!((fence.waiting(), fence.known(), fence.end()), (0, 12, 14));
-        fence.restart();
+        fence.restart(14);
         assert!(!fence.is_broken());
         assert_eq!(fence.extend(2), 14);
     }

@@ -181,6 +181,8 @@ pub struct Resume {
     evidence: Evidence,
     has_gone: bool,
     deleted: Vec<u64>,
+    /// Streams that were read back to a message of ours at or before the anchor.
+    read_back: BTreeSet<usize>,
     unfenced: Option<(usize, Position)>,
     foreign: Vec<u64>,
     /// Copies of our messages, by the stream that they come from.
@@ -233,6 +235,7 @@ impl Resume {
             disagreed: Vec::new(),
             evidence: Evidence::default(),
             has_gone: false,
+            read_back: BTreeSet::new(),
             unfenced: None,
             copies: HashMap::new(),
         }
@@ -297,6 +300,7 @@ impl Resume {
     /// Where to go on, once it is done.
     pub fn finish(self) -> Resumed {
         let (anchor, stored_lsn) = self.anchor();
+        let has_gone = self.has_gone || self.has_gone_first();
         let streams = self.facts.streams.iter().enumerate();
         let streams = streams.map(|(index, facts)| StreamCut {
             name: facts.name.clone(),
@@ -312,7 +316,7 @@ impl Resume {
             anchor,
             evidence: self.evidence,
             disagreed: self.disagreed,
-            has_gone: self.has_gone,
+            has_gone,
             deleted: self.deleted,
             unfenced: self.unfenced,
             foreign: self.foreign,
@@ -340,8 +344,12 @@ impl Resume {
             self.disagreed.push(lost);
         }
         match self.disagreed.last() {
+            // from the oldest on, and each stream from its start where it does not agree
+            Some(Lost {
+                how: Disagreement::Recreated,
+                ..
+            }) => self.chosen = self.facts.cuts.len().checked_sub(1),
             Some(lost) if self.facts.oldest_is_matured => match self.facts.accept_loss {
-                // from the oldest on, and each stream from its start where it does not agree
                 true => self.chosen = self.facts.cuts.len().checked_sub(1),
                 false => return Err(lost.clone()),
             },
@@ -353,13 +361,14 @@ impl Resume {
 
     fn disagreement(&self, cut: usize) -> Option<Lost> {
         let cut = self.facts.cuts.get(cut)?;
-        cut.streams.iter().find_map(|of_cut| {
+        let lost = cut.streams.iter().filter_map(|of_cut| {
             let how = self.disagrees(of_cut)?;
             Some(Lost {
                 stream: of_cut.name.clone(),
                 how,
             })
-        })
+        });
+        lost.min_by_key(|lost| lost.how == Disagreement::Recreated)
     }
 
     fn disagrees(&self, of_cut: &StreamCut) -> Option<Disagreement> {
@@ -376,7 +385,7 @@ impl Resume {
         if !self.is_same(index, of_cut) {
             return match stream.is_routed {
                 false => None,
-                true if self.witness(index, of_cut).is_none() => Some(Disagreement::Recreated),
+                true if stream.created != of_cut.created => Some(Disagreement::Recreated),
                 true => Some(Disagreement::Refilled {
                     seq: of_cut.witness.as_ref().map_or(0, |witness| witness.seq),
                 }),
@@ -436,6 +445,19 @@ impl Resume {
         agrees.then_some(of_cut)
     }
 
+    /// Messages before the first one that is still there may have been events after the anchor.
+    fn has_gone_first(&self) -> bool {
+        let mut streams = self.facts.streams.iter().enumerate();
+        streams.any(|(index, stream)| {
+            let read_after = match self.trusted(index) {
+                Some(of_cut) => of_cut.read_after,
+                None if self.read_back.contains(&index) => return false,
+                None => 0,
+            };
+            read_after < stream.last_seq && read_after + 1 < stream.first_seq
+        })
+    }
+
     /// What is to be read for evidence. R4.
     fn stretches(&self) -> Vec<Stretch> {
         let streams = self.facts.streams.iter().enumerate();
@@ -458,7 +480,7 @@ impl Resume {
                 let deleted = self.deleted.get_mut(stream);
                 deleted.into_iter().for_each(|it| *it += 1);
             } else {
-                self.has_gone |= self.trusted(stream).is_some() || self.cut().is_none();
+                self.has_gone = true;
             }
             return;
         };
@@ -473,6 +495,7 @@ impl Resume {
                 && let Phase::Messages(stretches) = &mut self.phase
             {
                 stretches.retain(|it| it.stream != stream || !it.backwards);
+                self.read_back.insert(stream);
             }
             return;
         }
@@ -496,6 +519,19 @@ impl Resume {
         if let Some(foreign) = self.foreign.get_mut(stream) {
             *foreign += 1;
         }
+    }
+}
+
+/// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured.
+pub fn forget_left(cuts: &mut [Cut], is_matured: bool, is_routed: impl Fn(&str) -> bool) {
+    let Some(matured) = cuts.last().filter(|_| is_matured).cloned() else {
+        return;
+    };
+    let left = matured.streams.iter().filter(|it| !is_routed(&it.name));
+    let left = left.filter(|it| cuts.iter().all(|cut| cut.stream(&it.name) == Some(it)));
+    let left: Vec<&str> = left.map(|it| it.name.as_str()).collect();
+    for cut in cuts {
+        cut.streams.retain(|it| !left.contains(&it.name.as_str()));
     }
 }
 

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const SHARED_FOR: Duration = Duration::from_secs(60);
 /// The fewest publishes in the pipeline of an unreplicated stream.
 const LEAST_PIPELINE: usize = 8;
+/// So far a stream is read after a refusal that may be another stream's.
+const MOST_UNVOUCHED: u64 = 1_000;
 
 /// What was read of a stream at connect, and what is known from then on.
 #[derive(Debug)]
@@ -35,10 +37,17 @@ pub struct Stream {
     resolved: Option<(u64, Position)>,
     /// Something was acknowledged over this connection, so that the stream is known to be the one that the subject leads to.
     pub is_met: bool,
+    /// Since the last refusal each publish has named the stream, and none is acknowledged: until one is, each does.
+    pub names_it: bool,
+    /// Where the stream ends by a refusal that can only be its own: a publish that names no stream is refused by another one, too,
+    /// once its subject was moved there.
+    vouched_end: u64,
     /// The record names it, so that events may go to it.
     pub is_recorded: bool,
     /// The event that was published last over this connection, while nothing else has come after it.
     pub previous: Option<Event>,
+    /// The last event that was acknowledged over this connection.
+    pub acked: Position,
     /// When a foreign message was last seen.
     pub foreign_at: Option<Instant>,
     pipeline: usize,
@@ -57,8 +66,11 @@ impl Stream {
             recorded: cut.witness,
             resolved: None,
             is_met: false,
+            names_it: true,
+            vouched_end: 0,
             is_recorded: false,
             previous: None,
+            acked: Position::default(),
             foreign_at: None,
             pipeline: usize::MAX,
         }
@@ -76,10 +88,35 @@ impl Stream {
     }
 
     /// A publish is stored.
-    pub fn on_ack(&mut self, expected: u64) {
+    pub fn on_ack(&mut self, expected: u64, position: Position) {
         self.is_met = true;
+        self.names_it = false;
+        self.acked = self.acked.max(position);
         self.fence.on_ack(expected);
         self.pipeline = self.pipeline.saturating_add(1);
+    }
+
+    /// A publish is refused; `end`: the stream that has refused it ends there, for all that it says.
+    pub fn on_refusal(&mut self, end: Option<u64>) {
+        self.fence.on_refusal(end);
+        if let Some(end) = end.filter(|_| self.names_it) {
+            self.vouched_end = self.vouched_end.max(end);
+        }
+    }
+
+    /// Something was refused, and every publish is answered: what is to be read before the fence can restart, up to this
+    /// sequence.
+    pub fn gap_end(&self) -> u64 {
+        let (known, end) = (self.fence.known(), self.fence.end());
+        end.min(self.vouched_end.max(known + MOST_UNVOUCHED))
+    }
+
+    /// It was read up to [`Stream::gap_end`]; `found`: the last message that was there.
+    pub fn restart(&mut self, found: u64) {
+        let end = found.max(self.vouched_end).max(self.fence.known());
+        self.fence.restart(end);
+        self.previous = None;
+        self.names_it = true;
     }
 
     /// Foreign messages came after ours: on an unreplicated stream, what is on its way after a refused publish is sent in vain, so

@@ -38,6 +38,13 @@ pub enum Cause {
     AckTimeout,
     /// No stream captures this subject.
     NoStream(String),
+    /// Another stream has answered. The subject may have been moved since the routes were read: if it happens again, it was not.
+    Elsewhere {
+        /// The stream that captured the subject when the routes were read.
+        stream: String,
+        /// The stream that has answered, or what the stream that refused says.
+        answered: String,
+    },
     /// A stream seems to be another one than it was, or to end before what it had acknowledged: a closer look will tell.
     Disagrees(String),
 }
@@ -84,6 +91,10 @@ impl fmt::Display for Cause {
                 f.write_str("JetStream has acknowledged nothing for the ack timeout")
             }
             Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
+            Cause::Elsewhere { stream, answered } => write!(
+                f,
+                "another stream answers than {stream} ({answered}): where the subjects lead is read again"
+            ),
             Cause::Disagrees(stream) => write!(
                 f,
                 "stream {stream} ends before what it had acknowledged, or was created again"

@@ -307,7 +307,8 @@ impl Window {
     /// The connection is gone: what was published over it is to be published or found again, also what was
     /// acknowledged, since the stream may have lost it since.
     pub fn on_disconnect(&mut self) {
-        for entry in self.entries.iter_mut().take(self.cursor) {
+        // also after the cursor: it went back to what one stream has refused, and other streams have later events
+        for entry in &mut self.entries {
             if let Entry::Event(pending) = entry
                 && matches!(pending.state, State::Resolved(Some(_)))
             {
@@ -321,7 +322,7 @@ impl Window {
 
     fn unsend(&mut self, of: impl Fn(usize) -> bool) {
         let mut first = None;
-        for (index, entry) in self.entries.iter_mut().take(self.cursor).enumerate() {
+        for (index, entry) in self.entries.iter_mut().enumerate() {
             if let Entry::Event(pending) = entry
                 && let State::Sent { stream, .. } = pending.state
                 && of(stream)
@@ -334,7 +335,7 @@ impl Window {
         if self.waiting == 0 {
             self.waiting_since = None;
         }
-        if let Some(first) = first {
+        if let Some(first) = first.filter(|first| *first < self.cursor) {
             self.rewind(first);
         }
     }
@@ -380,15 +381,12 @@ impl Window {
             .map(|it| it.time_us)
     }
 
-    /// The events up to the cursor.
-    pub fn out(&self) -> impl Iterator<Item = &Pending> {
-        self.entries
-            .iter()
-            .take(self.cursor)
-            .filter_map(|entry| match entry {
-                Entry::Event(pending) => Some(pending),
-                Entry::Boundary(_) => None,
-            })
+    /// The events.
+    pub fn events(&self) -> impl Iterator<Item = &Pending> {
+        self.entries.iter().filter_map(|entry| match entry {
+            Entry::Event(pending) => Some(pending),
+            Entry::Boundary(_) => None,
+        })
     }
 
     /// Publishes whose answers are due.

@@ -1,0 +1,75 @@
+//! The simulator: the production machines between a model Postgres and a model JetStream, with faults, by seed.
+//!
+//! `SIM_SEEDS=n` and `SIM_FIRST=n` choose other seeds, `SIM_SEED=n` one alone, with its trace.
+
+mod nats;
+mod operator;
+mod postgres;
+mod relay;
+mod world;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use world::Ended;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn run(seed: u64) -> Result<Ended, String> {
+    match catch_unwind(AssertUnwindSafe(|| world::run(seed, false))) {
+        Ok((outcome, _)) => outcome,
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|it| it.to_string()));
+            Err(format!("panicked: {}", text.unwrap_or_default()))
+        }
+    }
+}
+
+/// The beginning of what happened, so that equal failures are counted together.
+fn kind(why: &str) -> String {
+    let words = why.split_whitespace();
+    let words = words.map(|word| match word.contains(|c: char| c.is_ascii_digit()) {
+        true => "#",
+        false => word,
+    });
+    words.take(9).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn every_event_once_and_in_order_whatever_fails() {
+    if let Some(seed) = number("SIM_SEED") {
+        println!(
+            "{:?}",
+            catch_unwind(|| {
+                let (outcome, trace) = world::run(seed, true);
+                println!("{}\n{outcome:?}", trace.join("\n"));
+            })
+            .is_ok()
+        );
+        return;
+    }
+    let first = number("SIM_FIRST").unwrap_or(0);
+    let seeds = first..first + number("SIM_SEEDS").unwrap_or(2_000);
+    let mut failures: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    let mut ended: BTreeMap<String, u64> = BTreeMap::new();
+    for seed in seeds {
+        match run(seed) {
+            Ok(Ended::AllStored) => *ended.entry("all stored".into()).or_default() += 1,
+            Ok(Ended::Halted(why)) => {
+                *ended.entry(format!("halted: {}", kind(&why))).or_default() += 1
+            }
+            Err(why) => failures.entry(kind(&why)).or_default().push(seed),
+        }
+    }
+    println!("{ended:#?}");
+    for (why, seeds) in &failures {
+        println!(
+            "{:>6} {why}: {:?}",
+            seeds.len(),
+            seeds.iter().take(6).collect::<Vec<_>>()
+        );
+    }
+    assert!(failures.is_empty());
+}

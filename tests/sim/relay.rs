@@ -1,0 +1,768 @@
+//! A relay: the production machines, and around them as little as can be. What is here `relay::connect`, `session` and
+//! `publisher` have in production.
+
+use crate::nats::{Answer, Flight};
+use crate::postgres::{PARK_SUBJECT, PARKED, SLOT, end_of, push, subject};
+use crate::world::{Env, trace};
+use jetstream_outbox::jetstream::Delivery;
+use jetstream_outbox::jetstream::ack::{AckError, PubAck};
+use jetstream_outbox::jetstream::streams::Routes;
+use jetstream_outbox::outbox::batch::{Batch, Change};
+use jetstream_outbox::outbox::lineage::Lineage;
+use jetstream_outbox::outbox::park;
+use jetstream_outbox::postgres::Lsn;
+use jetstream_outbox::relay::checkpoint::record::{Cut, StreamCut};
+use jetstream_outbox::relay::checkpoint::store::{Identity, Overtaken, Store, Write};
+use jetstream_outbox::relay::core::capacity::Capacity;
+use jetstream_outbox::relay::core::continuity::Continuity;
+use jetstream_outbox::relay::core::evidence::Message;
+use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce};
+use jetstream_outbox::relay::core::resume::{
+    Answer as Found, Facts, Read, Resume, StreamFacts, forget_left,
+};
+use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
+use jetstream_outbox::relay::core::window::Limits;
+use jetstream_outbox::relay::core::{Core, Next};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The hold-back's default.
+pub const HOLD_BACK: Duration = Duration::from_secs(150);
+const ACK_TIMEOUT: Duration = Duration::from_secs(10);
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// The largest message.
+const MAX_PAYLOAD: usize = 2000;
+const CHANNEL_BATCHES: usize = 4;
+
+/// Why a relay does not go on as it is.
+#[derive(Debug)]
+pub enum End {
+    /// The connection to NATS is over.
+    Connection(String),
+    /// The session is over.
+    Session(String),
+    /// The relay stops.
+    Halt(String),
+    /// A promise is broken.
+    Broken(String),
+}
+
+/// What is connected so far.
+#[derive(Debug)]
+enum Stage {
+    Down,
+    /// The key was read.
+    Streams,
+    Reading(Box<Reading>),
+    Claiming(u64, Instant),
+    Up,
+}
+
+#[derive(Debug)]
+struct Reading {
+    resume: Resume,
+    connection: Unresumed,
+}
+
+#[derive(Debug)]
+struct Unresumed {
+    streams: Vec<StreamFacts>,
+    routed: Vec<usize>,
+    capacity: Capacity,
+    missing: Vec<StreamCut>,
+}
+
+/// One copy stream.
+struct Session {
+    lineage: Lineage,
+    confirmed: Lsn,
+    wal_end: Lsn,
+    epoch: u64,
+    core: Option<Core>,
+    is_streaming: bool,
+    /// The next transaction of the WAL, and the next event of it.
+    next: (usize, usize),
+    received: Lsn,
+    flush: Lsn,
+    channel: VecDeque<Arc<Batch>>,
+}
+
+/// A process, and the connections it has.
+pub struct Relay {
+    pub name: u64,
+    store: Store,
+    session: Option<Session>,
+    stage: Stage,
+    retry_at: Instant,
+    next_look: Instant,
+    /// On their way to the server.
+    pub out: VecDeque<Flight>,
+    pub writes: VecDeque<Write>,
+    looks: VecDeque<(usize, String)>,
+    /// On their way back.
+    pub answers: VecDeque<(u64, Answer)>,
+    pub written: VecDeque<(u64, Result<PubAck, AckError>)>,
+    /// It was frozen and revived; its Postgres session is another's by now.
+    pub zombie_since: Option<Instant>,
+}
+
+impl Relay {
+    pub fn new(name: u64, now: Instant) -> Relay {
+        let identity = Identity {
+            bucket: "bucket".into(),
+            slot: SLOT.into(),
+            writer: format!("relay-{name}"),
+            fingerprint: String::new(),
+            delivery: Delivery::ExactlyOnce,
+        };
+        Relay {
+            name,
+            store: Store::new(identity, HOLD_BACK, now),
+            session: None,
+            stage: Stage::Down,
+            retry_at: now,
+            next_look: now,
+            out: VecDeque::new(),
+            writes: VecDeque::new(),
+            looks: VecDeque::new(),
+            answers: VecDeque::new(),
+            written: VecDeque::new(),
+            zombie_since: None,
+        }
+    }
+
+    pub fn is_up(&self) -> bool {
+        matches!(self.stage, Stage::Up)
+    }
+
+    fn core(&mut self) -> Option<&mut ExactlyOnce> {
+        match self.session.as_mut()?.core.as_mut()? {
+            Core::ExactlyOnce(core) => Some(core),
+            Core::AtLeastOnce(_) => None,
+        }
+    }
+
+    /// Does what there is to do. `Err`: it halts, or a promise is broken.
+    pub fn work(&mut self, env: &mut Env) -> Result<(), End> {
+        let outcome = self.go_on(env);
+        match outcome {
+            Err(end) if self.zombie_since.is_some() && !matches!(end, End::Broken(_)) => {
+                trace!(env, "the zombie relay {} ends: {end:?}", self.name);
+                Err(end)
+            }
+            Err(End::Connection(why)) => {
+                self.disconnect(env, &why);
+                Ok(())
+            }
+            Err(End::Session(why)) => {
+                self.end_session(env, &why);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// The connection to NATS is gone.
+    pub fn disconnect(&mut self, env: &mut Env, why: &str) {
+        trace!(env, "relay {}: connection lost: {why}", self.name);
+        if let Some(core) = self.core() {
+            core.on_disconnect();
+        }
+        self.store.on_disconnect();
+        self.stage = Stage::Down;
+        self.retry_at = env.now + Duration::from_millis(env.rng.u64(..1500));
+        self.hang_up(env);
+    }
+
+    /// What was on its way may still arrive.
+    pub fn hang_up(&mut self, env: &mut Env) {
+        env.leave_behind(
+            std::mem::take(&mut self.out),
+            std::mem::take(&mut self.writes),
+        );
+        self.answers.clear();
+        self.written.clear();
+        self.looks.clear();
+    }
+
+    fn end_session(&mut self, env: &mut Env, why: &str) {
+        trace!(env, "relay {}: session ends: {why}", self.name);
+        self.disconnect(env, "session ends");
+        self.session = None;
+    }
+
+    fn go_on(&mut self, env: &mut Env) -> Result<(), End> {
+        let epoch = env.pg_epoch;
+        let is_zombie = self.zombie_since.is_some();
+        if let Some(session) = &self.session
+            && session.epoch != epoch
+            && !is_zombie
+        {
+            return Err(End::Session("Postgres has closed the connection".into()));
+        }
+        match &mut self.stage {
+            Stage::Down if env.now >= self.retry_at => self.read_key(env),
+            Stage::Down => Ok(()),
+            Stage::Streams => self.read_streams(env),
+            Stage::Reading(_) => self.read_messages(env),
+            Stage::Claiming(..) => self.on_claim(env),
+            Stage::Up => self.publish(env),
+        }
+    }
+
+    // connecting
+
+    fn read_key(&mut self, env: &mut Env) -> Result<(), End> {
+        if self.session.is_none() {
+            self.session = Some(Session {
+                lineage: env.pg.lineage(),
+                confirmed: env.pg.confirmed,
+                wal_end: env.pg.wal_end,
+                epoch: env.pg_epoch,
+                core: None,
+                is_streaming: false,
+                next: (0, 0),
+                received: Lsn::INVALID,
+                flush: Lsn::INVALID,
+                channel: VecDeque::new(),
+            });
+        }
+        if env.is_key_down() {
+            return Err(End::Connection("the bucket does not answer".into()));
+        }
+        let Some(session) = &self.session else {
+            return Ok(());
+        };
+        let value = env.key.read(env.begun, env.now);
+        let read = self.store.on_read(value, &session.lineage, env.now);
+        let read = read.map_err(|conflict| End::Halt(format!("conflict: {conflict:?}")))?;
+        if let Err(Overtaken) = read {
+            self.store.start_over();
+            if session.core.is_some() {
+                return Err(End::Session("another relay has written the record".into()));
+            }
+        }
+        if session.core.is_none()
+            && let Some(record) = self.store.held()
+            && session.confirmed > record.told_lsn
+        {
+            return Err(End::Halt(format!(
+                "slot moved: confirmed {}, told {}",
+                session.confirmed, record.told_lsn
+            )));
+        }
+        self.stage = Stage::Streams;
+        Ok(())
+    }
+
+    fn read_streams(&mut self, env: &mut Env) -> Result<(), End> {
+        let own_cut = self.core().map(|core| core.on_disconnect());
+        let Some(session) = &self.session else {
+            return Ok(());
+        };
+        let routed: Vec<_> = env
+            .streams
+            .iter()
+            .filter(|it| !it.topics.is_empty())
+            .collect();
+        let mut streams: Vec<StreamFacts> = routed.iter().map(|it| it.facts()).collect();
+        let infos: Vec<_> = routed.iter().map(|it| it.info()).collect();
+        let (cuts, oldest_is_matured) = match own_cut {
+            Some(cut) => (vec![cut], true),
+            None => {
+                let (mut cuts, is_matured) = self.store.cuts(env.now);
+                forget_left(&mut cuts, is_matured, |name| {
+                    streams.iter().any(|it| it.name == name)
+                });
+                (cuts, is_matured)
+            }
+        };
+        let maybe_unfenced = session.core.is_none() && self.store.held().is_none();
+        let routed = (0..streams.len()).collect();
+        let mut missing: Vec<StreamCut> = Vec::new();
+        for named in cuts.iter().flat_map(|cut| &cut.streams) {
+            if streams.iter().any(|it| it.name == named.name)
+                || missing.iter().any(|it| it.name == named.name)
+            {
+                continue;
+            }
+            match env.streams.iter().find(|it| it.name == named.name) {
+                Some(stream) => streams.push(stream.facts()),
+                None => missing.push(named.clone()),
+            }
+        }
+        let facts = Facts {
+            lineage: session.lineage.clone(),
+            oldest_is_matured,
+            maybe_unfenced,
+            cuts,
+            confirmed_lsn: session.confirmed,
+            streams: streams.clone(),
+            accept_loss: false,
+        };
+        let connection = Unresumed {
+            streams,
+            routed,
+            capacity: Capacity {
+                routes: Routes::new(&infos),
+                max_payload: MAX_PAYLOAD,
+                position_source_len: session.lineage.source.to_string().len(),
+                puts_aside: true,
+            },
+            missing,
+        };
+        self.stage = Stage::Reading(Box::new(Reading {
+            resume: Resume::new(facts),
+            connection,
+        }));
+        Ok(())
+    }
+
+    fn read_messages(&mut self, env: &mut Env) -> Result<(), End> {
+        let at_once = env.rng.usize(1..200);
+        let Stage::Reading(reading) = &mut self.stage else {
+            return Ok(());
+        };
+        let mut reads = Vec::new();
+        while reads.len() < at_once {
+            match reading.resume.next() {
+                Ok(Some(read)) => reads.push(read),
+                Ok(None) => break,
+                Err(lost) => {
+                    let is_within = self.session.as_ref().is_some_and(|it| it.core.is_some());
+                    return Err(match is_within {
+                        true => End::Session(format!("{lost}")),
+                        false => End::Halt(format!("lost: {lost}")),
+                    });
+                }
+            }
+        }
+        if reads.is_empty() {
+            return self.claim(env);
+        }
+        env.rng.shuffle(&mut reads);
+        for read in reads {
+            let answer = match &read {
+                Read::Message(index, seq) => {
+                    let name = reading
+                        .connection
+                        .streams
+                        .get(*index)
+                        .map(|it| it.name.as_str());
+                    Found::Message(env.message(name.unwrap_or_default(), *seq)?)
+                }
+                Read::Exists(name) => Found::Exists(env.streams.iter().any(|it| it.name == *name)),
+            };
+            reading.resume.on_read(&read, answer);
+        }
+        Ok(())
+    }
+
+    fn claim(&mut self, env: &mut Env) -> Result<(), End> {
+        let stage = std::mem::replace(&mut self.stage, Stage::Down);
+        let (Stage::Reading(reading), Some(session)) = (stage, &mut self.session) else {
+            return Ok(());
+        };
+        let Reading { resume, connection } = *reading;
+        assert!(resume.is_done());
+        let resumed = resume.finish();
+        trace!(
+            env,
+            "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {}, unfenced {:?}",
+            self.name,
+            resumed.cut,
+            resumed.disagreed,
+            resumed.anchor,
+            resumed.stored_lsn,
+            resumed.evidence,
+            resumed.has_gone,
+            resumed.unfenced
+        );
+        if let Some(unfenced) = resumed.unfenced {
+            return Err(End::Halt(format!("unfenced: {unfenced:?}")));
+        }
+        let fell_back = session.core.is_none() && resumed.cut != Some(0);
+        let connection = Connection {
+            resumed,
+            streams: connection.streams,
+            routed: connection.routed,
+            capacity: connection.capacity,
+            missing: connection.missing,
+        };
+        match &mut session.core {
+            Some(Core::ExactlyOnce(core)) => core.resume(connection, env.now),
+            Some(Core::AtLeastOnce(_)) => unreachable!("exactly-once"),
+            None => {
+                let anchor = &connection.resumed.anchor;
+                let continuity = Continuity::new(anchor, session.confirmed, session.wal_end, false);
+                let continuity = continuity.map_err(|broken| End::Halt(format!("{broken:?}")))?;
+                let limits = Limits {
+                    inflight: env.rng.usize(1..12),
+                    inflight_bytes: 1 << 20,
+                    replies: env.rng.u64(1..6),
+                    ack_timeout: ACK_TIMEOUT,
+                };
+                let lineage = session.lineage.clone();
+                let core = ExactlyOnce::start(
+                    lineage,
+                    limits,
+                    continuity,
+                    connection,
+                    session.wal_end,
+                    env.now,
+                );
+                session.core = Some(Core::ExactlyOnce(Box::new(core)));
+            }
+        }
+        let confirmed = session.confirmed.max(session.flush);
+        let Some(Core::ExactlyOnce(core)) = &mut session.core else {
+            return Ok(());
+        };
+        let write = self
+            .store
+            .claim(core.cut_to_record(), fell_back, confirmed, env.now);
+        self.stage = Stage::Claiming(write.number, env.now);
+        self.writes.push_back(write);
+        Ok(())
+    }
+
+    fn on_claim(&mut self, env: &mut Env) -> Result<(), End> {
+        let Stage::Claiming(number, sent) = self.stage else {
+            return Ok(());
+        };
+        let Some((answered, answer)) = self.written.pop_front() else {
+            return match env.now > sent + ACK_TIMEOUT {
+                true => Err(End::Connection("the claim is not answered".into())),
+                false => Ok(()),
+            };
+        };
+        if answered != number {
+            return Ok(());
+        }
+        match self.store.on_written(number, answer, env.now) {
+            Ok(true) => {}
+            Ok(false) => return Err(End::Connection("the claim is not written".into())),
+            Err(Overtaken) => return Err(End::Connection("the claim is refused".into())),
+        }
+        let now = env.now;
+        if let Some(core) = self.core() {
+            core.on_recorded(now);
+        }
+        self.stage = Stage::Up;
+        self.next_look = env.now + LOOK_INTERVAL;
+        let Some(session) = self.session.as_mut().filter(|it| !it.is_streaming) else {
+            return Ok(());
+        };
+        if let Some(Core::ExactlyOnce(core)) = &session.core {
+            session.is_streaming = true;
+            session.next = (env.pg.first_from(core.start_lsn()), 0);
+            trace!(
+                env,
+                "relay {}: streams from {}, confirmed {}",
+                self.name,
+                core.start_lsn(),
+                env.pg.confirmed
+            );
+        }
+        Ok(())
+    }
+
+    /// The walsender and the reader: some changes of the copy stream come as a batch.
+    pub fn receive(&mut self, env: &mut Env) {
+        let epoch = env.pg_epoch;
+        let is_zombie = self.zombie_since.is_some();
+        let Some(session) = self.session.as_mut() else {
+            return;
+        };
+        let is_alive = session.is_streaming && session.epoch == epoch && !is_zombie;
+        if !is_alive || session.channel.len() >= CHANNEL_BATCHES {
+            return;
+        }
+        let mut batch = Batch::default();
+        let mut events = env.rng.usize(1..8);
+        while let Some(transaction) = env.pg.transactions.get(session.next.0).cloned() {
+            let (first, rest) = (session.next.1, transaction.events.len() - session.next.1);
+            let taken = rest.min(events);
+            for event in transaction.events.iter().skip(first).take(taken) {
+                push(&mut batch, event);
+            }
+            events -= taken;
+            if taken < rest {
+                session.next.1 += taken;
+                batch.push(Change::Open {
+                    commit_lsn: transaction.commit_lsn,
+                    commit_time_us: transaction.time_us,
+                });
+                break;
+            }
+            session.next = (session.next.0 + 1, 0);
+            session.received = session.received.max(transaction.end_lsn);
+            match transaction.events.is_empty() {
+                true => batch.push_boundary(transaction.end_lsn),
+                false => batch.push(end_of(&transaction)),
+            }
+            if events == 0 {
+                break;
+            }
+        }
+        if session.next.0 == env.pg.transactions.len() && env.rng.bool() {
+            session.received = session.received.max(env.pg.wal_end);
+            batch.push_boundary(env.pg.wal_end);
+        }
+        if !batch.is_empty() {
+            session.channel.push_back(Arc::new(batch));
+        }
+    }
+
+    // publishing
+
+    fn publish(&mut self, env: &mut Env) -> Result<(), End> {
+        for _ in 0..env.rng.usize(..8) {
+            if let Some((reply, answer)) = self.answers.pop_front() {
+                self.on_answer(env, reply, answer)?;
+            }
+        }
+        self.on_written(env)?;
+        self.on_looks(env)?;
+        let now = env.now;
+        let Some(session) = &mut self.session else {
+            return Ok(());
+        };
+        let Some(core) = &mut session.core else {
+            return Ok(());
+        };
+        let mut outcome = core.tick(now);
+        while outcome.is_ok()
+            && core.wants_batch()
+            && let Some(batch) = session.channel.pop_front()
+        {
+            outcome = core.offer(&batch);
+        }
+        if let Err(trouble) = outcome {
+            return self.on_trouble(env, trouble);
+        }
+        if let Err(trouble) = self.next(env)? {
+            return self.on_trouble(env, trouble);
+        }
+        self.record(env, false);
+        self.look(env);
+        self.confirm(env)
+    }
+
+    fn on_answer(&mut self, env: &mut Env, reply: u64, answer: Answer) -> Result<(), End> {
+        let now = env.now;
+        let Some(core) = self.core() else {
+            return Ok(());
+        };
+        match core.answer(reply, answer, now) {
+            Ok(_) => Ok(()),
+            Err(trouble) => self.on_trouble(env, trouble),
+        }
+    }
+
+    fn next(&mut self, env: &mut Env) -> Result<Result<(), Trouble>, End> {
+        let now = env.now;
+        let Some(session) = &mut self.session else {
+            return Ok(Ok(()));
+        };
+        let Some(core) = &mut session.core else {
+            return Ok(Ok(()));
+        };
+        loop {
+            match core.next(now) {
+                Ok(Next::Publish(publish)) => {
+                    let event = publish.event.view();
+                    let uid = std::str::from_utf8(event.body).ok();
+                    let uid = uid.and_then(|body| body.split(' ').next()?.parse().ok());
+                    let topic = (0..=PARKED).find(|topic| subject(*topic) == event.subject);
+                    let flight = Flight {
+                        uid: uid.ok_or_else(|| End::Broken("an event without its body".into()))?,
+                        topic: topic.ok_or_else(|| End::Broken("another subject".into()))?,
+                        reply: publish.reply,
+                        id: event.id.into(),
+                        position: session.lineage.at(event.position),
+                        expected: publish.expected_last_sequence,
+                        expected_last: publish.expected_last.map(|last| last.id().into()),
+                        expected_stream: publish.expected_stream.map(|name| name.to_string()),
+                        is_late: publish.is_late,
+                        sent: now,
+                    };
+                    trace!(
+                        env,
+                        "relay {}: publishes {} {} to {} at {:?}{}",
+                        self.name,
+                        flight.id,
+                        event.position,
+                        event.subject,
+                        flight.expected,
+                        if flight.is_late { ", late" } else { "" }
+                    );
+                    self.out.push_back(flight);
+                }
+                Ok(Next::Read { stream, from, to }) => {
+                    let read = |seq| Ok((seq, env.message(&stream, seq)?));
+                    let messages: Result<Vec<(u64, Option<Message>)>, End> =
+                        (from..=to).map(read).collect();
+                    let messages = messages?;
+                    trace!(
+                        env,
+                        "relay {}: reads {stream} from {from} to {to}: {}",
+                        self.name,
+                        crate::world::list(&messages)
+                    );
+                    let Core::ExactlyOnce(core) = core else {
+                        return Ok(Ok(()));
+                    };
+                    match core.on_read(messages, now) {
+                        Ok(Some((id, message))) => {
+                            trace!(env, "relay {}: drops {id}: {message:?}", self.name);
+                            env.on_dropped(&id)?;
+                        }
+                        Ok(None) => {}
+                        Err(trouble) => return Ok(Err(trouble)),
+                    }
+                }
+                Ok(Next::TooLarge { token, .. }) => {
+                    let event = core.event(token);
+                    let event = event.ok_or_else(|| End::Broken("no such event".into()))?;
+                    let parked =
+                        park::parked(&event, PARK_SUBJECT, "too large", core.room(PARK_SUBJECT));
+                    core.replace(token, parked);
+                }
+                Ok(Next::Nothing) => return Ok(Ok(())),
+                Err(trouble) => return Ok(Err(trouble)),
+            }
+        }
+    }
+
+    fn on_trouble(&mut self, env: &mut Env, trouble: Trouble) -> Result<(), End> {
+        match trouble {
+            Trouble::Reconnect(cause) => {
+                if let Cause::Disagrees(_) = cause {
+                    trace!(env, "relay {}: {cause}", self.name);
+                }
+                Err(End::Connection(cause.to_string()))
+            }
+            Trouble::Refused { token, error } => {
+                let Some(core) = self.session.as_mut().and_then(|it| it.core.as_mut()) else {
+                    return Ok(());
+                };
+                let event = core.event(token);
+                let event = event.ok_or_else(|| End::Broken("no such event".into()))?;
+                let parked = park::parked(&event, PARK_SUBJECT, "refused", core.room(PARK_SUBJECT));
+                // before an event changes its subject, connect again
+                core.on_disconnect();
+                core.replace(token, parked);
+                Err(End::Connection(error.to_string()))
+            }
+            Trouble::Halt(halt) => Err(End::Halt(format!("{halt:?}"))),
+            Trouble::OutOfOrder(position) => {
+                Err(End::Broken(format!("out of order at {position}")))
+            }
+        }
+    }
+
+    /// Writes the record if there is news.
+    fn record(&mut self, env: &mut Env, urgent: bool) {
+        let now = env.now;
+        let Some(Core::ExactlyOnce(core)) = self.session.as_mut().and_then(|it| it.core.as_mut())
+        else {
+            return;
+        };
+        let urgent = urgent || core.wants_record();
+        if let Some(write) = self.store.write(|| core.cut_to_record(), now, urgent) {
+            self.writes.push_back(write);
+        } else if urgent && self.store.holds(&core.cut()) {
+            core.on_recorded_again(now);
+        }
+    }
+
+    fn on_written(&mut self, env: &mut Env) -> Result<(), End> {
+        while let Some((number, answer)) = self.written.pop_front() {
+            match self.store.on_written(number, answer, env.now) {
+                Ok(true) => {
+                    let now = env.now;
+                    if let Some(core) = self.core() {
+                        core.on_recorded(now);
+                    }
+                }
+                Ok(false) => {}
+                Err(Overtaken) => return Err(End::Connection("a record is refused".into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, env: &mut Env) {
+        if env.now < self.next_look {
+            return;
+        }
+        self.next_look = env.now + LOOK_INTERVAL;
+        let now = env.now;
+        if let Some(core) = self.core() {
+            let looks = core.looks(now);
+            self.looks.extend(looks);
+        }
+    }
+
+    fn on_looks(&mut self, env: &mut Env) -> Result<(), End> {
+        if env.rng.bool() {
+            return Ok(());
+        }
+        while let Some((index, name)) = self.looks.pop_front() {
+            let stream = env.streams.iter().find(|it| it.name == name);
+            let Some(stream) = stream else {
+                return Err(End::Connection(format!("stream {name} is gone")));
+            };
+            let (created, last_seq) = (stream.created.clone(), stream.last_seq);
+            if let Some(core) = self.core()
+                && let Err(trouble) = core.on_look(index, &created, last_seq)
+            {
+                return self.on_trouble(env, trouble);
+            }
+        }
+        Ok(())
+    }
+
+    fn confirm(&mut self, env: &mut Env) -> Result<(), End> {
+        let now = env.now;
+        let is_zombie = self.zombie_since.is_some();
+        let Some(session) = self.session.as_mut().filter(|_| !is_zombie) else {
+            return Ok(());
+        };
+        let Some(Core::ExactlyOnce(core)) = &session.core else {
+            return Ok(());
+        };
+        if !core.may_confirm(now) {
+            return Ok(());
+        }
+        let flush = self.store.matured_lsn(now).min(session.received);
+        if flush > core.stored_lsn() {
+            return Err(End::Broken(format!(
+                "told {flush}, stored is {}",
+                core.stored_lsn()
+            )));
+        }
+        if flush > session.flush {
+            session.flush = flush;
+            env.confirm(flush)?;
+        }
+        Ok(())
+    }
+
+    /// It is stopped: what was published is acknowledged, and the record says so. `false`: not now.
+    pub fn stop(&mut self, env: &mut Env) -> bool {
+        let is_up = self.is_up();
+        match self.core() {
+            Some(core) if is_up && core.window().waiting() == 0 => core.mark_quiescent(),
+            _ => return false,
+        }
+        self.record(env, true);
+        if let Some(write) = self.writes.pop_front() {
+            let answer = env.key.put(&write, env.now);
+            trace!(env, "relay {}: stops in order: {answer:?}", self.name);
+        }
+        true
+    }
+}

@@ -1,0 +1,728 @@
+//! The servers, what is known of every event, and the promises. See `main.rs`.
+
+use crate::nats::{Answer, Flight, Key, Stream, refused};
+use crate::operator::Fault;
+use crate::postgres::{Event, PARKED, Postgres, TOPICS, Transaction};
+use crate::relay::{End, HOLD_BACK, Relay};
+use jetstream_outbox::jetstream::ack::{AckError, Origin, PubAck};
+use jetstream_outbox::outbox::batch::Fate;
+use jetstream_outbox::outbox::position::Position;
+use jetstream_outbox::postgres::Lsn;
+use jetstream_outbox::relay::checkpoint::store::Write;
+use jetstream_outbox::relay::core::evidence::Message;
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A publish or a record that arrives later than this does not arrive at all.
+pub const LATEST: Duration = Duration::from_secs(50);
+
+macro_rules! trace {
+    ($env:expr, $($arg:tt)*) => {
+        if let Some(trace) = &mut $env.trace {
+            trace.push(format!("{:>8.3}s {}", ($env.now - $env.begun).as_secs_f64(), format_args!($($arg)*)))
+        }
+    };
+}
+pub(crate) use trace;
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It is there.
+    There,
+    /// Consumed, purged, deleted: it was there.
+    Gone,
+    /// A crash of the server took it.
+    Lost,
+}
+
+#[derive(Debug)]
+pub struct Copy {
+    /// The stream's serial, and the sequence.
+    pub at: (u64, u64),
+    pub state: State,
+}
+
+/// What became of an event.
+#[derive(Debug)]
+pub struct Story {
+    pub event: Rc<Event>,
+    pub copies: Vec<Copy>,
+    /// Its id was another's.
+    pub dropped: bool,
+    /// It went with the WAL that it was in, or the slot was moved past it.
+    pub given_up: bool,
+}
+
+impl Story {
+    fn is_resolved(&self) -> bool {
+        self.event.fate == Fate::Lose
+            || self.dropped
+            || self.copies.iter().any(|copy| copy.state != State::Lost)
+    }
+}
+
+pub struct Env {
+    pub rng: fastrand::Rng,
+    pub now: Instant,
+    pub begun: Instant,
+    pub is_healed: bool,
+    pub pg: Postgres,
+    /// Which server process it is: another one has no connections of this one.
+    pub pg_epoch: u64,
+    pub streams: Vec<Stream>,
+    pub serial: u64,
+    pub key: Key,
+    pub key_down_until: Instant,
+    /// Of connections that are gone: what may still arrive, in order.
+    late: Vec<VecDeque<Flight>>,
+    late_writes: Vec<Write>,
+    pub stories: HashMap<u64, Story>,
+    by_id: HashMap<String, Vec<u64>>,
+    pub next_uid: u64,
+    /// Why a halt is due, if it is.
+    pub due: Option<&'static str>,
+    /// Events of this topic go elsewhere.
+    pub leaf: Option<usize>,
+    /// When the topic was last moved to another stream.
+    pub moved: [Option<Instant>; TOPICS + 1],
+    /// The record is not what it was.
+    pub key_was_touched: bool,
+    /// A message of ours without a fence is no copy, for all that is known.
+    pub has_bare_copies: bool,
+    pub trace: Option<Vec<String>>,
+}
+
+pub fn list(messages: &[(u64, Option<Message>)]) -> String {
+    let one = |(seq, message): &(u64, Option<Message>)| match message {
+        None => format!("{seq} gone"),
+        Some(message) => format!("{seq} {}", message.id.as_deref().unwrap_or("foreign")),
+    };
+    messages.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+impl Env {
+    pub fn is_key_down(&self) -> bool {
+        self.now < self.key_down_until
+    }
+
+    /// One of `n`; never once the faults are over.
+    pub fn one_in(&mut self, n: u32) -> bool {
+        !self.is_healed && self.rng.u32(..n) == 0
+    }
+
+    pub fn message(&self, stream: &str, seq: u64) -> Result<Option<Message>, End> {
+        let found = self.streams.iter().find(|it| it.name == stream);
+        let found = found.ok_or_else(|| End::Connection(format!("stream {stream} is gone")))?;
+        Ok(found.messages.get(&seq).map(|it| it.message.clone()))
+    }
+
+    pub fn commit(&mut self, gap: u64, events: Vec<Event>) {
+        let time_us = (self.now - self.begun).as_micros() as i64 + self.rng.i64(1..1_000_000);
+        let transaction = self.pg.commit(gap, time_us, events).clone();
+        for event in &transaction.events {
+            self.by_id
+                .entry(event.id.clone())
+                .or_default()
+                .push(event.uid);
+            let story = Story {
+                event: event.clone(),
+                copies: Vec::new(),
+                dropped: false,
+                given_up: false,
+            };
+            self.stories.insert(event.uid, story);
+        }
+        let events = transaction.events.iter();
+        let events: Vec<_> = events
+            .map(|it| {
+                format!(
+                    "{} to {}{}",
+                    it.id,
+                    it.topic,
+                    if it.is_large { " large" } else { "" }
+                )
+            })
+            .collect();
+        trace!(
+            self,
+            "commit {} {events:?}, ends at {}", transaction.commit_lsn, transaction.end_lsn
+        );
+    }
+
+    /// The events of these transactions need not be published any more.
+    pub fn give_up<'a>(&mut self, transactions: impl IntoIterator<Item = &'a Rc<Transaction>>) {
+        for event in transactions.into_iter().flat_map(|it| &it.events) {
+            if let Some(story) = self.stories.get_mut(&event.uid) {
+                story.given_up = true;
+            }
+        }
+    }
+
+    // what a relay leaves behind
+
+    pub fn leave_behind(&mut self, mut out: VecDeque<Flight>, writes: VecDeque<Write>) {
+        if self.is_healed {
+            return;
+        }
+        out.truncate(self.rng.usize(..=out.len()));
+        if !out.is_empty() && self.rng.bool() {
+            self.late.push(out);
+        }
+        for write in writes {
+            if self.rng.bool() {
+                self.late_writes.push(write);
+            }
+        }
+    }
+
+    pub fn forget_late(&mut self, topic: usize) {
+        for flights in &mut self.late {
+            flights.retain(|it| it.topic != topic);
+        }
+    }
+
+    pub fn is_late(&self, topic: usize) -> bool {
+        self.late.iter().flatten().any(|it| it.topic == topic)
+    }
+
+    pub fn deliver_late(&mut self) -> Result<(), End> {
+        let now = self.now;
+        for flights in &mut self.late {
+            flights.retain(|it| now < it.sent + LATEST);
+        }
+        self.late.retain(|flights| !flights.is_empty());
+        if !self.late.is_empty() {
+            let index = self.rng.usize(..self.late.len());
+            if let Some(flight) = self.late[index].pop_front() {
+                let answer = self.arrive(&flight, true)?;
+                trace!(self, "late publish of {}: {answer:?}", flight.id);
+            }
+        }
+        if !self.late_writes.is_empty() && self.rng.bool() {
+            let index = self.rng.usize(..self.late_writes.len());
+            let write = self.late_writes.swap_remove(index);
+            let answer = self.key.put(&write, now);
+            trace!(self, "late record: {answer:?}");
+        }
+        Ok(())
+    }
+
+    // the promises
+
+    /// A publish reaches the server.
+    pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Answer, End> {
+        if self.leaf == Some(flight.topic) {
+            let origin = Origin {
+                stream: "LEAF".into(),
+                domain: "leaf".into(),
+            };
+            let ack = PubAck {
+                seq: flight.expected.unwrap_or(0) + 1,
+                duplicate: false,
+            };
+            return Ok(Ok((ack, Arc::new(origin))));
+        }
+        let now = self.now;
+        let home = self
+            .streams
+            .iter_mut()
+            .find(|it| it.topics.contains(&flight.topic));
+        let Some(stream) = home else {
+            return Ok(Err(AckError::NoResponders));
+        };
+        let origin = Arc::new(Origin {
+            stream: stream.name.clone(),
+            domain: String::new(),
+        });
+        let answer = stream.publish(flight, now);
+        if let Ok(ack) = &answer
+            && !ack.duplicate
+        {
+            let (serial, name) = (stream.serial, stream.name.clone());
+            trace!(self, "stored {} at {} of {name}", flight.id, ack.seq);
+            self.on_stored(flight, (serial, ack.seq), is_late_copy)?;
+        }
+        Ok(answer.map(|ack| (ack, origin)))
+    }
+
+    fn on_stored(
+        &mut self,
+        flight: &Flight,
+        at: (u64, u64),
+        is_late_copy: bool,
+    ) -> Result<(), End> {
+        let broken = |why: String| Err(End::Broken(why));
+        let position = flight.position.position;
+        let Some(story) = self.stories.get_mut(&flight.uid) else {
+            return broken(format!("published what was never committed: {flight:?}"));
+        };
+        let twice = story.copies.iter().find(|copy| copy.state == State::There);
+        if let Some(twice) = twice {
+            return broken(format!(
+                "twice: {} at {at:?}, and at {:?}",
+                flight.id, twice.at
+            ));
+        }
+        let event = story.event.clone();
+        story.copies.push(Copy {
+            at,
+            state: State::There,
+        });
+        if (flight.topic == PARKED) != (event.topic == PARKED || event.is_large) {
+            // refused for good
+            trace!(self, "{} is parked", flight.id);
+        }
+        if !is_late_copy
+            && !self.key_was_touched
+            && let Some(record) = self.key.record()
+            && record.timeline == flight.position.source.timeline
+            && position <= record.young.anchor.position
+            && self.due.is_none()
+        {
+            return broken(format!(
+                "{} at {position} is published, but the record has everything up to {}",
+                flight.id, record.young.anchor.position
+            ));
+        }
+        let lineage = self.pg.lineage();
+        let Some(stream) = self.streams.iter().find(|it| it.serial == at.0) else {
+            return Ok(());
+        };
+        let mut later = stream.messages.range(..at.1).filter(|(_, it)| {
+            it.uid
+                .and_then(|uid| self.stories.get(&uid))
+                .is_some_and(|other| {
+                    let ours = it.message.ours(&lineage);
+                    !other.given_up && ours.is_some_and(|of_it| of_it > position)
+                })
+        });
+        let Some((seq, _)) = later.next() else {
+            return Ok(());
+        };
+        if !flight.is_late && self.due.is_none() {
+            return broken(format!(
+                "{} at {} comes after {seq}, which is later, and is not marked late",
+                flight.id, at.1
+            ));
+        }
+        let was_moved = event.committed <= stream.born
+            || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved);
+        if !stream.is_replicated && !was_moved && self.due.is_none() {
+            return broken(format!(
+                "out of order: {} at {} comes after {seq}, which is later",
+                flight.id, at.1
+            ));
+        }
+        Ok(())
+    }
+
+    /// A message goes.
+    pub fn mark(&mut self, serial: u64, seq: u64, uid: Option<u64>, state: State) {
+        let Some(story) = uid.and_then(|uid| self.stories.get_mut(&uid)) else {
+            return;
+        };
+        for copy in &mut story.copies {
+            if copy.at == (serial, seq) && copy.state == State::There {
+                copy.state = state;
+            }
+        }
+    }
+
+    pub fn on_dropped(&mut self, id: &str) -> Result<(), End> {
+        let uids = self.by_id.get(id).cloned().unwrap_or_default();
+        let reused = uids
+            .iter()
+            .filter_map(|uid| self.stories.get(uid))
+            .any(|it| it.event.reuses_id);
+        if !reused {
+            return Err(End::Broken(format!("dropped {id}, which nobody else has")));
+        }
+        for uid in uids {
+            if let Some(story) = self.stories.get_mut(&uid)
+                && story.event.reuses_id
+            {
+                story.dropped = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_resolved(&self, event: &Event) -> bool {
+        let is_resolved = |uid: &u64| self.stories.get(uid).is_some_and(Story::is_resolved);
+        if is_resolved(&event.uid) || self.stories.get(&event.uid).is_some_and(|it| it.given_up) {
+            return true;
+        }
+        // a restored server has repeated the write: nothing tells the two apart
+        let same = self.by_id.get(&event.id).into_iter().flatten();
+        let mut same = same.filter(|uid| {
+            self.stories
+                .get(uid)
+                .is_some_and(|it| it.event.position == event.position)
+        });
+        same.any(is_resolved)
+            || event.reuses_id
+                && self
+                    .by_id
+                    .get(&event.id)
+                    .into_iter()
+                    .flatten()
+                    .any(is_resolved)
+    }
+
+    /// The relay tells Postgres.
+    pub fn confirm(&mut self, lsn: Lsn) -> Result<(), End> {
+        if lsn <= self.pg.confirmed {
+            return Ok(());
+        }
+        trace!(self, "confirmed {lsn}");
+        if lsn > self.pg.wal_end {
+            return Err(End::Broken(format!(
+                "confirmed {lsn}, the WAL ends at {}",
+                self.pg.wal_end
+            )));
+        }
+        if !self.key_was_touched && self.key.record().is_none_or(|record| record.told_lsn < lsn) {
+            return Err(End::Broken(format!(
+                "confirmed {lsn}, which the record does not tell"
+            )));
+        }
+        let from = self.pg.first_from(Lsn(0));
+        let transactions = self.pg.transactions.iter().skip(from);
+        for transaction in transactions.take_while(|it| it.end_lsn <= lsn) {
+            for event in &transaction.events {
+                if !self.is_resolved(event) {
+                    return Err(End::Broken(format!(
+                        "confirmed {lsn}, but {} at {} is not stored",
+                        event.id, event.position
+                    )));
+                }
+            }
+        }
+        self.pg.confirmed = lsn;
+        if self.rng.bool() {
+            self.pg.persisted = lsn;
+        }
+        Ok(())
+    }
+
+    fn check_all(&self) -> Result<(), String> {
+        for event in self.pg.transactions.iter().flat_map(|it| &it.events) {
+            if !self.is_resolved(event) {
+                return Err(format!(
+                    "lost: {} at {} of topic {}",
+                    event.id, event.position, event.topic
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub struct World {
+    pub env: Env,
+    pub faults: Vec<Fault>,
+    pub relay: Option<Relay>,
+    pub zombies: Vec<Relay>,
+    pub relays: u64,
+    pub snapshot: Option<Postgres>,
+    /// After a restore: what is written again.
+    pub repeats: VecDeque<Rc<Transaction>>,
+    halted: Option<String>,
+}
+
+/// How a run ended that broke no promise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    AllStored,
+    Halted(String),
+}
+
+type Outcome = Result<Ended, String>;
+
+/// Runs one seed; `Err` says which promise was broken.
+pub fn run(seed: u64, traced: bool) -> (Outcome, Vec<String>) {
+    let mut world = World::new(seed, traced);
+    let outcome = world.live();
+    (outcome, world.env.trace.unwrap_or_default())
+}
+
+impl World {
+    fn new(seed: u64, traced: bool) -> World {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let now = Instant::now();
+        let faults = Fault::choose(&mut rng);
+        let mut env = Env {
+            now,
+            begun: now,
+            is_healed: false,
+            pg: Postgres::new(),
+            pg_epoch: 0,
+            streams: Vec::new(),
+            serial: 0,
+            key: Key::default(),
+            key_down_until: now,
+            late: Vec::new(),
+            late_writes: Vec::new(),
+            stories: HashMap::new(),
+            by_id: HashMap::new(),
+            next_uid: 0,
+            due: None,
+            leaf: None,
+            moved: [None; TOPICS + 1],
+            key_was_touched: false,
+            has_bare_copies: false,
+            trace: traced.then(Vec::new),
+            rng,
+        };
+        env.set_up();
+        trace!(env, "faults: {faults:?}");
+        World {
+            env,
+            faults,
+            relay: None,
+            zombies: Vec::new(),
+            relays: 0,
+            snapshot: None,
+            repeats: VecDeque::new(),
+            halted: None,
+        }
+    }
+
+    fn live(&mut self) -> Outcome {
+        let steps = [60, 150, 300, 600][self.env.rng.usize(..4)];
+        for _ in 0..steps {
+            if let Some(why) = self.step()? {
+                return self.on_halt(why);
+            }
+        }
+        self.heal()
+    }
+
+    fn on_halt(&mut self, why: String) -> Outcome {
+        trace!(self.env, "halted: {why}");
+        let is_unfenced = why.starts_with("unfenced");
+        match self.env.due {
+            None if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
+            Some(_) => Ok(Ended::Halted(why)),
+            None => Err(format!("halted without need: {why}")),
+        }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.env.now += time;
+    }
+
+    /// `Some`: the relay has halted.
+    fn step(&mut self) -> Result<Option<String>, String> {
+        let ms = match self.env.rng.u32(..100) {
+            0..70 => self.env.rng.u64(..100),
+            70..95 => self.env.rng.u64(..1500),
+            _ => {
+                for _ in 0..self.env.rng.u32(..40) {
+                    self.pass(Duration::from_millis(500));
+                    if let Some(why) = self.work(3)? {
+                        return Ok(Some(why));
+                    }
+                }
+                0
+            }
+        };
+        self.pass(Duration::from_millis(ms));
+        if self.env.rng.u32(..100) < 25 {
+            self.commit();
+        }
+        if self.env.rng.u32(..100) < 12 && !self.faults.is_empty() {
+            let fault = self.faults[self.env.rng.usize(..self.faults.len())];
+            self.strike(fault);
+        }
+        let much = self.env.rng.usize(..4);
+        self.work(much)
+    }
+
+    /// Everybody does something.
+    fn work(&mut self, much: usize) -> Result<Option<String>, String> {
+        let outcome = self.try_work(much);
+        match outcome {
+            Ok(()) => Ok(self.halted.clone()),
+            Err(End::Broken(why)) => Err(why),
+            Err(End::Halt(why)) => Ok(Some(why)),
+            Err(End::Connection(why) | End::Session(why)) => Err(format!("not handled: {why}")),
+        }
+    }
+
+    fn try_work(&mut self, much: usize) -> Result<(), End> {
+        let World {
+            env,
+            relay,
+            zombies,
+            relays,
+            ..
+        } = self;
+        let new = *relays;
+        let relay = relay.get_or_insert_with(|| Relay::new(new, env.now));
+        *relays = (*relays).max(relay.name + 1);
+        for _ in 0..much {
+            relay.receive(env);
+            relay.work(env)?;
+            serve(env, relay)?;
+        }
+        let mut index = 0;
+        while index < zombies.len() {
+            let zombie = &mut zombies[index];
+            let is_over = zombie
+                .zombie_since
+                .is_none_or(|since| env.now > since + LATEST / 2);
+            let mut outcome = serve(env, zombie);
+            if outcome.is_ok() && !is_over {
+                outcome = zombie.work(env);
+            }
+            match outcome {
+                Err(End::Broken(why)) => return Err(End::Broken(why)),
+                Ok(()) if !is_over => index += 1,
+                _ => drop(zombies.swap_remove(index)),
+            }
+        }
+        if env.rng.u32(..4) == 0 {
+            env.deliver_late()?;
+        }
+        Ok(())
+    }
+
+    fn heal(&mut self) -> Outcome {
+        trace!(self.env, "no more faults");
+        self.env.is_healed = true;
+        self.zombies.clear();
+        self.end_faults();
+        for _ in 0..2 * (HOLD_BACK.as_secs() * 2 + 100) {
+            self.pass(Duration::from_millis(500));
+            if let Some(why) = self.work(4)? {
+                return self.on_halt(why);
+            }
+            if self.env.pg.confirmed == self.env.pg.wal_end {
+                self.env.check_all()?;
+                return Ok(Ended::AllStored);
+            }
+        }
+        if self.env.due == Some("elsewhere") {
+            return Ok(Ended::AllStored);
+        }
+        Err(format!(
+            "no progress: {} of {} confirmed",
+            self.env.pg.confirmed, self.env.pg.wal_end
+        ))
+    }
+
+    fn commit(&mut self) {
+        if let Some(transaction) = self.repeats.pop_front() {
+            let wal_end = self.env.pg.wal_end;
+            if let Some(gap) = transaction.commit_lsn.0.checked_sub(wal_end.0) {
+                let events = transaction.events.iter().map(|it| {
+                    let mut event = Event::clone(it);
+                    event.uid = self.env.next_uid;
+                    event.committed = self.env.now;
+                    self.env.next_uid += 1;
+                    event
+                });
+                let events = events.collect();
+                return self.env.commit(gap, events);
+            }
+        }
+        let events = (0..self.env.rng.usize(..5)).map(|_| self.event()).collect();
+        let gap = self.env.rng.u64(1..20);
+        self.env.commit(gap, events);
+    }
+
+    fn event(&mut self) -> Event {
+        let has = |fault| self.faults.contains(&fault);
+        let (parks, reuses, loses) = (has(Fault::Park), has(Fault::ReuseIds), has(Fault::Lose));
+        let env = &mut self.env;
+        let uid = env.next_uid;
+        env.next_uid += 1;
+        let mut event = Event {
+            uid,
+            id: format!("e{uid}"),
+            topic: env.rng.usize(..TOPICS),
+            fate: Fate::Publish,
+            is_large: false,
+            reuses_id: false,
+            position: Position::default(),
+            committed: env.now,
+        };
+        if parks && env.one_in(6) {
+            match env.rng.bool() {
+                true => event.is_large = true,
+                false => (event.topic, event.fate) = (PARKED, Fate::Park),
+            }
+        } else if loses && env.one_in(10) {
+            event.fate = Fate::Lose;
+        }
+        if reuses && uid > 0 && env.one_in(8) {
+            let other = uid - env.rng.u64(1..=uid.min(5));
+            if let Some(story) = env.stories.get(&other) {
+                event.id = story.event.id.clone();
+                event.reuses_id = true;
+            }
+        }
+        event
+    }
+}
+
+/// The server takes what came from a relay, and answers.
+pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
+    for _ in 0..env.rng.usize(..8) {
+        let Some(flight) = relay.out.pop_front() else {
+            break;
+        };
+        let refuses = match env.one_in(60) {
+            true => env.rng.usize(..4),
+            false => 9,
+        };
+        let answer = match refuses {
+            0 => Err(AckError::NoResponders),
+            1 => Err(refused(503, 10077, "no space left on device")),
+            2 => Err(refused(429, 10167, "too many requests")),
+            _ => env.arrive(&flight, relay.zombie_since.is_some())?,
+        };
+        if env.one_in(150) {
+            trace!(env, "the answer to {} is lost", flight.id);
+            continue;
+        }
+        let home = env
+            .streams
+            .iter()
+            .find(|it| it.topics.contains(&flight.topic));
+        let overtakes =
+            answer.is_err() && home.is_some_and(|it| it.is_replicated) && env.rng.bool();
+        match overtakes {
+            true => relay.answers.push_front((flight.reply, answer)),
+            false => relay.answers.push_back((flight.reply, answer)),
+        }
+    }
+    while env.rng.u32(..3) > 0
+        && let Some(write) = relay.writes.pop_front()
+    {
+        if env.is_key_down() {
+            if env.rng.bool() {
+                relay
+                    .written
+                    .push_back((write.number, Err(AckError::NoResponders)));
+            }
+            continue;
+        }
+        let answer = env.key.put(&write, env.now);
+        trace!(
+            env,
+            "relay {} record {}: {answer:?} {}",
+            relay.name,
+            write.number,
+            String::from_utf8_lossy(&write.body)
+        );
+        if !env.one_in(40) {
+            relay.written.push_back((write.number, answer));
+        }
+    }
+    Ok(())
+}
