@@ -53,13 +53,8 @@ pub struct Connector<'a> {
 
 /// Where the cuts to resume with come from.
 pub enum From {
-    /// The record: a session starts. The slot's position, and whether what the record says counts.
-    Record {
-        /// The slot's `confirmed_flush_lsn`.
-        confirmed_lsn: Lsn,
-        /// The record is of another history, which is accepted.
-        without_cuts: bool,
-    },
+    /// The record: a session starts. The slot's `confirmed_flush_lsn`.
+    Record(Lsn),
     /// The core: the copy stream goes on.
     Core(Cut),
 }
@@ -159,12 +154,8 @@ impl Connector<'_> {
     ) -> Result<(Link, Connection), Error> {
         let (cuts, oldest_is_matured, confirmed_lsn) = match from {
             From::Core(cut) => (vec![cut], true, Lsn::INVALID),
-            From::Record {
-                confirmed_lsn,
-                without_cuts: true,
-            } => (Vec::new(), false, confirmed_lsn),
-            From::Record { confirmed_lsn, .. } => {
-                if store.held().is_none() {
+            From::Record(confirmed_lsn) => {
+                if store.is_new() {
                     self.check_system(&found)?;
                 }
                 let (mut cuts, is_matured) = store.cuts(Instant::now());

@@ -265,10 +265,10 @@ impl<'a> Session<'a> {
                 told,
             });
         }
-        let from = From::Record {
-            confirmed_lsn,
-            without_cuts: self.accepted == Accepted::OtherWal,
-        };
+        if self.accepted == Accepted::OtherWal {
+            self.store.disown();
+        }
+        let from = From::Record(confirmed_lsn);
         let (link, connection) = connector.resume(found, &self.store, from)?;
         let resumed = &connection.resumed;
         for lost in &resumed.disagreed {
@@ -282,8 +282,14 @@ impl<'a> Session<'a> {
             return Err(Error::OtherFlags(anchor.position));
         }
         let continuity = match self.accepted {
-            Accepted::OtherWal => Ok(Continuity::accepted()),
-            _ => Continuity::new(anchor, confirmed_lsn, wal_end, has_other_flags),
+            Accepted::OtherWal => Ok(Continuity::accepted(wal_end)),
+            _ => Continuity::new(
+                anchor,
+                confirmed_lsn,
+                wal_end,
+                has_other_flags,
+                resumed.is_lenient,
+            ),
         };
         let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
         let now = Instant::now();

@@ -18,6 +18,7 @@ mod mapping;
 mod observe;
 mod operation;
 mod operators;
+mod operators_postgres;
 mod operators_streams;
 mod park;
 mod payloads;

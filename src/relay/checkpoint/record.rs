@@ -92,6 +92,10 @@ pub struct Cut {
     /// Nothing was on its way when this was written, and nothing was published since by the one who wrote it.
     #[serde(default)]
     pub quiescent: bool,
+    /// What the streams have after the anchor need not come from Postgres again: it was written from another WAL, which was
+    /// accepted, or with other flags.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lenient: bool,
 }
 
 impl Cut {
@@ -236,6 +240,7 @@ pub(crate) mod tests {
                 }),
             }],
             quiescent: false,
+            lenient: false,
         }
     }
 

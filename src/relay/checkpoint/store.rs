@@ -174,6 +174,16 @@ impl Store {
         self.held.as_ref()
     }
 
+    /// The record is of another WAL, which is accepted: neither its cuts nor what Postgres was told count for this one.
+    pub fn disown(&mut self) {
+        self.held = None;
+    }
+
+    /// The key was never written.
+    pub fn is_new(&self) -> bool {
+        self.held.is_none() && self.revision == 0
+    }
+
     /// The cuts of the record, the youngest first; and whether Postgres may have been told the oldest.
     pub fn cuts(&self, now: Instant) -> (Vec<Cut>, bool) {
         let (ripening, matured) = self.ripened(now);

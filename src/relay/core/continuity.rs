@@ -16,7 +16,8 @@ use crate::relay::checkpoint::record::Anchor;
 #[derive(Debug)]
 pub struct Continuity {
     expected: Option<Expected>,
-    is_lenient: bool,
+    /// Where the WAL ended at the start, if what is in the streams need not come from Postgres again.
+    lenient_until: Option<Lsn>,
 }
 
 #[derive(Debug)]
@@ -62,18 +63,21 @@ pub enum Broken {
 
 impl Continuity {
     /// Before the copy stream starts at the anchor. `confirmed_lsn` is the slot's, `wal_end` that of the server; an error
-    /// says that the server cannot have the anchor.
+    /// says that the server cannot have the anchor. `is_lenient`: it was when the anchor's cut was written, and there was
+    /// evidence left.
     pub fn new(
         anchor: &Anchor,
         confirmed_lsn: Lsn,
         wal_end: Lsn,
         has_other_flags: bool,
+        is_lenient: bool,
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
+        let lenient_until = (is_lenient || has_other_flags).then_some(wal_end);
         if anchor.event.is_none() {
             return Ok(Continuity {
                 expected: None,
-                is_lenient: has_other_flags,
+                lenient_until,
             });
         }
         if wal_end <= commit_lsn {
@@ -89,21 +93,26 @@ impl Continuity {
                 has_other_flags,
                 begun: false,
             }),
-            is_lenient: has_other_flags,
+            lenient_until,
         })
     }
 
     /// It is accepted unproven (`-resume-anyway`).
-    pub fn accepted() -> Continuity {
+    pub fn accepted(wal_end: Lsn) -> Continuity {
         Continuity {
             expected: None,
-            is_lenient: true,
+            lenient_until: Some(wal_end),
         }
     }
 
     /// What is in the streams need not come from Postgres again: other flags may make no event of it, or it is accepted.
     pub fn is_lenient(&self) -> bool {
-        self.is_lenient
+        self.lenient_until.is_some()
+    }
+
+    /// What is in the streams after this end of the WAL, and has not come from Postgres since, will not come.
+    pub fn lenient_until(&self) -> Option<Lsn> {
+        self.lenient_until
     }
 
     /// This is the WAL that the streams were written from.
