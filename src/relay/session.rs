@@ -255,14 +255,14 @@ impl<'a> Session<'a> {
         limits: Limits,
     ) -> Result<(Link, ExactlyOnce), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
-        let told = self.store.held().map(|record| record.told_lsn);
-        if let Some(told) = told.filter(|told| confirmed_lsn > *told)
+        let held = self.store.held();
+        if let Some(record) = held.filter(|record| record.is_exceeded(confirmed_lsn))
             && self.accepted == Accepted::Nothing
         {
             return Err(Error::SlotMoved {
                 slot: self.config.slot.clone(),
                 confirmed: confirmed_lsn,
-                told,
+                told: record.told_lsn,
             });
         }
         if self.accepted == Accepted::OtherWal {
@@ -349,7 +349,7 @@ fn in_use(error: crate::postgres::Error, slot: &str) -> Error {
 }
 
 /// Which server this is, and where its history branched.
-fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
+pub fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
     let system = replication::identify_system(connection)?;
     let switch_points = match system.timeline {
         // the first timeline has no history

@@ -180,6 +180,11 @@ impl Record {
         Ok(self)
     }
 
+    /// A slot at `confirmed_lsn` was moved or re-created by somebody else: Postgres was not told that much.
+    pub fn is_exceeded(&self, confirmed_lsn: Lsn) -> bool {
+        confirmed_lsn > self.told_lsn
+    }
+
     /// Its cuts, the youngest first.
     pub fn cuts(&self) -> impl Iterator<Item = &Cut> {
         let ripening = self.ripening.iter().map(|ripening| &ripening.cut);

@@ -49,6 +49,11 @@ impl SeenPublication {
     }
 }
 
+/// The subject of the key of a slot of a Postgres system.
+pub fn key_subject(bucket: &str, slot: &str, system_id: u64) -> String {
+    format!("$KV.{bucket}.{slot}-{system_id}")
+}
+
 /// What this process is to its slot's key.
 #[derive(Clone, Debug)]
 pub struct Identity {
@@ -148,8 +153,7 @@ impl Store {
 
     /// The key's subject. Two services with the same slot name in one account have a key each.
     pub fn subject(&self, system_id: u64) -> String {
-        let Identity { bucket, slot, .. } = &self.identity;
-        format!("$KV.{bucket}.{slot}-{system_id}")
+        key_subject(&self.identity.bucket, &self.identity.slot, system_id)
     }
 
     /// The same of the key of the first version, which had no system id.

@@ -120,6 +120,28 @@ impl Continuity {
         self.expected.is_none()
     }
 
+    /// The first transaction that Postgres has at the anchor's commit or after it.
+    pub fn on_first(&mut self, commit_lsn: Lsn, commit_time_us: i64) -> Result<(), Broken> {
+        let Some(expected) = &mut self.expected else {
+            return Ok(());
+        };
+        if !expected.on_first(commit_lsn, commit_time_us)? {
+            self.expected = None;
+        }
+        Ok(())
+    }
+
+    /// Postgres is at `lsn`, and has sent no transaction.
+    pub fn on_position(&mut self, lsn: Lsn) -> Result<(), Broken> {
+        let Some(expected) = &mut self.expected else {
+            return Ok(());
+        };
+        if expected.on_position(lsn)? {
+            self.expected = None;
+        }
+        Ok(())
+    }
+
     /// Looks at the next changes of the copy stream.
     pub fn on_batch(&mut self, batch: &Batch) -> Result<(), Broken> {
         let Some(expected) = &mut self.expected else {
@@ -129,19 +151,14 @@ impl Continuity {
             match begin(batch) {
                 None => {}
                 Some(Begin::Transaction(commit_lsn, commit_time_us)) => {
-                    if !expected.on_first(commit_lsn, commit_time_us)? {
-                        self.expected = None;
-                        return Ok(());
-                    }
+                    self.on_first(commit_lsn, commit_time_us)?;
                 }
-                Some(Begin::Position(lsn)) => {
-                    if expected.on_position(lsn)? {
-                        self.expected = None;
-                    }
-                    return Ok(());
-                }
+                Some(Begin::Position(lsn)) => return self.on_position(lsn),
             }
         }
+        let Some(expected) = &mut self.expected else {
+            return Ok(());
+        };
         for change in batch.changes() {
             match *change {
                 Change::Event(spans) if spans.position == expected.anchor.position => {
