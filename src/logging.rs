@@ -8,8 +8,10 @@
 //! the relay, or Postgres would end the session: lines pass through a bounded queue to a thread that
 //! writes them, and what finds the queue full is dropped and counted.
 
+pub mod recent;
+
 use crossbeam_channel::{Receiver, Sender, bounded};
-use log::{Level, LevelFilter, Log, Record, kv};
+use log::{Level, LevelFilter, Log, Metadata, Record, kv};
 use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -79,17 +81,36 @@ pub fn init(config: &LogConfig) -> io::Result<()> {
         backlog: Arc::default(),
     };
     let backlog = queue.backlog.clone();
-    let direct = builder(config).build();
+    let direct = Noting(builder(config).build());
     thread::Builder::new()
         .name("log".to_string())
         .spawn(move || write_lines(&lines, &backlog, &direct))?;
-    builder(config)
+    let logger = builder(config)
         .target(env_logger::Target::Pipe(Box::new(queue)))
-        .try_init()
-        .map_err(io::Error::other)?;
+        .build();
+    log::set_max_level(logger.filter().max(LevelFilter::Warn));
+    log::set_boxed_logger(Box::new(Noting(logger))).map_err(io::Error::other)?;
     WRITER.get_or_init(|| sender);
     panic::set_hook(Box::new(log_panic));
     Ok(())
+}
+
+/// Keeps warnings and errors for the status page, also those that are not shown.
+struct Noting(env_logger::Logger);
+
+impl Log for Noting {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= Level::Warn || self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        recent::note(record);
+        self.0.log(record);
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
 }
 
 /// A logger in the configured form, straight to standard error.
@@ -239,17 +260,11 @@ fn write_record(
             serde_json::Value::from(cut(&message))
         ),
     };
-    let mut pairs = Pairs {
+    let pairs = Pairs {
         line: &mut line,
         format,
     };
-    if !record.target().starts_with("jetstream_outbox") {
-        pairs.push("target", &kv::Value::from(record.target()));
-    }
-    record
-        .key_values()
-        .visit(&mut pairs)
-        .map_err(io::Error::other)?;
+    pairs.all(record).map_err(io::Error::other)?;
     line.push_str(match format {
         LogFormat::Text => "\n",
         LogFormat::Json => "}\n",
@@ -262,7 +277,20 @@ struct Pairs<'a> {
     format: LogFormat,
 }
 
-impl Pairs<'_> {
+impl<'a> Pairs<'a> {
+    fn text(line: &'a mut String) -> Pairs<'a> {
+        let format = LogFormat::Text;
+        Pairs { line, format }
+    }
+
+    /// Whose line it is, unless it is ours, and its values.
+    fn all(mut self, record: &Record<'_>) -> Result<(), kv::Error> {
+        if !record.target().starts_with("jetstream_outbox") {
+            self.push("target", &kv::Value::from(record.target()));
+        }
+        record.key_values().visit(&mut self)
+    }
+
     fn push(&mut self, key: &str, value: &kv::Value<'_>) {
         let pair = match self.format {
             LogFormat::Text => format!(" {key}={}", Logfmt(cut(&value.to_string()))),
@@ -294,7 +322,11 @@ fn json(value: &kv::Value<'_>) -> serde_json::Value {
 }
 
 fn cut(text: &str) -> &str {
-    let end = text.char_indices().nth(MAX_TEXT_CHARS);
+    cut_to(text, MAX_TEXT_CHARS)
+}
+
+fn cut_to(text: &str, max_chars: usize) -> &str {
+    let end = text.char_indices().nth(max_chars);
     end.and_then(|(end, _)| text.get(..end)).unwrap_or(text)
 }
 

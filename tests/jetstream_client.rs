@@ -4,7 +4,7 @@ mod support;
 
 use crossbeam_channel::unbounded;
 use jetstream_outbox::jetstream::ack::{AckErrorKind, PubAck};
-use jetstream_outbox::jetstream::client::{Ack, Answer, Link, Reply};
+use jetstream_outbox::jetstream::client::{Ack, Answer, Api, Link, Reply};
 use jetstream_outbox::jetstream::streams::{self, Routes};
 use jetstream_outbox::jetstream::wire::{self, Publish};
 use jetstream_outbox::nats::Error;
@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use support::files::temp_dir;
 use support::nats::{Builder, Nats};
-use support::operator::Operator;
+use support::operator::{self, Operator};
 use support::process::lock;
 use support::wait::{eventually, pause};
 
@@ -690,6 +690,207 @@ fn tls_is_checked_and_carries_events() {
         "tls://localhost",
         with(&ca, true),
         Err("does not offer TLS"),
+    );
+}
+
+/// The server says nothing before the TLS handshake.
+#[test]
+fn a_server_with_handshake_first_needs_tls_first() {
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+    let config = |first: &str| {
+        Nats::builder()
+            .file("cert.pem", cert.pem())
+            .file("key.pem", signing_key.serialize_pem())
+            .config(&format!(
+                r#"tls {{ cert_file: "{{dir}}/cert.pem", key_file: "{{dir}}/key.pem", handshake_first: {first} }}"#
+            ))
+    };
+    let server = Server::with(config("true"));
+    let ca = server.nats.dir().join("cert.pem");
+    let with = |tls_first: bool| {
+        let ca = ca.clone();
+        move |options: &mut Options| {
+            (options.tls_ca, options.tls_first) = (Some(ca), tls_first);
+            options.connect_timeout = Duration::from_secs(2);
+        }
+    };
+    check_sign_in(&server, "tls://localhost", with(true), Ok(()));
+    let hint = "a server with handshake_first needs -nats-tls-first";
+    check_sign_in(&server, "tls://localhost", with(false), Err(hint));
+    let mut options = server.options_for("tls://localhost");
+    with(true)(&mut options);
+    let link = Link::connect(&options).unwrap();
+    create_stream(&link, "");
+    pipeline(&link, 2000, 1024, 64, 100);
+    drop((link, server));
+
+    // one that waits a moment for either, and one that knows only the other
+    let server = Server::with(config("\"300ms\""));
+    let ca = server.nats.dir().join("cert.pem");
+    for tls_first in [true, false] {
+        let change = |options: &mut Options| {
+            (options.tls_ca, options.tls_first) = (Some(ca.clone()), tls_first);
+        };
+        check_sign_in(&server, "tls://localhost", change, Ok(()));
+    }
+    drop(server);
+    let server = Server::with(config("false"));
+    let ca = server.nats.dir().join("cert.pem");
+    let change = |options: &mut Options| (options.tls_ca, options.tls_first) = (Some(ca), true);
+    let hint = "-nats-tls-first is for servers with handshake_first";
+    check_sign_in(&server, "tls://localhost", change, Err(hint));
+}
+
+/// The certificate is the user.
+#[test]
+fn a_client_certificate_signs_in_where_it_is_mapped_to_a_user() {
+    let folder = temp_dir("client-");
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new([]).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority = params.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(params, key);
+    let issue = |names: &[&str], email: Option<&str>| {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let mut params = rcgen::CertificateParams::new(names).unwrap();
+        let email = email.map(|email| rcgen::SanType::Rfc822Name(email.try_into().unwrap()));
+        params.subject_alt_names.extend(email);
+        let cert = params.signed_by(&key, &issuer).unwrap();
+        (cert.pem(), key.serialize_pem())
+    };
+    let (cert, key) = issue(&["localhost"], None);
+    let config = r#"
+        tls { cert_file: "{dir}/cert.pem", key_file: "{dir}/key.pem", ca_file: "{dir}/ca.pem", verify_and_map: true }
+        authorization { users: [ { user: "relay@example.com" } ] }"#;
+    let builder = Nats::builder()
+        .without_jetstream()
+        .file("ca.pem", authority.pem())
+        .file("cert.pem", cert)
+        .file("key.pem", key)
+        .config(config);
+    let server = Server::with(builder);
+    for (email, expected) in [
+        ("relay@example.com", Ok(())),
+        ("other@example.com", Err("sign in to NATS")),
+    ] {
+        let (cert, key) = issue(&[], Some(email));
+        let write = |name: &str, text: String| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let (cert, key) = (write("cert", cert), write("key", key));
+        let change = |options: &mut Options| {
+            options.tls_ca = Some(server.nats.dir().join("ca.pem"));
+            (options.tls_cert, options.tls_key) = (Some(cert), Some(key));
+        };
+        // no tls:// is needed
+        check_sign_in(&server, "localhost", change, expected);
+    }
+}
+
+/// Whoever has an authority's certificate wants no word in clear: not even to a server that would take the password.
+#[test]
+fn nothing_is_said_in_clear_where_tls_is_asked_for() {
+    let _turn = lock(&TURN);
+    let folder = temp_dir("client-");
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+    let file = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        Some(path)
+    };
+    let (cert, key) = (
+        file("cert", cert.pem()),
+        file("key", signing_key.serialize_pem()),
+    );
+    let (heard, lines) = unbounded();
+    let plain = fake_server(move |line, _| heard.send(line.to_string()).unwrap());
+    for (url, ca, client) in [
+        ("nats", true, false),
+        ("nats", false, true),
+        ("tls", false, false),
+    ] {
+        let mut options = plain.clone();
+        let server = format!("{url}://u:s3cret@{}", plain.servers[0]);
+        options.servers = vec![ServerUrl::parse(&server).unwrap()];
+        options.tls_ca = cert.clone().filter(|_| ca);
+        (options.tls_cert, options.tls_key) = match client {
+            true => (cert.clone(), key.clone()),
+            false => (None, None),
+        };
+        let error = refused(&options);
+        assert!(error.to_string().contains("does not offer TLS"), "{error}");
+    }
+    assert!(lines.recv_timeout(Duration::from_millis(100)).is_err());
+}
+
+/// A limit of the account's comes after signing in, to a client that says it understands a later INFO.
+#[test]
+fn the_accounts_own_max_payload_is_the_one() {
+    let operator = Operator::new(r#","payload":2000"#);
+    let server = Server::without_jetstream(&operator.config());
+    let creds = server.nats.dir().join("creds");
+    std::fs::write(&creds, operator.credentials("")).unwrap();
+    let mut options = server.options();
+    options.creds = Some(creds);
+    let link = Link::connect(&options).unwrap();
+    assert_eq!(link.max_payload(), 2000);
+}
+
+/// Who asks somebody else whether to let a client in takes as long as that takes.
+#[test]
+fn an_auth_callout_may_take_as_long_as_the_timeout_allows() {
+    let issuer = nkeys::KeyPair::new_account();
+    let config = format!(
+        r#"accounts {{ AUTH {{ users: [ {{ user: auth, password: auth }} ] }}, APP {{}} }}
+        authorization {{
+            timeout: 20
+            auth_callout {{ issuer: {}, auth_users: [ auth ], account: AUTH }}
+        }}"#,
+        issuer.public_key()
+    );
+    let builder = Nats::builder()
+        .without_jetstream()
+        .config(&config)
+        .client_options(serde_json::json!({ "user": "auth", "pass": "auth" }));
+    let server = Server::with(builder);
+    let mut responder = server.nats.client();
+    responder.try_subscribe("$SYS.REQ.USER.AUTH", 2).unwrap();
+    std::thread::spawn(move || {
+        while let Ok(request) = responder.try_next() {
+            let claims = operator::claims(&String::from_utf8(request.body).unwrap());
+            let user = claims["nats"]["user_nkey"].as_str().unwrap();
+            let server = claims["nats"]["server_id"]["id"].as_str().unwrap();
+            let permissions = r#""pub":{},"sub":{},"subs":-1,"data":-1,"payload":-1"#;
+            let jwt = operator::token(&issuer, user, "user", r#""aud":"APP","#, permissions);
+            let answer = operator::token(
+                &issuer,
+                user,
+                "authorization_response",
+                &format!(r#""aud":"{server}","#),
+                &format!(r#""jwt":"{jwt}""#),
+            );
+            pause(Duration::from_secs(3));
+            let reply = request.reply.unwrap();
+            responder
+                .try_send(&reply, "none", &[], answer.as_bytes())
+                .unwrap();
+        }
+    });
+    let within = |seconds| {
+        move |options: &mut Options| options.connect_timeout = Duration::from_secs(seconds)
+    };
+    let url = "nats://relay:secret@127.0.0.1";
+    check_sign_in(&server, url, within(10), Ok(()));
+    check_sign_in(
+        &server,
+        url,
+        within(2),
+        Err("did not answer to signing in within 2.0 s"),
     );
 }
 

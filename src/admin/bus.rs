@@ -1,53 +1,87 @@
-//! NATS, asked one thing after the other. A question that ends the connection, as one that is not permitted does,
+//! JetStream, asked one thing after the other. A question that ends the connection, as one that is not permitted does,
 //! ends no more than that: the next one finds a new connection.
 
+use super::client::Client;
 use crate::jetstream::Error;
-use crate::jetstream::client::Link;
+use crate::jetstream::client::{Api, Link};
 use crate::jetstream::streams::{self, Request, StoredMessage, StreamInfo};
 use crate::nats;
 use crate::nats::info::ServerInfo;
 use crate::nats::options::Options;
 use std::time::Duration;
 
-/// The connection, and how to make it anew.
-pub struct Bus<'a> {
+/// A connection that a command can use.
+pub trait Connect: Api + Sized {
+    /// Connects and signs in.
+    fn connect(options: &Options) -> Result<Self, nats::Error>;
+    /// What the server said of itself.
+    fn info(&self) -> ServerInfo;
+    /// `host:port`.
+    fn server(&self) -> String;
+}
+
+impl Connect for Link {
+    fn connect(options: &Options) -> Result<Link, nats::Error> {
+        Link::connect(options)
+    }
+
+    fn info(&self) -> ServerInfo {
+        (*self.server_info()).clone()
+    }
+
+    fn server(&self) -> String {
+        Link::server(self).into()
+    }
+}
+
+impl Connect for Client {
+    fn connect(options: &Options) -> Result<Client, nats::Error> {
+        Client::connect(options)
+    }
+
+    fn info(&self) -> ServerInfo {
+        self.info.clone()
+    }
+
+    fn server(&self) -> String {
+        self.server.clone()
+    }
+}
+
+/// The connection, and how to make another. `check` uses the relay's own, as it must find what the relay would find.
+pub struct Bus<'a, C = Client> {
     options: &'a Options,
-    link: Option<Link>,
+    connection: Option<C>,
     /// What the server said of itself.
     pub info: ServerInfo,
     /// `host:port`.
     pub server: String,
 }
 
-impl Bus<'_> {
+impl<C: Connect> Bus<'_, C> {
     /// Connects and signs in.
-    pub fn connect(options: &Options) -> Result<Bus<'_>, Error> {
-        let link = Link::connect(options)?;
+    pub fn connect(options: &Options) -> Result<Bus<'_, C>, Error> {
+        let connection = C::connect(options)?;
         Ok(Bus {
             options,
-            info: (*link.server_info()).clone(),
-            server: link.server().to_string(),
-            link: Some(link),
+            info: connection.info(),
+            server: connection.server(),
+            connection: Some(connection),
         })
     }
 
     /// Asks by way of the connection.
     pub fn ask<T>(
         &mut self,
-        question: impl FnOnce(&Link, Duration) -> Result<T, Error>,
+        question: impl FnOnce(&C, Duration) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let link = match self.link.take() {
-            Some(link) => link,
-            None => Link::connect(self.options)?,
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => C::connect(self.options)?,
         };
-        let answer = question(&link, self.options.request_timeout);
-        if !matches!(
-            answer,
-            Err(Error::Nats(
-                nats::Error::Lost { .. } | nats::Error::Permission { .. }
-            ))
-        ) {
-            self.link = Some(link);
+        let answer = question(&connection, self.options.request_timeout);
+        if !matches!(answer, Err(Error::Nats(_))) {
+            self.connection = Some(connection);
         }
         answer
     }

@@ -1,11 +1,13 @@
 //! Plain SQL over the `postgres` crate, on a session that was made as the relay makes its own.
 
 use super::error::Error;
+use crate::postgres::connection::Rows;
 use crate::postgres::handover::hand_over;
 use crate::postgres::{self as relay, ConnInfo, Connection};
+use crate::relay::preflight::Query;
 use ::postgres::config::SslMode;
 use ::postgres::types::ToSql;
-use ::postgres::{Client, Config, NoTls, Row};
+use ::postgres::{Client, Config, NoTls, Row, SimpleQueryMessage};
 use fallible_iterator::FallibleIterator;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -150,5 +152,29 @@ impl Database {
                 },
             }
         })
+    }
+}
+
+impl Query for Database {
+    type Error = Error;
+
+    fn text_rows(&mut self, doing: &'static str, sql: &str) -> Result<Rows, Error> {
+        let messages = self.ask(doing, |client| client.simple_query(sql))?;
+        let row = |message| match message {
+            SimpleQueryMessage::Row(row) => {
+                let cells = (0..row.len()).map(|index| row.get(index).map(str::to_string));
+                Some(cells.collect())
+            }
+            _ => None,
+        };
+        Ok(messages.into_iter().filter_map(row).collect())
+    }
+
+    fn server_version(&self) -> (u32, String) {
+        (self.version, self.version_text.clone())
+    }
+
+    fn peer(&self) -> String {
+        self.peer.clone()
     }
 }

@@ -1,10 +1,11 @@
 //! The operator's commands: `setup`, `teardown`, `check`, `status`, `tail`.
 //!
 //! They stand beside the relay and share its connections and its knowledge, not its threads. [`database`] is SQL over the
-//! `postgres` crate, [`bus`] is NATS; what each command finds is put together by pure functions, and printed.
+//! `postgres` crate, [`bus`] is JetStream over the `nats` crate, and over the relay's own connection for `check`; what each command finds is put together by pure functions, and printed.
 
 pub mod bus;
 pub mod check;
+pub mod client;
 pub mod database;
 pub mod error;
 pub mod print;

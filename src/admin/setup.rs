@@ -6,18 +6,21 @@ use super::bus::Bus;
 use super::database::{Access, Database};
 use super::statements::{
     create_bucket, create_park_stream, create_publication, create_slot, create_stream,
-    create_table, drop_slot, mapping_of, missing_columns, park_stream, table_name, tables,
+    create_table, mapping_of, missing_columns, park_stream, table_name, tables,
 };
 use super::{Error, say};
 use crate::config::Config;
 use crate::config::operation::Setup;
 use crate::exit::Exit;
-use crate::jetstream::preflight::{Wanted, preflight};
+use crate::jetstream::preflight::{Wanted, preflight as judge_stream};
 use crate::jetstream::streams::{StreamInfo, matches};
 use crate::nats::info::ServerInfo;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
 use crate::postgres::identifier::identifier;
+use crate::relay::preflight::server::{Writer, blocked_by};
+use crate::relay::preflight::slot::recreate;
+use crate::relay::preflight::{self, Finding};
 use std::time::Duration;
 
 /// `pg_create_logical_replication_slot` has the parameter since.
@@ -164,7 +167,7 @@ fn stream_differences(
     wanted: Wanted,
     how: &Setup,
 ) -> Vec<String> {
-    let found = preflight(stream, server, wanted);
+    let found = judge_stream(stream, server, wanted);
     let mut differences: Vec<String> = found.refused.into_iter().chain(found.warnings).collect();
     let config = &stream.config;
     let seconds = |nanos: i64| format!("{}s", nanos as f64 / 1e9);
@@ -242,24 +245,32 @@ fn parked(
     report.tell(&what, Outcome::Created)
 }
 
+/// What a name in a statement means. Not by `to_regclass`, which fails for a schema that the role may not use.
+fn find_table(database: &mut Database, table: &TableName) -> Result<Option<u32>, Error> {
+    let row = database.row(
+        "find the table",
+        "SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE c.relname = $1 AND CASE WHEN $2::text IS NULL THEN pg_catalog.pg_table_is_visible(c.oid) ELSE n.nspname = $2 END",
+        &[&table.name, &table.schema],
+    )?;
+    Ok(row.map(|row| row.get(0)))
+}
+
 fn create_missing_table(
     database: &mut Database,
     config: &Config,
     table: &TableName,
 ) -> Result<Outcome, Error> {
-    let name = table_name(table);
-    let columns = database.row(
-        "find the table",
-        "SELECT array_agg(attname::text) FROM pg_catalog.pg_attribute \
-         WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped \
-         HAVING pg_catalog.to_regclass($1) IS NOT NULL",
-        &[&name],
-    )?;
-    let Some(row) = columns else {
+    let Some(oid) = find_table(database, table)? else {
         database.run("create the table", &create_table(config, table))?;
         return Ok(Outcome::Created);
     };
-    let columns: Vec<String> = row.get::<_, Option<_>>(0).unwrap_or_default();
+    let rows = database.rows(
+        "look at the table",
+        "SELECT attname::text FROM pg_catalog.pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+        &[&oid],
+    )?;
+    let columns: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     let has = |column: &str| columns.iter().any(|found| found == column);
     let missing = missing_columns(config, mapping_of(config, table), has);
     Ok(Outcome::Found(match missing.as_slice() {
@@ -376,10 +387,11 @@ fn publication(
         }
         let mut partitioned = false;
         for table in known {
+            let oid = find_table(database, table)?;
             let row = database.row(
                 "look at the table",
-                "SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1)",
-                &[&table_name(table)],
+                "SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = $1",
+                &[&oid],
             )?;
             partitioned |= row.is_some_and(|row| row.get(0));
         }
@@ -398,14 +410,16 @@ fn publication(
         ));
     }
     for table in known {
+        let oid = find_table(database, table)?;
         let table = table_name(table);
         let held = database.row(
             "look into the publication",
-            "SELECT h.oid = pg_catalog.to_regclass($2) FROM pg_catalog.pg_publication_tables t, pg_catalog.to_regclass( \
-             pg_catalog.quote_ident(t.schemaname) || '.' || pg_catalog.quote_ident(t.tablename)) AS h(oid) \
-             WHERE t.pubname = $1 AND (h.oid = pg_catalog.to_regclass($2) OR h.oid IN (SELECT relid FROM \
-             pg_catalog.pg_partition_tree(pg_catalog.to_regclass($2)))) ORDER BY 1 DESC LIMIT 1",
-            &[&config.publication, &table],
+            "SELECT c.oid = $2 FROM pg_catalog.pg_publication_tables t \
+             JOIN pg_catalog.pg_namespace n ON n.nspname = t.schemaname \
+             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
+             WHERE t.pubname = $1 AND (c.oid = $2 OR c.oid IN (SELECT relid FROM pg_catalog.pg_partition_tree($2))) \
+             ORDER BY 1 DESC LIMIT 1",
+            &[&config.publication, &oid],
         )?;
         match held.map(|row| row.get::<_, bool>(0)) {
             Some(true) => {}
@@ -423,52 +437,37 @@ fn publication(
     Ok(Outcome::Found(differences))
 }
 
+/// Creates the slot, or reports what the rules find of the one that is there.
 fn slot(
     database: &mut Database,
     config: &Config,
     how: &Setup,
     publication: &Outcome,
 ) -> Result<Outcome, Error> {
-    let failover = if database.version >= FAILOVER {
-        "failover"
-    } else {
-        "false"
-    };
-    let found = database.row(
-        "find the slot",
-        &format!(
-            "SELECT slot_type = 'logical' AND plugin IS NOT DISTINCT FROM 'pgoutput', \
-             database IS NOT DISTINCT FROM current_database(), database::text, {failover} \
-             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1"
-        ),
-        &[&config.slot],
-    )?;
-    let Some(row) = found else {
+    let facts = preflight::read(database, config)?;
+    let Some(slot) = &facts.slot else {
         if matches!(publication, Outcome::Missing(_)) {
             // it would keep log that it can never send
             let why = "it is not created before the publication, which it could not see";
             return Ok(Outcome::Missing(why.to_string()));
         }
-        database.run("create the slot", &create_slot(&config.slot, how.failover))?;
-        return Ok(Outcome::Created);
+        let created = database.run("create the slot", &create_slot(&config.slot, how.failover));
+        return match created {
+            Ok(()) => Ok(Outcome::Created),
+            Err(error) => Err(blocked(database, config, &facts, error)),
+        };
     };
-    let mut differences = Vec::new();
-    if !row.get::<_, bool>(0) {
-        differences
-            .push("it is not a logical slot of pgoutput; name another with -slot".to_string());
-    } else if !row.get::<_, bool>(1) {
-        let database: Option<String> = row.get(2);
+    let mut differences: Vec<String> = preflight::failures(&facts, config)
+        .iter()
+        .map(Finding::sentence)
+        .collect();
+    if differences.is_empty() && !matches!(publication, Outcome::Found(_)) {
         differences.push(format!(
-            "it belongs to database {}; name another slot with -slot",
-            database.unwrap_or_default()
-        ));
-    } else if !matches!(publication, Outcome::Found(_)) {
-        differences.push(format!(
-            "it is older than the publication, which it cannot see in what was written before; drop it and run setup again: {}",
-            drop_slot(&config.slot)
+            "it is older than the publication, which it cannot see in what was written before; {}",
+            recreate(&facts, config)
         ));
     }
-    if how.failover && !row.get::<_, bool>(3) {
+    if how.failover && !slot.failover {
         differences.push(format!(
             "standbys do not take it over; with the relay stopped, on a replication connection: \
              ALTER_REPLICATION_SLOT {} ( FAILOVER true );",
@@ -476,6 +475,36 @@ fn slot(
         ));
     }
     Ok(Outcome::Found(differences))
+}
+
+/// A slot waits for every transaction that has written something by then. When that took too long, those that have been
+/// there all the while are named.
+fn blocked(
+    database: &mut Database,
+    config: &Config,
+    before: &preflight::Facts,
+    error: Error,
+) -> Error {
+    if !matches!(error.sqlstate(), Some("57014" | "55P03")) {
+        return error;
+    }
+    let Ok(after) = preflight::read(database, config) else {
+        return error;
+    };
+    let still = |writer: &&Writer| after.server.writers.iter().any(|it| it.xid == writer.xid);
+    let blockers = before.server.writers.iter().filter(still).cloned();
+    let blockers: Vec<Writer> = blockers.collect();
+    if blockers.is_empty() {
+        return error;
+    }
+    let finding = blocked_by(&blockers, &config.slot);
+    Error::Wrong {
+        what: format!("create the slot: {}", finding.found),
+        remedy: finding.advice.map_or_else(String::new, |advice| {
+            format!("{}; run this, then setup again: {}", advice.why, advice.fix)
+        }),
+        exit: Exit::Configuration,
+    }
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ use crate::config::Config;
 use crate::config::operation::{DEFAULT_WINDOW, Setup};
 use crate::jetstream::streams::{Request, create_bucket_request, matches};
 use crate::outbox::mapping::{TableMapping, TableName};
-use crate::postgres::connection::quote_literal;
 use crate::postgres::identifier::identifier;
+pub use crate::relay::preflight::slot::create_slot;
 use serde_json::json;
 use std::time::Duration;
 
@@ -134,20 +134,6 @@ pub fn create_publication(config: &Config, tables: &[TableName], of_partitioned:
         identifier(&config.publication),
         tables.join(", ")
     )
-}
-
-/// Creates the slot. `failover` exists from Postgres 17 on.
-pub fn create_slot(slot: &str, failover: bool) -> String {
-    let failover = if failover { ", failover => true" } else { "" };
-    format!(
-        "SELECT pg_create_logical_replication_slot({}, 'pgoutput'{failover});",
-        quote_literal(slot)
-    )
-}
-
-/// Drops the slot.
-pub fn drop_slot(slot: &str) -> String {
-    format!("SELECT pg_drop_replication_slot({});", quote_literal(slot))
 }
 
 /// Asks for the stream of the prefix.

@@ -1,22 +1,17 @@
 //! `teardown`: removes the slot, which would keep log for ever, and the publication.
 
 use super::database::{Access, Database};
-use super::statements::drop_slot;
 use super::{Error, say};
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::postgres::identifier::identifier;
+use crate::relay::preflight::slot::{self, Slot, drop_slot};
 
 /// Removes them, if `yes`; says what would be removed otherwise.
 pub fn run(config: &Config, yes: bool) -> Result<Exit, Error> {
     let access = if yes { Access::Write } else { Access::Read };
     let mut database = Database::connect(&config.db, access)?;
-    let slot = database.row(
-        "find the slot",
-        "SELECT active_pid, database IS NOT DISTINCT FROM current_database(), database::text \
-         FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
-        &[&config.slot],
-    )?;
+    let slot = slot::read(&mut database, &config.slot)?;
     let publication = database.row(
         "find the publication",
         "SELECT true FROM pg_catalog.pg_publication WHERE pubname = $1",
@@ -28,8 +23,8 @@ pub fn run(config: &Config, yes: bool) -> Result<Exit, Error> {
             .as_ref()
             .map(|_| format!("publication {}", identifier(&config.publication))),
     ];
-    if let Some(row) = &slot {
-        refuse_foreign(config, row.get(0), row.get(1), row.get(2))?;
+    if let Some(slot) = &slot {
+        refuse_foreign(config, slot)?;
     }
     if what.iter().all(Option::is_none) {
         say("nothing to remove\n")?;
@@ -58,26 +53,28 @@ pub fn run(config: &Config, yes: bool) -> Result<Exit, Error> {
     Ok(Exit::Done)
 }
 
-/// A slot that somebody uses, or that another database needs, is not ours to drop.
-fn refuse_foreign(
-    config: &Config,
-    active_pid: Option<i32>,
-    here: bool,
-    database: Option<String>,
-) -> Result<(), Error> {
-    if !here {
-        return Err(Error::Wrong {
-            what: format!(
-                "drop the slot: {} belongs to database {}",
-                config.slot,
-                database.unwrap_or_else(|| "(none)".into())
+/// A slot that somebody uses, or that another database or program needs, is not ours to drop.
+fn refuse_foreign(config: &Config, slot: &Slot) -> Result<(), Error> {
+    if !slot.could_be_ours() {
+        let whose = match (slot.slot_type.as_str(), slot.here) {
+            ("logical", false) => format!(
+                "belongs to database {}",
+                slot.database.as_deref().unwrap_or("(none)")
             ),
-            remedy: "name that database in -db, or another slot with -slot; nothing was removed"
+            ("logical", true) => format!(
+                "is another program's, of plugin {}",
+                slot.plugin.as_deref().unwrap_or("(none)")
+            ),
+            (kind, _) => format!("is {kind}, and not a relay's"),
+        };
+        return Err(Error::Wrong {
+            what: format!("drop the slot: {} {whose}", config.slot),
+            remedy: "name its database in -db, or another slot with -slot; nothing was removed"
                 .into(),
             exit: Exit::Configuration,
         });
     }
-    match active_pid {
+    match slot.active_pid {
         None => Ok(()),
         Some(pid) => Err(Error::Wrong {
             what: format!(

@@ -9,8 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// What a flag is when neither it nor its variable is given; a flag that is not here is then off or absent.
-pub(super) const DEFAULTS: [(&str, &str); 20] = [
+pub(super) const DEFAULTS: [(&str, &str); 21] = [
     ("nats", "localhost"),
+    ("nats-connect-timeout", "5s"),
     ("nats-api-prefix", "$JS.API"),
     ("prefix", "events"),
     ("slot", "jetstream_outbox"),

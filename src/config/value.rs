@@ -3,13 +3,15 @@
 
 use crate::outbox::mapping::{HeaderColumn, NamedTable, TableMapping, TableName};
 use crate::outbox::template::Template;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// Above this the window is larger than any server answers at once, and costs memory alone.
 pub(super) const INFLIGHT: RangeInclusive<usize> = 1..=65_536;
 /// Shorter than a network round trip under load it would end healthy sessions; longer than an hour it hides outages.
+pub(super) const CONNECT_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(120);
 pub(super) const ACK_TIMEOUT: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(3600);
 /// Shorter than a second there is no time for a single attempt to connect.
@@ -74,14 +76,26 @@ pub(super) fn parse_inflight(text: &str) -> Result<usize, String> {
     })
 }
 
-/// `9464` or `:9464` for this machine alone, or an address that is written out, `0.0.0.0:9464` or `[::]:9464`.
-pub(super) fn parse_listen(text: &str) -> Result<SocketAddr, String> {
-    let port = text.strip_prefix(':').unwrap_or(text).parse().ok();
-    let here = port.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
-    here.or_else(|| text.parse().ok()).ok_or_else(|| {
-        "is not a port like 9464, or an address and a port like 0.0.0.0:9464".to_string()
-    })
+/// `9464` or `localhost:9464` for this machine alone, `:9464` for every address it has, both by IPv4 and IPv6; or an
+/// address that is written out, `10.0.0.5:9464` or `[::1]:9464`.
+pub(super) fn parse_listen(text: &str) -> Result<Vec<SocketAddr>, String> {
+    let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let every: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+    let (addresses, port) = match text.rsplit_once(':') {
+        None => (loopback, text),
+        Some(("", port)) => (every, port),
+        Some((host, port)) if host.eq_ignore_ascii_case("localhost") => (loopback, port),
+        Some(_) => {
+            let address = text.parse().map(|address| vec![address]);
+            return address.map_err(|_| NO_LISTEN_ADDRESS.to_string());
+        }
+    };
+    let port: u16 = port.parse().map_err(|_| NO_LISTEN_ADDRESS.to_string())?;
+    Ok(addresses.map(|ip| SocketAddr::new(ip, port)).into())
 }
+
+const NO_LISTEN_ADDRESS: &str = "is not a port like 9464 for this machine alone, :9464 for every address it has, or \
+                                 an address and a port like 10.0.0.5:9464";
 
 /// Go's duration syntax (`1h30m`, `1.5s`, `500ms`), and a plain number for seconds. Never negative.
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
@@ -368,18 +382,29 @@ mod tests {
     }
 
     #[test]
-    fn an_address_to_listen_on_is_here_unless_it_is_written_out() {
+    fn a_port_alone_is_of_this_machine_and_one_behind_a_colon_of_every_address() {
+        let loopback = "127.0.0.1:9464 [::1]:9464";
         for (text, expect) in [
-            ("9464", Some("127.0.0.1:9464")),
-            (":9464", Some("127.0.0.1:9464")),
+            ("9464", Some(loopback)),
+            ("localhost:9464", Some(loopback)),
+            ("LOCALHOST:9464", Some(loopback)),
+            (":9464", Some("0.0.0.0:9464 [::]:9464")),
             ("0.0.0.0:9464", Some("0.0.0.0:9464")),
+            ("[::]:9464", Some("[::]:9464")),
             ("[::1]:9464", Some("[::1]:9464")),
             ("127.0.0.1", None),
-            ("localhost:9464", None),
+            ("::1", None),
+            ("relay.example:9464", None),
+            ("localhost", None),
+            ("localhost:", None),
+            (":", None),
             ("65536", None),
             ("", None),
         ] {
-            let found = parse_listen(text).ok().map(|address| address.to_string());
+            let found = parse_listen(text).ok().map(|addresses| {
+                let texts = addresses.iter().map(ToString::to_string);
+                texts.collect::<Vec<_>>().join(" ")
+            });
             assert_eq!(found.as_deref(), expect, "{text}");
         }
     }

@@ -23,6 +23,22 @@ const CALLS: u64 = 1 << 63;
 /// How long an answer that is on its way to us may take.
 const HANDED_ON: Duration = Duration::from_secs(1);
 
+/// Whatever can be asked something of the JetStream API, and waited for.
+pub trait Api {
+    /// Asks, for instance `STREAM.INFO.orders`, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`Error::ApiTimeout`], or why there can be no answer.
+    fn call(&self, api: &str, body: &[u8], timeout: Duration) -> Result<Vec<u8>, Error>;
+}
+
+/// Drops what else comes meanwhile, so it is for a link on which nothing is due.
+impl Api for Link {
+    fn call(&self, api: &str, body: &[u8], timeout: Duration) -> Result<Vec<u8>, Error> {
+        self.call_among(api, body, timeout, |_| ())
+    }
+}
+
 /// The answer to an event.
 #[derive(Debug)]
 pub struct Ack {
@@ -100,7 +116,7 @@ impl Link {
         self.send(token, subject, Some(last), body, self.request_timeout);
     }
 
-    /// As [`put`](Self::put), and waits for the PubAck as [`call`](Self::call) waits.
+    /// As [`put`](Self::put), and waits for the PubAck as [`call`](Api::call) waits.
     pub fn put_now(
         &self,
         subject: &str,
@@ -113,13 +129,7 @@ impl Link {
         self.wait_for(call, subject, timeout, |_| ())
     }
 
-    /// Asks the JetStream API and waits for the answer. Drops what else comes meanwhile, so it is for a link on which nothing
-    /// is due.
-    pub fn call(&self, api: &str, body: &[u8], timeout: Duration) -> Result<Vec<u8>, Error> {
-        self.call_among(api, body, timeout, |_| ())
-    }
-
-    /// As [`call`](Self::call), and hands on what else comes meanwhile.
+    /// As [`call`](Api::call), and hands on what else comes meanwhile.
     pub fn call_among(
         &self,
         api: &str,

@@ -1,11 +1,11 @@
 //! Which stream captures which subject, and what a stream holds: requests and answers of the JetStream API.
 //!
-//! Pure but for [`list`], [`info`], [`message`] and [`messages`], which ask over a [`Link`] that no other answer is due on. The
+//! Pure but for [`list`], [`info`], [`message`] and [`messages`], which ask over whatever is an [`Api`]. The
 //! answers' fields are those of nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1, ADR-31
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
 use super::ack::{AckError, ApiError};
-use super::client::{Answer, Link};
+use super::client::{Answer, Api, Link};
 use super::error::Error;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -304,7 +304,7 @@ fn none_if<T>(err_code: u32, result: Result<T, AckError>) -> Result<Option<T>, A
 }
 
 /// Every stream that captures something of `subject` (for instance `events.>`), in the server's order.
-pub fn list(link: &Link, subject: &str, timeout: Duration) -> Result<Vec<StreamInfo>, Error> {
+pub fn list(link: &impl Api, subject: &str, timeout: Duration) -> Result<Vec<StreamInfo>, Error> {
     let deadline = Instant::now() + timeout;
     let left = || deadline.saturating_duration_since(Instant::now());
     let mut names: Vec<String> = Vec::new();
@@ -330,17 +330,17 @@ pub fn list(link: &Link, subject: &str, timeout: Duration) -> Result<Vec<StreamI
 }
 
 /// One stream, or `None`.
-pub fn info(link: &Link, stream: &str, timeout: Duration) -> Result<Option<StreamInfo>, Error> {
+pub fn info(link: &impl Api, stream: &str, timeout: Duration) -> Result<Option<StreamInfo>, Error> {
     ask(link, info_request(stream), timeout, parse_info)
 }
 
 /// The answer to [`last_message_request`] or [`message_request`].
 pub fn message(
-    link: &Link,
+    link: &impl Api,
     request: Request,
     timeout: Duration,
 ) -> Result<Option<StoredMessage>, Error> {
-    message_among(link, request, timeout, |_| ())
+    ask(link, request, timeout, parse_message)
 }
 
 /// As [`message`], on a link on which other answers are due: hands them on.
@@ -355,7 +355,7 @@ pub fn message_among(
 }
 
 fn ask<T>(
-    link: &Link,
+    link: &impl Api,
     (api, body): Request,
     timeout: Duration,
     parse: impl FnOnce(&[u8]) -> Result<T, AckError>,

@@ -40,8 +40,9 @@ const MAX_ACK_BYTES: usize = 64 * 1024;
 /// The largest answer to a request, beside a whole message of the server's `max_payload` in base64.
 const MAX_REPLY_BYTES: usize = 1024 * 1024;
 
-/// How often the reading thread looks up: whether a request is overdue, or the server silent.
-const TICK: Duration = Duration::from_millis(250);
+/// A socket that takes nothing is left for a look at the requests' deadlines after this long; and when the answers' receiver is
+/// full, it is tried again.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// What comes for the inbox. `A` is what the reading thread makes of an answer to a message of a burst.
 #[derive(Debug)]
@@ -129,6 +130,8 @@ struct Outgoing {
     session: Option<ClientConnection>,
     /// Requests without an answer, and when they are overdue.
     requests: BTreeMap<u64, Instant>,
+    /// When the writing thread is to look for overdue ones.
+    alarm: Option<Instant>,
 }
 
 /// What has come from the server.
@@ -141,10 +144,9 @@ struct Incoming<F> {
     max_reply: usize,
     discover: Box<dyn Fn(&ServerInfo) + Send>,
     read_ack: F,
-    /// For how many ticks nothing has come, and after how many the server is asked for a sign of life.
-    silent_ticks: u32,
-    ticks_to_ping: u32,
-    next_tick: Instant,
+    /// The longest silence before the server is asked for a sign of life, and then until it gives one.
+    longest_silence: Duration,
+    was_asked: bool,
 }
 
 impl<A: Send + 'static> Connection<A> {
@@ -161,49 +163,34 @@ impl<A: Send + 'static> Connection<A> {
         first: usize,
         read_ack: impl FnMut(u64, Option<&str>, &[u8]) -> A + Send + 'static,
     ) -> Result<Connection<A>, Error> {
-        let mut servers = options.discovered.after(&options.servers);
-        let count = servers.len().max(1);
-        servers.rotate_left(first % count);
         let inbox = sign_in::unique().map_err(|source| Error::Unreachable {
             server: "any server".into(),
             source,
         })?;
         let inbox = format!("_INBOX.{inbox}.");
         let subscription = format!("SUB {inbox}* 1\r\n");
-        let mut errors = Vec::new();
-        for server in &servers {
-            match handshake::sign_in(options, server, &subscription) {
-                Ok(session) => {
-                    return Connection::open(options, server, session, inbox, read_ack);
-                }
-                Err(error) => errors.push(error),
-            }
-        }
-        match errors.pop() {
-            Some(only) if errors.is_empty() => Err(only),
-            last => {
-                errors.extend(last);
-                Err(Error::NoServer(errors))
-            }
-        }
+        let (server, session) = handshake::sign_in_to_any(options, first, &subscription)?;
+        Connection::open(options, server, session, inbox, read_ack)
     }
 
     fn open(
         options: &Options,
-        server: &ServerUrl,
+        server: ServerUrl,
         session: Session,
         inbox: String,
         read_ack: impl FnMut(u64, Option<&str>, &[u8]) -> A + Send + 'static,
     ) -> Result<Connection<A>, Error> {
-        let (discovered, server) = (options.discovered.clone(), server.clone());
+        let discovered = options.discovered.clone();
         let discover = move |info: &ServerInfo| discovered.replace(&server, &info.connect_urls);
         discover(&session.info);
         let refused = |reason: String| Error::Refused {
             server: session.server.clone(),
             reason,
         };
-        let set_timeout = session.stream.set_read_timeout(Some(TICK));
-        set_timeout.map_err(|error| refused(error.to_string()))?;
+        let longest_silence = options.request_timeout;
+        (session.stream.set_read_timeout(Some(longest_silence)))
+            .and_then(|()| session.stream.set_write_timeout(Some(LOOK)))
+            .map_err(|error| refused(error.to_string()))?;
         let is_tls = session.tls.is_some();
         let max_reply = max_reply(&session.info);
         let shared = Arc::new(Shared {
@@ -222,6 +209,7 @@ impl<A: Send + 'static> Connection<A> {
                 cause: None,
                 session: session.tls,
                 requests: BTreeMap::new(),
+                alarm: None,
             }),
             rouse: Condvar::new(),
         });
@@ -241,18 +229,16 @@ impl<A: Send + 'static> Connection<A> {
             max_reply,
             discover: Box::new(discover),
             read_ack,
-            silent_ticks: 0,
-            ticks_to_ping: (options.request_timeout.as_millis() / TICK.as_millis()).clamp(1, 1000)
-                as u32,
-            next_tick: Instant::now() + TICK,
+            longest_silence,
+            was_asked: false,
         };
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             let thread = thread::Builder::new().name(name.into());
             let spawned = thread.spawn(run).map(drop);
             spawned.map_err(|error| refused(format!("start a thread: {error}")))
         };
-        let writer = Closer(shared);
-        spawn("nats-writer", Box::new(move || writer.0.write_on()))?;
+        let (writer, expire) = (Closer(shared), give.clone());
+        spawn("nats-writer", Box::new(move || writer.0.write_on(&expire)))?;
         let read_on = move || {
             let _closer = Closer(incoming.shared.clone());
             let error = incoming.run(&give);
@@ -283,6 +269,10 @@ impl<A> Connection<A> {
         encode(request, &self.shared.inbox, &mut message);
         let mut out = self.shared.lock();
         out.requests.insert(request.token, request.deadline);
+        if out.alarm.is_none_or(|alarm| request.deadline < alarm) {
+            out.alarm = Some(request.deadline);
+            self.shared.rouse.notify_one();
+        }
         self.shared.send(&mut out, Box::new(Some(message)));
     }
 
@@ -362,7 +352,7 @@ fn encode(request: &Request<'_>, inbox: &str, out: &mut Vec<u8>) {
 }
 
 /// A stored message comes in base64 in an answer of the JetStream API, as JSON.
-fn max_reply(info: &ServerInfo) -> usize {
+pub(super) fn max_reply(info: &ServerInfo) -> usize {
     info.max_payload / 3 * 4 + MAX_REPLY_BYTES
 }
 
@@ -397,15 +387,14 @@ impl Shared {
         }
     }
 
-    /// The writing thread.
-    fn write_on(&self) {
+    /// The writing thread, which keeps the requests' time as well.
+    fn write_on<A>(&self, give: &Sender<Vec<Answer<A>>>) {
         let mut out = self.lock();
-        loop {
-            while !out.is_full && !out.is_over {
-                out = (self.rouse.wait(out)).unwrap_or_else(PoisonError::into_inner);
-            }
-            if out.is_over {
-                return;
+        while !out.is_over {
+            out.expire(give);
+            if !out.is_full {
+                out = self.wait(out);
+                continue;
             }
             match out.prepare(&self.inbox) {
                 Ok(true) => {}
@@ -417,14 +406,26 @@ impl Shared {
             }
             let (ready, sent) = (std::mem::take(&mut out.ready), out.sent);
             drop(out);
-            let result = (&self.stream).write_all(ready.get(sent..).unwrap_or_default());
+            let result = (&self.stream).write(ready.get(sent..).unwrap_or_default());
             out = self.lock();
-            out.sent = ready.len();
             out.ready = ready;
-            if let Err(error) = result {
-                return self.close(&mut out, Some(self.lost(error)));
+            match result {
+                Ok(0) => return self.close(&mut out, Some(self.lost("it takes no more"))),
+                Ok(count) => out.sent += count,
+                Err(error) if is_timeout(&error) || error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return self.close(&mut out, Some(self.lost(error))),
             }
         }
+    }
+
+    /// Until there is something for the writing thread, or its alarm goes off.
+    fn wait<'a>(&self, out: MutexGuard<'a, Outgoing>) -> MutexGuard<'a, Outgoing> {
+        let Some(alarm) = out.alarm else {
+            return (self.rouse.wait(out)).unwrap_or_else(PoisonError::into_inner);
+        };
+        let left = alarm.saturating_duration_since(Instant::now());
+        let waited = self.rouse.wait_timeout(out, left);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Ends the connection. The reading thread reports why: what the server has still said comes before `cause`.
@@ -446,6 +447,28 @@ impl Shared {
 }
 
 impl Outgoing {
+    /// Answers the requests that the server has not answered in time.
+    fn expire<A>(&mut self, give: &Sender<Vec<Answer<A>>>) {
+        let now = Instant::now();
+        if self.alarm.is_none_or(|alarm| now < alarm) {
+            return;
+        }
+        let overdue = |(_, deadline): &(&u64, &Instant)| **deadline <= now;
+        let answer = |(token, _): (&u64, &Instant)| {
+            Answer::Reply(Reply {
+                token: *token,
+                result: Err(NoReply::Timeout),
+            })
+        };
+        let answers: Vec<Answer<A>> = self.requests.iter().filter(overdue).map(answer).collect();
+        if !answers.is_empty() && give.try_send(answers).is_err() {
+            self.alarm = Some(now + LOOK);
+            return;
+        }
+        self.requests.retain(|_, deadline| *deadline > now);
+        self.alarm = self.requests.values().min().copied();
+    }
+
     /// False: the socket takes no more for now.
     fn write_now(&mut self, stream: &TcpStream, inbox: &str) -> io::Result<bool> {
         while self.prepare(inbox)? {
@@ -513,7 +536,6 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
         loop {
             let mut answers = Vec::new();
             let taken = self.take(&mut answers);
-            self.tick(&mut answers);
             if !answers.is_empty() && give.send(answers).is_err() {
                 return self.ended("it was closed");
             }
@@ -521,13 +543,18 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
                 return error;
             }
             match self.read() {
-                Ok(Came::Bytes) => self.silent_ticks = 0,
-                Ok(Came::Nothing) if self.is_alive() => {}
-                Ok(Came::Nothing) => {
-                    let limit = (TICK * self.ticks_to_ping).as_secs_f32();
+                Ok(Came::Bytes) => self.was_asked = false,
+                Ok(Came::Nothing) if self.was_asked => {
+                    let limit = self.longest_silence.as_secs_f32();
                     return self.ended(&format!(
                         "the server has not answered a PING within {limit:.1} s"
                     ));
+                }
+                Ok(Came::Nothing) => {
+                    self.was_asked = true;
+                    let mut out = self.shared.lock();
+                    out.ping_is_due = true;
+                    self.shared.send_now(&mut out);
                 }
                 Ok(Came::End) => return self.ended("the server closed the connection"),
                 Err(error) => return self.failed(&error),
@@ -535,7 +562,7 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
         }
     }
 
-    /// Waits for more, not longer than a tick.
+    /// Waits for more, not longer than the longest silence.
     fn read(&mut self) -> io::Result<Came> {
         let n = loop {
             match (&self.shared.stream).read(&mut self.chunk) {
@@ -624,39 +651,6 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
         self.bytes.drain(..done);
         self.bytes.shrink_to(CHUNK_BYTES);
         result
-    }
-
-    /// Answers the requests that the server has not answered in time.
-    fn tick(&mut self, answers: &mut Vec<Answer<A>>) {
-        let now = Instant::now();
-        if now < self.next_tick {
-            return;
-        }
-        self.next_tick = now + TICK;
-        let shared = self.shared.clone();
-        let mut out = shared.lock();
-        out.requests.retain(|token, deadline| {
-            let waits = *deadline > now;
-            if !waits {
-                let result = Err(NoReply::Timeout);
-                answers.push(Answer::Reply(Reply {
-                    token: *token,
-                    result,
-                }));
-            }
-            waits
-        });
-    }
-
-    /// Nothing has come for a tick: asks the server for a sign of life once it has been silent for long; false: it gives none.
-    fn is_alive(&mut self) -> bool {
-        self.silent_ticks += 1;
-        if self.silent_ticks == self.ticks_to_ping {
-            let mut out = self.shared.lock();
-            out.ping_is_due = true;
-            self.shared.send_now(&mut out);
-        }
-        self.silent_ticks < 2 * self.ticks_to_ping
     }
 
     fn failed(&self, error: &io::Error) -> Error {
@@ -768,7 +762,7 @@ mod tests {
         SockRef::from(&session.stream)
             .set_send_buffer_size(send_buffer)
             .unwrap();
-        Connection::open(options, &server, session, inbox, |number, _, body| {
+        Connection::open(options, server, session, inbox, |number, _, body| {
             (number, String::from_utf8_lossy(body).into_owned())
         })
     }

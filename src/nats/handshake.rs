@@ -37,6 +37,35 @@ pub struct Session {
     pub bytes: Vec<u8>,
 }
 
+/// Tries the servers in turn, beginning with the one of number `first`, modulo how many there are. Spends at most
+/// `connect_timeout` on each.
+///
+/// # Errors
+/// Why no server can be used.
+pub fn sign_in_to_any(
+    options: &Options,
+    first: usize,
+    subscription: &str,
+) -> Result<(ServerUrl, Session), Error> {
+    let mut servers = options.discovered.after(&options.servers);
+    let count = servers.len().max(1);
+    servers.rotate_left(first % count);
+    let mut errors = Vec::new();
+    for server in servers {
+        match sign_in(options, &server, subscription) {
+            Ok(session) => return Ok((server, session)),
+            Err(error) => errors.push(error),
+        }
+    }
+    match errors.pop() {
+        Some(only) if errors.is_empty() => Err(only),
+        last => {
+            errors.extend(last);
+            Err(Error::NoServer(errors))
+        }
+    }
+}
+
 /// Reaches one server and signs in. `subscription` is sent between CONNECT and PING, so that a refusal of it is found here.
 ///
 /// # Errors
@@ -140,7 +169,11 @@ impl Attempt<'_> {
             Some(_) => return Err(self.not_nats("it does not begin with INFO".into())),
             None => {
                 return Err(self.not_nats(
-                    "it closed the connection without a NATS greeting: check the port".into(),
+                    match self.options.tls_first {
+                        true => "it closed the connection without a NATS greeting",
+                        false => "it closed the connection without a NATS greeting: check the port; a server with handshake_first needs -nats-tls-first",
+                    }
+                    .into(),
                 ));
             }
         };

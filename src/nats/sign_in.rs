@@ -4,6 +4,7 @@
 //! signature has put a nonce into its INFO; the credentials file is what `nsc generate creds` writes.
 
 use super::error::Error;
+use super::nkey::Nkey;
 use super::options::{Options, ServerUrl, UrlAuth};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -52,10 +53,10 @@ pub enum Identity {
         /// The JWT.
         jwt: String,
         /// The key it names.
-        key: Arc<nkeys::KeyPair>,
+        key: Arc<Nkey>,
     },
     /// A bare key.
-    Nkey(Arc<nkeys::KeyPair>),
+    Nkey(Arc<Nkey>),
     /// Nothing.
     None,
 }
@@ -101,7 +102,7 @@ impl Identity {
             ..Connect::default()
         };
         let nonce = nonce.unwrap_or_default().as_bytes();
-        let sign = |key| Some(BASE64_URL_SAFE_NO_PAD.encode(sign(key, nonce)));
+        let sign = |key: &Nkey| Some(BASE64_URL_SAFE_NO_PAD.encode(key.sign(nonce)));
         match self {
             Identity::Url(UrlAuth::UserPassword(user, password)) => {
                 connect.user = Some(user);
@@ -135,11 +136,6 @@ pub fn unique() -> io::Result<String> {
     Ok(format!("{:032x}", u128::from_ne_bytes(random)))
 }
 
-/// The key comes from a seed, so it can sign; an empty signature would merely be refused.
-pub fn sign(key: &nkeys::KeyPair, nonce: &[u8]) -> Vec<u8> {
-    key.sign(nonce).unwrap_or_default()
-}
-
 /// The JWT is what a line of dashes precedes and another one follows; the seed may come before or after it, and comments
 /// anywhere.
 fn credentials(text: &str) -> Option<Identity> {
@@ -160,10 +156,8 @@ fn credentials(text: &str) -> Option<Identity> {
 }
 
 /// The first line that is a user's seed, whose checksum says so.
-fn seed(text: &str) -> Option<nkeys::KeyPair> {
-    lines(text)
-        .filter(|line| line.starts_with("SU"))
-        .find_map(|line| nkeys::KeyPair::from_seed(line).ok())
+fn seed(text: &str) -> Option<Nkey> {
+    lines(text).find_map(Nkey::from_seed)
 }
 
 fn lines(text: &str) -> impl Iterator<Item = &str> {
@@ -300,7 +294,8 @@ mod tests {
         );
         let by_token = said(&Identity::Url(UrlAuth::Token("t".into())), None);
         assert_eq!(by_token["auth_token"], "t");
-        let key = Arc::new(nkeys::KeyPair::new_user());
+        let theirs = nkeys::KeyPair::new_user();
+        let key = Arc::new(Nkey::from_seed(&theirs.seed().unwrap()).unwrap());
         let by_jwt = Identity::Credentials {
             jwt: "a.b.c".into(),
             key: key.clone(),
@@ -311,6 +306,6 @@ mod tests {
         let by_key = said(&Identity::Nkey(key.clone()), Some("nonce"));
         assert_eq!(by_key["nkey"], key.public_key());
         let signature = BASE64_URL_SAFE_NO_PAD.decode(by_key["sig"].as_str().unwrap());
-        key.verify(b"nonce", &signature.unwrap()).unwrap();
+        theirs.verify(b"nonce", &signature.unwrap()).unwrap();
     }
 }

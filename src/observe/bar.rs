@@ -41,7 +41,7 @@ fn hide(bar: &ProgressBar) {
 }
 
 fn draw(drains: bool, vitals: &Vitals) {
-    let style = ProgressStyle::with_template("{bar:30} {percent:>3} % of the log, {msg}");
+    let style = ProgressStyle::with_template("{bar:30} {percent:>3} % of the WAL, {msg}");
     let bar = BAR.get_or_init(ProgressBar::hidden);
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     // a line of the log takes the bar away for a moment
@@ -53,10 +53,10 @@ fn draw(drains: bool, vitals: &Vitals) {
         thread::sleep(INTERVAL);
         let goal = match drains {
             true => vitals.drains_upto.get(),
-            false => vitals.wal_end.get(),
+            false => vitals.wal_end().0,
         };
-        let at = vitals.settled.get().max(vitals.confirmed.get());
-        let published = vitals.published.get();
+        let at = vitals.stored_lsn.get();
+        let published = vitals.tally().published;
         let per_second = rate.of(published, Instant::now());
         let Some((done, all)) = track.step(goal, at, drains) else {
             if std::mem::take(&mut is_shown) {

@@ -1,196 +1,193 @@
-//! The names, units and meanings of the metrics, and their text.
+//! The one list of figures, with their names, units and meanings: `/metrics` serves it, and the status page shows it.
 //!
-//! Names follow [Prometheus' conventions](https://prometheus.io/docs/practices/naming/); the text is
-//! [OpenMetrics](https://prometheus.io/docs/specs/om/open_metrics_spec/), which Prometheus reads.
+//! Names follow [Prometheus' conventions](https://prometheus.io/docs/practices/naming/). How the list becomes text is
+//! in `exposition`.
 
-use crate::relay::vitals::{Bytes, Vitals};
-use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::info::Info;
-use prometheus_client::registry::{Registry, Unit};
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use crate::postgres::Lsn;
+use crate::relay::figure::Histogram;
+use crate::relay::vitals::Vitals;
+use serde_json::{Value, json};
 
-/// What [`Metrics::text`] is.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// What each name begins with.
+pub const PREFIX: &str = "jetstream_outbox_";
 
-/// The metrics of a relay.
-pub struct Metrics {
-    vitals: Arc<Vitals>,
-    registry: Registry,
-    /// What is found out when it is asked for.
-    lag_bytes: Bytes,
-    lag_seconds: Gauge<f64, AtomicU64>,
-    ready: Gauge,
+/// One entry of the list.
+pub struct Metric {
+    /// Behind [`PREFIX`]. Its end says the unit, and `_total` a counter, as the conventions have it.
+    pub name: &'static str,
+    /// One line for a person.
+    pub help: &'static str,
+    /// How it is read.
+    pub read: Read,
 }
 
-impl Metrics {
-    /// Names what is in `vitals`.
-    pub fn new(vitals: Arc<Vitals>) -> Metrics {
-        let mut registry = Registry::with_prefix("jetstream_outbox");
-        let v = &vitals;
-        registry.register(
-            "build",
-            "The program's version",
-            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
-        );
-        for (name, help, counter) in [
-            (
-                "events_published",
-                "Events stored by this process",
-                &v.published,
-            ),
-            (
-                "events_skipped",
-                "Events found in the stream already",
-                &v.skipped,
-            ),
-            (
-                "events_dropped",
-                "Events whose id an earlier one had used",
-                &v.dropped,
-            ),
-            (
-                "events_parked",
-                "Published events that were parked",
-                &v.parked,
-            ),
-            ("events_lost", "Events given up by -on-poison skip", &v.lost),
-            ("events_late", "Events published behind later ones", &v.late),
-            ("sessions", "Copy streams that were started", &v.sessions),
-        ] {
-            registry.register(name, help, counter.clone());
-        }
-        registry.register_with_unit(
-            "published",
-            "Bodies of the published events",
-            Unit::Bytes,
-            v.published_bytes.clone(),
-        );
-        registry.register(
-            "reconnects",
-            "Connections to NATS that were replaced, by cause",
-            v.reconnects.clone(),
-        );
-        registry.register(
-            "events_in_flight",
-            "Publishes that wait for their acknowledgement",
-            v.in_flight.clone(),
-        );
-        registry.register(
-            "channel_batches",
-            "Batches read from Postgres that wait for the publisher, 4 at most",
-            v.channel_batches.clone(),
-        );
-        let (lag_bytes, lag_seconds, ready) = Default::default();
-        for (name, help, gauge) in [
-            ("server_lsn", "The end of Postgres' log", &v.wal_end),
-            (
-                "received_lsn",
-                "Up to here the log has arrived",
-                &v.received,
-            ),
-            (
-                "acked_lsn",
-                "Up to here everything is stored in the streams",
-                &v.settled,
-            ),
-            (
-                "confirmed_lsn",
-                "Up to here Postgres may let go of its log",
-                &v.confirmed,
-            ),
-            (
-                "lag",
-                "Log that is not known to be stored in the streams",
-                &lag_bytes,
-            ),
-        ] {
-            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
-        }
-        registry.register_with_unit(
-            "lag",
-            "Age of the oldest event that has arrived and is not stored",
-            Unit::Seconds,
-            Gauge::<f64, AtomicU64>::clone(&lag_seconds),
-        );
-        registry.register(
-            "ready",
-            "1 while both servers are connected and the slot is held",
-            Gauge::clone(&ready),
-        );
-        registry.register_with_unit(
-            "ack",
-            "From a publish to its acknowledgement, a sample",
-            Unit::Seconds,
-            v.ack_seconds.clone(),
-        );
-        registry.register_with_unit(
-            "commit_to_ack",
-            "From a commit to the acknowledgement of its last event, a sample",
-            Unit::Seconds,
-            v.commit_to_ack_seconds.clone(),
-        );
-        Metrics {
-            vitals,
-            registry,
-            lag_bytes,
-            lag_seconds,
-            ready,
-        }
-    }
-
-    /// All of them, as they are now.
-    pub fn text(&self) -> String {
-        self.lag_bytes.set(self.vitals.lag_bytes());
-        self.lag_seconds.set(self.vitals.lag().as_secs_f64());
-        self.ready.set(self.vitals.readiness().is_ok().into());
-        let mut text = String::new();
-        // writing to a String cannot fail
-        let _ = encode(&mut text, &self.registry);
-        text
-    }
+/// How a figure is read.
+pub enum Read {
+    /// It only grows.
+    Counter(fn(&Vitals) -> u64),
+    /// Counters, told apart by a label of this name.
+    Counters(&'static str, fn(&Vitals) -> Vec<(&'static str, u64)>),
+    /// A gauge; `None`: not known.
+    Gauge(fn(&Vitals) -> Option<u64>),
+    /// A gauge of seconds.
+    Seconds(fn(&Vitals) -> f64),
+    /// A position in the WAL; a gauge of bytes.
+    Lsn(fn(&Vitals) -> u64),
+    /// A histogram of seconds.
+    Histogram(fn(&Vitals) -> &Histogram),
+    /// Always 1; what counts is the label of this name and value.
+    Info(&'static str, &'static str),
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::relay::core::Tally;
-    use crate::relay::vitals::ReconnectCause;
+const fn metric(name: &'static str, help: &'static str, read: Read) -> Metric {
+    Metric { name, help, read }
+}
 
-    #[test]
-    fn what_was_counted_is_served_under_its_name_with_its_unit() {
-        let vitals = Arc::new(Vitals::default());
-        let metrics = Metrics::new(vitals.clone());
-        let tally = Tally {
-            published: 3,
-            published_bytes: 1000,
-            ..Tally::default()
+/// All there are, in the order in which they are shown.
+pub const METRICS: &[Metric] = &[
+    metric(
+        "build_info",
+        "The program's version",
+        Read::Info("version", env!("CARGO_PKG_VERSION")),
+    ),
+    metric(
+        "ready",
+        "1 while both servers are connected and the slot is held",
+        Read::Gauge(|v| Some(v.readiness().is_ok().into())),
+    ),
+    metric(
+        "events_published_total",
+        "Events stored by this process",
+        Read::Counter(|v| v.tally().published),
+    ),
+    metric(
+        "published_bytes_total",
+        "Bodies of the published events",
+        Read::Counter(|v| v.tally().published_bytes),
+    ),
+    metric(
+        "events_already_stored_total",
+        "Events that were found in their stream and not published again",
+        Read::Counter(|v| v.tally().skipped),
+    ),
+    metric(
+        "events_dropped_total",
+        "Events dropped because an earlier one had used their id",
+        Read::Counter(|v| v.tally().dropped),
+    ),
+    metric(
+        "events_parked_total",
+        "Published events that went to the park subject",
+        Read::Counter(|v| v.tally().parked),
+    ),
+    metric(
+        "events_given_up_total",
+        "Events given up by -on-poison skip",
+        Read::Counter(|v| v.tally().lost),
+    ),
+    metric(
+        "events_late_total",
+        "Events published after later ones",
+        Read::Counter(|v| v.tally().late),
+    ),
+    metric(
+        "events_in_flight",
+        "Publishes without an acknowledgement yet",
+        Read::Gauge(|v| Some(v.in_flight.get())),
+    ),
+    metric(
+        "channel_batches",
+        "Batches read from Postgres that wait for the publisher, 4 at most",
+        Read::Gauge(|v| Some(v.channel_batches.get())),
+    ),
+    metric(
+        "lag_bytes",
+        "WAL that is not known to be stored in the streams",
+        Read::Gauge(|v| Some(v.lag_bytes())),
+    ),
+    metric(
+        "lag_seconds",
+        "Age of the oldest event that has arrived and is not stored",
+        Read::Seconds(|v| v.lag().as_secs_f64()),
+    ),
+    metric(
+        "wal_end_bytes",
+        "End of the WAL of Postgres",
+        Read::Lsn(|v| v.wal_end().0),
+    ),
+    metric(
+        "received_lsn_bytes",
+        "Everything up to here has arrived",
+        Read::Lsn(|v| v.received_lsn.get()),
+    ),
+    metric(
+        "stored_lsn_bytes",
+        "Every event up to here is resolved, most by being stored in a stream",
+        Read::Lsn(|v| v.stored_lsn.get()),
+    ),
+    metric(
+        "checkpointed_lsn_bytes",
+        "The stored_lsn that the checkpoint holds",
+        Read::Lsn(|v| v.checkpointed_lsn.get()),
+    ),
+    metric(
+        "flush_lsn_bytes",
+        "What Postgres is told: it may remove WAL up to here",
+        Read::Lsn(|v| v.flush_lsn.get()),
+    ),
+    metric(
+        "slot_wal_bytes",
+        "WAL that Postgres keeps for the slot, read every 10 seconds",
+        Read::Gauge(|v| Some(v.slot_wal.get()?.bytes)),
+    ),
+    metric(
+        "slot_safe_wal_bytes",
+        "WAL that can still be written before Postgres may give the slot up; absent without max_slot_wal_keep_size",
+        Read::Gauge(|v| v.slot_wal.get()?.safe_bytes),
+    ),
+    metric(
+        "sessions_total",
+        "Copy streams from Postgres that were started",
+        Read::Counter(|v| v.sessions.get()),
+    ),
+    metric(
+        "reconnects_total",
+        "Connections to NATS that were replaced",
+        Read::Counters("cause", |v| v.reconnect_counts().collect()),
+    ),
+    metric(
+        "ack_seconds",
+        "From a publish to its acknowledgement, a sample",
+        Read::Histogram(|v| &v.ack_seconds),
+    ),
+    metric(
+        "commit_to_ack_seconds",
+        "From a commit to the acknowledgement of its last event, a sample",
+        Read::Histogram(|v| &v.commit_to_ack_seconds),
+    ),
+];
+
+impl Metric {
+    /// For the status page: name, meaning and value, which is text for a position, an object for labels, and missing
+    /// where it is not known.
+    pub fn to_json(&self, vitals: &Vitals) -> Value {
+        let value = match &self.read {
+            Read::Counter(read) => json!(read(vitals)),
+            Read::Gauge(read) => json!(read(vitals)),
+            Read::Seconds(read) => json!(read(vitals)),
+            Read::Lsn(read) => json!(Lsn(read(vitals)).to_string()),
+            Read::Counters(_, read) => {
+                let counts = read(vitals).into_iter();
+                counts
+                    .map(|(label, count)| (label.to_string(), json!(count)))
+                    .collect()
+            }
+            Read::Histogram(read) => {
+                let (count, sum) = read(vitals).totals();
+                json!({ "count": count, "sum": sum })
+            }
+            Read::Info(label, value) => json!({ *label: value }),
         };
-        vitals.tell(Tally::default(), tally);
-        vitals.reconnects(ReconnectCause::AckTimeout);
-        vitals.wal_end.set(0x1_0000_0010);
-        vitals.settled.set(0x1_0000_0000);
-        vitals.ack_seconds.observe(0.000_2);
-        let text = metrics.text();
-        for line in [
-            "jetstream_outbox_events_published_total 3",
-            "jetstream_outbox_published_bytes_total 1000",
-            "jetstream_outbox_reconnects_total{cause=\"ack_timeout\"} 1",
-            "jetstream_outbox_server_lsn_bytes 4294967312",
-            "jetstream_outbox_lag_bytes 16",
-            "jetstream_outbox_lag_seconds 0.0",
-            "jetstream_outbox_ready 0",
-            "jetstream_outbox_ack_seconds_count 1",
-            "jetstream_outbox_ack_seconds_bucket{le=\"0.00025\"} 1",
-            concat!(
-                "jetstream_outbox_build_info{version=\"",
-                env!("CARGO_PKG_VERSION"),
-                "\"} 1"
-            ),
-            "# EOF",
-        ] {
-            assert!(text.lines().any(|it| it == line), "{line}\n{text}");
-        }
+        json!({ "name": self.name, "help": self.help, "value": value })
     }
 }

@@ -4,22 +4,54 @@
 //! It reads [`Vitals`], on threads of its own, and can neither stop nor slow the relay: nothing here is waited for.
 
 mod bar;
+mod exposition;
+mod history;
 mod http;
+mod listen;
 pub mod metrics;
+mod request;
+mod status;
 mod systemd;
 
 use crate::config::Config;
 use crate::relay::vitals::Vitals;
+use exposition::Format;
+use history::History;
 use http::{Answer, Status};
-use metrics::Metrics;
+use request::Request;
+use status::Settings;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The status page: one file, which asks for nothing but `/metrics` and `/readyz`.
-const PAGE: &str = include_str!("page.html");
+/// The files of the status page, which asks for nothing else but `status`: by path, with what each is.
+const FILES: [(&str, &str, &str); 4] = [
+    (
+        "/",
+        "text/html; charset=utf-8",
+        include_str!("page/page.html"),
+    ),
+    (
+        "/page.css",
+        "text/css; charset=utf-8",
+        include_str!("page/page.css"),
+    ),
+    (
+        "/page.js",
+        "text/javascript; charset=utf-8",
+        include_str!("page/page.js"),
+    ),
+    ("/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
+];
+
+/// Nothing runs on the page, and nothing is loaded by it, but what is served here; no other site embeds or reads it. Nor can
+/// text that is shown (a warning may quote a server) become markup.
+const PAGE_HEADERS: &str = "Content-Security-Policy: default-src 'none'; script-src 'self'; style-src 'self'; \
+                            connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
+                            frame-ancestors 'none'; require-trusted-types-for 'script'\r\n\
+                            Cross-Origin-Resource-Policy: same-origin\r\nReferrer-Policy: no-referrer\r\n";
 
 /// It could not be begun.
 #[derive(Debug)]
@@ -57,15 +89,19 @@ impl std::error::Error for Error {
 
 /// Serves HTTP where the configuration says, and tells systemd and a terminal if there are such.
 pub fn start(config: &Config, vitals: &Arc<Vitals>) -> Result<(), Error> {
-    if let Some(address) = config.listen {
-        let failed = |source| Error::Listen { address, source };
-        let listener = TcpListener::bind(address).map_err(failed)?;
-        let bound = listener.local_addr().map_err(failed)?;
-        let metrics = Metrics::new(vitals.clone());
-        let vitals = vitals.clone();
-        let answer = move |path: &str| answer(path, &vitals, &metrics);
-        http::serve(listener, answer).map_err(Error::Thread)?;
-        log::info!(address:% = bound; "serving metrics, health and a status page");
+    if !config.listen.is_empty() {
+        let failed = |(address, source)| Error::Listen { address, source };
+        let listeners = listen::bind(&config.listen).map_err(failed)?;
+        let bound = listeners.iter().filter_map(|it| it.local_addr().ok());
+        let bound: Vec<String> = bound.map(|address| address.to_string()).collect();
+        let site = Site {
+            settings: Settings::new(config),
+            history: History::start(vitals.clone()).map_err(Error::Thread)?,
+            vitals: vitals.clone(),
+        };
+        let answer = move |request: &Request| site.answer(request);
+        http::serve(listeners, answer).map_err(Error::Thread)?;
+        log::info!(address = bound.join(","); "serving metrics, health and a status page");
     }
     systemd::start(vitals.clone()).map_err(Error::Thread)?;
     bar::start(config.log.format, config.drain, vitals.clone()).map_err(Error::Thread)
@@ -77,19 +113,42 @@ pub fn stopping() {
     bar::stopping();
 }
 
-fn answer(path: &str, vitals: &Vitals, metrics: &Metrics) -> Answer {
-    let health = |health: Result<String, String>| match health {
-        Ok(text) => Answer::text(Status::Ok, text + "\n"),
-        Err(text) => Answer::text(Status::Unavailable, text + "\n"),
-    };
-    match path {
-        "/" => Answer::new(Status::Ok, "text/html; charset=utf-8", PAGE.to_string()),
-        "/metrics" => Answer::new(Status::Ok, metrics::CONTENT_TYPE, metrics.text()),
-        "/livez" => health(vitals.liveness(Instant::now()).map(|()| "alive".into())),
-        "/readyz" => health(vitals.readiness()),
-        _ => Answer::text(
-            Status::NotFound,
-            "there are /, /metrics, /livez and /readyz\n".into(),
-        ),
+/// What the answers are made of.
+struct Site {
+    settings: Settings,
+    history: Arc<History>,
+    vitals: Arc<Vitals>,
+}
+
+impl Site {
+    fn answer(&self, request: &Request) -> Answer {
+        let health = |health: Result<String, String>| match health {
+            Ok(text) => Answer::text(Status::Ok, text + "\n"),
+            Err(text) => Answer::text(Status::Unavailable, text + "\n"),
+        };
+        let path = request.path.as_str();
+        if let Some((_, kind, text)) = FILES.iter().find(|(of, ..)| *of == path) {
+            return Answer::new(Status::Ok, kind, text.to_string()).with(PAGE_HEADERS);
+        }
+        match path {
+            "/status" => {
+                let json = self.settings.status(&self.vitals, &self.history);
+                Answer::new(Status::Ok, "application/json", json).with(PAGE_HEADERS)
+            }
+            "/metrics" => {
+                let format = Format::negotiate(&request.accept);
+                let text = format.text(&self.vitals);
+                Answer::new(Status::Ok, format.content_type(), text).with("Vary: Accept\r\n")
+            }
+            "/livez" => {
+                let liveness = self.vitals.liveness(Instant::now());
+                health(liveness.map(|()| "alive".into()))
+            }
+            "/readyz" => health(self.vitals.readiness()),
+            _ => Answer::text(
+                Status::NotFound,
+                "there are /, /metrics, /livez, /readyz and /status\n".into(),
+            ),
+        }
     }
 }

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use postgres_protocol::escape::{
@@ -36,6 +36,28 @@ const INVALID_AUTHORIZATION: &str = "28000";
 
 /// The rows of a simple query, all values as text.
 pub type Rows = Vec<Vec<Option<String>>>;
+
+/// The same notice is logged this often. Postgres 19 repeats some at each login (a password that expires soon), and a relay
+/// logs in every ten seconds to look at the publication.
+const NOTICE_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// Logs what the server has to say, unless it was the last thing it said.
+fn log_notice(notice: &ServerError) {
+    static LAST: Mutex<Option<(Instant, ServerError)>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Instant::now();
+    let is_known = last.as_ref().is_some_and(|(at, last)| {
+        last == notice && now.saturating_duration_since(*at) < NOTICE_INTERVAL
+    });
+    if is_known {
+        return;
+    }
+    match notice.severity.as_str() {
+        "WARNING" => log::warn!(notice:% = notice; "Postgres warns"),
+        _ => log::info!(notice:% = notice; "Postgres says"),
+    }
+    *last = Some((now, notice.clone()));
+}
 
 /// An authenticated session, ready for a query.
 pub struct Connection {
@@ -215,8 +237,7 @@ impl Connection {
                 Ok(())
             }
             Message::NoticeResponse(body) => {
-                let notice = ServerError::from_fields(body.fields())?;
-                log::info!(notice:% = notice; "postgres says");
+                log_notice(&ServerError::from_fields(body.fields())?);
                 Ok(())
             }
             Message::NotificationResponse(_) => Ok(()),

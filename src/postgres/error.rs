@@ -78,6 +78,7 @@ impl Error {
             }
             Error::Auth(_) => true,
             Error::Tls { lasting, .. } => *lasting,
+            error if error.is_of_a_pooler() => true,
             // invalid authorization or password, no such database, no privilege, no such object, object not
             // in the state (slot lost, wal_level too low), feature not supported, syntax
             error => matches!(
@@ -85,6 +86,17 @@ impl Error {
                 Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601")
             ),
         }
+    }
+
+    /// A connection pooler stands in between, and passes no replication on. PgBouncer before 1.23 does not take the start-up
+    /// parameter, by a code that it has for much else; those that ignore it have replication commands run as SQL.
+    fn is_of_a_pooler(&self) -> bool {
+        self.server()
+            .is_some_and(|error| match error.code.as_str() {
+                "08P01" => error.message.contains("startup parameter: replication"),
+                "42601" => true,
+                _ => false,
+            })
     }
 
     /// What to do about what is lasting, where the error does not say it and it does not depend on what was wanted.
@@ -95,6 +107,11 @@ impl Error {
         if let Error::Tls { lasting: true, .. } = self {
             return Some(
                 "check sslmode, sslrootcert, sslcert and sslkey of -db, and the server's certificate",
+            );
+        }
+        if self.is_of_a_pooler() {
+            return Some(
+                "-db leads to a connection pooler that does not pass replication on: name the host and port of Postgres itself",
             );
         }
         match self.sqlstate()? {

@@ -53,8 +53,13 @@ pub struct Connector<'a> {
 
 /// Where the cuts to resume with come from.
 pub enum From {
-    /// The record: a session starts. The slot's `confirmed_flush_lsn`.
-    Record(Lsn),
+    /// The record: a session starts.
+    Record {
+        /// The slot's `confirmed_flush_lsn`.
+        confirmed_lsn: Lsn,
+        /// The slot was moved to there by somebody else, which is accepted.
+        is_moved: bool,
+    },
     /// The core: the copy stream goes on.
     Core(Cut),
 }
@@ -152,13 +157,20 @@ impl Connector<'_> {
         store: &Store,
         from: From,
     ) -> Result<(Link, Connection), Error> {
+        let goes_on = matches!(from, From::Core(_));
         let (cuts, oldest_is_matured, confirmed_lsn) = match from {
             From::Core(cut) => (vec![cut], true, Lsn::INVALID),
-            From::Record(confirmed_lsn) => {
+            From::Record {
+                confirmed_lsn,
+                is_moved,
+            } => {
                 if store.is_new() {
                     self.check_system(&found)?;
                 }
                 let (mut cuts, is_matured) = store.cuts(Instant::now());
+                for cut in cuts.iter_mut().filter(|_| is_moved) {
+                    cut.move_to(confirmed_lsn);
+                }
                 let routed = found.infos.get(..found.routed).unwrap_or_default();
                 forget_left(&mut cuts, is_matured, |name| {
                     routed.iter().any(|info| info.config.name == name)
@@ -174,6 +186,7 @@ impl Connector<'_> {
             lineage: self.lineage.clone(),
             streams: self.facts(&found),
             cuts,
+            goes_on,
             oldest_is_matured,
             confirmed_lsn,
             maybe_unfenced,

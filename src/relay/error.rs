@@ -3,6 +3,7 @@
 use super::core::capacity::TooLarge;
 use super::core::resume::Lost;
 use super::core::trouble::Halt;
+use super::preflight::Finding;
 use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
@@ -51,7 +52,9 @@ pub enum Error {
     },
     /// The flags that decide which rows become events have changed in the middle of a transaction.
     OtherFlags(Position),
-    /// Slot, publication or server are not as the relay needs them: what is wrong, and what to do.
+    /// Server, slot or publication are not as the relay needs them: the rules that failed.
+    Preflight(Vec<Finding>),
+    /// A stream is not as the relay needs it, or the publication: what is wrong, and what to do.
     Setup(String),
     /// What Postgres says of the log that comes next: the publication was missing when it was written.
     PublicationSkipped {
@@ -181,7 +184,8 @@ impl Error {
             | Error::Stopped
             | Error::ServerShutsDown
             | Error::EndedByServer => Verdict::Retry,
-            Error::Setup(_)
+            Error::Preflight(_)
+            | Error::Setup(_)
             | Error::SlotMoved { .. }
             | Error::OtherFlags(_)
             | Error::NoCheckpoint { .. }
@@ -252,6 +256,14 @@ impl fmt::Display for Error {
                  --delivery at-least-once --drain until that ends with 0 (within the stream's deduplication window nothing comes \
                  twice), then start the relay again; where none is missing, pass --resume-anyway once"
             ),
+            Error::Preflight(findings) => {
+                f.write_str("check Postgres: ")?;
+                for (index, finding) in findings.iter().enumerate() {
+                    let separator = if index == 0 { "" } else { "; also: " };
+                    write!(f, "{separator}{}", finding.sentence())?;
+                }
+                Ok(())
+            }
             Error::Setup(what) => f.write_str(what),
             Error::PublicationSkipped { notice, slot } => write!(
                 f,
@@ -341,7 +353,8 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "resume {of}: its last event ({at}) was written from another Postgres system; if this database \
-                 replaces that one, pass --accept-new-system once: what this slot sends is then published after it"
+                 replaces that one (pg_upgrade, a restored dump), pass --accept-new-system once: what this slot sends is then \
+                 published after it"
             ),
             Error::Conflict {
                 of,

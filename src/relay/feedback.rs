@@ -1,5 +1,13 @@
 //! The feedback thread: standby status updates, so that Postgres keeps the session and lets go of its log.
 //!
+//! A position is reported as flushed once, when it has become confirmable, and taken back at once: Postgres keeps the slot's
+//! `confirmed_flush_lsn` ([`ProcessStandbyReplyMessage`]), and a walsender without a flush position is neither a synchronous
+//! standby, which every commit would wait for as long as confirming is held back, nor waited for by a fast shutdown beyond what
+//! it has received (`SyncRepGetCandidateStandbys` and `WalSndDone`, in all versions since 12). `replay_lsn` of
+//! `pg_stat_replication` shows what is confirmed; `flush_lsn` is NULL.
+//!
+//! [`ProcessStandbyReplyMessage`]: <https://github.com/postgres/postgres/blob/master/src/backend/replication/walsender.c>
+//!
 //! It only reads the shared positions, so nothing that publishing waits for can hold it up: without a
 //! status update for `wal_sender_timeout` Postgres ends the session. It is also the one that notices a
 //! Postgres that has gone silent, because the reader does nothing but wait for it.
@@ -7,6 +15,7 @@
 use super::progress::Progress;
 use super::vitals::Vitals;
 use crate::postgres;
+use crate::postgres::Lsn;
 use crate::postgres::replication::{ReplicationWriter, StandbyStatusUpdate};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -19,9 +28,6 @@ const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(100);
 const SILENCE_PING: Duration = Duration::from_secs(30);
 /// The default of `wal_receiver_timeout`.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
-/// A Postgres that shuts down waits until everything is confirmed, and asks again upon each reply. So
-/// many requests within a second are that, and nothing else: see [`Ended::ServerShutsDown`].
-const REQUESTS_A_SECOND: u32 = 8;
 /// A status update is sent or has failed by then, once it is due.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
 
@@ -32,16 +38,6 @@ pub enum Ask {
     Reply,
     /// Send one that asks Postgres to reply: it wakes a reader that waits for Postgres.
     Ping,
-}
-
-/// Why the thread ended, when nothing failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// The others have finished.
-    Finished,
-    /// Postgres shuts down and waits for us to confirm what is held back, or cannot be stored now. The
-    /// session has to end, or the shutdown never does; what is not confirmed comes again.
-    ServerShutsDown,
 }
 
 /// How often to send a status update, so that Postgres never waits for one longer than its timeout.
@@ -63,7 +59,7 @@ pub fn run(
     asks: &Receiver<Ask>,
     interval: Duration,
     vitals: &Vitals,
-) -> Result<Ended, postgres::Error> {
+) -> Result<(), postgres::Error> {
     let ended = work(writer, progress, asks, interval, vitals);
     vitals.feedback.ended();
     ended
@@ -75,8 +71,8 @@ fn work(
     asks: &Receiver<Ask>,
     interval: Duration,
     vitals: &Vitals,
-) -> Result<Ended, postgres::Error> {
-    let mut requests = Requests::default();
+) -> Result<(), postgres::Error> {
+    let mut told = Lsn::INVALID;
     let mut next_status = Instant::now() + interval;
     loop {
         vitals.feedback.within(interval + SEND_LIMIT);
@@ -84,7 +80,7 @@ fn work(
         let ask = match asks.recv_timeout(wait) {
             Ok(ask) => Some(ask),
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Finished),
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
         // a large message may take its time
         let silence = progress.silence().min(writer.silence());
@@ -94,60 +90,45 @@ fn work(
                 after: SILENCE_LIMIT,
             });
         }
-        send(
-            writer,
-            progress,
-            ask == Some(Ask::Ping) || silence > SILENCE_PING,
-        )?;
+        let reply_requested = ask == Some(Ask::Ping) || silence > SILENCE_PING;
+        tell(writer, progress, &mut told, reply_requested)?;
         next_status = Instant::now() + interval;
-        if ask == Some(Ask::Reply) && requests.too_many(Instant::now(), progress) {
-            return Ok(Ended::ServerShutsDown);
-        }
     }
 }
 
 /// The last status update of a session, and CopyDone.
 pub fn last(writer: &ReplicationWriter, progress: &Progress) -> Result<(), postgres::Error> {
-    send(writer, progress, false)?;
+    let (write, flush) = progress.status();
+    send(writer, (write, flush, flush), false)?;
     writer.copy_done()
+}
+
+/// Reports what is confirmable as flushed if Postgres was not `told` so yet, and takes it back.
+fn tell(
+    writer: &ReplicationWriter,
+    progress: &Progress,
+    told: &mut Lsn,
+    reply_requested: bool,
+) -> Result<(), postgres::Error> {
+    let (write, flush) = progress.status();
+    if flush > *told {
+        send(writer, (write, flush, flush), false)?;
+        *told = flush;
+    }
+    send(writer, (write, Lsn::INVALID, flush), reply_requested)
 }
 
 fn send(
     writer: &ReplicationWriter,
-    progress: &Progress,
+    (write, flush, apply): (Lsn, Lsn, Lsn),
     reply_requested: bool,
 ) -> Result<(), postgres::Error> {
-    let (write, flush) = progress.status();
     writer.send_status(&StandbyStatusUpdate {
         write,
         flush,
-        apply: flush,
+        apply,
         reply_requested,
     })
-}
-
-/// Counts requests for a reply that come while everything was sent and not everything is confirmed.
-#[derive(Debug, Default)]
-struct Requests {
-    since: Option<Instant>,
-    count: u32,
-}
-
-impl Requests {
-    fn too_many(&mut self, now: Instant, progress: &Progress) -> bool {
-        let (write, flush) = progress.status();
-        let fresh = self
-            .since
-            .is_some_and(|since| now.saturating_duration_since(since) < Duration::from_secs(1));
-        if !fresh || flush == write {
-            *self = Requests {
-                since: Some(now),
-                count: 0,
-            };
-        }
-        self.count += 1;
-        self.count >= REQUESTS_A_SECOND
-    }
 }
 
 #[cfg(test)]

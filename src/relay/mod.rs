@@ -4,7 +4,7 @@
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`]. [`slot`] and
 //! [`connect`] read what each side holds before a start, [`checkpoint`] what an earlier process has left; [`publication`]
 //! sees whether rows are left out.
-//! What the outside may know of all this is in [`vitals`].
+//! What the outside may know of all this is in [`vitals`], made of [`figure`]s, and in [`slot_wal`].
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
 pub mod checkpoint;
@@ -12,8 +12,10 @@ pub mod connect;
 pub mod core;
 pub mod error;
 pub mod feedback;
+pub mod figure;
 pub mod outage;
 pub mod pace;
+pub mod preflight;
 pub mod progress;
 pub mod publication;
 pub mod publisher;
@@ -23,6 +25,7 @@ pub mod repeated;
 mod report;
 pub mod session;
 pub mod slot;
+pub mod slot_wal;
 pub mod stop;
 pub mod vitals;
 

@@ -10,6 +10,7 @@
 //! <https://www.postgresql.org/docs/current/catalog-pg-publication-rel.html>.
 
 use super::checkpoint::store::SeenPublication;
+use super::slot_wal::SlotWalSeen;
 use crate::config::Config;
 use crate::outbox::mapping::Mapping;
 use crate::postgres::connection::{Rows, quote_literal};
@@ -377,7 +378,13 @@ pub struct Watch {
 
 impl Watch {
     /// Begins with what the session's own connection, to the server `peer`, has read, and tells `seen` of more.
-    pub fn new(config: &Config, peer: &str, published: Published, seen: SeenPublication) -> Watch {
+    pub fn new(
+        config: &Config,
+        peer: &str,
+        published: Published,
+        seen: SeenPublication,
+        slot_wal: SlotWalSeen,
+    ) -> Watch {
         let (asks, asked) = bounded::<Published>(1);
         let (found, looks) = bounded(1);
         let look = Look {
@@ -385,6 +392,8 @@ impl Watch {
             peer: peer.to_string(),
             publication: config.publication.clone(),
             mapping: config.mapping.clone(),
+            slot: config.slot.clone(),
+            slot_wal,
         };
         let answer = move || {
             let mut failures = 0;
@@ -460,6 +469,8 @@ struct Look {
     peer: String,
     publication: String,
     mapping: Mapping,
+    slot: String,
+    slot_wal: SlotWalSeen,
 }
 
 impl Look {
@@ -469,6 +480,7 @@ impl Look {
             // of several hosts another one, which may be behind: it proves nothing
             return Ok(Some(before.clone()));
         }
+        self.slot_wal.look(&mut connection, &self.slot);
         read(
             &mut connection,
             &self.publication,

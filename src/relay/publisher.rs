@@ -19,7 +19,7 @@ use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
-use crate::jetstream::ack::{AckError, parse_ack};
+use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
 use crate::jetstream::client::{Ack, Answer, Link, Reply};
 use crate::jetstream::streams;
 use crate::jetstream::wire::Publish;
@@ -41,6 +41,9 @@ const RECORD_LIMIT: Duration = Duration::from_secs(5);
 const HOLD_BACK_TICK: Duration = Duration::from_secs(1);
 /// An idle stream is looked at this often, to see that it did not go backwards.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// Limits that were read again so shortly before are not read once more: many events in a row that are too large must not cost
+/// a connection each.
+const LIMITS_ARE_NEW: Duration = Duration::from_secs(1);
 /// Events that are handed to the connection at once: the server has them while the next are being looked at.
 const BURST: usize = 128;
 /// The loop comes round more often than every `LOOK_INTERVAL`; what it does takes seconds at most.
@@ -69,6 +72,8 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
+    /// When the limits of server and streams were read again: at the last reconnect.
+    limits_read: Option<Instant>,
     /// At the end the record is waited for until then.
     record_until: Option<Instant>,
     /// Of the tally, what was warned of.
@@ -136,11 +141,12 @@ impl<'a> Publisher<'a> {
             source: lineage.source.to_string().into(),
             outage: Outage::new(config.max_outage),
             said: Repeated::default(),
-            report: Report::new(now),
+            report: Report::new(now, vitals),
             closing: Closing::No,
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            limits_read: None,
             record_until: None,
             warned: Tally::default(),
             vitals,
@@ -151,11 +157,11 @@ impl<'a> Publisher<'a> {
     /// Publishes until no more changes come and those that came are settled, or the deadline for that passes.
     pub fn run(mut self, link: Link) -> Left {
         let result = self.work(link);
-        self.pulse.tell(&self.core, self.progress, 0);
         self.vitals.nats_is_connected(false);
         self.vitals.publisher.ended();
         self.confirm(Instant::now());
-        self.report.finish(&self.core, self.progress);
+        self.pulse.tell(&self.core, self.progress, 0);
+        self.report.finish(self.vitals);
         let settled = self.core.window().is_empty();
         if !settled {
             log::warn!("not everything was acknowledged in time; it comes again at the next start");
@@ -190,7 +196,8 @@ impl<'a> Publisher<'a> {
                     (ReconnectCause::Refused, reason)
                 }
             };
-            if start.elapsed() >= WORKING {
+            let is_outage = !matches!(cause, ReconnectCause::Limits | ReconnectCause::LameDuck);
+            if start.elapsed() >= WORKING || !is_outage {
                 // also when there was nothing to publish
                 self.outage.worked();
             }
@@ -226,9 +233,9 @@ impl<'a> Publisher<'a> {
             }
             self.record(link, now, settled);
             self.confirm(now);
-            self.report.tick(now, &self.core, self.progress);
             self.pulse
                 .tell(&self.core, self.progress, self.changes.len());
+            self.report.tick(now, self.vitals);
             self.vitals.publisher.within(LOOP_LIMIT);
             if settled && self.has_recorded(now) {
                 return Ok(());
@@ -361,11 +368,9 @@ impl<'a> Publisher<'a> {
             wake = wake.min(until);
         }
         let wait = wake.saturating_duration_since(now);
-        let ripens = self
-            .store
-            .as_ref()
-            .is_some_and(|store| store.is_ripening(now));
-        if ripens || !self.is_recorded() {
+        let stored_lsn = self.core.stored_lsn();
+        let store = self.store.as_ref();
+        if store.is_some_and(|store| store.is_behind(stored_lsn, now)) {
             wait.min(HOLD_BACK_TICK)
         } else {
             wait
@@ -420,8 +425,17 @@ impl<'a> Publisher<'a> {
             return Ok(());
         };
         let answer = answer.and_then(|body| parse_ack(&body, None));
+        if let Err(error) = &answer
+            && error.kind() == AckErrorKind::NoResponders
+        {
+            // a new connection creates the bucket again
+            let reason = "the checkpoint's bucket is gone, or has no leader".to_string();
+            return Err(Interrupt::Reconnect(ReconnectCause::NoStream, reason));
+        }
         match store.on_written(number, answer, now) {
             Ok(true) => {
+                let held = store.held().map_or(Lsn::INVALID, |it| it.young.stored_lsn);
+                self.vitals.checkpointed_lsn.raise(held.0);
                 if let Core::ExactlyOnce(core) = &mut self.core {
                     core.on_recorded(now);
                 }
@@ -459,6 +473,15 @@ impl<'a> Publisher<'a> {
     /// An event that cannot be published interrupts once everything before it is answered: the connection
     /// is dropped with what has not left yet, so each attempt would lose the same events again.
     fn publish(&mut self, link: &Link, now: Instant) -> Result<(), Interrupt> {
+        if self.postponed.is_none() && link.server_info().ldm {
+            self.postponed = Some(Interrupt::Reconnect(
+                ReconnectCause::LameDuck,
+                format!(
+                    "{} is in lame duck mode: it is about to shut down",
+                    link.server()
+                ),
+            ));
+        }
         if self.postponed.is_none() {
             self.publish_burst(link, now)?;
         }
@@ -492,6 +515,17 @@ impl<'a> Publisher<'a> {
                 Ok(Next::TooLarge { token, too_large }) => {
                     let (size, limit) = (too_large.size, too_large.limit);
                     let cause = format!("{size} bytes are more than the {limit} that NATS accepts");
+                    let is_new = |at| now.duration_since(at) < LIMITS_ARE_NEW;
+                    if !self.limits_read.is_some_and(is_new) {
+                        // they may have been raised since
+                        let reason = format!(
+                            "reading {} again: {} is too large, {cause}",
+                            too_large.setting,
+                            self.describe(token)
+                        );
+                        self.postponed = Some(Interrupt::Reconnect(ReconnectCause::Limits, reason));
+                        break Ok(());
+                    }
                     if !self.put_aside(token, &cause) {
                         let event = self.describe(token);
                         self.postponed = Some(Interrupt::End(Error::TooLarge { event, too_large }));
@@ -626,11 +660,13 @@ impl<'a> Publisher<'a> {
             Ok(()) => return Ok(()),
             Err(Trouble::Reconnect(cause)) => {
                 let kind = match cause {
-                    Cause::OtherAnswer { .. } | Cause::Elsewhere { .. } => ReconnectCause::OtherAck,
+                    Cause::OtherAnswer { .. } | Cause::Elsewhere { .. } => {
+                        ReconnectCause::UnexpectedAck
+                    }
                     Cause::Refused(_) => ReconnectCause::Refused,
                     Cause::AckTimeout => ReconnectCause::AckTimeout,
                     Cause::NoStream(_) => ReconnectCause::NoStream,
-                    Cause::Disagrees(_) => ReconnectCause::EndsEarly,
+                    Cause::Disagrees(_) => ReconnectCause::Regressed,
                 };
                 Interrupt::Reconnect(kind, cause.to_string())
             }
@@ -665,6 +701,8 @@ impl<'a> Publisher<'a> {
             match self.rejoin(tries) {
                 Ok(link) => {
                     self.vitals.enter(Phase::Relaying, None);
+                    self.vitals
+                        .set_nats(link.server(), &link.server_info().version);
                     log::info!(server = link.server(); "connected to NATS again");
                     return Ok(Some(link));
                 }
@@ -696,6 +734,7 @@ impl<'a> Publisher<'a> {
                     *store = None;
                 }
                 core.resume(connector.capacity(&found));
+                self.limits_read = Some(Instant::now());
                 return Ok(found.link);
             }
             (Core::ExactlyOnce(core), Some(store)) => (core, store),
@@ -716,7 +755,11 @@ impl<'a> Publisher<'a> {
             Error::Lost(lost) => Error::Regressed(lost),
             error => error,
         })?;
+        if let Some(lost) = connection.resumed.disagreed.first() {
+            return Err(Error::Regressed(lost.clone()));
+        }
         core.resume(connection, Instant::now());
+        self.limits_read = Some(Instant::now());
         connector.claim(&link, core, store, false, Lsn::INVALID)?;
         Ok(link)
     }

@@ -2,12 +2,15 @@
 
 use super::core::{Core, Tally};
 use super::progress::Progress;
-use super::vitals::{Vitals, since_commit};
+use super::vitals::{StreamEnd, Vitals, since_commit};
 use crate::jetstream::wire::Publish;
 use crate::outbox::batch::{Batch, Change};
 use crate::postgres::Lsn;
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often the streams are told, which takes a list of names.
+const STREAMS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What is not told yet.
 pub struct Pulse<'a> {
@@ -17,6 +20,7 @@ pub struct Pulse<'a> {
     commits: VecDeque<Commits>,
     /// A publish whose ack is timed.
     timed: Option<(u64, Instant)>,
+    streams_told: Option<Instant>,
 }
 
 /// The transactions with events that ended in one batch.
@@ -36,6 +40,7 @@ impl<'a> Pulse<'a> {
             told: Tally::default(),
             commits: VecDeque::new(),
             timed: None,
+            streams_told: None,
         }
     }
 
@@ -72,12 +77,13 @@ impl<'a> Pulse<'a> {
     pub fn acked(&mut self, token: u64, now: Instant) {
         if let Some((_, at)) = self.timed.take_if(|(timed, _)| *timed == token) {
             let waited = now.saturating_duration_since(at);
-            self.vitals.ack_seconds.observe(waited.as_secs_f64());
+            self.vitals.ack_seconds.observe(waited);
         }
     }
 
     /// No publish waits for its ack any more.
     pub fn nothing_waits(&mut self) {
+        self.vitals.in_flight.set(0);
         self.timed = None;
     }
 
@@ -85,7 +91,7 @@ impl<'a> Pulse<'a> {
     pub fn tell(&mut self, core: &Core, progress: &Progress, channel_batches: usize) {
         let settled = core.stored_lsn();
         while let Some(commits) = self.commits.front().filter(|c| c.end_lsn <= settled) {
-            let age = since_commit(commits.last_us).as_secs_f64();
+            let age = since_commit(commits.last_us);
             self.vitals.commit_to_ack_seconds.observe(age);
             self.commits.pop_front();
         }
@@ -98,12 +104,24 @@ impl<'a> Pulse<'a> {
             self.told = tally;
         }
         let (received, confirmable) = progress.status();
-        self.vitals.received.set(received.0);
-        let confirmed = &self.vitals.confirmed;
-        confirmed.set(confirmed.get().max(confirmable.0));
-        self.vitals.settled.set(settled.0);
-        self.vitals.in_flight.set(core.window().waiting() as i64);
-        self.vitals.channel_batches.set(channel_batches as i64);
+        self.vitals.received_lsn.raise(received.0);
+        self.vitals.flush_lsn.raise(confirmable.0);
+        self.vitals.stored_lsn.raise(settled.0);
+        self.vitals.in_flight.set(core.window().waiting() as u64);
+        self.vitals.channel_batches.set(channel_batches as u64);
+        self.tell_streams(core);
+    }
+
+    fn tell_streams(&mut self, core: &Core) {
+        let now = Instant::now();
+        let is_recent = |at| now.saturating_duration_since(at) < STREAMS_INTERVAL;
+        if self.streams_told.is_some_and(is_recent) {
+            return;
+        }
+        self.streams_told = Some(now);
+        let ends = core.stream_ends().into_iter();
+        let ends = ends.map(|(name, last_seq)| StreamEnd { name, last_seq });
+        self.vitals.set_streams(ends.collect());
     }
 }
 

@@ -156,6 +156,10 @@ impl Reader<'_> {
             {
                 if !batch.is_empty() {
                     end_open(&mut batch, transaction.as_ref());
+                    let unfinished = transaction.as_ref().filter(|it| it.events > 0);
+                    let unfinished = unfinished.map(|it| it.commit_time_us);
+                    self.vitals
+                        .hands_over(reached, self.changes.len(), unfinished);
                     self.progress.sending(true);
                     let bytes = batch.len_bytes();
                     let sent = send(&self.changes, take(&mut batch));

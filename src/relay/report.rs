@@ -1,7 +1,8 @@
-//! The progress line: once a minute while events flow, and once at the end.
+//! The progress line: once a minute while events flow, and once at the end. Its figures are those of the metrics.
 
-use super::core::{Core, Tally};
-use super::progress::Progress;
+use super::core::Tally;
+use super::vitals::{Vitals, since};
+use crate::postgres::Lsn;
 use std::time::{Duration, Instant};
 
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -14,44 +15,44 @@ pub struct Report {
 }
 
 impl Report {
-    /// Begins to count.
-    pub fn new(now: Instant) -> Report {
+    /// Begins to count, for one session.
+    pub fn new(now: Instant, vitals: &Vitals) -> Report {
         Report {
             at: now,
-            told: Tally::default(),
+            told: vitals.tally(),
         }
     }
 
     /// Writes the line if it is due and there is something to tell.
-    pub fn tick(&mut self, now: Instant, core: &Core, progress: &Progress) {
+    pub fn tick(&mut self, now: Instant, vitals: &Vitals) {
         if now.saturating_duration_since(self.at) >= INTERVAL {
-            self.write(now, "progress", core, progress);
+            self.write(now, "progress", vitals);
         }
     }
 
     /// Writes the last line.
-    pub fn finish(&mut self, core: &Core, progress: &Progress) {
-        self.write(Instant::now(), "stopped publishing", core, progress);
+    pub fn finish(&mut self, vitals: &Vitals) {
+        self.write(Instant::now(), "stopped publishing", vitals);
     }
 
-    fn write(&mut self, now: Instant, what: &str, core: &Core, progress: &Progress) {
-        let tally = core.tally();
+    fn write(&mut self, now: Instant, what: &str, vitals: &Vitals) {
+        let total = vitals.tally();
         let seconds = now.saturating_duration_since(self.at).as_secs_f64();
-        let published = tally.published - self.told.published;
-        let skipped = tally.skipped - self.told.skipped;
-        if tally != self.told {
-            let (received, confirmable) = progress.status();
+        if total != self.told {
+            let new = since(self.told, total);
             let per_second = if seconds > 0.0 {
-                (published as f64 / seconds).round() as u64
+                (new.published as f64 / seconds).round() as u64
             } else {
-                published
+                new.published
             };
             log::info!(
-                published, per_second, skipped, dropped = tally.dropped, parked = tally.parked, lost = tally.lost, waiting = core.window().waiting(),
-                received:% = received, confirmable:% = confirmable; "{what}"
+                published = new.published, per_second, already_stored = new.skipped, dropped = new.dropped,
+                parked = new.parked, given_up = new.lost, late = new.late, in_flight = vitals.in_flight.get(),
+                received_lsn:% = Lsn(vitals.received_lsn.get()), stored_lsn:% = Lsn(vitals.stored_lsn.get()),
+                flush_lsn:% = Lsn(vitals.flush_lsn.get()); "{what}"
             );
         }
         self.at = now;
-        self.told = tally;
+        self.told = total;
     }
 }

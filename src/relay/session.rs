@@ -151,8 +151,9 @@ impl<'a> Session<'a> {
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let slot = slot::check(&mut connection, &config.slot, &config.publication)?;
+        let slot = slot::check(&mut connection, config)?;
         let wal_end = slot::current_lsn(&mut connection)?;
+        self.vitals.slot_wal.look(&mut connection, &config.slot);
         if config.drain && self.upto.is_none() {
             self.vitals.drains_upto.set(wal_end.0);
             self.upto = Some(wal_end);
@@ -185,11 +186,14 @@ impl<'a> Session<'a> {
                 (link, core, start_lsn, true, published)
             }
             Delivery::AtLeastOnce => {
+                let mut found = found;
                 let read = connector.read_key(&found, &mut self.store);
-                if let Err(error) = &read
-                    && self.said.is_new("checkpoint", Instant::now())
-                {
-                    log::warn!("going on without the checkpoint: {error}");
+                if let Err(error) = &read {
+                    if self.said.is_new("checkpoint", Instant::now()) {
+                        log::warn!("going on without the checkpoint: {error}");
+                    }
+                    // what is not allowed ends the connection
+                    found = connector.find(tries, &mut self.said)?;
                 }
                 let published = self.check_publication(&mut connection)?;
                 let core = AtLeastOnce::start(limits, connector.capacity(&found));
@@ -204,6 +208,10 @@ impl<'a> Session<'a> {
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
+        let version = connection.parameter("server_version").unwrap_or_default();
+        self.vitals.set_postgres(connection.peer(), version);
+        self.vitals
+            .set_nats(link.server(), &link.server_info().version);
         let options = slot::pgoutput_options(
             connection.server_version_num(),
             &config.publication,
@@ -218,6 +226,7 @@ impl<'a> Session<'a> {
             connection.peer(),
             published,
             self.store.publication(),
+            self.vitals.slot_wal.clone(),
         );
         let (stream, writer) =
             replication::start_replication(connection, &config.slot, start_lsn, &options)
@@ -231,9 +240,8 @@ impl<'a> Session<'a> {
             vitals: self.vitals,
         };
         self.tries = 0;
-        self.vitals.sessions.inc();
-        self.vitals.confirmed.set(slot.confirmed_flush_lsn.0);
-        self.vitals.enter(Phase::Relaying, None);
+        self.vitals
+            .session_starts(slot.confirmed_flush_lsn, wal_end);
         let store = has_record.then_some(&mut self.store);
         let mapper = &mut self.mapper;
         let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
@@ -268,7 +276,12 @@ impl<'a> Session<'a> {
         if self.accepted == Accepted::OtherWal {
             self.store.disown();
         }
-        let from = From::Record(confirmed_lsn);
+        let held = self.store.held();
+        let from = From::Record {
+            confirmed_lsn,
+            // what the slot does not send any more is accepted as it is
+            is_moved: held.is_some_and(|record| record.is_exceeded(confirmed_lsn)),
+        };
         let (link, connection) = connector.resume(found, &self.store, from)?;
         let resumed = &connection.resumed;
         for lost in &resumed.disagreed {
@@ -469,7 +482,6 @@ impl Threads<'_> {
             (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
-            (_, _, Ok(Ok(feedback::Ended::ServerShutsDown))) => Err(Error::ServerShutsDown),
             _ if shuts_down => Err(Error::ServerShutsDown),
             (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
             (_, Ok(Ok(reader::Ended::Drained)), _) if left.settled => Ok(Ended::Drained),

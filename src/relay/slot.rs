@@ -1,16 +1,15 @@
-//! What must be right in Postgres before the relay starts: the slot, the publication, the server.
+//! A start's look at Postgres: the rules of [`preflight`](super::preflight), and what the session needs to know of the slot.
 //!
-//! Everything is read on the replication connection itself, which takes plain SQL; `pg_replication_slots`
-//! and `pg_publication` are readable by every role.
+//! Everything is read on the replication connection itself, which takes plain SQL.
 
 use super::error::Error;
+use super::preflight;
+use crate::config::Config;
 use crate::postgres::connection::{quote_identifier, quote_literal};
 use crate::postgres::identifier::identifier;
-use crate::postgres::{Connection, Lsn};
+use crate::postgres::{self, Connection, Lsn};
 use std::time::Duration;
 
-/// The oldest server: pgoutput with the options used here, and still found in the field.
-const OLDEST: u32 = 120_000;
 /// Transactional messages (`messages` of pgoutput) came with it.
 const MESSAGES: u32 = 140_000;
 
@@ -24,102 +23,24 @@ pub struct Slot {
 }
 
 /// Checks server, slot and publication.
-pub fn check(connection: &mut Connection, slot: &str, publication: &str) -> Result<Slot, Error> {
-    let version = connection.server_version_num();
-    if version < OLDEST {
-        return Err(Error::Setup(format!(
-            "check the server: version {} is too old; Postgres 12 or newer is needed",
-            connection.parameter("server_version").unwrap_or("unknown")
-        )));
-    }
-    let found = check_slot(connection, slot, publication)?;
-    check_publication(connection, publication)?;
-    let setting = "SELECT setting FROM pg_catalog.pg_settings WHERE name = 'wal_sender_timeout'";
-    let rows = connection.simple_query(setting)?;
-    let timeout_ms = rows
-        .first()
-        .and_then(|row| row.first()?.as_deref()?.parse().ok());
-    Ok(Slot {
-        confirmed_flush_lsn: found,
-        wal_sender_timeout: Duration::from_millis(timeout_ms.unwrap_or(0)),
-    })
-}
-
-fn check_slot(connection: &mut Connection, slot: &str, publication: &str) -> Result<Lsn, Error> {
-    // wal_status tells a slot whose log is gone, from 13 on
-    let since = |version, column| match connection.server_version_num() >= version {
-        true => column,
-        false => "NULL",
+pub fn check(connection: &mut Connection, config: &Config) -> Result<Slot, Error> {
+    let facts = preflight::read(connection, config)?;
+    let failures = preflight::failures(&facts, config);
+    let Some(slot) = facts.slot.filter(|_| failures.is_empty()) else {
+        return Err(Error::Preflight(failures));
     };
-    let (wal_status, reason) = (
-        since(130_000, "wal_status"),
-        since(170_000, "invalidation_reason"),
-    );
-    let sql = format!(
-        "SELECT slot_type, plugin, database = current_database(), active_pid, confirmed_flush_lsn, {wal_status}, \
-         {reason}, database FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
-        quote_literal(slot)
-    );
-    let rows = connection.simple_query(&sql)?;
-    let Some(
-        [
-            slot_type,
-            plugin,
-            here,
-            active_pid,
-            confirmed,
-            wal_status,
-            reason,
-            database,
-        ],
-    ) = rows
-        .into_iter()
-        .next()
-        .and_then(|row| <[Option<String>; 8]>::try_from(row).ok())
-    else {
-        return Err(Error::Setup(format!(
-            "find the slot: {slot} does not exist; after creating the publication {publication}, run in this database: \
-             SELECT pg_create_logical_replication_slot({}, 'pgoutput');",
-            quote_literal(slot)
-        )));
-    };
-    if slot_type.as_deref() != Some("logical") || plugin.as_deref() != Some("pgoutput") {
-        return Err(Error::Setup(format!(
-            "check the slot: {slot} is a {} slot of plugin {}, the relay needs a logical one of pgoutput; name another with -slot",
-            slot_type.unwrap_or_default(),
-            plugin.as_deref().unwrap_or("(none)")
-        )));
-    }
-    if here.as_deref() != Some("t") {
-        return Err(Error::Setup(format!(
-            "check the slot: {slot} belongs to database {}; name that one in -db",
-            database.unwrap_or_default()
-        )));
-    }
-    if wal_status.as_deref() == Some("lost") {
-        let why = match reason.as_deref() {
-            None => {
-                "most often because the log that it needed was more than max_slot_wal_keep_size"
-            }
-            Some("wal_removed") => {
-                "wal_removed: the log that it needed was more than max_slot_wal_keep_size"
-            }
-            Some(reason) => reason,
-        };
-        return Err(Error::Setup(format!(
-            "check the slot: Postgres has given {slot} up ({why}), so events are missing; drop the slot, create it anew, and \
-             publish what was committed in between by hand"
-        )));
-    }
-    if let Some(pid) = active_pid {
+    if slot.active_pid.is_some() {
         return Err(Error::SlotInUse {
-            slot: slot.to_string(),
-            pid: pid.parse().ok(),
+            slot: config.slot.clone(),
+            pid: slot.active_pid,
         });
     }
-    Ok(confirmed
-        .and_then(|lsn| lsn.parse().ok())
-        .unwrap_or_default())
+    check_publication(connection, &config.publication)?;
+    let timeout_ms = facts.server.number("wal_sender_timeout");
+    Ok(Slot {
+        confirmed_flush_lsn: slot.confirmed().unwrap_or_default(),
+        wal_sender_timeout: Duration::from_millis(timeout_ms.try_into().unwrap_or(0)),
+    })
 }
 
 fn check_publication(connection: &mut Connection, publication: &str) -> Result<(), Error> {
@@ -168,7 +89,7 @@ pub fn pgoutput_options(
 ///
 /// The insert position, since a commit may return before its record is flushed. Right behind a page's
 /// header nothing can end, so there the page's start is meant: the log is never flushed up to the header alone.
-pub fn current_lsn(connection: &mut Connection) -> Result<Lsn, Error> {
+pub fn current_lsn(connection: &mut Connection) -> Result<Lsn, postgres::Error> {
     let rows = connection.simple_query(
         "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
          current_setting('wal_block_size')",
@@ -182,7 +103,9 @@ pub fn current_lsn(connection: &mut Connection) -> Result<Lsn, Error> {
     let block: Option<u64> = cell(1).and_then(|text| text.parse().ok());
     match (lsn, block) {
         (Some(lsn), Some(block)) if block > 0 => Ok(page_start_if_in_header(lsn, block)),
-        _ => Err(Error::Internal("pg_current_wal_insert_lsn() has no value")),
+        _ => Err(postgres::Error::Protocol(
+            "pg_current_wal_insert_lsn() without a value".into(),
+        )),
     }
 }
 

@@ -1,10 +1,12 @@
 //! The operator's commands, run as an operator runs them, against a real Postgres and a real nats-server.
 #![cfg(feature = "admin")]
 
+mod check_faults;
 mod check_nats;
 mod check_postgres;
 mod command;
 mod handover;
+mod preflight;
 #[path = "../it/rig.rs"]
 #[allow(dead_code, reason = "it is shared with the relay's own tests")]
 mod rig;

@@ -337,7 +337,7 @@ fn setup_says_where_things_differ_and_leaves_them() {
         "table outbox: it has no column aggregateid",
         "publication jetstream_outbox: it does not publish inserts; ALTER PUBLICATION jetstream_outbox SET (publish = 'insert');",
         "publication jetstream_outbox: it does not hold table outbox; ALTER PUBLICATION jetstream_outbox ADD TABLE outbox;",
-        "slot jetstream_outbox: it is not a logical slot of pgoutput",
+        "slot jetstream_outbox: slot jetstream_outbox is of plugin test_decoding",
     ] {
         assert!(
             text.contains(&format!("differs  {difference}")),
@@ -370,7 +370,9 @@ fn setup_does_not_trust_a_slot_that_is_older_than_the_publication() {
     let ended = run(&["setup", "-db", &other, "-nats", &servers[3]], &[]);
     let text = ended.with(78);
     assert!(
-        text.contains("differs  slot jetstream_outbox: it belongs to database postgres"),
+        text.contains(
+            "differs  slot jetstream_outbox: slot jetstream_outbox belongs to database postgres"
+        ),
         "{text}"
     );
 }
@@ -718,12 +720,17 @@ fn the_sql_of_tables_named_by_their_beginning_finds_them() {
     let findings = check(&rig, &flags, &[("postgres.publication", "fail")]);
     let fix = finding(&findings, "postgres.publication")["fix"].as_str();
     let fix = fix.expect("a remedy");
-    let (drop_slot, _) = fix.split_once(" -- ").expect("a statement and a reason");
-    assert!(
-        fix.ends_with("when there is a table \"events_\"*: jetstream-outbox setup"),
-        "{fix}"
+    let (command, statements) = fix
+        .split_once("; then: ")
+        .expect("a command and statements");
+    assert_eq!(
+        command,
+        "when there is a table \"events_\"*: jetstream-outbox setup"
     );
-    rig.pg.execute(drop_slot);
-    on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
+    on(&rig, &[&flags[..], &["setup"]].concat()).with(78);
+    let (statements, _) = statements.split_once(" -- ").expect("a reason");
+    for statement in statements.split_inclusive(';') {
+        rig.pg.execute(statement);
+    }
     check(&rig, &flags, &[]);
 }

@@ -90,7 +90,7 @@ fn a_hundred_thousand_events_of_four_writers_arrive_once_in_commit_order_and_are
     let start = Instant::now();
     let log = rig.drain(&["--hold-back", "0s"]);
     assert_eq!(
-        (counted(&log, "published"), counted(&log, "skipped")),
+        (counted(&log, "published"), counted(&log, "already_stored")),
         (0, 0)
     );
     assert!(start.elapsed() < DEADLINE / 6, "{:?}", start.elapsed());
@@ -209,11 +209,11 @@ fn a_drain_on_a_terminal_draws_a_bar() {
     let drawn = String::from_utf8_lossy(&drawn);
     assert!(status.success(), "{drawn}");
     let frames: Vec<&str> = (drawn.split(['\r', '\n']))
-        .filter(|line| line.contains(" % of the log, "))
+        .filter(|line| line.contains(" % of the WAL, "))
         .collect();
     let tells = |frame: &&str| {
         let number = |what| number_before(frame, what).unwrap_or_default();
-        number(" % of the log, ") < 100
+        number(" % of the WAL, ") < 100
             && number(" events, ") > 0
             && number("/s, ") > 0
             && number("s left") > 0

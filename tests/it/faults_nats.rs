@@ -42,7 +42,7 @@ fn a_nats_server_in_lame_duck_mode_loses_repeats_and_reorders_nothing() {
         nats.start_again();
         run.wait_for_relay("lame duck mode");
     }
-    relay.wait_for_log("JetStream is off", secs(1));
+    relay.wait_for_log("lame duck mode", secs(1));
     run.finish(relay).assert_confirmed();
 }
 

@@ -19,15 +19,19 @@ fn halts(rig: &Rig, code: i32) -> String {
     last
 }
 
-/// A database that was dumped and restored, say.
+/// A database that was dumped and restored, or went through pg_upgrade: one flag accepts it.
 #[test]
 fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() {
-    let rig = |nats: Nats| {
+    let rig = |nats: Nats, tables: u32| {
         let pg = Postgres::builder().own_system_id().build();
+        // so that the publication has another oid, as pg_upgrade gives it
+        for number in 0..tables {
+            pg.execute(&format!("CREATE TABLE other_{number} (n int)"));
+        }
         pg.seed_setup();
         Rig { pg, nats }
     };
-    let old = rig(Nats::start());
+    let old = rig(Nats::start(), 0);
     old.nats.client().add_seed_stream();
     // more log than the new one has at first: its events have lower positions
     old.pg
@@ -37,7 +41,7 @@ fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() 
     }
     old.drain(&["--hold-back", "0"]);
 
-    let new = rig(old.nats);
+    let new = rig(old.nats, 3);
     for number in 4..=5 {
         new.commit_event(number, "a");
     }

@@ -4,6 +4,7 @@
 
 mod credentials;
 mod drain;
+mod exposition;
 mod failover;
 mod faults_cluster;
 mod faults_nats;
@@ -13,9 +14,12 @@ mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
 mod histories;
+mod http;
 mod internal;
 mod mapping;
+mod nats_limits;
 mod observe;
+mod one_connection;
 mod operation;
 mod operators;
 mod operators_postgres;
@@ -32,4 +36,5 @@ mod stops;
 mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
+mod synchronous;
 mod transactions;

@@ -497,7 +497,7 @@ fn an_event_is_given_up_only_when_that_is_said_twice() {
     assert_eq!(gave_up.len(), 2, "{gave_up:?}");
     assert!(gave_up.iter().all(|line| line.contains("level=warn")));
     assert!(gave_up[0].contains("aggregateid is NULL") && gave_up[1].contains("id=3"));
-    assert_eq!(counted(&log, "lost"), 2);
+    assert_eq!(counted(&log, "given_up"), 2);
     rig.drain(&[]);
     assert_eq!(ids(&rig.messages()), ["1", "4"]);
 }

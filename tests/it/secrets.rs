@@ -1,9 +1,11 @@
 //! Passwords and tokens never reach the log, whatever happens to the connection.
 
+use crate::observe::{address, get, wait_for_readiness};
 use crate::rig::{DEADLINE, SLOT, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
+use crate::support::wait::eventually;
 use serde_json::json;
 
 const PG_SECRET: &str = "pg-Gehe1mnis";
@@ -94,6 +96,16 @@ fn no_secret_is_logged_whether_it_is_right_or_wrong() {
     check(&args, &[], 69, "127.0.0.1:1");
     check(&["-db", &unknown, "-nats", &good_nats], &[], 64, "-db");
 
+    // nor does the status page show one
+    let relay = Relay::run(&["-db", &good_db, "-nats", &good_nats, "-listen", "0"], &[]);
+    let at = address(&relay);
+    wait_for_readiness(&at, 200, "relaying");
+    for path in ["/", "/status", "/metrics", "/readyz"] {
+        let (_, text) = get(&at, path);
+        assert!(!text.contains("Gehe1mnis"), "{path}: {text}");
+    }
+    relay.kill();
+
     assert_eq!(nats.client().message_count(STREAM), 1);
-    assert!(!pg.slot_active(SLOT));
+    eventually("the slot to be free", DEADLINE, || !pg.slot_active(SLOT));
 }

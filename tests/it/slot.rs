@@ -116,7 +116,7 @@ fn a_slot_whose_log_is_gone_halts_and_says_that_events_are_missing() {
         for part in [
             "max_slot_wal_keep_size",
             "events are missing",
-            "create it anew",
+            "pg_create_logical_replication_slot",
         ] {
             assert!(last.contains(part), "{part:?} is not in {last}");
         }
@@ -181,9 +181,9 @@ fn a_slot_that_postgres_has_given_up_halts_with_the_reason() {
     assert_eq!(code, 78, "{last}");
     let since_17 = "SELECT current_setting('server_version_num')::int >= 170000";
     let reason = match rig.pg.scalar::<bool>(since_17) {
-        Some(true) => "(wal_removed: the log that it needed was more than max_slot_wal_keep_size)",
-        _ => "(most often because the log that it needed was more than max_slot_wal_keep_size)",
+        Some(true) => "(wal_removed: the WAL that it needed was more than max_slot_wal_keep_size)",
+        _ => "(most often because the WAL that it needed was more than max_slot_wal_keep_size)",
     };
-    let said = format!("Postgres has given {SLOT} up {reason}, so events are missing");
+    let said = format!("Postgres has invalidated slot {SLOT} {reason}: events are missing");
     assert!(last.contains(&said), "{last}");
 }

@@ -148,6 +148,7 @@ impl Stream {
                 is_late: flight.is_late,
             },
             now,
+            true,
         );
         Ok(PubAck {
             seq: self.last_seq,
@@ -155,11 +156,17 @@ impl Stream {
         })
     }
 
-    pub fn store(&mut self, uid: Option<u64>, mut message: Message, time: Instant) {
+    pub fn store(
+        &mut self,
+        uid: Option<u64>,
+        mut message: Message,
+        time: Instant,
+        remembers: bool,
+    ) {
         self.last_seq += 1;
         message.seq = self.last_seq;
         self.last_id = message.id.clone();
-        if let Some(id) = &message.id {
+        if let Some(id) = message.id.as_ref().filter(|_| remembers) {
             self.ids.insert(id.clone(), (self.last_seq, time));
         }
         self.messages

@@ -149,7 +149,7 @@ impl Env {
 
     fn foreign(&mut self, index: usize, message: Message) {
         let now = self.now;
-        self.streams[index].store(None, message, now);
+        self.streams[index].store(None, message, now, false);
     }
 
     fn any_of_ours(&mut self) -> Option<(String, Message)> {
@@ -488,7 +488,6 @@ impl World {
                     let message = Message {
                         expected_last_sequence: None,
                         copied_from: (fault == Fault::Copy).then_some(from),
-                        id: None,
                         ..message
                     };
                     env.foreign(index, message);

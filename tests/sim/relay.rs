@@ -269,7 +269,7 @@ impl Relay {
         let mut streams: Vec<StreamFacts> = routed.iter().map(|it| it.facts()).collect();
         let infos: Vec<_> = routed.iter().map(|it| it.info()).collect();
         let (cuts, oldest_is_matured) = match own_cut {
-            Some(cut) => (vec![cut], true),
+            Some(cut) => (vec![cut], false),
             None => {
                 let (mut cuts, is_matured) = self.store.cuts(env.now);
                 forget_left(&mut cuts, is_matured, |name| {
@@ -294,6 +294,7 @@ impl Relay {
         }
         let facts = Facts {
             lineage: session.lineage.clone(),
+            goes_on: session.core.is_some(),
             oldest_is_matured,
             maybe_unfenced,
             cuts,
@@ -369,14 +370,14 @@ impl Relay {
         let resumed = resume.finish();
         trace!(
             env,
-            "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {}, unfenced {:?}",
+            "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {:?}, unfenced {:?}",
             self.name,
             resumed.cut,
             resumed.disagreed,
             resumed.anchor,
             resumed.stored_lsn,
             resumed.evidence,
-            resumed.has_gone,
+            resumed.gone,
             resumed.unfenced
         );
         if let Some(unfenced) = resumed.unfenced {

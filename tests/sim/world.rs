@@ -259,7 +259,15 @@ impl Env {
         let Some(story) = self.stories.get_mut(&flight.uid) else {
             return broken(format!("published what was never committed: {flight:?}"));
         };
-        let twice = story.copies.iter().find(|copy| copy.state == State::There);
+        // without a record nothing tells of a stream that has left the prefix
+        let routed = self.streams.iter().filter(|it| !it.topics.is_empty());
+        let routed: Vec<u64> = routed.map(|it| it.serial).collect();
+        let is_known = |at: (u64, u64)| !self.key_was_touched || routed.contains(&at.0);
+        let mut there = story
+            .copies
+            .iter()
+            .filter(|copy| copy.state == State::There);
+        let twice = there.find(|copy| is_known(copy.at));
         if let Some(twice) = twice {
             return broken(format!(
                 "twice: {} at {at:?}, and at {:?}",
@@ -267,6 +275,7 @@ impl Env {
             ));
         }
         let event = story.event.clone();
+        let was_gone = story.copies.iter().any(|copy| copy.state == State::Gone);
         story.copies.push(Copy {
             at,
             state: State::There,
@@ -309,7 +318,9 @@ impl Env {
             ));
         }
         let was_moved = event.committed <= stream.born
-            || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved);
+            || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved + LATEST)
+            // somebody has taken it, and the server has forgotten it
+            || was_gone;
         if !stream.is_replicated && !was_moved && self.due.is_none() {
             return broken(format!(
                 "out of order: {} at {} comes after {seq}, which is later",
@@ -596,7 +607,7 @@ impl World {
         self.env.is_healed = true;
         self.zombies.clear();
         self.end_faults();
-        for _ in 0..2 * (HOLD_BACK.as_secs() * 2 + 100) {
+        for _ in 0..2 * (HOLD_BACK.as_secs() * 4 + 100) {
             self.pass(Duration::from_millis(500));
             if let Some(why) = self.work(4)? {
                 return self.on_halt(why);

@@ -198,6 +198,18 @@ impl Nats {
         self.end(Signal::TERM);
     }
 
+    /// Has it read its configuration again, and the files that this includes.
+    pub fn reload(&self) {
+        let said = || self.log().matches("Reloaded server configuration").count();
+        let before = said();
+        self.signal(Signal::HUP);
+        eventually(
+            "nats-server to read its configuration",
+            START_DEADLINE,
+            || said() > before,
+        );
+    }
+
     /// Lame duck mode, to its end: JetStream is shut down and the clients are told to go; after the grace period
     /// (`lame_duck_grace_period`, 10 s) those that stay are cut off one by one.
     pub fn lame_duck(&self) {

@@ -10,6 +10,7 @@ pub struct Operator {
     system: KeyPair,
     account: KeyPair,
     limits: String,
+    revoked_before: Option<u64>,
 }
 
 impl Operator {
@@ -21,7 +22,14 @@ impl Operator {
             system: KeyPair::new_account(),
             account: KeyPair::new_account(),
             limits: limits.to_string(),
+            revoked_before: None,
         }
+    }
+
+    /// From now on [`config`](Self::config) revokes every user whose token is from that second of the epoch or before; those
+    /// made here say 1600000000 unless their claims have an `iat` of their own.
+    pub fn revoke_before(&mut self, second: u64) {
+        self.revoked_before = Some(second);
     }
 
     /// Lines for the server's configuration.
@@ -32,7 +40,11 @@ impl Operator {
             let limits = format!(
                 r#""limits":{{"subs":-1,"data":-1,"payload":-1,"imports":-1,"exports":-1,"wildcards":true,"conn":-1,"leaf":-1{more}}}"#
             );
-            token(&self.operator, key, "account", "", &limits)
+            let revoked = self.revoked_before.map_or(String::new(), |second| {
+                format!(r#","revocations":{{"*":{second}}}"#)
+            });
+            let of_account = format!("{limits}{revoked}");
+            token(&self.operator, key, "account", "", &of_account)
         });
         format!(
             "operator: {}\nsystem_account: {system}\nresolver: MEMORY\nresolver_preload: {{\n{system}: {}\n{account}: {}\n}}",
@@ -64,7 +76,7 @@ impl Operator {
 }
 
 /// `claims` stand beside those of NATS, `of_nats` among them.
-fn token(issuer: &KeyPair, subject: &str, kind: &str, claims: &str, of_nats: &str) -> String {
+pub fn token(issuer: &KeyPair, subject: &str, kind: &str, claims: &str, of_nats: &str) -> String {
     let encode = |text: &str| URL_SAFE_NO_PAD.encode(text);
     let comma = if of_nats.is_empty() { "" } else { "," };
     let head = encode(r#"{"typ":"JWT","alg":"ed25519-nkey"}"#);
@@ -77,4 +89,11 @@ fn token(issuer: &KeyPair, subject: &str, kind: &str, claims: &str, of_nats: &st
         .sign(signed.as_bytes())
         .expect("an issuer has its seed");
     format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+}
+
+/// What a token claims; who has signed it is not looked at.
+pub fn claims(token: &str) -> serde_json::Value {
+    let body = token.split('.').nth(1).expect("a token has three parts");
+    let body = URL_SAFE_NO_PAD.decode(body).expect("its parts are base64");
+    serde_json::from_slice(&body).expect("its claims are JSON")
 }

@@ -86,9 +86,13 @@ static MAJOR_VERSION: LazyLock<u32> = LazyLock::new(|| {
     let output = program("postgres").arg("--version").output();
     let output = output.expect("run postgres --version").stdout;
     let text = String::from_utf8_lossy(&output).into_owned();
-    let number = text.split(' ').nth(2).and_then(|v| v.split('.').next());
+    // 18.4, or 19rc1
+    let number = text
+        .split(' ')
+        .nth(2)
+        .and_then(|version| version.split(|c: char| !c.is_ascii_digit()).next());
     number
-        .and_then(|number| number.trim().parse().ok())
+        .and_then(|number| number.parse().ok())
         .unwrap_or_else(|| panic!("read the version of Postgres: {text:?}"))
 });
 
@@ -142,6 +146,14 @@ fn program(name: &str) -> Command {
         command.uid(account.uid).gid(account.gid);
     }
     command
+}
+
+/// Has a program that refuses to run as root run as the server's user, who may read `folder`.
+pub fn as_server(command: &mut Command, folder: &Path) {
+    if let Some(account) = *ACCOUNT {
+        give_to_server(folder);
+        command.uid(account.uid).gid(account.gid);
+    }
 }
 
 fn initdb(data: &Path) {

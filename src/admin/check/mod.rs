@@ -3,10 +3,12 @@
 //! [`postgres`] and [`nats`] each read facts, and judge them by small pure functions, one a finding. A fact that cannot
 //! be read is a finding too. [`past`] compares the two as the relay does when it starts.
 
-pub mod finding;
 pub mod nats;
 mod past;
 pub mod postgres;
+
+/// The findings are the relay's own.
+pub use crate::relay::preflight as finding;
 
 use super::{Error, say};
 use crate::config::Config;

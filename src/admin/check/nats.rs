@@ -4,6 +4,7 @@
 //! subject to have been stored last at a sequence that no stream reaches.
 
 mod account;
+mod versions;
 
 use super::finding::{Finding, fail, ok, warn};
 use super::postgres::is_local;
@@ -11,6 +12,7 @@ use crate::admin::bus::Bus;
 use crate::admin::bytes;
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
+use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{Preflight, preflight};
 use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
@@ -124,8 +126,9 @@ pub fn findings(config: &Config, system_id: Option<u64>) -> (Vec<Finding>, Past)
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 11] = [
+const JUDGES: [Judge; 12] = [
     connection,
+    versions::judge,
     encryption,
     jetstream,
     account::judge,
@@ -445,7 +448,7 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
 }
 
 /// Looks for the park subject, and tries it.
-fn read_park(bus: &mut Bus<'_>, config: &Config) -> Option<Park> {
+fn read_park(bus: &mut Bus<'_, Link>, config: &Config) -> Option<Park> {
     let subject = &config.mapping.policy.park_subject;
     if !config.mapping.policy.parks() {
         return None;
@@ -478,7 +481,12 @@ fn read_park(bus: &mut Bus<'_>, config: &Config) -> Option<Park> {
     })
 }
 
-fn read(bus: &mut Bus<'_>, config: &Config, system_id: Option<u64>, past: &mut Past) -> Facts {
+fn read(
+    bus: &mut Bus<'_, Link>,
+    config: &Config,
+    system_id: Option<u64>,
+    past: &mut Past,
+) -> Facts {
     let wanted = format!("{}.>", config.prefix);
     let streams = bus.streams(&wanted).map(|infos| {
         let each = infos
@@ -504,13 +512,18 @@ fn read(bus: &mut Bus<'_>, config: &Config, system_id: Option<u64>, past: &mut P
     }
 }
 
-fn read_account(bus: &mut Bus<'_>) -> Result<Account, String> {
+fn read_account(bus: &mut Bus<'_, Link>) -> Result<Account, String> {
     let answer = bus.ask(|link, timeout| link.call("INFO", &[], timeout));
     let answer = answer.map_err(|error| error.to_string())?;
     serde_json::from_slice(&answer).map_err(|error| error.to_string())
 }
 
-fn read_stream(bus: &mut Bus<'_>, config: &Config, info: StreamInfo, past: &mut Past) -> Stream {
+fn read_stream(
+    bus: &mut Bus<'_, Link>,
+    config: &Config,
+    info: StreamInfo,
+    past: &mut Past,
+) -> Stream {
     let name = &info.config.name;
     let last = bus.message(last_message_request(name, &format!("{}.>", config.prefix)));
     if let Ok(Some(message)) = &last
@@ -561,7 +574,7 @@ fn probe_subject(patterns: &[String], prefix: &str) -> Option<String> {
 }
 
 /// Publishes what must be refused.
-fn try_write(bus: &mut Bus<'_>, subject: &str) -> Tried {
+fn try_write(bus: &mut Bus<'_, Link>, subject: &str) -> Tried {
     let answer = bus.ask(|link, timeout| link.put_now(subject, NEVER, &[], timeout));
     let answer = answer.map_err(|error| error.to_string())?;
     match parse_ack(&answer, None) {
@@ -575,7 +588,7 @@ fn try_write(bus: &mut Bus<'_>, subject: &str) -> Tried {
 }
 
 fn read_bucket(
-    bus: &mut Bus<'_>,
+    bus: &mut Bus<'_, Link>,
     config: &Config,
     system_id: Option<u64>,
     past: &mut Past,

@@ -5,47 +5,35 @@
 
 mod disk;
 
-use super::finding::{Finding, fail, ok, warn};
 use crate::admin::database::{Access, Database};
 use crate::admin::statements::{
-    add_columns, create_publication, create_slot, create_table, drop_slot, mapping_of,
-    missing_columns, table_name, tables,
+    add_columns, create_publication, create_table, mapping_of, missing_columns, table_name, tables,
 };
 use crate::admin::{Error, bytes};
 use crate::config::Config;
 use crate::outbox::mapping::TableName;
 use crate::postgres::Lsn;
 use crate::postgres::identifier::identifier;
+use crate::relay::preflight::probe::{self, Probe};
+use crate::relay::preflight::server::{self, OLDEST};
+use crate::relay::preflight::slot::{self, recreate};
+use crate::relay::preflight::{self, Finding, Rule, fail, ok, warn};
 use disk::Disk;
 use std::collections::BTreeMap;
 
-/// The oldest server the relay works with.
-const OLDEST: u32 = 120_000;
 /// pgoutput sends messages since.
 const MESSAGES: u32 = 140_000;
 /// A backlog of log that an operator should know of, when nothing bounds it.
 const MUCH_LOG: u64 = 1 << 30;
 /// What bounds the log that a slot holds, in MB; from 13 on.
 const KEEP_SIZE: &str = "max_slot_wal_keep_size";
-/// Less than this ends sessions that are healthy but slow, in milliseconds.
-const SHORT_TIMEOUT_MS: i64 = 10_000;
 
 /// What was read.
 #[derive(Clone, Debug, Default)]
 struct Facts {
-    version: u32,
-    version_text: String,
-    peer: String,
+    /// Of the server and the slot.
+    shared: preflight::Facts,
     tls: Option<String>,
-    /// Which log it writes, if the role may know.
-    log: Option<Log>,
-    standby: bool,
-    role: String,
-    may_replicate: bool,
-    /// Of `pg_settings`, by name.
-    settings: BTreeMap<String, String>,
-    slots: i64,
-    senders: i64,
     /// Of the database.
     encoding: String,
     /// The bodies of the functions `outbox_publish` that the role would call.
@@ -53,11 +41,8 @@ struct Facts {
     /// The tables that the relay is to read, as the catalog has them.
     named: Vec<Named>,
     publication: Option<Publication>,
-    slot: Option<Slot>,
     /// Of the log; `None` where it cannot be looked at.
     disk: Option<Disk>,
-    /// Active physical slots: standbys that follow.
-    standbys: Vec<String>,
 }
 
 /// The log, and where the slot stands in it.
@@ -104,32 +89,46 @@ struct Table {
     replica_identity: bool,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Slot {
-    kind: String,
-    plugin: Option<String>,
-    database: Option<String>,
-    here: bool,
-    active_pid: Option<i32>,
-    wal_status: Option<String>,
-    invalidation: Option<String>,
-    retained_bytes: Option<i64>,
-    failover: bool,
-}
-
 /// Everything that can be said, and which log it was said of.
 pub fn findings(config: &Config) -> (Vec<Finding>, Option<Log>) {
     let read = Database::connect(&config.db, Access::Read)
         .and_then(|mut database| read(&mut database, config));
-    let facts = match read {
+    let mut facts = match read {
         Ok(facts) => facts,
         Err(error) => return (vec![unreachable(&error)], None),
     };
-    if facts.version < OLDEST {
-        return (connection(&facts, config), None);
+    if facts.shared.version < OLDEST {
+        return (preflight::failures(&facts.shared, config), None);
     }
-    let findings = JUDGES.iter().flat_map(|judge| judge(&facts, config));
-    (findings.collect(), facts.log)
+    let (probe, connection) = probe::connect(config);
+    let log = match &probe {
+        Probe::Admitted { system } => Some(Log {
+            system_id: system.system_id,
+            timeline: system.timeline,
+            confirmed: facts.shared.slot.as_ref().and_then(|slot| slot.confirmed()),
+        }),
+        Probe::Refused { .. } => None,
+    };
+    facts.shared.probe = Some(probe);
+    facts.shared.start = connection.and_then(|it| probe::start(it, &facts.shared, config));
+    let of = |rules: &[Rule]| -> Vec<Finding> {
+        let each = rules.iter().flat_map(|rule| rule(&facts.shared, config));
+        each.collect()
+    };
+    let own = |judges: &[Judge]| -> Vec<Finding> {
+        let each = judges.iter().flat_map(|judge| judge(&facts, config));
+        each.collect()
+    };
+    let findings = [
+        of(&server::START),
+        of(&server::RULES),
+        own(&JUDGES),
+        of(&slot::START),
+        of(&slot::RULES),
+        own(&SLOT_JUDGES),
+        of(&[probe::rule]),
+    ];
+    (findings.concat(), log)
 }
 
 fn unreachable(error: &Error) -> Finding {
@@ -143,51 +142,24 @@ fn unreachable(error: &Error) -> Finding {
 
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
-/// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 20] = [
-    connection,
+/// The findings that the relay's start does not ask for.
+const JUDGES: [Judge; 6] = [
     encryption,
-    standby,
-    wal_level,
-    role,
-    slots,
-    senders,
-    sender_timeout,
-    idle_timeout,
     publication,
     published_tables,
     headers_column,
     messages,
     replica_identity,
-    slot,
-    slot_log,
-    retained,
-    disk::judge,
-    publication_age,
-    failover,
 ];
 
-fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.connection";
-    vec![match facts.version >= OLDEST {
-        true => ok(
-            NAME,
-            format!("Postgres {} at {}", facts.version_text, facts.peer),
-        ),
-        false => fail(
-            NAME,
-            format!("Postgres {} at {}", facts.version_text, facts.peer),
-            "it is too old",
-            "upgrade to Postgres 12 or later",
-        ),
-    }]
-}
+/// Those about the slot.
+const SLOT_JUDGES: [Judge; 3] = [retained, disk::judge, publication_age];
 
 fn encryption(facts: &Facts, _: &Config) -> Vec<Finding> {
     const NAME: &str = "postgres.tls";
     vec![match &facts.tls {
         Some(tls) => ok(NAME, tls.clone()),
-        None if is_local(&facts.peer) => ok(NAME, "not used; the server is on this machine"),
+        None if is_local(&facts.shared.peer) => ok(NAME, "not used; the server is on this machine"),
         None => warn(
             NAME,
             "not used",
@@ -208,132 +180,6 @@ pub fn is_local(peer: &str) -> bool {
             .is_ok_and(|ip: std::net::IpAddr| ip.is_loopback())
 }
 
-fn standby(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.primary";
-    const FIX: &str = "name the primary in -db, or several hosts and target_session_attrs=primary";
-    vec![match facts.standby {
-        false => ok(NAME, "the server is a primary"),
-        true if facts.version < 160_000 => fail(
-            NAME,
-            "the server is a standby",
-            "before Postgres 16 there are no logical slots on a standby",
-            FIX,
-        ),
-        true => warn(
-            NAME,
-            "the server is a standby",
-            "its slots are lost when the primary removes rows they need, and events come late",
-            FIX,
-        ),
-    }]
-}
-
-fn wal_level(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.wal_level";
-    vec![match facts.setting("wal_level") {
-        "logical" => ok(NAME, "logical"),
-        found => fail(
-            NAME,
-            found,
-            "the log does not hold what logical decoding needs",
-            "ALTER SYSTEM SET wal_level = 'logical'; -- then restart Postgres",
-        ),
-    }]
-}
-
-fn role(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.role";
-    let role = identifier(&facts.role);
-    vec![match facts.may_replicate {
-        true => ok(NAME, format!("{role} may replicate")),
-        false => fail(
-            NAME,
-            format!("{role} may not replicate"),
-            "the relay reads by way of replication",
-            format!("ALTER ROLE {role} REPLICATION;"),
-        ),
-    }]
-}
-
-fn slots(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.slots";
-    let most = facts.number("max_replication_slots");
-    let found = format!("{} of {most} replication slots are taken", facts.slots);
-    vec![match facts.slots >= most && facts.slot.is_none() {
-        false => ok(NAME, found),
-        true => fail(
-            NAME,
-            found,
-            format!("there is none left for {}", config.slot),
-            format!(
-                "ALTER SYSTEM SET max_replication_slots = {}; -- then restart Postgres, or drop a slot that nobody needs",
-                most + 5
-            ),
-        ),
-    }]
-}
-
-fn senders(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.walsenders";
-    let most = facts.number("max_wal_senders");
-    let found = format!("{} of {most} walsenders are busy", facts.senders);
-    let ours_runs = facts
-        .slot
-        .as_ref()
-        .is_some_and(|slot| slot.active_pid.is_some());
-    vec![match facts.senders >= most && !ours_runs {
-        false => ok(NAME, found),
-        true => fail(
-            NAME,
-            found,
-            "there is none left to send to the relay",
-            format!(
-                "ALTER SYSTEM SET max_wal_senders = {}; -- then restart Postgres",
-                most + 5
-            ),
-        ),
-    }]
-}
-
-fn sender_timeout(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.wal_sender_timeout";
-    let found = facts.number("wal_sender_timeout");
-    let fix = "ALTER SYSTEM SET wal_sender_timeout = '60s'; SELECT pg_reload_conf();";
-    vec![match found {
-        0 => warn(
-            NAME,
-            "off",
-            "a relay whose machine has died keeps the slot, and its standby waits",
-            fix,
-        ),
-        1..SHORT_TIMEOUT_MS => warn(
-            NAME,
-            format!("{found} ms"),
-            "a network that stands still for so long ends the session",
-            fix,
-        ),
-        _ => ok(NAME, format!("{} s", found / 1000)),
-    }]
-}
-
-/// Postgres 18 on.
-fn idle_timeout(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.idle_timeout";
-    let name = "idle_replication_slot_timeout";
-    if !facts.settings.contains_key(name) {
-        return Vec::new();
-    }
-    vec![match facts.number(name) {
-        0 => ok(NAME, format!("{name} is off")),
-        found => warn(
-            NAME,
-            format!("{name} is {found} s"),
-            "when no relay runs for so long, the slot is given up, and events are lost",
-            format!("ALTER SYSTEM SET {name} = 0; SELECT pg_reload_conf();"),
-        ),
-    }]
-}
-
 fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "postgres.publication";
     let name = identifier(&config.publication);
@@ -342,21 +188,29 @@ fn publication(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("publication {name} does not exist in this database"),
             "it says which tables are sent",
-            match (named_by_their_beginning(config), &facts.slot) {
+            match (
+                named_by_their_beginning(config),
+                // of another's slot its own finding speaks
+                facts
+                    .shared
+                    .slot
+                    .as_ref()
+                    .filter(|slot| slot.could_be_ours()),
+            ) {
                 // which tables there are, setup finds out
                 (Some(names), None) => {
                     format!("jetstream-outbox setup -- when there is a table {names}")
                 }
                 (Some(names), Some(_)) => format!(
-                    "{} -- a slot cannot see what is younger than itself; then, when there is a table {names}: jetstream-outbox setup",
-                    drop_slot(&config.slot)
+                    "when there is a table {names}: jetstream-outbox setup; then: {} -- a slot does not see a publication that is \
+                     younger than its events",
+                    recreate(&facts.shared, config)
                 ),
                 (None, None) => create_all(facts, config),
                 (None, Some(_)) => format!(
-                    "{} {} {} -- a slot cannot see what is younger than itself",
+                    "{} {} -- a slot does not see a publication that is younger than its events",
                     create_all(facts, config),
-                    drop_slot(&config.slot),
-                    create_slot(&config.slot, false)
+                    recreate(&facts.shared, config)
                 ),
             },
         ),
@@ -385,7 +239,7 @@ fn create_all(facts: &Facts, config: &Config) -> String {
     let mut text: String = missing
         .map(|named| create_table(config, &named.name) + " ")
         .collect();
-    let root = facts.version >= 130_000 && facts.named.iter().any(|named| named.partitioned);
+    let root = facts.shared.version >= 130_000 && facts.named.iter().any(|named| named.partitioned);
     text += &create_publication(config, &tables(config), root);
     text
 }
@@ -591,10 +445,13 @@ fn messages(facts: &Facts, config: &Config) -> Vec<Finding> {
     let Some(prefix) = &config.mapping.message_prefix else {
         return vec![ok(NAME, "not taken, by -no-messages")];
     };
-    if facts.version < MESSAGES {
+    if facts.shared.version < MESSAGES {
         return vec![warn(
             NAME,
-            format!("Postgres {} does not send messages", facts.version_text),
+            format!(
+                "Postgres {} does not send messages",
+                facts.shared.version_text
+            ),
             "what pg_logical_emit_message writes is not published",
             "publish by the table and pass -no-messages, or upgrade to Postgres 14 or later",
         )];
@@ -657,97 +514,14 @@ fn replica_identity(facts: &Facts, config: &Config) -> Vec<Finding> {
     }]
 }
 
-fn slot(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.slot";
-    let name = &config.slot;
-    let create = create_slot(name, false);
-    vec![match &facts.slot {
-        None => fail(
-            NAME,
-            format!("slot {name} does not exist"),
-            "it holds the log until it is published",
-            format!("{create} -- in this database, after the publication"),
-        ),
-        Some(slot) if slot.kind != "logical" => fail(
-            NAME,
-            format!("slot {name} is {}", slot.kind),
-            "the relay needs a logical one",
-            "name another with -slot",
-        ),
-        Some(slot) if slot.plugin.as_deref() != Some("pgoutput") => fail(
-            NAME,
-            format!(
-                "slot {name} is of plugin {}",
-                slot.plugin.as_deref().unwrap_or("(none)")
-            ),
-            "the relay reads pgoutput",
-            format!(
-                "{} {create} -- if nobody needs it; otherwise name another with -slot",
-                drop_slot(name)
-            ),
-        ),
-        Some(slot) if !slot.here => fail(
-            NAME,
-            format!(
-                "slot {name} belongs to database {}",
-                slot.database.as_deref().unwrap_or_default()
-            ),
-            "a slot sees one database",
-            "name that database in -db, or another slot with -slot",
-        ),
-        Some(slot) => ok(
-            NAME,
-            match slot.active_pid {
-                Some(pid) => format!("slot {name} is in use by the server process {pid}"),
-                None => format!("slot {name} is not in use"),
-            },
-        ),
-    }]
-}
-
-fn slot_log(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.slot_log";
-    let Some(slot) = &facts.slot else {
-        return Vec::new();
-    };
-    let name = &config.slot;
-    let again = format!(
-        "{} {} -- then publish by hand what was committed in between, and start the relay once with -resume-anyway",
-        drop_slot(name),
-        create_slot(name, false)
-    );
-    vec![match (&slot.invalidation, slot.wal_status.as_deref()) {
-        (Some(reason), _) => fail(
-            NAME,
-            format!("slot {name} was given up by Postgres: {reason}"),
-            "events are lost",
-            again,
-        ),
-        (None, Some("lost")) => fail(
-            NAME,
-            format!("Postgres has removed log that slot {name} needs"),
-            "events are lost",
-            again,
-        ),
-        (None, Some("unreserved")) => fail(
-            NAME,
-            format!("Postgres removes log that slot {name} needs at the next checkpoint"),
-            "events are about to be lost",
-            "ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf(); -- or start the relay now",
-        ),
-        (None, status) => ok(
-            NAME,
-            format!(
-                "wal_status is {}",
-                status.unwrap_or("not told by this version")
-            ),
-        ),
-    }]
-}
-
 fn retained(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "postgres.retained_log";
-    let Some(held) = facts.slot.as_ref().and_then(|slot| slot.retained_bytes) else {
+    let Some(held) = facts
+        .shared
+        .slot
+        .as_ref()
+        .and_then(|slot| slot.retained_bytes)
+    else {
         return Vec::new();
     };
     let held = held.max(0) as u64;
@@ -755,7 +529,7 @@ fn retained(facts: &Facts, config: &Config) -> Vec<Finding> {
     let bound = facts.log_bound();
     let by = match bound {
         Some(bound) => format!("max_slot_wal_keep_size bounds it at {}", bytes(bound)),
-        None if facts.settings.contains_key(KEEP_SIZE) => {
+        None if facts.shared.server.settings.contains_key(KEEP_SIZE) => {
             "nothing but the disk bounds it (max_slot_wal_keep_size is -1)".into()
         }
         None => "nothing but the disk bounds it".into(),
@@ -778,7 +552,7 @@ fn retained(facts: &Facts, config: &Config) -> Vec<Finding> {
 
 fn publication_age(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "postgres.publication_age";
-    let (Some(publication), Some(_)) = (&facts.publication, &facts.slot) else {
+    let (Some(publication), Some(_)) = (&facts.publication, &facts.shared.slot) else {
         return Vec::new();
     };
     let (name, slot) = (identifier(&config.publication), &config.slot);
@@ -794,67 +568,17 @@ fn publication_age(facts: &Facts, config: &Config) -> Vec<Finding> {
             ),
             "rows of before are sent by what it was then, or stop the relay, if it did not exist",
             format!(
-                "{} {} -- if the relay says that the publication does not exist; otherwise nothing, it passes",
-                drop_slot(slot),
-                create_slot(slot, false)
-            ),
-        ),
-    }]
-}
-
-/// Postgres 17 on.
-fn failover(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.failover";
-    let Some(slot) = facts.slot.as_ref().filter(|_| facts.version >= 170_000) else {
-        return Vec::new();
-    };
-    let name = &config.slot;
-    let waits_for = facts.setting("synchronized_standby_slots").split(',');
-    let gone: Vec<&str> = waits_for
-        .map(|name| name.trim().trim_matches('"'))
-        .filter(|name| !name.is_empty() && !facts.standbys.iter().any(|standby| standby == name))
-        .collect();
-    vec![match (slot.failover, facts.standbys.is_empty()) {
-        (true, _) if !gone.is_empty() => fail(
-            NAME,
-            format!(
-                "synchronized_standby_slots names {}, which nobody follows",
-                gone.join(", ")
-            ),
-            "Postgres sends the relay nothing until that standby has what is sent",
-            "ALTER SYSTEM SET synchronized_standby_slots = ''; SELECT pg_reload_conf(); -- or start the standby",
-        ),
-        (true, _) => ok(NAME, format!("standbys take slot {name} over")),
-        (false, true) => ok(
-            NAME,
-            format!("slot {name} is not taken over by standbys, of which none follows"),
-        ),
-        (false, false) => warn(
-            NAME,
-            format!(
-                "{} follows, and does not take slot {name} over",
-                facts.standbys.join(", ")
-            ),
-            "after a failover the slot is missing, and what was not published by then is lost",
-            format!(
-                "ALTER_REPLICATION_SLOT {name} ( FAILOVER true ); -- on a replication connection, with the relay stopped"
+                "{} -- if the relay says that the publication does not exist; otherwise nothing, it passes",
+                recreate(&facts.shared, config)
             ),
         ),
     }]
 }
 
 impl Facts {
-    fn setting(&self, name: &str) -> &str {
-        self.settings.get(name).map_or("", String::as_str)
-    }
-
-    fn number(&self, name: &str) -> i64 {
-        self.setting(name).parse().unwrap_or_default()
-    }
-
     /// How much log the slot may hold, in bytes; `None`: no bound.
     fn log_bound(&self) -> Option<u64> {
-        let megabytes: i64 = self.setting(KEEP_SIZE).parse().ok()?;
+        let megabytes: i64 = self.shared.server.setting(KEEP_SIZE).parse().ok()?;
         let megabytes = u64::try_from(megabytes).ok()?;
         megabytes.checked_mul(1 << 20)
     }
@@ -862,53 +586,17 @@ impl Facts {
 
 fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
     let mut facts = Facts {
-        version: database.version,
-        version_text: database.version_text.clone(),
-        peer: database.peer.clone(),
+        shared: preflight::read(database, config)?,
         tls: database.tls.clone(),
         ..Facts::default()
     };
-    if facts.version < OLDEST {
+    let server = &facts.shared.server;
+    if facts.shared.version < OLDEST {
         return Ok(facts);
     }
-    let settings = database.rows(
-        "read the settings",
-        "SELECT name, setting FROM pg_catalog.pg_settings WHERE name IN ('wal_level', 'max_replication_slots', \
-         'max_wal_senders', 'wal_sender_timeout', 'max_slot_wal_keep_size', 'synchronized_standby_slots', \
-         'idle_replication_slot_timeout', 'data_directory')",
-        &[],
-    )?;
-    facts.settings = settings
-        .iter()
-        .map(|row| (row.get(0), row.get(1)))
-        .collect();
-    let server = database.row(
-        "look at the server",
-        "SELECT pg_catalog.pg_is_in_recovery(), rolname::text, rolreplication OR rolsuper, \
-         (SELECT count(*) FROM pg_catalog.pg_replication_slots), \
-         (SELECT count(*) FROM pg_catalog.pg_stat_replication), \
-         (SELECT system_identifier FROM pg_catalog.pg_control_system()), \
-         (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()), \
-         (SELECT confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1), \
-         pg_catalog.pg_backend_pid() FROM pg_catalog.pg_roles WHERE rolname = current_user",
-        &[&config.slot],
-    )?;
-    if let Some(row) = server {
-        facts.standby = row.get(0);
-        facts.role = row.get(1);
-        facts.may_replicate = row.get(2);
-        facts.slots = row.get(3);
-        facts.senders = row.get(4);
-        let log: (Option<i64>, Option<i32>, Option<String>) = (row.get(5), row.get(6), row.get(7));
-        facts.log = log.0.zip(log.1).map(|(system_id, timeline)| Log {
-            // numbers without a sign, to which SQL's types give one
-            system_id: system_id as u64,
-            timeline: timeline as u32,
-            confirmed: log.2.and_then(|lsn| lsn.parse().ok()),
-        });
-        // a role that may not know it does not see the setting
-        facts.disk = disk::look(&facts.peer, row.get(8), facts.setting("data_directory"));
-    }
+    // a role that may not know it does not see the setting
+    let data_directory = server.setting("data_directory");
+    facts.disk = disk::look(&facts.shared.peer, server.backend_pid, data_directory);
     let database_row = database.row(
         "look at the database",
         "SELECT pg_catalog.pg_encoding_to_char(encoding)::text FROM pg_catalog.pg_database \
@@ -925,14 +613,7 @@ fn read(database: &mut Database, config: &Config) -> Result<Facts, Error> {
     for name in tables(config) {
         facts.named.push(read_named(database, config, name)?);
     }
-    facts.slot = read_slot(database, config)?;
     facts.publication = read_publication(database, config)?;
-    let standbys = database.rows(
-        "find the standbys",
-        "SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE slot_type = 'physical' AND active ORDER BY 1",
-        &[],
-    )?;
-    facts.standbys = standbys.iter().map(|row| row.get(0)).collect();
     Ok(facts)
 }
 
@@ -954,36 +635,6 @@ fn read_named(database: &mut Database, config: &Config, name: TableName) -> Resu
         by_partition: row.as_ref().is_some_and(|row| row.get(1)),
         name,
     })
-}
-
-fn read_slot(database: &mut Database, config: &Config) -> Result<Option<Slot>, Error> {
-    let version = database.version;
-    let since = |number: u32, column: &'static str, otherwise: &'static str| match version >= number
-    {
-        true => column,
-        false => otherwise,
-    };
-    let sql = format!(
-        "SELECT slot_type, plugin::text, database::text, database IS NOT DISTINCT FROM current_database(), active_pid, \
-         {}, {}, {}, pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() \
-         THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::bigint \
-         FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
-        since(130_000, "wal_status", "NULL::text"),
-        since(170_000, "invalidation_reason", "NULL::text"),
-        since(170_000, "failover", "false"),
-    );
-    let row = database.row("look at the slot", &sql, &[&config.slot])?;
-    Ok(row.map(|row| Slot {
-        kind: row.get(0),
-        plugin: row.get(1),
-        database: row.get(2),
-        here: row.get(3),
-        active_pid: row.get(4),
-        wal_status: row.get(5),
-        invalidation: row.get(6),
-        failover: row.get(7),
-        retained_bytes: row.get(8),
-    }))
 }
 
 fn read_publication(

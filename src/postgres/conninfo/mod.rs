@@ -215,6 +215,11 @@ impl fmt::Display for ConnInfoError {
 impl std::error::Error for ConnInfoError {}
 
 impl ConnInfo {
+    /// The name that the session has in `pg_stat_activity`, and as a standby.
+    pub fn application_name(&self) -> &str {
+        &self.application_name
+    }
+
     /// Reads a `postgres://` URL or a `key=value` string; what it does not say is asked of `env` (the
     /// environment of the process, or a test's), and then is libpq's default.
     pub fn parse(
@@ -262,17 +267,23 @@ impl ConnInfo {
     pub fn dbname(&self) -> &str {
         &self.dbname
     }
+
+    /// Where: `host:port,host:port`.
+    pub fn servers(&self) -> String {
+        let hosts = self.hosts.iter().map(ToString::to_string);
+        hosts.collect::<Vec<_>>().join(",")
+    }
 }
 
 impl fmt::Display for ConnInfo {
     /// `user@host:port,host:port/db sslmode=prefer`: for logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@", self.user)?;
-        for (i, host) in self.hosts.iter().enumerate() {
-            let separator = if i == 0 { "" } else { "," };
-            write!(f, "{separator}{host}")?;
-        }
-        write!(f, "/{} sslmode={}", self.dbname, self.tls.mode.name())
+        let (user, servers, dbname) = (&self.user, self.servers(), &self.dbname);
+        write!(
+            f,
+            "{user}@{servers}/{dbname} sslmode={}",
+            self.tls.mode.name()
+        )
     }
 }
 

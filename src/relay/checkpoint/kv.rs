@@ -4,7 +4,7 @@
 use super::record::{Anchor, Cut, Record};
 use super::store::{Store, Value, Write};
 use crate::jetstream::ack::{AckErrorKind, PubAck, parse_ack};
-use crate::jetstream::client::Link;
+use crate::jetstream::client::{Api, Link};
 use crate::jetstream::{self, streams};
 use crate::nats;
 use crate::outbox::lineage::{Lineage, NotInHistory};

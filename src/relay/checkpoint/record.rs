@@ -104,6 +104,14 @@ impl Cut {
         self.streams.iter().find(|stream| stream.name == name)
     }
 
+    /// What was committed before `lsn` is resolved, whatever became of it: the slot does not send it any more.
+    pub fn move_to(&mut self, lsn: Lsn) {
+        if self.anchor.position.commit_lsn < lsn {
+            self.anchor = Anchor::bare(lsn);
+            self.stored_lsn = self.stored_lsn.max(lsn);
+        }
+    }
+
     /// Cuts it to where the present history left its timeline: what that one has beyond is not in this WAL.
     fn cut_to(&mut self, lsn: Lsn) {
         if self.anchor.position.commit_lsn >= lsn {

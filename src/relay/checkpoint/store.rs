@@ -295,8 +295,7 @@ impl Store {
         let cut = cut();
         let (ripening, matured) = self.ripened(now);
         let is_news = self.held.as_ref().is_none_or(|held| {
-            let ripens_on =
-                matured != held.matured && ripening.is_none() && matured.as_ref() != Some(&cut);
+            let ripens_on = ripening.is_none() && matured.as_ref() != Some(&cut);
             held.young != cut || ripens_on || held.publication != self.publication.get()
         });
         is_news.then(|| self.send(cut, ripening, matured, now))
@@ -386,27 +385,23 @@ impl Store {
 
     /// What may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back.
     pub fn matured_lsn(&self, now: Instant) -> Lsn {
-        let lsn = self
-            .ripened(now)
-            .1
-            .map_or(Lsn::INVALID, |cut| cut.stored_lsn);
-        let told_lsn = self
-            .held
-            .as_ref()
-            .map_or(Lsn::INVALID, |held| held.told_lsn);
+        let Some(held) = &self.held else {
+            return Lsn::INVALID;
+        };
+        let ripe = held.ripening.as_ref().filter(|it| self.is_ripe(it, now));
+        let matured = ripe.map(|it| &it.cut).or(held.matured.as_ref());
+        let lsn = matured.map_or(Lsn::INVALID, |cut| cut.stored_lsn);
         assert!(
-            lsn <= told_lsn,
-            "{lsn} matured, but {told_lsn} was the most to be told"
+            lsn <= held.told_lsn,
+            "{lsn} matured, but {} was the most to be told",
+            held.told_lsn
         );
         lsn
     }
 
-    /// Something is in the key that has not ripened, or was told to nobody yet.
-    pub fn is_ripening(&self, now: Instant) -> bool {
-        self.ripened(now).0.is_some_and(|ripening| {
-            let matured = self.held.as_ref().and_then(|held| held.matured.as_ref());
-            matured.is_none_or(|matured| matured.stored_lsn < ripening.cut.stored_lsn)
-        })
+    /// The key lacks what is stored up to here, or has not held it for the hold-back.
+    pub fn is_behind(&self, stored_lsn: Lsn, now: Instant) -> bool {
+        self.matured_lsn(now) < stored_lsn
     }
 
     /// What ripens and what has matured at `now`.

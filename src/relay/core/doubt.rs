@@ -16,6 +16,8 @@ pub struct Doubt {
     until: Option<Position>,
     /// So many more of them at most.
     left: u64,
+    /// The lowest sequence that is gone of each stream that has one.
+    gone: Vec<(usize, u64)>,
 }
 
 impl Doubt {
@@ -30,19 +32,33 @@ impl Doubt {
             maybe_sent: if is_quiescent { anchor } else { wal_end },
             until: None,
             left: 0,
+            gone: Vec::new(),
         }
     }
 
-    /// Messages were found gone that may have been events; `most`: how many events can have been published since the cut,
+    /// A message was found gone that may have been an event; `most`: how many events can have been published since the cut,
     /// if that is known.
-    pub fn on_gone(&mut self, most: Option<u64>) {
+    pub fn on_gone(&mut self, stream: usize, seq: u64, most: Option<u64>) {
         self.until = Some(self.maybe_sent);
         self.left = most.map_or(u64::MAX, |window| window + MOST_UNRECORDED);
+        match self.gone.iter_mut().find(|(of, _)| *of == stream) {
+            Some((_, lowest)) => *lowest = seq.min(*lowest),
+            None => self.gone.push((stream, seq)),
+        }
+    }
+
+    /// The lowest sequence of a stream that may have been an event after `anchor`: a cut that has it read would not have it
+    /// asked for again.
+    pub fn lowest_gone(&self, stream: usize, anchor: Position) -> Option<u64> {
+        let is_over = self.left == 0 || self.until.is_none_or(|until| until <= anchor);
+        let mut gone = self.gone.iter().filter(|_| !is_over);
+        gone.find(|(of, _)| *of == stream).map(|(_, seq)| *seq)
     }
 
     /// A new connection: what was in doubt has to be found out again.
     pub fn clear(&mut self) {
         self.until = None;
+        self.gone.clear();
     }
 
     /// An event is published.
@@ -74,21 +90,21 @@ mod tests {
     fn what_nobody_can_have_published_is_not_in_doubt() {
         let mut doubt = Doubt::new(at(10, 1), false, Lsn(20));
         assert!(!doubt.is_about(at(15, 1)), "nothing is gone");
-        doubt.on_gone(None);
+        doubt.on_gone(0, 7, None);
         assert!(doubt.is_about(at(15, 1)) && !doubt.is_about(at(20, 1)));
         let mut doubt = Doubt::new(at(10, 1), true, Lsn(20));
-        doubt.on_gone(None);
+        doubt.on_gone(0, 7, None);
         assert!(!doubt.is_about(at(10, 2)), "it ended in order");
         doubt.on_publish(at(30, 1));
         assert!(!doubt.is_about(at(30, 1)), "not over an earlier connection");
-        doubt.on_gone(None);
+        doubt.on_gone(0, 7, None);
         assert!(doubt.is_about(at(30, 1)) && !doubt.is_about(at(30, 2)));
     }
 
     #[test]
     fn no_more_are_in_doubt_than_the_record_may_lack() {
         let mut doubt = Doubt::new(at(10, 1), false, Lsn(u64::MAX));
-        doubt.on_gone(Some(2));
+        doubt.on_gone(0, 7, Some(2));
         for lsn in 0..MOST_UNRECORDED + 2 {
             assert!(doubt.is_about(at(20 + lsn, 1)));
             doubt.on_publish(at(20 + lsn, 1));

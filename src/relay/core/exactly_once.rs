@@ -169,10 +169,12 @@ impl ExactlyOnce {
             evidence.forget_after(wal_end.max(self.window.offered()));
         }
         self.doubt.clear();
-        if resumed.has_gone {
-            let window = self.window.limits().inflight as u64;
-            self.doubt
-                .on_gone((resumed.cut == Some(0)).then_some(window));
+        let window = self.window.limits().inflight as u64;
+        let most = (resumed.cut == Some(0)).then_some(window);
+        for (index, seq) in resumed.gone.iter().enumerate() {
+            if let Some(seq) = seq {
+                self.doubt.on_gone(index, *seq, most);
+            }
         }
         let foreign = resumed.foreign.into_iter();
         let streams = resumed.streams.into_iter().zip(facts).zip(foreign);
@@ -601,19 +603,23 @@ impl ExactlyOnce {
             .filter(|it| matches!(it.state, State::Resolved(_)))
             .map(|it| it.event.position())
             .collect();
+        let resolved = self.reached.event.as_ref().map(Event::position);
+        let resolved = resolved
+            .unwrap_or_default()
+            .max(self.reached.anchor.position);
         let Some(connected) = &mut self.connection else {
             return;
         };
         let (mut foreign, mut last) = (0, 0);
         for (seq, message) in messages {
             let Some(message) = message else {
-                self.doubt.on_gone(None);
+                self.doubt.on_gone(index, seq, None);
                 continue;
             };
             last = last.max(seq);
             match message.ours(&self.lineage) {
                 Some(position) => {
-                    if position > self.reached.anchor.position && !out.contains(&position) {
+                    if position > resolved && !out.contains(&position) {
                         let id = message.id.as_deref().unwrap_or_default();
                         connected.evidence.add(position, index, seq, id);
                     }
@@ -759,9 +765,16 @@ impl ExactlyOnce {
             .evidence
             .lowest_seq(index)
             .map(|seq| seq.saturating_sub(1));
+        let anchor = self.anchor().position;
+        let gone = self.doubt.lowest_gone(index, anchor);
+        let gone = gone.map(|seq| seq.saturating_sub(1));
         let stream = connected.streams.get(index);
         let known = stream.map_or(0, |stream| stream.fence.known());
-        out.chain(evidence).min().unwrap_or(known).min(known)
+        out.chain(evidence)
+            .chain(gone)
+            .min()
+            .unwrap_or(known)
+            .min(known)
     }
 
     fn anchor(&self) -> Anchor {
@@ -871,6 +884,15 @@ impl ExactlyOnce {
         if let Some(connected) = &mut self.connection {
             connected.capacity.max_payload = max_payload;
         }
+    }
+
+    /// The streams, and where each ends for all that is known.
+    pub fn stream_ends(&self) -> Vec<(String, u64)> {
+        let connected = self.connection.iter();
+        let streams = connected.flat_map(|connected| &connected.streams);
+        streams
+            .map(|it| (it.name.clone(), it.fence.known()))
+            .collect()
     }
 
     /// The window.

@@ -180,6 +180,14 @@ impl Core {
         either!(self, it => it.stored_lsn())
     }
 
+    /// The streams of the events, and where each ends for all that is known.
+    pub fn stream_ends(&self) -> Vec<(String, u64)> {
+        match self {
+            Core::ExactlyOnce(core) => core.stream_ends(),
+            Core::AtLeastOnce(_) => Vec::new(),
+        }
+    }
+
     /// The counters.
     pub fn tally(&self) -> Tally {
         either!(self, it => it.tally())

@@ -51,6 +51,8 @@ pub struct Facts {
     pub lineage: Lineage,
     /// The cuts to resume with, the youngest first.
     pub cuts: Vec<Cut>,
+    /// The copy stream goes on where it is: no other cut will do than the youngest.
+    pub goes_on: bool,
     /// Postgres was told of the oldest of them: what a stream has lost of it, the slot cannot send again.
     pub oldest_is_matured: bool,
     /// Where to begin without a cut: the slot's position.
@@ -160,8 +162,8 @@ pub struct Resumed {
     pub evidence: Evidence,
     /// In the order of the facts: what is known of each stream, which ends at `read_after` for what was read.
     pub streams: Vec<StreamCut>,
-    /// Messages after the anchor are gone from a stream, and may have been events.
-    pub has_gone: bool,
+    /// The lowest sequence of each stream that is gone and may have been an event after the anchor.
+    pub gone: Vec<Option<u64>>,
     /// How many are gone from each stream that loses none by itself: the server lost them, or somebody deleted them.
     pub deleted: Vec<u64>,
     /// A stream with messages of ours after the anchor that have no fence, and the last of these: they are no evidence.
@@ -181,7 +183,7 @@ pub struct Resume {
     chosen: Option<usize>,
     disagreed: Vec<Lost>,
     evidence: Evidence,
-    has_gone: bool,
+    gone: Vec<Option<u64>>,
     deleted: Vec<u64>,
     /// Streams that were read back to a message of ours at or before the anchor.
     read_back: BTreeSet<usize>,
@@ -228,6 +230,7 @@ impl Resume {
         }
         Resume {
             foreign: vec![0; facts.streams.len()],
+            gone: vec![None; facts.streams.len()],
             deleted: vec![0; facts.streams.len()],
             phase: Phase::Witnesses(reads.into_iter().collect()),
             facts,
@@ -236,7 +239,6 @@ impl Resume {
             chosen: None,
             disagreed: Vec::new(),
             evidence: Evidence::default(),
-            has_gone: false,
             read_back: BTreeSet::new(),
             unfenced: None,
             copies: HashMap::new(),
@@ -302,7 +304,10 @@ impl Resume {
     /// Where to go on, once it is done.
     pub fn finish(self) -> Resumed {
         let (anchor, stored_lsn) = self.anchor();
-        let has_gone = self.has_gone || self.has_gone_first();
+        let gone = self.gone.iter().enumerate();
+        let gone = gone
+            .map(|(index, seq)| self.gone_first(index).or(*seq))
+            .collect();
         let streams = self.facts.streams.iter().enumerate();
         let streams = streams.map(|(index, facts)| StreamCut {
             name: facts.name.clone(),
@@ -319,7 +324,7 @@ impl Resume {
             anchor,
             evidence: self.evidence,
             disagreed: self.disagreed,
-            has_gone,
+            gone,
             deleted: self.deleted,
             unfenced: self.unfenced,
             foreign: self.foreign,
@@ -347,15 +352,14 @@ impl Resume {
             self.disagreed.push(lost);
         }
         match self.disagreed.last() {
+            Some(lost) if self.facts.goes_on => return Err(lost.clone()),
             // from the oldest on, and each stream from its start where it does not agree
-            Some(Lost {
-                how: Disagreement::Recreated,
-                ..
-            }) => self.chosen = self.facts.cuts.len().checked_sub(1),
-            Some(lost) if self.facts.oldest_is_matured => match self.facts.accept_loss {
-                true => self.chosen = self.facts.cuts.len().checked_sub(1),
-                false => return Err(lost.clone()),
-            },
+            Some(lost) if self.facts.oldest_is_matured => {
+                if lost.how != Disagreement::Recreated && !self.facts.accept_loss {
+                    return Err(lost.clone());
+                }
+                self.chosen = self.facts.cuts.len().checked_sub(1);
+            }
             // Postgres was told nothing yet: the slot has everything
             _ => {}
         }
@@ -448,17 +452,16 @@ impl Resume {
         agrees.then_some(of_cut)
     }
 
-    /// Messages before the first one that is still there may have been events after the anchor.
-    fn has_gone_first(&self) -> bool {
-        let mut streams = self.facts.streams.iter().enumerate();
-        streams.any(|(index, stream)| {
-            let read_after = match self.trusted(index) {
-                Some(of_cut) => of_cut.read_after,
-                None if self.read_back.contains(&index) => return false,
-                None => 0,
-            };
-            read_after < stream.last_seq && read_after + 1 < stream.first_seq
-        })
+    /// The first of the messages before the first one that is still there, if they may have been events after the anchor.
+    fn gone_first(&self, index: usize) -> Option<u64> {
+        let stream = self.facts.streams.get(index)?;
+        let read_after = match self.trusted(index) {
+            Some(of_cut) => of_cut.read_after,
+            None if self.read_back.contains(&index) => return None,
+            None => 0,
+        };
+        let is_gone = read_after < stream.last_seq && read_after + 1 < stream.first_seq;
+        is_gone.then_some(read_after + 1)
     }
 
     /// What is to be read for evidence. R4.
@@ -483,7 +486,9 @@ impl Resume {
                 let deleted = self.deleted.get_mut(stream);
                 deleted.into_iter().for_each(|it| *it += 1);
             } else {
-                self.has_gone = true;
+                let gone = self.gone.get_mut(stream);
+                gone.into_iter()
+                    .for_each(|it| *it = Some(it.map_or(seq, |lowest| lowest.min(seq))));
             }
             return;
         };

@@ -6,7 +6,7 @@ use crate::cli::{self, Invocation};
 use crate::jetstream::streams::{StreamConfig, StreamState};
 use std::ffi::OsString;
 
-fn config(args: &[&str]) -> Config {
+pub(super) fn config(args: &[&str]) -> Config {
     let args = [&["-db", "host=h"], args].concat();
     let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
         panic!("{args:?} do not parse");
@@ -15,7 +15,7 @@ fn config(args: &[&str]) -> Config {
 }
 
 /// As setup leaves them.
-fn good() -> Facts {
+pub(super) fn good() -> Facts {
     let stream = StreamInfo {
         config: StreamConfig {
             name: "EV".into(),

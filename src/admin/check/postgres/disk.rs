@@ -55,7 +55,11 @@ pub fn judge(facts: &Facts, config: &Config) -> Vec<Finding> {
     let folder = disk.folder.display();
     let (free, size) = (disk.free, disk.size);
     let found = format!("{} of {} are free at {folder}", bytes(free), bytes(size));
-    let held = facts.slot.as_ref().and_then(|slot| slot.retained_bytes);
+    let held = facts
+        .shared
+        .slot
+        .as_ref()
+        .and_then(|slot| slot.retained_bytes);
     let held = held.unwrap_or_default().max(0) as u64;
     let catch_up = "start the relay and see with status that it catches up, or give the disk room; if the relay is given up \
                     for good, run teardown";

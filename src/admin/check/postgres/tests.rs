@@ -1,17 +1,9 @@
 //! Each finding, from facts as a server may tell them.
 
 use super::*;
-use crate::admin::check::finding::Level;
-use crate::cli::{self, Invocation};
-use std::ffi::OsString;
-
-fn config(args: &[&str]) -> Config {
-    let args = [&["-db", "host=h"], args].concat();
-    let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
-        panic!("{args:?} do not parse");
-    };
-    Config::load(*cli, &|_| None).unwrap()
-}
+use crate::relay::preflight::Level;
+use crate::relay::preflight::slot::Slot;
+use crate::relay::preflight::tests::{config, good as shared};
 
 const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
 
@@ -33,25 +25,8 @@ fn table(name: &str, columns: &[&str]) -> Table {
 
 /// As setup leaves them, on Postgres 18.
 fn good() -> Facts {
-    let settings = [
-        ("wal_level", "logical"),
-        ("max_replication_slots", "5"),
-        ("max_wal_senders", "10"),
-        ("wal_sender_timeout", "60000"),
-        ("max_slot_wal_keep_size", "-1"),
-        ("synchronized_standby_slots", ""),
-        ("idle_replication_slot_timeout", "0"),
-    ];
     Facts {
-        version: 180_004,
-        version_text: "18.4".into(),
-        peer: "127.0.0.1:5432".into(),
-        role: "relay".into(),
-        may_replicate: true,
-        settings: settings
-            .map(|(name, value)| (name.into(), value.into()))
-            .into(),
-        slots: 1,
+        shared: shared(),
         encoding: "UTF8".into(),
         named: vec![Named {
             name: tables(&config(&[])).remove(0),
@@ -64,15 +39,6 @@ fn good() -> Facts {
             changes: false,
             newer_than_slot: false,
             tables: vec![table("outbox", &COLUMNS)],
-        }),
-        slot: Some(Slot {
-            kind: "logical".into(),
-            plugin: Some("pgoutput".into()),
-            database: Some("shop".into()),
-            here: true,
-            wal_status: Some("reserved".into()),
-            retained_bytes: Some(1000),
-            ..Slot::default()
         }),
         ..Facts::default()
     }
@@ -92,6 +58,7 @@ fn check_with(
     let config = config(args);
     let findings: Vec<Finding> = JUDGES
         .iter()
+        .chain(&SLOT_JUDGES)
         .flat_map(|judge| judge(&facts, &config))
         .collect();
     let bad: Vec<String> = findings
@@ -121,7 +88,7 @@ fn check(level: Level, name: &str, parts: &[&str], break_it: impl FnOnce(&mut Fa
 }
 
 fn slot(facts: &mut Facts) -> &mut Slot {
-    facts.slot.as_mut().unwrap()
+    facts.shared.slot.as_mut().unwrap()
 }
 
 fn publication(facts: &mut Facts) -> &mut Publication {
@@ -129,89 +96,34 @@ fn publication(facts: &mut Facts) -> &mut Publication {
 }
 
 fn set(facts: &mut Facts, name: &str, value: &str) {
-    facts.settings.insert(name.into(), value.into());
+    facts
+        .shared
+        .server
+        .settings
+        .insert(name.into(), value.into());
 }
 
 #[test]
 fn what_setup_leaves_is_good() {
-    check(Level::Ok, "", &["ok    postgres.slot "], |_| {});
+    check(Level::Ok, "", &["ok    postgres.publication "], |_| {});
 }
 
 #[test]
-fn the_server() {
-    use Level::{Fail, Ok, Warn};
+fn the_connection_s_encryption() {
+    use Level::{Ok, Warn};
     check(Warn, "postgres.tls", &["sslmode=verify-full"], |f| {
-        f.peer = "db.example.com:5432".into()
+        f.shared.peer = "db.example.com:5432".into()
     });
     check(Ok, "", &["TLSv1_3"], |f| {
-        f.peer = "db.example.com:5432".into();
+        f.shared.peer = "db.example.com:5432".into();
         f.tls = Some("TLSv1_3".into());
     });
     check(Ok, "", &["this machine"], |f| {
-        f.peer = "/var/run/postgresql:5432".into()
+        f.shared.peer = "/var/run/postgresql:5432".into()
     });
-    check(Ok, "", &["this machine"], |f| f.peer = "[::1]:5432".into());
-    check(
-        Fail,
-        "postgres.primary",
-        &["target_session_attrs=primary"],
-        |f| {
-            f.version = 150_000;
-            f.standby = true;
-        },
-    );
-    check(Warn, "postgres.primary", &["standby"], |f| f.standby = true);
-    check(
-        Fail,
-        "postgres.wal_level",
-        &["replica", "wal_level = 'logical'"],
-        |f| set(f, "wal_level", "replica"),
-    );
-    check(
-        Fail,
-        "postgres.role",
-        &["ALTER ROLE relay REPLICATION;"],
-        |f| f.may_replicate = false,
-    );
-    check(Ok, "", &["5 of 5 replication slots"], |f| f.slots = 5);
-    check(
-        Fail,
-        "postgres.walsenders",
-        &["max_wal_senders = 15"],
-        |f| f.senders = 10,
-    );
-    check(Ok, "", &["10 of 10 walsenders"], |f| {
-        f.senders = 10;
-        slot(f).active_pid = Some(7);
+    check(Ok, "", &["this machine"], |f| {
+        f.shared.peer = "[::1]:5432".into()
     });
-    check(Warn, "postgres.wal_sender_timeout", &["off"], |f| {
-        set(f, "wal_sender_timeout", "0")
-    });
-    check(Warn, "postgres.wal_sender_timeout", &["9999 ms"], |f| {
-        set(f, "wal_sender_timeout", "9999")
-    });
-    check(Warn, "postgres.idle_timeout", &["3600 s"], |f| {
-        set(f, "idle_replication_slot_timeout", "3600")
-    });
-}
-
-#[test]
-fn a_missing_slot_needs_a_free_place() {
-    let mut facts = good();
-    facts.slots = 5;
-    facts.slot = None;
-    let config = config(&[]);
-    assert_eq!(slots(&facts, &config)[0].level, Level::Fail);
-    facts.slots = 4;
-    assert_eq!(slots(&facts, &config)[0].level, Level::Ok);
-    check(
-        Level::Fail,
-        "postgres.slot",
-        &["pg_create_logical_replication_slot('jetstream_outbox', 'pgoutput')"],
-        |f| {
-            f.slot = None;
-        },
-    );
 }
 
 #[test]
@@ -435,11 +347,11 @@ fn headers_and_messages() {
         f.encoding = "SQL_ASCII".into()
     });
     check(Warn, name, &["upgrade to Postgres 14"], |f| {
-        f.version = 130_020
+        f.shared.version = 130_020
     });
     check_with(&["-no-messages"], Ok, "", &["not taken"], |f| {
         f.encoding = "SQL_ASCII".into();
-        f.version = 130_020;
+        f.shared.version = 130_020;
     });
     let function = |f: &mut Facts| {
         f.publish_functions = vec!["emit(true, 'jetstream_outbox', ...)".into()];
@@ -460,43 +372,8 @@ fn headers_and_messages() {
 }
 
 #[test]
-fn the_slot() {
-    use Level::{Fail, Ok, Warn};
-    check(Fail, "postgres.slot", &["physical"], |f| {
-        slot(f).kind = "physical".into()
-    });
-    check(
-        Fail,
-        "postgres.slot",
-        &["test_decoding", "pg_drop_replication_slot"],
-        |f| {
-            slot(f).plugin = Some("test_decoding".into());
-        },
-    );
-    check(Fail, "postgres.slot", &["database shop", "-db"], |f| {
-        slot(f).here = false
-    });
-    check(Ok, "", &["in use by the server process 7"], |f| {
-        slot(f).active_pid = Some(7)
-    });
-    check(Fail, "postgres.slot_log", &["idle_timeout"], |f| {
-        slot(f).invalidation = Some("idle_timeout".into())
-    });
-    check(
-        Fail,
-        "postgres.slot_log",
-        &["removed log", "pg_drop_replication_slot"],
-        |f| slot(f).wal_status = Some("lost".into()),
-    );
-    check(
-        Fail,
-        "postgres.slot_log",
-        &["max_slot_wal_keep_size = -1"],
-        |f| slot(f).wal_status = Some("unreserved".into()),
-    );
-    check(Ok, "", &["wal_status is extended"], |f| {
-        slot(f).wal_status = Some("extended".into())
-    });
+fn what_the_slot_retains() {
+    use Level::Warn;
     check(
         Warn,
         "postgres.retained_log",
@@ -512,27 +389,6 @@ fn the_slot() {
             slot(f).retained_bytes = Some((50 << 20) + 1);
         },
     );
-    check(
-        Warn,
-        "postgres.failover",
-        &["sb follows", "ALTER_REPLICATION_SLOT"],
-        |f| f.standbys = vec!["sb".into()],
-    );
-    check(Ok, "", &["standbys take slot"], |f| {
-        slot(f).failover = true;
-        f.standbys = vec!["sb".into()];
-        set(f, "synchronized_standby_slots", "\"sb\"");
-    });
-    check(
-        Fail,
-        "postgres.failover",
-        &["names gone,", "synchronized_standby_slots = ''"],
-        |f| {
-            slot(f).failover = true;
-            f.standbys = vec!["sb".into()];
-            set(f, "synchronized_standby_slots", "sb, gone");
-        },
-    );
 }
 
 #[test]
@@ -545,7 +401,7 @@ fn the_log_and_its_bound_are_told() {
         |_| {},
     );
     check(Ok, "", &["of log; nothing but the disk bounds it\n"], |f| {
-        f.settings.remove("max_slot_wal_keep_size");
+        f.shared.server.settings.remove("max_slot_wal_keep_size");
     });
     check(
         Ok,
@@ -610,13 +466,4 @@ fn the_disk() {
 fn another_machine_s_disk_is_not_looked_at() {
     let ours = std::process::id() as i32;
     assert_eq!(disk::look("127.0.0.1:5432", ours, "/"), None);
-}
-
-#[test]
-fn an_old_server_is_refused() {
-    let facts = Facts {
-        version: 110_022,
-        ..good()
-    };
-    assert_eq!(connection(&facts, &config(&[]))[0].level, Level::Fail);
 }
