@@ -776,5 +776,6 @@ fn bare(stored_lsn: Lsn) -> Cut {
         stored_lsn,
         streams: Vec::new(),
         quiescent: false,
+        lenient: false,
     }
 }

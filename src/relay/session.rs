@@ -259,8 +259,9 @@ impl<'a> Session<'a> {
         );
         let confirmed = slot.confirmed_flush_lsn;
         let (stream, writer) =
-            replication::start_replication(connection, &config.slot, start_lsn, &options)
-                .map_err(|error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed))?;
+            replication::start_replication(connection, &config.slot, start_lsn, &options).map_err(
+                |error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed),
+            )?;
         let threads = Threads {
             config,
             stop: self.stop,
@@ -294,21 +295,24 @@ impl<'a> Session<'a> {
         limits: Limits,
     ) -> Result<(Link, ExactlyOnce), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
-        let told = self.store.held().map(|record| record.told_lsn);
-        if let Some(told) = told.filter(|told| confirmed_lsn > *told)
+        let held = self.store.held();
+        if let Some(record) = held.filter(|record| record.is_exceeded(confirmed_lsn))
             && self.accepted == Accepted::Nothing
         {
             return Err(Error::SlotMoved {
                 slot: self.config.slot.clone(),
                 confirmed: confirmed_lsn,
-                told,
+                told: record.told_lsn,
             });
         }
+        if self.accepted == Accepted::OtherWal {
+            self.store.disown();
+        }
+        let held = self.store.held();
         let from = From::Record {
             confirmed_lsn,
             // what the slot does not send any more is accepted as it is
-            is_moved: told.is_some_and(|told| confirmed_lsn > told),
-            without_cuts: self.accepted == Accepted::OtherWal,
+            is_moved: held.is_some_and(|record| record.is_exceeded(confirmed_lsn)),
         };
         let (link, connection) = connector.resume(found, &self.store, from)?;
         let resumed = &connection.resumed;
@@ -323,8 +327,14 @@ impl<'a> Session<'a> {
             return Err(Error::OtherFlags(anchor.position));
         }
         let continuity = match self.accepted {
-            Accepted::OtherWal => Ok(Continuity::accepted()),
-            _ => Continuity::new(anchor, confirmed_lsn, wal_end, has_other_flags),
+            Accepted::OtherWal => Ok(Continuity::accepted(wal_end)),
+            _ => Continuity::new(
+                anchor,
+                confirmed_lsn,
+                wal_end,
+                has_other_flags,
+                resumed.is_lenient,
+            ),
         };
         let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
         let now = Instant::now();
@@ -407,7 +417,7 @@ fn wal_removed(error: Error, slot: &str, confirmed: Lsn) -> Error {
 }
 
 /// Which server this is, and where its history branched.
-fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
+pub fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
     let system = replication::identify_system(connection)?;
     let switch_points = match system.timeline {
         // the first timeline has no history

@@ -4,8 +4,8 @@
 
 mod credentials;
 mod drain;
-mod exposition;
 mod encodings;
+mod exposition;
 mod failover;
 mod faults_cluster;
 mod faults_nats;
@@ -23,6 +23,9 @@ mod nats_limits;
 mod observe;
 mod one_connection;
 mod operation;
+mod operators;
+mod operators_postgres;
+mod operators_streams;
 mod park;
 mod payloads;
 mod publication;

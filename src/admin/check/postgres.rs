@@ -63,6 +63,14 @@ struct Publication {
     without_identity: Vec<String>,
 }
 
+/// `IDENTIFY_SYSTEM`'s systemid, if a replication connection can be had.
+pub fn system_id(config: &Config) -> Option<u64> {
+    match probe::connect(config).0 {
+        Probe::Admitted { system } => Some(system.system_id),
+        Probe::Refused { .. } => None,
+    }
+}
+
 /// Everything that can be said, and which log it was said of.
 /// `seen`: what the relay remembers of the publication.
 pub fn findings(config: &Config, seen: Option<&PublicationState>) -> (Vec<Finding>, Option<Log>) {

@@ -177,6 +177,7 @@ fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
             stored_lsn: lsn,
             streams: Vec::new(),
             quiescent: false,
+            lenient: false,
         },
         ripening: None,
         matured: None,

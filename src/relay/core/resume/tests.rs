@@ -1,4 +1,3 @@
-
 use super::*;
 use crate::outbox::position::{Source, SourcePosition};
 use crate::relay::checkpoint::record::AnchorEvent;
@@ -62,6 +61,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
             }),
         }],
         quiescent: false,
+        lenient: false,
     }
 }
 
