@@ -146,7 +146,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
-            limits_read: None,
+            limits_read: Some(now),
             record_until: None,
             warned: Tally::default(),
             vitals,
@@ -277,6 +277,13 @@ impl<'a> Publisher<'a> {
     fn lost(&mut self, error: Option<nats::Error>) -> Interrupt {
         if let Some(store) = &mut self.store {
             store.on_disconnect();
+        }
+        if let (Some(nats::Error::Permission { reason }), Core::AtLeastOnce(_)) =
+            (&error, &self.core)
+            && reason.contains("$KV.")
+        {
+            log::warn!("going on without the checkpoint: {reason}");
+            self.store = None;
         }
         let reason = match error {
             Some(error) => error.to_string(),
