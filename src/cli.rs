@@ -66,7 +66,7 @@ pub struct Cli {
     /// key file of the client certificate for NATS (default none)
     #[argh(option)]
     pub nats_tls_key: Option<String>,
-    /// make the TLS handshake with NATS before it says anything, for servers with handshake_first
+    /// make the TLS handshake with NATS before it says anything, for servers with handshake_first (default off)
     #[argh(switch)]
     pub nats_tls_first: bool,
     /// longest time to connect and sign in to one NATS server, 100ms to 2m (default 5s)
