@@ -257,8 +257,9 @@ impl<'a> Session<'a> {
         );
         let confirmed = slot.confirmed_flush_lsn;
         let (stream, writer) =
-            replication::start_replication(connection, &config.slot, start_lsn, &options)
-                .map_err(|error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed))?;
+            replication::start_replication(connection, &config.slot, start_lsn, &options).map_err(
+                |error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed),
+            )?;
         let threads = Threads {
             config,
             stop: self.stop,

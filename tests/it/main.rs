@@ -4,8 +4,8 @@
 
 mod credentials;
 mod drain;
-mod exposition;
 mod encodings;
+mod exposition;
 mod failover;
 mod faults_cluster;
 mod faults_nats;

@@ -432,7 +432,7 @@ impl Resume {
         let created = self.facts.streams.get(stream).map(|it| &it.created);
         match (self.witness(stream, of_cut), &of_cut.witness) {
             (Some(message), Some(Witness { position, .. })) => {
-                message.position.as_ref() == Some(position)
+                message.is_at(position, &self.facts.lineage)
             }
             _ => created == Some(&of_cut.created),
         }

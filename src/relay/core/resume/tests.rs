@@ -1,4 +1,3 @@
-
 use super::*;
 use crate::outbox::position::{Source, SourcePosition};
 use crate::relay::checkpoint::record::AnchorEvent;
