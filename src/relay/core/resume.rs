@@ -114,6 +114,13 @@ pub enum Disagreement {
     },
 }
 
+impl Disagreement {
+    /// Of the matured cut only an operator can have taken something away so; what a server loses has not matured.
+    fn is_of_operator(&self) -> bool {
+        matches!(self, Disagreement::Recreated | Disagreement::Torn)
+    }
+}
+
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Lost { stream, how } = self;
@@ -352,7 +359,7 @@ impl Resume {
             Some(lost) if self.facts.goes_on => return Err(lost.clone()),
             // from the oldest on, and each stream from its start where it does not agree
             Some(lost) if self.facts.oldest_is_matured => {
-                if lost.how != Disagreement::Recreated && !self.facts.accept_loss {
+                if !lost.how.is_of_operator() && !self.facts.accept_loss {
                     return Err(lost.clone());
                 }
                 self.chosen = self.facts.cuts.len().checked_sub(1);
@@ -372,7 +379,7 @@ impl Resume {
                 how,
             })
         });
-        lost.min_by_key(|lost| lost.how == Disagreement::Recreated)
+        lost.min_by_key(|lost| lost.how.is_of_operator())
     }
 
     fn disagrees(&self, of_cut: &StreamCut) -> Option<Disagreement> {
