@@ -448,7 +448,8 @@ pub fn read_gap(
     Ok(messages)
 }
 
-fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
+/// Reads the answer to a request for a message.
+pub fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
     let stored = streams::parse_message_head(body)?;
     Ok(stored.map(|stored| Message {
         seq: stored.seq,

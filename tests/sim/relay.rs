@@ -16,7 +16,7 @@ use jetstream_outbox::relay::checkpoint::store::{Identity, Overtaken, Store, Wri
 use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
 use jetstream_outbox::relay::core::evidence::Message;
-use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce};
+use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce, Look};
 use jetstream_outbox::relay::core::resume::{
     Answer as Found, Facts, Read, Resume, StreamFacts, forget_left,
 };
@@ -99,7 +99,7 @@ pub struct Relay {
     /// On their way to the server.
     pub out: VecDeque<Flight>,
     pub writes: VecDeque<Write>,
-    looks: VecDeque<(usize, String)>,
+    looks: VecDeque<(u64, Look)>,
     /// On their way back.
     pub answers: VecDeque<(u64, Answer)>,
     pub written: VecDeque<(u64, Result<PubAck, AckError>)>,
@@ -714,15 +714,21 @@ impl Relay {
         if env.rng.bool() {
             return Ok(());
         }
-        while let Some((index, name)) = self.looks.pop_front() {
-            let stream = env.streams.iter().find(|it| it.name == name);
-            let Some(stream) = stream else {
-                return Err(End::Connection(format!("stream {name} is gone")));
+        while let Some((token, look)) = self.looks.pop_front() {
+            let (Look::Stream(name) | Look::Message(name, _)) = &look;
+            let stream = env.streams.iter().find(|it| it.name == *name);
+            let stream = stream.ok_or_else(|| End::Connection(format!("stream {name} is gone")))?;
+            let Some(core) = self.core() else {
+                return Ok(());
             };
-            let (created, last_seq) = (stream.created.clone(), stream.last_seq);
-            if let Some(core) = self.core()
-                && let Err(trouble) = core.on_look(index, &created, last_seq)
-            {
+            let outcome = match look {
+                Look::Stream(_) => core.on_look(token, &stream.created, stream.last_seq),
+                Look::Message(_, seq) => {
+                    let found = stream.messages.get(&seq).map(|it| &it.message);
+                    core.on_witness(token, found)
+                }
+            };
+            if let Err(trouble) = outcome {
                 return self.on_trouble(env, trouble);
             }
         }
