@@ -191,7 +191,7 @@ impl Mapper {
             return Ok(());
         }
         if !self.mapping.tables.is_empty()
-            || mapping.is_some_and(|mapping| mapping.is_meant(has))
+            || mapping.is_some_and(|mapping| mapping.own_columns().into_iter().any(has))
             || matches!(before, Some(Relation::Outbox(_)))
         {
             return Err(MapError::MissingColumns {
@@ -505,18 +505,6 @@ fn on_bad(policy: OnBad) -> OnPoison {
     match policy {
         OnBad::Park => OnPoison::Park,
         OnBad::Stop | OnBad::Encode => OnPoison::Stop,
-    }
-}
-
-impl TableMapping {
-    /// Whether a table with these columns is meant as an outbox: it has one that only an outbox has.
-    fn is_meant(&self, has: impl Fn(&str) -> bool) -> bool {
-        let of_subject = self.subject.columns().map(|name| self.column(name));
-        [self.aggregatetype.as_str(), &self.aggregateid]
-            .into_iter()
-            .chain(of_subject)
-            .filter(|&name| name != self.id && name != self.payload)
-            .any(has)
     }
 }
 

@@ -28,9 +28,9 @@ pub(super) const FEW_COLUMNS: usize = 4;
 const UNUSED: u8 = u8::MAX;
 
 /// The trace context of <https://www.w3.org/TR/trace-context/>: columns of these names are passed on.
-const TRACE_CONTEXT: [&str; 2] = ["traceparent", "tracestate"];
+pub(super) const TRACE_CONTEXT: [&str; 2] = ["traceparent", "tracestate"];
 /// The column that becomes `ce-type`.
-const TYPE: &str = "type";
+pub(super) const TYPE: &str = "type";
 /// The object whose members become headers, unless another is named.
 pub(super) const HEADERS: &str = "headers";
 

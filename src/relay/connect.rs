@@ -53,14 +53,12 @@ pub struct Connector<'a> {
 
 /// Where the cuts to resume with come from.
 pub enum From {
-    /// The record: a session starts. The slot's position, and whether what the record says counts.
+    /// The record: a session starts.
     Record {
         /// The slot's `confirmed_flush_lsn`.
         confirmed_lsn: Lsn,
         /// The slot was moved to there by somebody else, which is accepted.
         is_moved: bool,
-        /// The record is of another history, which is accepted.
-        without_cuts: bool,
     },
     /// The core: the copy stream goes on.
     Core(Cut),
@@ -164,15 +162,9 @@ impl Connector<'_> {
             From::Core(cut) => (vec![cut], true, Lsn::INVALID),
             From::Record {
                 confirmed_lsn,
-                without_cuts: true,
-                ..
-            } => (Vec::new(), false, confirmed_lsn),
-            From::Record {
-                confirmed_lsn,
                 is_moved,
-                ..
             } => {
-                if store.held().is_none() {
+                if store.is_new() {
                     self.check_system(&found)?;
                 }
                 let (mut cuts, is_matured) = store.cuts(Instant::now());

@@ -4,7 +4,6 @@ use super::core::capacity::TooLarge;
 use super::core::resume::Lost;
 use super::core::trouble::Halt;
 use super::preflight::Finding;
-use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
@@ -62,13 +61,6 @@ pub enum Error {
         notice: String,
         /// The slot; empty until it is known.
         slot: String,
-    },
-    /// The publication publishes less than before.
-    Narrowed {
-        /// Its name.
-        publication: String,
-        /// What it lacks.
-        narrowed: Narrowed,
     },
     /// pgoutput sent what cannot be read.
     Decode {
@@ -212,7 +204,6 @@ impl Error {
             | Error::NoCheckpoint { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
-            | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
             Error::Undecodable(undecodable) => match undecodable.is_for_good {
@@ -297,24 +288,6 @@ impl fmt::Display for Error {
                  hand what the stream lacks, and move the slot past that time: \
                  SELECT pg_replication_slot_advance({}, pg_current_wal_lsn()); and then pass -resume-anyway once",
                 quote_literal(slot)
-            ),
-            Error::Narrowed {
-                publication,
-                narrowed: narrowed @ Narrowed::Renamed { .. },
-            } => write!(
-                f,
-                "check the publication: {publication} {narrowed}; name both in -table (rows written before the change come under \
-                 the old name), and compare the table with the stream: a relay that ran meanwhile may have passed rows over. If \
-                 nothing under the name that is missing there matters, pass -resume-anyway once"
-            ),
-            Error::Narrowed {
-                publication,
-                narrowed,
-            } => write!(
-                f,
-                "check the publication: {publication} {narrowed}; rows that were committed since may be missing, and the slot \
-                 cannot send them: Postgres reads its log with the publication of that time. Put it back, compare the table with \
-                 the stream, publish what is missing, and pass -resume-anyway once to go on"
             ),
             Error::Decode { error, at } => {
                 write!(f, "decode the pgoutput message at {at}: {error}")

@@ -147,7 +147,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
-            limits_read: None,
+            limits_read: Some(now),
             record_until: None,
             warned: Tally::default(),
             vitals,
@@ -278,6 +278,13 @@ impl<'a> Publisher<'a> {
     fn lost(&mut self, error: Option<nats::Error>) -> Interrupt {
         if let Some(store) = &mut self.store {
             store.on_disconnect();
+        }
+        if let (Some(nats::Error::Permission { reason }), Core::AtLeastOnce(_)) =
+            (&error, &self.core)
+            && reason.contains("$KV.")
+        {
+            log::warn!("going on without the checkpoint: {reason}");
+            self.store = None;
         }
         let reason = match error {
             Some(error) => error.to_string(),
@@ -790,5 +797,6 @@ fn bare(stored_lsn: Lsn) -> Cut {
         stored_lsn,
         streams: Vec::new(),
         quiescent: false,
+        lenient: false,
     }
 }

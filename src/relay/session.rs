@@ -13,8 +13,10 @@ use super::core::window::Limits;
 use super::core::{Core, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
+use super::preflight::publication_state::PublicationState;
+use super::preflight::watch::{WATCH_INTERVAL, Watch};
+use super::preflight::{Facts, Finding, Level, publication};
 use super::progress::Progress;
-use super::publication::{self, Narrowed, Published, WATCH_INTERVAL, Watch};
 use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
 use super::repeated::Repeated;
@@ -73,8 +75,8 @@ pub struct Session<'a> {
     store: Store,
     said: Repeated,
     accepted: Accepted,
-    /// What the publication published when it was last seen.
-    published: Option<Published>,
+    /// What of the outboxes reached the relay when it last looked.
+    published: Option<PublicationState>,
     /// With `--drain`: the end of the WAL at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     /// How often in a row NATS was asked, and no session came of it.
@@ -178,7 +180,7 @@ impl<'a> Session<'a> {
         let mut connection = Connection::connect(&config.db)?;
         self.mapper
             .set_encoding(connection.use_database_encoding()?);
-        let slot = slot::check(&mut connection, config)?;
+        let (slot, facts) = slot::check(&mut connection, config)?;
         let wal_end = slot::current_lsn(&mut connection)?;
         self.vitals.slot_wal.look(&mut connection, &config.slot);
         if config.drain && self.upto.is_none() {
@@ -205,7 +207,7 @@ impl<'a> Session<'a> {
         let (link, core, start_lsn, has_record, published) = match config.delivery {
             Delivery::ExactlyOnce => {
                 let _ = connector.read_key(&found, &mut self.store)?;
-                let published = self.check_publication(&mut connection)?;
+                let published = self.check_publication(connection.peer(), facts)?;
                 let (link, core) =
                     self.start_exactly_once(&connector, found, &slot, wal_end, limits)?;
                 let start_lsn = core.start_lsn();
@@ -222,7 +224,7 @@ impl<'a> Session<'a> {
                     // what is not allowed ends the connection
                     found = connector.find(tries, &mut self.said)?;
                 }
-                let published = self.check_publication(&mut connection)?;
+                let published = self.check_publication(connection.peer(), facts)?;
                 let core = AtLeastOnce::start(limits, connector.capacity(&found));
                 let core = Core::AtLeastOnce(Box::new(core));
                 (found.link, core, Lsn::INVALID, read.is_ok(), published)
@@ -293,21 +295,24 @@ impl<'a> Session<'a> {
         limits: Limits,
     ) -> Result<(Link, ExactlyOnce), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
-        let told = self.store.held().map(|record| record.told_lsn);
-        if let Some(told) = told.filter(|told| confirmed_lsn > *told)
+        let held = self.store.held();
+        if let Some(record) = held.filter(|record| record.is_exceeded(confirmed_lsn))
             && self.accepted == Accepted::Nothing
         {
             return Err(Error::SlotMoved {
                 slot: self.config.slot.clone(),
                 confirmed: confirmed_lsn,
-                told,
+                told: record.told_lsn,
             });
         }
+        if self.accepted == Accepted::OtherWal {
+            self.store.disown();
+        }
+        let held = self.store.held();
         let from = From::Record {
             confirmed_lsn,
             // what the slot does not send any more is accepted as it is
-            is_moved: told.is_some_and(|told| confirmed_lsn > told),
-            without_cuts: self.accepted == Accepted::OtherWal,
+            is_moved: held.is_some_and(|record| record.is_exceeded(confirmed_lsn)),
         };
         let (link, connection) = connector.resume(found, &self.store, from)?;
         let resumed = &connection.resumed;
@@ -322,8 +327,14 @@ impl<'a> Session<'a> {
             return Err(Error::OtherFlags(anchor.position));
         }
         let continuity = match self.accepted {
-            Accepted::OtherWal => Ok(Continuity::accepted()),
-            _ => Continuity::new(anchor, confirmed_lsn, wal_end, has_other_flags),
+            Accepted::OtherWal => Ok(Continuity::accepted(wal_end)),
+            _ => Continuity::new(
+                anchor,
+                confirmed_lsn,
+                wal_end,
+                has_other_flags,
+                resumed.is_lenient,
+            ),
         };
         let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
         let now = Instant::now();
@@ -343,32 +354,43 @@ fn writer() -> String {
 }
 
 impl Session<'_> {
-    /// Sees that the publication is all that it was when an earlier session, or an earlier process, saw it.
-    fn check_publication(&mut self, connection: &mut Connection) -> Result<Published, Error> {
+    /// Sees that what reached an earlier session, or an earlier process, still does.
+    fn check_publication(
+        &mut self,
+        peer: &str,
+        mut facts: Facts,
+    ) -> Result<PublicationState, Error> {
         let config = self.config;
         let seen = self.store.publication();
-        let remembered = || Published::from_text(&seen.get()?);
+        let remembered = || PublicationState::from_text(&seen.get()?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
-        let (name, mapping) = (&config.publication, &config.mapping);
-        let now = publication::read(connection, name, mapping, before.as_ref())?;
-        let narrowed = match (&before, &now) {
-            (Some(before), now) => before.narrowed_to(now.as_ref()),
-            (None, None) => Some(Narrowed::Dropped),
-            (None, Some(_)) => None,
+        let lost = match before {
+            Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
+            None => None,
         };
-        match (narrowed, now) {
-            (None, Some(now)) => Ok(self.published.insert(now).clone()),
-            (Some(narrowed), Some(now)) if accept => {
-                log::warn!(publication = name.as_str(); "going on although the publication {narrowed} (-resume-anyway)");
-                Ok(self.published.insert(now).clone())
+        match lost {
+            Some(lost) if accept => {
+                log::warn!("going on although {} (-resume-anyway)", lost.found);
             }
-            (narrowed, _) => Err(Error::Narrowed {
-                publication: name.clone(),
-                narrowed: narrowed.unwrap_or(Narrowed::Dropped),
-            }),
+            Some(lost) => return Err(Error::Preflight(vec![lost])),
+            None => {}
         }
-        .inspect(|published| seen.set(Some(published.to_text())))
+        let findings = publication::START
+            .iter()
+            .flat_map(|rule| rule(&facts, config));
+        for finding in findings.filter(|finding| finding.level != Level::Ok) {
+            match finding.level {
+                Level::Fail => return Err(Error::Preflight(vec![finding])),
+                _ if self.said.is_new(&finding.found, Instant::now()) => {
+                    log::warn!("{}", finding.sentence());
+                }
+                _ => {}
+            }
+        }
+        let now = PublicationState::of(&facts.outboxes, config).unwrap_or_default();
+        seen.set(Some(now.to_text()));
+        Ok(self.published.insert(now).clone())
     }
 }
 
@@ -395,7 +417,7 @@ fn wal_removed(error: Error, slot: &str, confirmed: Lsn) -> Error {
 }
 
 /// Which server this is, and where its history branched.
-fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
+pub fn lineage(connection: &mut Connection, slot: &str) -> Result<Lineage, Error> {
     let system = replication::identify_system(connection)?;
     let switch_points = match system.timeline {
         // the first timeline has no history
@@ -434,7 +456,7 @@ struct Threads<'a> {
 struct Outcome {
     result: Result<Ended, Error>,
     left: Left,
-    published: Published,
+    published: PublicationState,
 }
 
 impl Threads<'_> {
@@ -489,9 +511,11 @@ impl Threads<'_> {
                 // the publisher finds the channel closed when it has taken all that was read
                 first = wait();
             }
-            if let First::Narrowed(narrowed) = &first {
+            if let First::Lost(findings) = &first {
                 progress.hold();
-                log::warn!("the publication {narrowed}: stopping; nothing more is confirmed");
+                for finding in findings {
+                    log::warn!("{}: stopping; nothing more is confirmed", finding.found);
+                }
             }
             session_stop.begin();
             if self.stop.is_stopping() {
@@ -522,10 +546,7 @@ impl Threads<'_> {
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
         };
         let result = match first {
-            First::Narrowed(narrowed) => Err(Error::Narrowed {
-                publication: self.config.publication.clone(),
-                narrowed,
-            }),
+            First::Lost(findings) => Err(Error::Preflight(findings)),
             _ => result,
         };
         // whatever ended the session: what is stored by now is told to Postgres if it still listens
@@ -540,7 +561,7 @@ impl Threads<'_> {
         Outcome {
             result,
             left,
-            published: watch.into_published(),
+            published: watch.into_state(),
         }
     }
 
@@ -569,9 +590,9 @@ impl Threads<'_> {
                     let _ = asks.try_send(Ask::Ping);
                 }
                 recv(watches) -> _ => watch.ask(),
-                recv(watch.looks()) -> look => match look.map(|now| watch.take(now)) {
+                recv(watch.looks()) -> look => match look.map(|now| watch.on_look(now, self.config)) {
                     Ok(Ok(())) => {}
-                    Ok(Err(narrowed)) => return First::Narrowed(narrowed),
+                    Ok(Err(findings)) => return First::Lost(findings),
                     Err(_) => watch.end(),
                 },
                 recv(looks) -> _ => {
@@ -593,8 +614,8 @@ enum First {
     StopAsked,
     /// Postgres is seen to shut down.
     ServerShutsDown,
-    /// The publication is seen to publish less than before.
-    Narrowed(Narrowed),
+    /// Rows are seen to be left out.
+    Lost(Vec<Finding>),
 }
 
 /// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing

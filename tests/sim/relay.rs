@@ -399,7 +399,13 @@ impl Relay {
             Some(Core::AtLeastOnce(_)) => unreachable!("exactly-once"),
             None => {
                 let anchor = &connection.resumed.anchor;
-                let continuity = Continuity::new(anchor, session.confirmed, session.wal_end, false);
+                let continuity = Continuity::new(
+                    anchor,
+                    session.confirmed,
+                    session.wal_end,
+                    false,
+                    connection.resumed.is_lenient,
+                );
                 let continuity = continuity.map_err(|broken| End::Halt(format!("{broken:?}")))?;
                 let limits = Limits {
                     inflight: env.rng.usize(1..12),

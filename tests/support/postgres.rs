@@ -246,6 +246,17 @@ impl Builder {
         standby.start_in(dir)
     }
 
+    /// Makes it a clone of a snapshot ([`Postgres::snapshot`]), with its slots, that was promoted.
+    pub fn build_promoted_clone(self, snapshot: &TempDir) -> Postgres {
+        let dir = server_dir();
+        let data = dir.path().join("data");
+        copy_folder(&snapshot.path().join("data"), &data);
+        write_private(&data.join("standby.signal"), b"");
+        let clone = self.start_in(dir);
+        clone.promote();
+        clone
+    }
+
     /// Configures and starts the cluster whose data folder is in `dir` already.
     fn start_in(self, dir: TempDir) -> Postgres {
         let data = dir.path().join("data");
@@ -492,6 +503,24 @@ impl Postgres {
     /// It ends when its last session does, and lets nobody in until then.
     pub fn let_run_out(&self) {
         self.signal(Signal::TERM);
+    }
+
+    /// Copies the data folder of a stopped server: a snapshot of its disk.
+    pub fn snapshot(&self) -> TempDir {
+        self.assert_stopped();
+        let snapshot = server_dir();
+        copy_folder(&self.data_dir(), &snapshot.path().join("data"));
+        snapshot
+    }
+
+    /// Puts the disk of a stopped server back to a snapshot.
+    pub fn restore(&self, snapshot: &TempDir) {
+        self.assert_stopped();
+        copy_folder(&snapshot.path().join("data"), &self.data_dir());
+    }
+
+    fn assert_stopped(&self) {
+        assert!(lock(&self.server).is_none(), "stop the server first");
     }
 
     /// SIGSTOP to every process of the cluster: the connections stay open, the system still takes new ones, and

@@ -9,7 +9,7 @@ mod versions;
 use super::finding::{Finding, fail, ok, warn};
 use super::postgres::is_local;
 use crate::admin::bus::Bus;
-use crate::admin::{bytes, span};
+use crate::admin::bytes;
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::client::{Api, Link};
@@ -18,8 +18,9 @@ use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
+use crate::relay::checkpoint::record::Record;
+use crate::relay::checkpoint::store::key_subject;
 use account::Account;
-use serde::Deserialize;
 
 /// No stream reaches it, and every JSON reader and server holds it.
 const NEVER: u64 = 1 << 53;
@@ -42,8 +43,8 @@ pub struct Tail {
 pub struct Past {
     /// The last event of each stream, if it tells.
     pub tails: Vec<Tail>,
-    /// How far the relay has confirmed at most, from the checkpoint.
-    pub reached: Option<SourcePosition>,
+    /// What the slot's key of the checkpoint holds.
+    pub record: Option<Record>,
 }
 
 /// Whether something may be done: done, or the reason why not.
@@ -92,8 +93,8 @@ struct Stream {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Bucket {
-    /// `-checkpoint none`.
-    Unwanted,
+    /// As nobody could be asked.
+    Unknown,
     Missing,
     Unreadable(String),
     Found {
@@ -103,10 +104,10 @@ enum Bucket {
 }
 
 /// Everything that can be said, and what is told of Postgres.
-pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
+pub fn findings(config: &Config, system_id: Option<u64>) -> (Vec<Finding>, Past) {
     let mut past = Past::default();
     let facts = match Bus::connect(&config.nats) {
-        Ok(mut bus) => read(&mut bus, config, &mut past),
+        Ok(mut bus) => read(&mut bus, config, system_id, &mut past),
         Err(error) => {
             let error = crate::admin::Error::Nats(error);
             let finding = fail(
@@ -125,7 +126,7 @@ pub fn findings(config: &Config) -> (Vec<Finding>, Past) {
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 13] = [
+const JUDGES: [Judge; 12] = [
     connection,
     versions::judge,
     encryption,
@@ -133,7 +134,6 @@ const JUDGES: [Judge; 13] = [
     account::judge,
     streams,
     settings,
-    retention,
     window,
     publish,
     read_tail,
@@ -262,37 +262,6 @@ fn settings(facts: &Facts, config: &Config) -> Vec<Finding> {
     })
 }
 
-fn retention(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const NAME: &str = "nats.retention";
-    let kept = facts.bucket != Bucket::Unwanted || config.delivery == Delivery::AtLeastOnce;
-    each(
-        facts,
-        NAME,
-        "what is consumed away is accounted for",
-        |stream| {
-            let found = &stream.info.config;
-            let name = &found.name;
-            let goes = match found.retention.as_str() {
-                "workqueue" | "interest" => Some(format!("has {} retention", found.retention)),
-                _ if found.max_age > 0 => Some(format!(
-                    "drops messages after {}",
-                    span(found.max_age as u64 / 1_000_000_000)
-                )),
-                _ => None,
-            };
-            let Some(goes) = goes.filter(|_| !kept) else {
-                return Vec::new();
-            };
-            vec![warn(
-                NAME,
-                format!("stream {name} {goes}, and no checkpoint is kept"),
-                "when its last event is gone, a restart can publish events twice",
-                "leave -checkpoint none out",
-            )]
-        },
-    )
-}
-
 fn window(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "nats.duplicate_window";
     let fine = match config.delivery {
@@ -352,33 +321,38 @@ fn read_tail(facts: &Facts, config: &Config) -> Vec<Finding> {
 
 fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "nats.checkpoint";
-    const WHY: &str = "where messages are consumed away, a restart can publish events twice";
+    let (lacks, why): (fn(_, _, _, _) -> _, _) = match config.delivery {
+        Delivery::ExactlyOnce => (fail, "exactly-once delivery needs it"),
+        Delivery::AtLeastOnce => (
+            warn,
+            "whether the slot was moved or the publication changed is not seen without it",
+        ),
+    };
     let bucket = &config.checkpoint;
     let api = &config.nats.api_prefix;
-    let key = format!("$KV.{bucket}.{}", config.slot);
-    vec![match &facts.bucket {
-        Bucket::Unwanted => ok(NAME, "none is kept"),
+    let finding = match &facts.bucket {
+        Bucket::Unknown => return Vec::new(),
         Bucket::Missing => warn(
             NAME,
             format!("bucket {bucket} does not exist"),
-            "the relay creates it if it may; if not, it goes on without one",
+            "the relay creates it if it may",
             format!("jetstream-outbox setup, or: nats kv add {bucket}"),
         ),
-        Bucket::Unreadable(error) => warn(
+        Bucket::Unreadable(error) => lacks(
             NAME,
             format!("bucket {bucket}: {error}"),
-            WHY,
+            why,
             format!(
                 "let the user publish to {api}.STREAM.INFO.KV_{bucket} and {api}.STREAM.MSG.GET.KV_{bucket}"
             ),
         ),
         Bucket::Found {
             write: Err(error), ..
-        } => warn(
+        } => lacks(
             NAME,
             format!("bucket {bucket}: {error}"),
-            WHY,
-            format!("let the user publish to {key}"),
+            why,
+            format!("let the user publish to $KV.{bucket}.*"),
         ),
         Bucket::Found { memory: true, .. } => warn(
             NAME,
@@ -387,7 +361,8 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"),
         ),
         Bucket::Found { .. } => ok(NAME, format!("bucket {bucket} can be written")),
-    }]
+    };
+    vec![finding]
 }
 
 fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
@@ -506,7 +481,12 @@ fn read_park(bus: &mut Bus<'_, Link>, config: &Config) -> Option<Park> {
     })
 }
 
-fn read(bus: &mut Bus<'_, Link>, config: &Config, past: &mut Past) -> Facts {
+fn read(
+    bus: &mut Bus<'_, Link>,
+    config: &Config,
+    system_id: Option<u64>,
+    past: &mut Past,
+) -> Facts {
     let wanted = format!("{}.>", config.prefix);
     let streams = bus.streams(&wanted).map(|infos| {
         let each = infos
@@ -521,7 +501,10 @@ fn read(bus: &mut Bus<'_, Link>, config: &Config, past: &mut Past) -> Facts {
         server: bus.server.clone(),
         info: bus.info.clone(),
         tls,
-        bucket: read_bucket(bus, config, streams.is_ok(), past),
+        bucket: match streams.is_ok() {
+            true => read_bucket(bus, config, system_id, past),
+            false => Bucket::Unknown,
+        },
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
         account: streams.is_ok().then(|| read_account(bus)),
@@ -549,7 +532,9 @@ fn read_stream(
         past.tails.push(Tail {
             stream: name.clone(),
             position,
-            fenced: message.header(EXPECTED_LAST_SEQUENCE).is_some(),
+            // a copy proves nothing either way
+            fenced: message.header(EXPECTED_LAST_SEQUENCE).is_some()
+                || message.header("Nats-Stream-Source").is_some(),
         });
     }
     let subject = probe_subject(&info.config.subjects, &config.prefix);
@@ -605,14 +590,16 @@ fn try_write(bus: &mut Bus<'_, Link>, subject: &str) -> Tried {
 fn read_bucket(
     bus: &mut Bus<'_, Link>,
     config: &Config,
-    api_answers: bool,
+    system_id: Option<u64>,
     past: &mut Past,
 ) -> Bucket {
-    if config.checkpoint.is_empty() || !api_answers {
-        return Bucket::Unwanted;
-    }
     let name = format!("KV_{}", config.checkpoint);
-    let key = format!("$KV.{}.{}", config.checkpoint, config.slot);
+    // one that no Postgres has, if that is not known
+    let key = key_subject(
+        &config.checkpoint,
+        &config.slot,
+        system_id.unwrap_or_default(),
+    );
     let info = match bus.stream(&name) {
         Ok(Some(info)) => info,
         Ok(None) => return Bucket::Missing,
@@ -622,21 +609,15 @@ fn read_bucket(
         Ok(value) => value,
         Err(error) => return Bucket::Unreadable(error.to_string()),
     };
-    past.reached = value.and_then(|message| reached(&message.data));
+    match value.map(|message| serde_json::from_slice(&message.data)) {
+        None => {}
+        Some(Ok(record)) => past.record = Some(record),
+        Some(Err(error)) => return Bucket::Unreadable(format!("{key} holds no record: {error}")),
+    }
     Bucket::Found {
         memory: info.config.storage == "memory",
         write: try_write(bus, &key),
     }
-}
-
-/// From the checkpoint's value, of which this is the only part that matters here.
-fn reached(value: &[u8]) -> Option<SourcePosition> {
-    #[derive(Deserialize)]
-    struct Record {
-        reached: Option<String>,
-    }
-    let record: Record = serde_json::from_slice(value).ok()?;
-    record.reached?.parse().ok()
 }
 
 #[cfg(test)]

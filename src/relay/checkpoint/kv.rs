@@ -50,7 +50,9 @@ pub fn write(
         {
             Error::Lasting(format!("nobody answers on {subject}"))
         }
-        error => Error::Passing(error),
+        // a write that is refused shows that the key holds something else: it is read again
+        error @ jetstream::Error::Api { .. } => Error::Passing(error),
+        error => sort(error),
     })
 }
 
@@ -177,6 +179,7 @@ fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
             stored_lsn: lsn,
             streams: Vec::new(),
             quiescent: false,
+            lenient: false,
         },
         ripening: None,
         matured: None,

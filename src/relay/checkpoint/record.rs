@@ -92,6 +92,10 @@ pub struct Cut {
     /// Nothing was on its way when this was written, and nothing was published since by the one who wrote it.
     #[serde(default)]
     pub quiescent: bool,
+    /// What the streams have after the anchor need not come from Postgres again: it was written from another WAL, which was
+    /// accepted, or with other flags.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lenient: bool,
 }
 
 impl Cut {
@@ -184,6 +188,11 @@ impl Record {
         Ok(self)
     }
 
+    /// A slot at `confirmed_lsn` was moved or re-created by somebody else: Postgres was not told that much.
+    pub fn is_exceeded(&self, confirmed_lsn: Lsn) -> bool {
+        confirmed_lsn > self.told_lsn
+    }
+
     /// Its cuts, the youngest first.
     pub fn cuts(&self) -> impl Iterator<Item = &Cut> {
         let ripening = self.ripening.iter().map(|ripening| &ripening.cut);
@@ -244,6 +253,7 @@ pub(crate) mod tests {
                 }),
             }],
             quiescent: false,
+            lenient: false,
         }
     }
 

@@ -53,6 +53,11 @@ impl SeenPublication {
     }
 }
 
+/// The subject of the key of a slot of a Postgres system.
+pub fn key_subject(bucket: &str, slot: &str, system_id: u64) -> String {
+    format!("$KV.{bucket}.{slot}-{system_id}")
+}
+
 /// What this process is to its slot's key.
 #[derive(Clone, Debug)]
 pub struct Identity {
@@ -155,8 +160,7 @@ impl Store {
 
     /// The key's subject. Two services with the same slot name in one account have a key each.
     pub fn subject(&self, system_id: u64) -> String {
-        let Identity { bucket, slot, .. } = &self.identity;
-        format!("$KV.{bucket}.{slot}-{system_id}")
+        key_subject(&self.identity.bucket, &self.identity.slot, system_id)
     }
 
     /// The same of the key of the first version, which had no system id.
@@ -179,6 +183,16 @@ impl Store {
     /// What the key holds, as far as we know.
     pub fn held(&self) -> Option<&Record> {
         self.held.as_ref()
+    }
+
+    /// The record is of another WAL, which is accepted: neither its cuts nor what Postgres was told count for this one.
+    pub fn disown(&mut self) {
+        self.held = None;
+    }
+
+    /// The key was never written.
+    pub fn is_new(&self) -> bool {
+        self.held.is_none() && self.revision == 0
     }
 
     /// The cuts of the record, the youngest first; and whether Postgres may have been told the oldest.
@@ -542,7 +556,7 @@ mod tests {
         assert_eq!(write(&mut store, 0x50, start, 1).told_lsn, Lsn(0x55));
         // it never becomes less
         assert_eq!(write(&mut store, 0x40, start, 2).told_lsn, Lsn(0x55));
-        let claim = store.claim(cut(0x40), false, Lsn(0x99), start);
+        let claim = store.claim(cut(0x40), false, |_| None, Lsn(0x99), start);
         let claim: Record = serde_json::from_slice(&claim.body).unwrap();
         assert_eq!(claim.told_lsn, Lsn(0x99), "what Postgres was told before");
     }
@@ -551,10 +565,14 @@ mod tests {
     fn a_claim_that_fell_back_begins_the_ripening_again() {
         let start = Instant::now();
         let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
-        let write = store.claim(cut(0x8), true, Lsn::INVALID, start);
+        let write = store.claim(cut(0x8), true, |_| Some(0x9), Lsn::INVALID, start);
         let claim: Record = serde_json::from_slice(&write.body).unwrap();
         let ripening = claim.ripening.expect("the young one ripens");
         assert_eq!((ripening.cut, ripening.since_ms), (cut(0x8), None));
+        // the older cut knows of no more in a stream than there is
+        let matured = claim.matured.expect("it stays");
+        assert_eq!(matured.streams[0].read_after, 0x9);
+        assert_eq!(matured.streams[0].witness, None);
     }
 
     #[test]

@@ -16,7 +16,8 @@ use crate::relay::checkpoint::record::Anchor;
 #[derive(Debug)]
 pub struct Continuity {
     expected: Option<Expected>,
-    is_lenient: bool,
+    /// Where the WAL ended at the start, if what is in the streams need not come from Postgres again.
+    lenient_until: Option<Lsn>,
 }
 
 #[derive(Debug)]
@@ -62,18 +63,21 @@ pub enum Broken {
 
 impl Continuity {
     /// Before the copy stream starts at the anchor. `confirmed_lsn` is the slot's, `wal_end` that of the server; an error
-    /// says that the server cannot have the anchor.
+    /// says that the server cannot have the anchor. `is_lenient`: it was when the anchor's cut was written, and there was
+    /// evidence left.
     pub fn new(
         anchor: &Anchor,
         confirmed_lsn: Lsn,
         wal_end: Lsn,
         has_other_flags: bool,
+        is_lenient: bool,
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
+        let lenient_until = (is_lenient || has_other_flags).then_some(wal_end);
         if anchor.event.is_none() {
             return Ok(Continuity {
                 expected: None,
-                is_lenient: has_other_flags,
+                lenient_until,
             });
         }
         if wal_end <= commit_lsn {
@@ -89,26 +93,53 @@ impl Continuity {
                 has_other_flags,
                 begun: false,
             }),
-            is_lenient: has_other_flags,
+            lenient_until,
         })
     }
 
     /// It is accepted unproven (`-resume-anyway`).
-    pub fn accepted() -> Continuity {
+    pub fn accepted(wal_end: Lsn) -> Continuity {
         Continuity {
             expected: None,
-            is_lenient: true,
+            lenient_until: Some(wal_end),
         }
     }
 
     /// What is in the streams need not come from Postgres again: other flags may make no event of it, or it is accepted.
     pub fn is_lenient(&self) -> bool {
-        self.is_lenient
+        self.lenient_until.is_some()
+    }
+
+    /// What is in the streams after this end of the WAL, and has not come from Postgres since, will not come.
+    pub fn lenient_until(&self) -> Option<Lsn> {
+        self.lenient_until
     }
 
     /// This is the WAL that the streams were written from.
     pub fn is_proven(&self) -> bool {
         self.expected.is_none()
+    }
+
+    /// The first transaction that Postgres has at the anchor's commit or after it.
+    pub fn on_first(&mut self, commit_lsn: Lsn, commit_time_us: i64) -> Result<(), Broken> {
+        let Some(expected) = &mut self.expected else {
+            return Ok(());
+        };
+        if !expected.on_first(commit_lsn, commit_time_us)? {
+            self.expected = None;
+        }
+        Ok(())
+    }
+
+    /// Postgres is at `lsn`, and has sent no transaction.
+    pub fn on_position(&mut self, lsn: Lsn) -> Result<(), Broken> {
+        let Some(expected) = &mut self.expected else {
+            return Ok(());
+        };
+        if expected.on_position(lsn)? {
+            self.expected = None;
+        }
+        Ok(())
     }
 
     /// Looks at the next changes of the copy stream.
@@ -120,19 +151,14 @@ impl Continuity {
             match begin(batch) {
                 None => {}
                 Some(Begin::Transaction(commit_lsn, commit_time_us)) => {
-                    if !expected.on_first(commit_lsn, commit_time_us)? {
-                        self.expected = None;
-                        return Ok(());
-                    }
+                    self.on_first(commit_lsn, commit_time_us)?;
                 }
-                Some(Begin::Position(lsn)) => {
-                    if expected.on_position(lsn)? {
-                        self.expected = None;
-                    }
-                    return Ok(());
-                }
+                Some(Begin::Position(lsn)) => return self.on_position(lsn),
             }
         }
+        let Some(expected) = &mut self.expected else {
+            return Ok(());
+        };
         for change in batch.changes() {
             match *change {
                 Change::Event(spans) if spans.position == expected.anchor.position => {
@@ -302,7 +328,8 @@ mod tests {
 
     /// What becomes of these batches in turn: whether continuity is proven, or why not.
     fn judge(confirmed: u64, other_flags: bool, batches: &[Batch]) -> Result<bool, Broken> {
-        let mut continuity = Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), other_flags)?;
+        let mut continuity =
+            Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), other_flags, false)?;
         for batch in batches {
             continuity.on_batch(batch)?;
         }
@@ -370,10 +397,10 @@ mod tests {
     #[test]
     fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
         for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
-            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), false);
+            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), false, false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
-        assert!(Continuity::new(&Anchor::bare(Lsn(100)), Lsn(50), Lsn(60), false).is_ok());
+        assert!(Continuity::new(&Anchor::bare(Lsn(100)), Lsn(50), Lsn(60), false, false).is_ok());
     }
 
     #[test]

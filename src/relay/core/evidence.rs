@@ -134,6 +134,11 @@ impl Evidence {
         {}
     }
 
+    /// What was found after `position` proves nothing.
+    pub fn forget_after(&mut self, position: Position) {
+        self.found.retain(|found| found.position <= position);
+    }
+
     /// The lowest sequence of the stream that it knows of.
     pub fn lowest_seq(&self, stream: usize) -> Option<u64> {
         let of_it = self.found.iter().filter(|found| found.stream == stream);

@@ -177,6 +177,15 @@ impl ExactlyOnce {
             capacity,
             missing,
         } = connection;
+        let mut evidence = resumed.evidence;
+        if let Some(commit_lsn) = self.continuity.lenient_until() {
+            let ordinal = u32::MAX;
+            let wal_end = Position {
+                commit_lsn,
+                ordinal,
+            };
+            evidence.forget_after(wal_end.max(self.window.offered()));
+        }
         self.doubt.clear();
         let window = self.window.limits().inflight as u64;
         let most = (resumed.cut == Some(0)).then_some(window);
@@ -199,7 +208,7 @@ impl ExactlyOnce {
             routed,
             streams: streams.collect(),
             missing,
-            evidence: resumed.evidence,
+            evidence,
             asked: None,
             is_parking: false,
             agreed_at: now,
@@ -761,6 +770,8 @@ impl ExactlyOnce {
             stored_lsn: self.reached.stored_lsn,
             streams: streams.collect(),
             quiescent: self.is_quiescent,
+            lenient: self.continuity.is_lenient()
+                && connected.is_some_and(|it| !it.evidence.is_empty()),
         }
     }
 

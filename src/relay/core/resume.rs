@@ -163,6 +163,8 @@ pub struct Resumed {
     pub disagreed: Vec<Lost>,
     /// Nothing was on its way when the cut was written, so nothing that is gone was an event after it.
     pub quiescent: bool,
+    /// See [`Cut::lenient`].
+    pub is_lenient: bool,
     /// The events that are stored after it.
     pub evidence: Evidence,
     /// In the order of the facts: what is known of each stream, which ends at `read_after` for what was read.
@@ -324,6 +326,7 @@ impl Resume {
             stored_lsn,
             cut: self.chosen,
             quiescent: self.cut().is_some_and(|cut| cut.quiescent),
+            is_lenient: self.cut().is_some_and(|cut| cut.lenient),
             streams: streams.collect(),
             anchor,
             evidence: self.evidence,

@@ -177,6 +177,11 @@ impl Window {
         Ok(())
     }
 
+    /// The last event that came.
+    pub fn offered(&self) -> Position {
+        self.offered
+    }
+
     /// The entry at the cursor and its token, past boundaries and what is resolved.
     pub fn at_cursor(&mut self) -> Option<(u64, &mut Pending)> {
         loop {

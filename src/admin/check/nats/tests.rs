@@ -172,7 +172,7 @@ fn the_server() {
     ] {
         check(Fail, "nats.jetstream", &["nobody answers", part], |f| {
             f.streams = Err("nobody answers".into());
-            f.bucket = Bucket::Unwanted;
+            f.bucket = Bucket::Unknown;
             f.info.jetstream = jetstream;
         });
     }
@@ -220,28 +220,6 @@ fn the_streams() {
         |f| settings(f).max_msg_size = 1000,
     );
     check(Ok, "", &[], |f| settings(f).max_msg_size = 1_048_576);
-    for (name, break_it) in [
-        (
-            "workqueue",
-            (|s| s.retention = "workqueue".into()) as fn(&mut StreamConfig),
-        ),
-        ("interest", |s| s.retention = "interest".into()),
-        ("drops messages after 1h0m", |s| {
-            s.max_age = 3_600_000_000_000
-        }),
-    ] {
-        check(Ok, "", &[], |f| break_it(settings(f)));
-        check_with(
-            &["-checkpoint", "none"],
-            Warn,
-            "nats.retention",
-            &[name],
-            |f| {
-                break_it(settings(f));
-                f.bucket = Bucket::Unwanted;
-            },
-        );
-    }
     let short = |f: &mut Facts| settings(f).duplicate_window = 30_000_000_000;
     check(Ok, "", &[], short);
     check_with(
@@ -368,9 +346,9 @@ fn permissions() {
         stream(f).read = denied()
     });
     check(
-        Warn,
+        Fail,
         "nats.checkpoint",
-        &["publish to $KV.jetstream_outbox.jetstream_outbox"],
+        &["publish to $KV.jetstream_outbox.*"],
         |f| {
             f.bucket = Bucket::Found {
                 memory: false,
@@ -387,12 +365,11 @@ fn permissions() {
     check(Warn, "nats.checkpoint", &["does not exist", "setup"], |f| {
         f.bucket = Bucket::Missing
     });
-    check(
-        Warn,
-        "nats.checkpoint",
-        &["STREAM.INFO.KV_jetstream_outbox"],
-        |f| f.bucket = Bucket::Unreadable("no".into()),
-    );
+    let unreadable = |f: &mut Facts| f.bucket = Bucket::Unreadable("no".into());
+    let parts = ["STREAM.INFO.KV_jetstream_outbox"];
+    check(Fail, "nats.checkpoint", &parts, unreadable);
+    let args = ["-delivery", "at-least-once"];
+    check_with(&args, Warn, "nats.checkpoint", &parts, unreadable);
 }
 
 #[test]
@@ -414,93 +391,4 @@ fn a_publish_is_tried_under_the_prefix_alone() {
             "{patterns:?}"
         );
     }
-}
-
-#[test]
-fn findings_about_history_are_made_of_both_sides() {
-    use crate::admin::check::postgres::Log;
-    use crate::admin::check::{history, slot_position};
-    use crate::postgres::Lsn;
-    let log = Log {
-        system_id: 7,
-        timeline: 1,
-        confirmed: Some(Lsn(0x200)),
-    };
-    for (position, of_stream, of_slot) in [
-        (
-            "jetstream_outbox 7 1 0/200 1",
-            Some(Level::Ok),
-            Some(Level::Ok),
-        ),
-        (
-            "jetstream_outbox 7 1 0/1FF 1",
-            Some(Level::Ok),
-            Some(Level::Fail),
-        ),
-        ("jetstream_outbox 7 2 0/1FF 1", Some(Level::Ok), None),
-        ("jetstream_outbox 8 1 0/1FF 1", Some(Level::Fail), None),
-        ("other 8 1 0/100 1", None, None),
-    ] {
-        let position: SourcePosition = position.parse().unwrap();
-        let past = Past {
-            tails: vec![Tail {
-                stream: "EV".into(),
-                position: position.clone(),
-                fenced: true,
-            }],
-            reached: Some(position.clone()),
-        };
-        let found = history(&config(&[]), log, &past);
-        assert_eq!(
-            found.first().map(|finding| finding.level),
-            of_stream,
-            "{position}"
-        );
-        let found = slot_position(&config(&[]), log, &past);
-        assert_eq!(found.map(|finding| finding.level), of_slot, "{position}");
-    }
-    let record = br#"{"streams":[],"reached":"s 1 2 0/99 0","ripening":null}"#;
-    assert_eq!(reached(record), "s 1 2 0/99 0".parse().ok());
-    assert_eq!(reached(b"{}"), None);
-    assert_eq!(reached(b""), None);
-}
-
-#[test]
-fn a_relay_with_at_least_once_that_left_off_is_found_before_exactly_once_begins() {
-    use crate::admin::check::left_off;
-    use crate::admin::check::postgres::Log;
-    use crate::postgres::Lsn;
-    let log = Log {
-        system_id: 7,
-        timeline: 1,
-        confirmed: Some(Lsn(0x200)),
-    };
-    let fails = |position: &str, fenced, args: &[&str], reached: Option<&str>| {
-        let past = Past {
-            tails: vec![Tail {
-                stream: "EV".into(),
-                position: position.parse().unwrap(),
-                fenced,
-            }],
-            reached: reached.map(|at| at.parse().unwrap()),
-        };
-        let found = left_off(&config(args), log, &past);
-        found.first().map(|finding| finding.level) == Some(Level::Fail)
-    };
-    let at = "jetstream_outbox 7 1 0/200 1";
-    assert!(fails(at, false, &[], None));
-    assert!(fails(at, false, &[], Some("jetstream_outbox 7 1 0/200 0")));
-    assert!(!fails(at, false, &[], Some("jetstream_outbox 7 1 0/201 0")));
-    assert!(fails(at, false, &[], Some("jetstream_outbox 7 2 0/201 0")));
-    for (position, fenced) in [
-        ("jetstream_outbox 7 1 0/200 1", true),
-        ("jetstream_outbox 7 1 0/1FF 1", false),
-        ("jetstream_outbox 8 1 0/200 1", false),
-        ("jetstream_outbox 7 2 0/200 1", false),
-        ("other 7 1 0/200 1", false),
-    ] {
-        assert!(!fails(position, fenced, &[], None), "{position}");
-    }
-    let at_least_once = ["-delivery", "at-least-once"];
-    assert!(!fails(at, false, &at_least_once, None));
 }

@@ -61,6 +61,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
             }),
         }],
         quiescent: false,
+        lenient: false,
     }
 }
 
