@@ -17,9 +17,7 @@ use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
 use jetstream_outbox::relay::core::evidence::Message;
 use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce, Look};
-use jetstream_outbox::relay::core::resume::{
-    Answer as Found, Facts, Read, Resume, StreamFacts, forget_left,
-};
+use jetstream_outbox::relay::core::resume::{Answer as Found, Facts, Read, Resume, StreamFacts};
 use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
 use jetstream_outbox::relay::core::window::Limits;
 use jetstream_outbox::relay::core::{Core, Next};
@@ -274,10 +272,7 @@ impl Relay {
         let (cuts, oldest_is_matured) = match own_cut {
             Some(cut) => (vec![cut], false),
             None => {
-                let (mut cuts, is_matured) = self.store.cuts(env.now);
-                forget_left(&mut cuts, is_matured, |name| {
-                    streams.iter().any(|it| it.name == name)
-                });
+                let (cuts, is_matured) = self.store.cuts(env.now);
                 (cuts, is_matured)
             }
         };
@@ -295,18 +290,19 @@ impl Relay {
                 None => missing.push(named.clone()),
             }
         }
-        let facts = Facts {
+        let mut facts = Facts {
             lineage: session.lineage.clone(),
             goes_on: session.core.is_some(),
             oldest_is_matured,
             maybe_unfenced,
             cuts,
             confirmed_lsn: session.confirmed,
-            streams: streams.clone(),
+            streams,
             accept_loss: false,
         };
+        facts.forget_left(&mut missing);
         let connection = Unresumed {
-            streams,
+            streams: facts.streams.clone(),
             routed,
             capacity: Capacity {
                 routes: Routes::new(&infos),
