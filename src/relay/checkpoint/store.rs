@@ -282,6 +282,12 @@ impl Store {
         let (mut ripening, mut matured) = self.ripened(now);
         if fell_back {
             ripening = None;
+            // what has ripened since the cut was chosen may be what the streams do not agree with
+            let fits = |older: &Cut| {
+                older.anchor.position <= cut.anchor.position && older.stored_lsn <= cut.stored_lsn
+            };
+            let held = self.held.as_ref().and_then(|held| held.matured.clone());
+            matured = matured.filter(fits).or(held.filter(fits));
         }
         let older = ripening.iter_mut().map(|it| &mut it.cut);
         for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
