@@ -33,6 +33,16 @@ impl Message {
         lineage.shares(at).then_some(at.position)
     }
 
+    /// It is the message that `at` is the position of. A message that was stored before a promotion is known by either timeline.
+    pub fn is_at(&self, at: &SourcePosition, lineage: &Lineage) -> bool {
+        let is_shared = |own: &&SourcePosition| lineage.shares(own) && lineage.shares(at);
+        let own = self.position.as_ref();
+        own == Some(at)
+            || own
+                .filter(is_shared)
+                .is_some_and(|own| own.position == at.position)
+    }
+
     /// The position, if the message is ours but has no fence: with at-least-once delivery, or in a mirror that was promoted.
     pub fn unfenced(&self, lineage: &Lineage) -> Option<Position> {
         let at = self.position.as_ref().filter(|at| lineage.shares(at))?;
