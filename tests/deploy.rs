@@ -20,6 +20,19 @@ fn what_a_restart_cannot_mend_is_not_restarted() {
     assert!(CRON.contains(&busy), "{busy}");
 }
 
+/// The bound of the unit follows from the README's.
+#[test]
+fn the_memory_that_the_unit_allows_is_three_times_what_is_promised() {
+    let number = |text: &str, before: &str, after: &str| -> u32 {
+        let start = text.find(before).expect("it is there") + before.len();
+        let rest = &text[start..];
+        let end = rest.find(after).expect("it ends");
+        rest[..end].parse().expect("a number")
+    };
+    let promised = number(README, "at most **", " MB** resident");
+    assert_eq!(number(UNIT, "\nMemoryMax=", "M\n"), 3 * promised);
+}
+
 #[test]
 fn their_variables_are_the_programs() {
     for text in [UNIT, CRON] {

@@ -212,7 +212,7 @@ fn header_lines(write: impl FnOnce(&mut Lines<'_>)) -> String {
     let mut out = Vec::new();
     let mut lines = Lines::new(&mut out, true, false);
     write(&mut lines);
-    lines.finish();
+    lines.finish().expect("the lines are few");
     String::from_utf8(out).expect("headers are UTF-8")
 }
 
@@ -283,7 +283,7 @@ proptest! {
         let mut out = Vec::new();
         let mut lines = Lines::new(&mut out, true, true);
         let added = lines.add_object(&json, |_| false);
-        lines.finish();
+        lines.finish().expect("the lines are few");
         let lines = String::from_utf8(out).expect("headers are UTF-8");
         let is_object = json.trim_start().starts_with('{');
         prop_assert_eq!(added.is_ok(), is_object);

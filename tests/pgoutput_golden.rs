@@ -324,19 +324,19 @@ fn borrowed_bytes(message: Message<'_>) -> usize {
         Message::Begin { .. } | Message::Commit { .. } => 0,
         Message::Message {
             prefix, content, ..
-        } => prefix.len() + content.0.len(),
-        Message::Origin { name, .. } => name.len(),
+        } => prefix.0.len() + content.0.len(),
+        Message::Origin { name, .. } => name.0.len(),
         Message::Relation(relation) => {
             assert_eq!(relation.columns().count(), relation.column_count());
             let columns: usize = relation
                 .columns()
-                .map(|column| column.name.len() + 10)
+                .map(|column| column.name.0.len() + 10)
                 .sum();
-            relation.namespace.len() + relation.name.len() + columns
+            relation.namespace.0.len() + relation.name.0.len() + columns
         }
         Message::Type {
             namespace, name, ..
-        } => namespace.len() + name.len(),
+        } => namespace.0.len() + name.0.len(),
         Message::Insert { tuple, .. } => row(tuple),
         Message::Update { old, new, .. } => old.map_or(0, old_row) + row(new),
         Message::Delete { old, .. } => old_row(old),

@@ -3,10 +3,11 @@
 
 use super::statements::{
     create_bucket, create_park_stream, create_publication, create_slot, create_stream,
-    create_table, park_stream, table_name, tables,
+    create_table, park_stream, tables,
 };
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
+use crate::outbox::mapping::TableName;
 use crate::outbox::message::publish_function;
 use crate::postgres::connection::quote_literal;
 use crate::postgres::identifier::identifier;
@@ -55,7 +56,7 @@ fn sql(config: &Config, how: &Setup) -> String {
             named.table
         );
     }
-    let names: Vec<String> = tables.iter().map(table_name).collect();
+    let names: Vec<String> = tables.iter().map(TableName::sql).collect();
     for table in &names {
         let _ = writeln!(
             text,
@@ -88,7 +89,7 @@ fn gather_publication(config: &Config) -> String {
         .map(|table| {
             if !table.and_longer {
                 // in the schema in which it was created just above
-                return format!("c.oid = {}::regclass", quote_literal(&table_name(table)));
+                return format!("c.oid = {}::regclass", quote_literal(&table.sql()));
             }
             let begins = format!(
                 "starts_with(c.relname::text, {})",

@@ -6,7 +6,7 @@ use super::bus::Bus;
 use super::database::{Access, Database};
 use super::statements::{
     create_bucket, create_park_stream, create_publication, create_slot, create_stream,
-    create_table, mapping_of, missing_columns, park_stream, table_name, tables,
+    create_table, mapping_of, park_stream, tables,
 };
 use super::{Error, say};
 use crate::config::Config;
@@ -18,9 +18,9 @@ use crate::nats::info::ServerInfo;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
 use crate::postgres::identifier::identifier;
-use crate::relay::preflight::server::{Writer, blocked_by};
-use crate::relay::preflight::slot::recreate;
-use crate::relay::preflight::{self, Finding};
+use crate::relay::preflight::server::{self, Writer, blocked_by};
+use crate::relay::preflight::slot::{self, recreate};
+use crate::relay::preflight::{self, Finding, failures_of, outboxes, publication};
 use std::time::Duration;
 
 /// `pg_create_logical_replication_slot` has the parameter since.
@@ -86,7 +86,7 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
     bucket(&mut bus, config, how, &mut report)?;
     let mut known = Vec::new();
     for table in tables(config) {
-        let what = format!("table {}", table_name(&table));
+        let what = format!("table {}", table.sql());
         let outcome = create_missing_table(&mut database, config, &table)?;
         report.tell(&what, outcome)?;
         known.push(table);
@@ -102,12 +102,12 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
         let outcome = function(&mut database, prefix)?;
         report.tell("function outbox_publish", outcome)?;
     }
-    let published = publication(&mut database, config, &known)?;
+    let published = create_missing_publication(&mut database, config, &known)?;
     report.tell(
         &format!("publication {}", identifier(&config.publication)),
         published.clone(),
     )?;
-    let outcome = slot(&mut database, config, how, &published)?;
+    let outcome = create_missing_slot(&mut database, config, how, &published)?;
     report.tell(&format!("slot {}", config.slot), outcome)?;
     Ok(match report.differs {
         true => Exit::Configuration,
@@ -272,7 +272,8 @@ fn create_missing_table(
     )?;
     let columns: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     let has = |column: &str| columns.iter().any(|found| found == column);
-    let missing = missing_columns(config, mapping_of(config, table), has);
+    let cloud_events = config.mapping.cloudevents.is_some();
+    let missing = mapping_of(config, table).missing_columns(cloud_events, has);
     Ok(Outcome::Found(match missing.as_slice() {
         [] => Vec::new(),
         missing => vec![format!("it has no column {}", missing.join(", "))],
@@ -369,18 +370,17 @@ fn replace_function(create: &str) -> String {
     create.replacen("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION", 1)
 }
 
-fn publication(
+fn create_missing_publication(
     database: &mut Database,
     config: &Config,
     known: &[TableName],
 ) -> Result<Outcome, Error> {
-    let name = identifier(&config.publication);
     let found = database.row(
         "find the publication",
-        "SELECT pubinsert, pubupdate OR pubdelete FROM pg_catalog.pg_publication WHERE pubname = $1",
+        "SELECT FROM pg_catalog.pg_publication WHERE pubname = $1",
         &[&config.publication],
     )?;
-    let Some(row) = found else {
+    if found.is_none() {
         if known.is_empty() {
             let why = "it does not exist, and there is no table for it";
             return Ok(Outcome::Missing(why.to_string()));
@@ -402,43 +402,18 @@ fn publication(
         let create = create_publication(config, known, by_root);
         database.run("create the publication", &create)?;
         return Ok(Outcome::Created);
-    };
-    let mut differences = Vec::new();
-    if !row.get::<_, bool>(0) {
-        differences.push(format!(
-            "it does not publish inserts; ALTER PUBLICATION {name} SET (publish = 'insert');"
-        ));
     }
-    for table in known {
-        let oid = find_table(database, table)?;
-        let table = table_name(table);
-        let held = database.row(
-            "look into the publication",
-            "SELECT c.oid = $2 FROM pg_catalog.pg_publication_tables t \
-             JOIN pg_catalog.pg_namespace n ON n.nspname = t.schemaname \
-             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
-             WHERE t.pubname = $1 AND (c.oid = $2 OR c.oid IN (SELECT relid FROM pg_catalog.pg_partition_tree($2))) \
-             ORDER BY 1 DESC LIMIT 1",
-            &[&config.publication, &oid],
-        )?;
-        match held.map(|row| row.get::<_, bool>(0)) {
-            Some(true) => {}
-            // as partitions its rows come under names that -table does not have
-            Some(false) if config.mapping.tables.is_empty() => {}
-            Some(false) => differences.push(format!(
-                "it holds the partitions of table {table} under their own names; \
-                 ALTER PUBLICATION {name} SET (publish_via_partition_root = true);"
-            )),
-            None => differences.push(format!(
-                "it does not hold table {table}; ALTER PUBLICATION {name} ADD TABLE {table};"
-            )),
-        }
-    }
-    Ok(Outcome::Found(differences))
+    // by the rules that halt the relay
+    let mut facts = preflight::read(database, config)?;
+    facts.outboxes = outboxes::read(database, &config.publication, &config.mapping, &[])?;
+    let failures = failures_of(&[&publication::START], &facts, config);
+    Ok(Outcome::Found(
+        failures.iter().map(Finding::sentence).collect(),
+    ))
 }
 
 /// Creates the slot, or reports what the rules find of the one that is there.
-fn slot(
+fn create_missing_slot(
     database: &mut Database,
     config: &Config,
     how: &Setup,
@@ -457,7 +432,8 @@ fn slot(
             Err(error) => Err(blocked(database, config, &facts, error)),
         };
     };
-    let mut differences: Vec<String> = preflight::failures(&facts, config)
+    let rules = [&server::START[..], &slot::START];
+    let mut differences: Vec<String> = failures_of(&rules, &facts, config)
         .iter()
         .map(Finding::sentence)
         .collect();

@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks whether it has connected.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
-/// A line of the other client's before it is let in.
-const MAX_LINE_BYTES: u64 = 64 * 1024;
+/// What the other client says to be let in has some hundred bytes.
+const MAX_HELLO_BYTES: u64 = 64 * 1024;
 /// Carried at once.
 const CHUNK_BYTES: usize = 64 * 1024;
 
@@ -107,16 +107,20 @@ impl Drop for Handover {
     }
 }
 
+/// The client that was let in, and what it has said since.
+type Client = (TcpStream, Vec<u8>);
+
 /// Waits for whoever connects and gives the token.
-fn accept(listener: &TcpListener, greeting: &str, token: &str) -> io::Result<BufReader<TcpStream>> {
+fn accept(listener: &TcpListener, greeting: &str, token: &str) -> io::Result<Client> {
     let deadline = Instant::now() + LIMIT;
     while Instant::now() < deadline {
         match listener.accept() {
-            // a stranger's failure is not ours
-            Ok((client, _)) => match let_in(client, greeting, token, deadline) {
-                Ok(Some(client)) => return Ok(client),
-                Ok(None) | Err(_) => {}
-            },
+            Ok((client, _)) => {
+                // a stranger's failure is not ours
+                if let Ok(Some(client)) = let_in(client, greeting, token, deadline) {
+                    return Ok(client);
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(ACCEPT_PAUSE),
             Err(error) => return Err(error),
         }
@@ -130,46 +134,37 @@ fn let_in(
     greeting: &str,
     token: &str,
     deadline: Instant,
-) -> io::Result<Option<BufReader<TcpStream>>> {
+) -> io::Result<Option<Client>> {
     client.set_nonblocking(false)?;
     client.set_nodelay(true)?;
     let stream = &client;
     (Timed { stream, deadline }).write_all(greeting.as_bytes())?;
-    let line = || {
-        let mut line = Vec::new();
-        // byte by byte: what follows is the server's
-        let mut bytes = (Timed { stream, deadline }).take(MAX_LINE_BYTES).bytes();
-        while !line.ends_with(b"\n") {
-            line.push(
-                bytes
-                    .next()
-                    .unwrap_or(Err(io::ErrorKind::UnexpectedEof.into()))?,
-            );
-        }
-        Ok::<_, io::Error>(String::from_utf8_lossy(&line).into_owned())
-    };
-    let (connect, ping) = (line()?, line()?);
+    let mut reader = BufReader::new((Timed { stream, deadline }).take(MAX_HELLO_BYTES));
+    let (mut connect, mut ping) = (String::new(), String::new());
+    reader.read_line(&mut connect)?;
+    reader.read_line(&mut ping)?;
     if !connect.starts_with("CONNECT ") || !connect.contains(token) || ping != "PING\r\n" {
         return Ok(None);
     }
     (Timed { stream, deadline }).write_all(b"PONG\r\n")?;
+    let said = reader.buffer().to_vec();
     client.set_read_timeout(None)?;
-    Ok(Some(BufReader::with_capacity(CHUNK_BYTES, client)))
+    Ok(Some((client, said)))
 }
 
 impl Carrier {
     /// Carries both ways until either side ends; this thread carries what the server says.
     fn carry(
         self: &Arc<Carrier>,
-        client: BufReader<TcpStream>,
+        (client, said): Client,
         bytes: Vec<u8>,
         limit: usize,
     ) -> io::Result<()> {
-        let to_client = client.get_ref().try_clone()?;
+        let to_client = client.try_clone()?;
         let carrier = self.clone();
         let outward = move || {
             // either error shows on the other side as the end of the session
-            let _ = carrier.carry_out(client);
+            let _ = carrier.carry_out(&client, said);
             let _ = carrier.server.shutdown(Shutdown::Both);
         };
         let thread = thread::Builder::new()
@@ -183,26 +178,26 @@ impl Carrier {
         result
     }
 
-    fn carry_out(&self, mut client: BufReader<TcpStream>) -> io::Result<()> {
+    fn carry_out(&self, mut client: &TcpStream, mut said: Vec<u8>) -> io::Result<()> {
         loop {
-            let said = client.fill_buf()?;
-            if said.is_empty() {
-                return Ok(());
-            }
             let mut sealed = Vec::new();
             match &mut *self.tls() {
                 Some(session) => {
-                    session.writer().write_all(said)?;
+                    session.writer().write_all(&said)?;
                     while session.wants_write() {
                         session.write_tls(&mut sealed)?;
                     }
                 }
-                None => sealed.extend_from_slice(said),
+                None => std::mem::swap(&mut sealed, &mut said),
             }
-            let len = said.len();
-            client.consume(len);
             let (stream, deadline) = (&self.server, Instant::now() + LIMIT);
             (Timed { stream, deadline }).write_all(&sealed)?;
+            said.resize(CHUNK_BYTES, 0);
+            let count = client.read(&mut said)?;
+            if count == 0 {
+                return Ok(());
+            }
+            said.truncate(count);
         }
     }
 

@@ -17,6 +17,7 @@ use super::percent;
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fmt;
 
 /// Lists the headers of a message whose values are percent-encoded, separated by a comma and a space.
@@ -107,20 +108,39 @@ pub fn is_plain(value: &str) -> bool {
     true
 }
 
-/// A value or a name that no header line carries as it is, where it is not to be encoded.
+/// Why a line cannot be added.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NotPlain {
-    /// The header, as a row gave it.
-    pub name: String,
+pub enum LineError {
+    /// No header line carries the value, or the name, as it is, and it is not to be encoded.
+    NotPlain {
+        /// The header, as a row gave it.
+        name: String,
+    },
+    /// The lines would be more than [`MAX_LEN`].
+    Full,
 }
 
-/// Writes header lines, each `\r\nName: value`, so that they continue a block.
+/// The lines are more than [`MAX_LEN`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+impl From<Full> for LineError {
+    fn from(_: Full) -> LineError {
+        LineError::Full
+    }
+}
+
+/// Writes header lines, each `\r\nName: value`, so that they continue a block. No more than [`MAX_LEN`]: what a row gives beyond
+/// that is not looked at.
 #[derive(Debug)]
 pub struct Lines<'a> {
     out: &'a mut Vec<u8>,
+    start: usize,
     encode: bool,
     attributes: bool,
-    encoded: Vec<String>,
+    /// The line that names the headers whose values are encoded, and the names in it.
+    encoded: String,
+    known: HashSet<String>,
 }
 
 impl<'a> Lines<'a> {
@@ -128,18 +148,32 @@ impl<'a> Lines<'a> {
     /// header whose name begins with `ce-` is an attribute of a CloudEvent.
     pub fn new(out: &'a mut Vec<u8>, encode: bool, attributes: bool) -> Lines<'a> {
         Lines {
+            start: out.len(),
             out,
             encode,
             attributes,
-            encoded: Vec::new(),
+            encoded: String::new(),
+            known: HashSet::new(),
         }
+    }
+
+    fn len(&self) -> usize {
+        self.out.len() - self.start + self.encoded.len()
+    }
+
+    /// What may still be written.
+    fn room(&self) -> usize {
+        MAX_LEN.saturating_sub(self.len())
     }
 
     /// Adds a header whose name is legal.
     ///
     /// # Errors
-    /// [`NotPlain`] when the value is not and is not to be encoded.
-    pub fn add(&mut self, name: &str, value: &str) -> Result<(), NotPlain> {
+    /// [`LineError::NotPlain`] when the value is not and is not to be encoded.
+    pub fn add(&mut self, name: &str, value: &str) -> Result<(), LineError> {
+        if value.len() > self.room() {
+            return Err(LineError::Full);
+        }
         self.add_as(name, value, is_plain(value))
     }
 
@@ -154,7 +188,12 @@ impl<'a> Lines<'a> {
     /// `%` stands as it is, and all else is percent-encoded, which every reader of it expects.
     pub fn add_attribute(&mut self, name: &str, value: &str) {
         self.begin(name);
-        write_attribute(value, self.out);
+        // of one that is too long so much as shows it
+        let mut end = value.len().min(MAX_LEN + 4);
+        while !value.is_char_boundary(end) {
+            end -= 1;
+        }
+        write_attribute(value.get(..end).unwrap_or_default(), self.out);
     }
 
     fn begin(&mut self, name: &str) {
@@ -163,29 +202,34 @@ impl<'a> Lines<'a> {
         self.out.extend_from_slice(b": ");
     }
 
-    fn add_as(&mut self, name: &str, value: &str, plain: bool) -> Result<(), NotPlain> {
+    /// The value is no longer than there is room for.
+    fn add_as(&mut self, name: &str, value: &str, plain: bool) -> Result<(), LineError> {
         if self.attributes && starts_with(name, "ce-") {
             self.add_attribute(name, value);
-            return Ok(());
-        }
-        if plain {
+        } else if plain {
             self.begin(name);
             self.out.extend_from_slice(value.as_bytes());
-            return Ok(());
-        }
-        if !self.encode {
-            return Err(NotPlain {
+        } else if self.encode {
+            self.begin(name);
+            if !value.is_empty() {
+                percent::write(value, usize::MAX, must_escape, self.out);
+            }
+            if self.known.insert(name.to_string()) {
+                match self.encoded.is_empty() {
+                    true => self.encoded.extend(["\r\n", ENCODED, ": "]),
+                    false => self.encoded.push_str(", "),
+                }
+                self.encoded.push_str(name);
+            }
+        } else {
+            return Err(LineError::NotPlain {
                 name: name.to_string(),
             });
         }
-        self.begin(name);
-        if !value.is_empty() {
-            percent::write(value, usize::MAX, must_escape, self.out);
+        match self.len() > MAX_LEN {
+            true => Err(LineError::Full),
+            false => Ok(()),
         }
-        if !self.encoded.iter().any(|known| known == name) {
-            self.encoded.push(name.to_string());
-        }
-        Ok(())
     }
 
     /// Adds the members of a JSON object: strings, numbers and booleans as they are, each element of an array as a
@@ -198,35 +242,56 @@ impl<'a> Lines<'a> {
         text: &str,
         taken: impl Fn(&str) -> bool,
     ) -> Result<(), ObjectError> {
-        let members = members(text).ok_or(ObjectError::NoObject)?;
-        for (name, value) in &members {
-            if taken(name) {
-                continue;
-            }
-            let legal = self.legal_name(name)?;
-            let mut values = Vec::new();
-            match elements(value) {
-                Some(elements) => values.extend(elements.into_iter().filter_map(scalar)),
-                None => values.extend(scalar(value)),
-            }
-            // one header's values are all encoded or none is, as the list names headers
-            let plain = values.iter().all(|value| is_plain(value));
-            for value in &values {
-                self.add_as(&legal, value, plain)?;
-            }
+        let members = each_member(text, |name, value| match taken(&name) {
+            true => Ok(()),
+            false => self.add_member(&name, value),
+        });
+        match members {
+            Ok(()) => Ok(()),
+            Err(None) => Err(ObjectError::NoObject),
+            Err(Some(error)) => Err(ObjectError::Line(error)),
+        }
+    }
+
+    fn add_member(&mut self, name: &str, value: &RawValue) -> Result<(), LineError> {
+        if name.len() > self.room() {
+            return Err(LineError::Full);
+        }
+        let legal = self.legal_name(name)?;
+        let mut values = Vec::new();
+        let mut room = self.room();
+        // each is a line; what has no room is not looked at
+        let mut push = |value: &RawValue| {
+            let Some(value) = scalar(value) else {
+                return Ok(());
+            };
+            let len = legal.len() + value.len() + 4;
+            room = room.checked_sub(len).ok_or(LineError::Full)?;
+            values.push(value.into_owned());
+            Ok(())
+        };
+        if !value.get().starts_with('[') {
+            push(value)?;
+        } else if let Err(Some(error)) = each_element(value, &mut push) {
+            return Err(error);
+        }
+        // one header's values are all encoded or none is, as the list names headers
+        let plain = values.iter().all(|value| is_plain(value));
+        for value in &values {
+            self.add_as(&legal, value, plain)?;
         }
         Ok(())
     }
 
     /// The name as a header may bear it.
-    fn legal_name<'n>(&self, name: &'n str) -> Result<Cow<'n, str>, NotPlain> {
+    fn legal_name<'n>(&self, name: &'n str) -> Result<Cow<'n, str>, LineError> {
         let reserved = starts_with(name, "nats-") || starts_with(name, "outbox-");
         let plain = |c: char| u8::try_from(c).is_ok_and(is_name_byte) && c != '%';
         if !name.is_empty() && !reserved && name.chars().all(plain) {
             return Ok(Cow::Borrowed(name));
         }
         if !self.encode {
-            return Err(NotPlain {
+            return Err(LineError::NotPlain {
                 name: name.to_string(),
             });
         }
@@ -237,15 +302,14 @@ impl<'a> Lines<'a> {
     }
 
     /// Ends the lines: names the headers whose values are encoded.
-    pub fn finish(self) {
-        if let Some((first, others)) = self.encoded.split_first() {
-            for part in ["\r\n", ENCODED, ": ", first] {
-                self.out.extend_from_slice(part.as_bytes());
-            }
-            for name in others {
-                self.out.extend_from_slice(b", ");
-                self.out.extend_from_slice(name.as_bytes());
-            }
+    ///
+    /// # Errors
+    /// [`Full`] when all that was written is more than [`MAX_LEN`].
+    pub fn finish(self) -> Result<(), Full> {
+        self.out.extend_from_slice(self.encoded.as_bytes());
+        match self.out.len() - self.start > MAX_LEN {
+            true => Err(Full),
+            false => Ok(()),
         }
     }
 }
@@ -262,62 +326,91 @@ fn write_attribute(value: &str, out: &mut Vec<u8>) {
 pub enum ObjectError {
     /// The text is JSON of another kind, or none.
     NoObject,
-    /// A name or a value is not plain, and is not to be encoded.
-    NotPlain(NotPlain),
+    /// A member cannot be added.
+    Line(LineError),
 }
 
-impl From<NotPlain> for ObjectError {
-    fn from(error: NotPlain) -> ObjectError {
-        ObjectError::NotPlain(error)
+impl From<LineError> for ObjectError {
+    fn from(error: LineError) -> ObjectError {
+        ObjectError::Line(error)
     }
 }
 
-/// The members of a JSON object in their order, each value as it is written; `None`: not an object.
-pub fn members(text: &str) -> Option<Vec<(String, &RawValue)>> {
-    struct Members;
-    impl<'de> Visitor<'de> for Members {
-        type Value = Vec<(String, &'de RawValue)>;
+/// Calls `each` with the members of a JSON object in their order, each value as it is written, until it fails. Nothing is
+/// held of them: there may be any number.
+///
+/// # Errors
+/// That of `each`; `None` when the text is no object. It may have been called by then.
+pub fn each_member<'a, E>(
+    text: &'a str,
+    each: impl FnMut(Cow<'a, str>, &'a RawValue) -> Result<(), E>,
+) -> Result<(), Option<E>> {
+    struct Members<'f, F, E>(F, &'f mut Option<E>);
+    impl<'de, E, F> Visitor<'de> for Members<'_, F, E>
+    where
+        F: FnMut(Cow<'de, str>, &'de RawValue) -> Result<(), E>,
+    {
+        type Value = ();
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("an object")
         }
 
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut members = Vec::new();
-            while let Some(member) = map.next_entry()? {
-                members.push(member);
+        fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+            while let Some((Name(name), value)) = map.next_entry()? {
+                if let Err(error) = (self.0)(name, value) {
+                    *self.1 = Some(error);
+                    return Err(serde::de::Error::custom("that is enough"));
+                }
             }
-            Ok(members)
+            Ok(())
         }
     }
+    let mut failed = None;
     let mut json = serde_json::Deserializer::from_str(text);
-    let members = json.deserialize_map(Members).ok()?;
-    json.end().ok()?;
-    Some(members)
+    let read = json.deserialize_map(Members(each, &mut failed));
+    match read.and_then(|()| json.end()) {
+        Ok(()) => Ok(()),
+        Err(_) => Err(failed),
+    }
 }
 
-fn elements(value: &RawValue) -> Option<Vec<&RawValue>> {
-    struct Elements;
-    impl<'de> Visitor<'de> for Elements {
-        type Value = Vec<&'de RawValue>;
+/// A member's name, borrowed where it is written without escapes.
+#[derive(serde::Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The same with the elements of an array.
+fn each_element<'a, E>(
+    array: &'a RawValue,
+    each: impl FnMut(&'a RawValue) -> Result<(), E>,
+) -> Result<(), Option<E>> {
+    struct Elements<'f, F, E>(F, &'f mut Option<E>);
+    impl<'de, E, F> Visitor<'de> for Elements<'_, F, E>
+    where
+        F: FnMut(&'de RawValue) -> Result<(), E>,
+    {
+        type Value = ();
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("an array")
         }
 
-        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-            let mut elements = Vec::new();
+        fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<(), A::Error> {
             while let Some(element) = seq.next_element()? {
-                elements.push(element);
+                if let Err(error) = (self.0)(element) {
+                    *self.1 = Some(error);
+                    return Err(serde::de::Error::custom("that is enough"));
+                }
             }
-            Ok(elements)
+            Ok(())
         }
     }
-    if !value.get().starts_with('[') {
-        return None;
+    let mut failed = None;
+    let mut json = serde_json::Deserializer::from_str(array.get());
+    match json.deserialize_seq(Elements(each, &mut failed)) {
+        Ok(()) => Ok(()),
+        Err(_) => Err(failed),
     }
-    let mut json = serde_json::Deserializer::from_str(value.get());
-    json.deserialize_seq(Elements).ok()
 }
 
 /// A JSON value as text: the characters of a string, else what is written, compact; `None` for `null`.
@@ -349,7 +442,7 @@ mod tests {
         let mut out = Vec::new();
         let mut lines = Lines::new(&mut out, encode, true);
         write(&mut lines)?;
-        lines.finish();
+        lines.finish().expect("few");
         Ok(String::from_utf8(out).unwrap())
     }
 
@@ -401,8 +494,32 @@ mod tests {
             let strict = lines(false, add);
             match expected.contains(ENCODED) {
                 false => assert_eq!(strict.as_deref(), Ok(expected)),
-                true => assert_eq!(strict, Err(NotPlain { name: "X".into() }.into())),
+                true => assert_eq!(strict, Err(LineError::NotPlain { name: "X".into() }.into())),
             }
+        }
+    }
+
+    #[test]
+    fn what_is_beyond_the_limit_is_not_looked_at() {
+        let members: Vec<_> = (0..200_000).map(|n| format!("\"k{n}\":\"\\n\"")).collect();
+        let many = format!("{{{}}}", members.join(","));
+        let array = format!("{{\"k\":[{}1]}}", "\"\\n\",".repeat(200_000));
+        let long = format!("{{\"k\":\"{}\"}}", "\\n".repeat(100_000));
+        let named = format!("{{\"{}\":1}}", "n".repeat(100_000));
+        for json in [many, array, long, named] {
+            let mut out = Vec::new();
+            let mut lines = Lines::new(&mut out, true, false);
+            let added = lines.add_object(&json, |_| false);
+            assert_eq!(added, Err(LineError::Full.into()));
+            assert!(out.len() <= MAX_LEN + 100, "{}", out.len());
+        }
+        // to the byte, the list of what is encoded included
+        for (len, fits) in [(MAX_LEN - 5, true), (MAX_LEN - 4, false)] {
+            let json = format!("{{\"k\":\"{}\"}}", "x".repeat(len));
+            let mut out = Vec::new();
+            let mut lines = Lines::new(&mut out, true, false);
+            let added = lines.add_object(&json, |_| false).is_ok();
+            assert_eq!((added, lines.finish().is_ok()), (fits, true), "{len}");
         }
     }
 

@@ -22,15 +22,22 @@
 //! says. Whatever else fails here is a row or a table that the relay must not skip; none of it passes by trying again.
 
 use super::batch::{Batch, Draft, Fate};
+use super::large::LargeRow;
 use super::mapping::{Mapping, TableMapping, TableName};
 use super::message;
 use super::park::{self, OnBad, OnPoison};
-use super::plan::{FEW_COLUMNS, Flaw, HEADERS, JSON_OID, MAX_COLUMNS, Part, Place, Plan, Value};
+use super::plan::{
+    FEW_COLUMNS, Flaw, HEADERS, JSON_OID, MAX_COLUMNS, Part, Place, Plan, Shape, Value,
+};
 use super::position::Position;
 use super::problem::{EventSource, MapError, ValueProblem};
 use crate::postgres::Lsn;
+use crate::postgres::encoding::Encoding;
+use crate::postgres::pgoutput::{self, Text};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::Arc;
 
 /// A column of a relation message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,15 +52,24 @@ pub struct ColumnInfo<'a> {
 #[derive(Debug)]
 pub struct Mapper {
     mapping: Mapping,
+    /// Of every table that was described: a database may have them by the hundred thousand.
     relations: BTreeMap<u32, Relation>,
     messages: Option<Plan>,
+    encoding: Encoding,
+    /// Tables of which a warning says that they are ignored.
+    ignored: u32,
+    /// Of the outbox that was described last.
+    last_shape: Option<Arc<Shape>>,
 }
 
 #[derive(Debug)]
 enum Relation {
-    Outbox(Plan),
+    Outbox(Box<Plan>),
     Other,
 }
+
+/// So many tables that are ignored are named in warnings; a database may have any number.
+const MAX_IGNORED: u32 = 20;
 
 impl Mapper {
     /// A mapper that knows no relation yet.
@@ -74,7 +90,34 @@ impl Mapper {
             mapping: mapping.clone(),
             relations: BTreeMap::new(),
             messages,
+            encoding: Encoding::Utf8,
+            ignored: 0,
+            last_shape: None,
         }
+    }
+
+    /// The encoding in which the rows of the next session come.
+    pub fn set_encoding(&mut self, encoding: Encoding) {
+        self.encoding = encoding;
+    }
+
+    /// Takes a relation message, whose names are in the database's encoding. See [`Mapper::relation`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn describe(&mut self, relation: &pgoutput::Relation<'_>, at: Lsn) -> Result<(), MapError> {
+        let encoding = self.encoding.clone();
+        let name = |name: Text<'_>| encoding.decode_name(name.0).into_owned();
+        let columns: Vec<(String, u32)> = relation
+            .columns()
+            .map(|column| (name(column.name), column.type_id))
+            .collect();
+        let columns = columns.iter().map(|(name, type_id)| ColumnInfo {
+            name,
+            type_id: *type_id,
+        });
+        let (schema, table) = (name(relation.namespace), name(relation.name));
+        self.relation(relation.id, &schema, &table, columns, at)
     }
 
     /// Takes a relation message, the first or another one of its table: `columns` in the order of the values
@@ -131,7 +174,8 @@ impl Mapper {
             if !wanted.missing.is_empty() {
                 log::debug!(table = label.as_str(); "not named by -table, ignored");
             } else if before.is_none() {
-                log::warn!(table = label.as_str(); "has the columns of an outbox and is not named by -table, ignored");
+                let what = "has the columns of an outbox and is not named by -table, ignored";
+                ignore(&mut self.ignored, &label, what);
             }
             self.relations.insert(id, Relation::Other);
             return Ok(());
@@ -142,11 +186,12 @@ impl Mapper {
                 return Err(MapError::TooManyColumns { table });
             }
             plan.find_columns(columns.iter().map(|column| column.name));
-            self.relations.insert(id, Relation::Outbox(plan));
+            plan.share(&mut self.last_shape);
+            self.relations.insert(id, Relation::Outbox(Box::new(plan)));
             return Ok(());
         }
         if !self.mapping.tables.is_empty()
-            || mapping.is_some_and(|mapping| mapping.is_meant(has))
+            || mapping.is_some_and(|mapping| mapping.own_columns().into_iter().any(has))
             || matches!(before, Some(Relation::Outbox(_)))
         {
             return Err(MapError::MissingColumns {
@@ -157,7 +202,8 @@ impl Mapper {
             });
         }
         if before.is_none() {
-            log::warn!(table = label.as_str(); "in the publication without the columns of an outbox, ignored");
+            let what = "in the publication without the columns of an outbox, ignored";
+            ignore(&mut self.ignored, &label, what);
         }
         self.relations.insert(id, Relation::Other);
         Ok(())
@@ -195,34 +241,110 @@ impl Mapper {
         };
         if plan.names.len() <= FEW_COLUMNS {
             let picked = plan.pick::<FEW_COLUMNS>(values, place)?;
-            self.write(plan, &picked, place, batch)?;
+            self.read(plan, &picked, place, batch)?;
         } else {
             let picked = plan.pick::<MAX_COLUMNS>(values, place)?;
-            self.write(plan, &picked, place, batch)?;
+            self.read(plan, &picked, place, batch)?;
         }
         Ok(true)
     }
 
-    /// Adds a transactional message to `batch`, as the event at `place`; `false` when its prefix is not the one
-    /// of events.
+    /// What is kept of a row that is too large to be taken at once; `None` when its table is no outbox.
+    ///
+    /// # Errors
+    /// [`MapError::UnknownRelation`].
+    pub fn large_row(
+        &self,
+        relation_id: u32,
+        max_payload: usize,
+    ) -> Result<Option<LargeRow>, MapError> {
+        let plan = self.plan(relation_id)?;
+        Ok(plan.map(|plan| LargeRow::new(plan.roles(), max_payload)))
+    }
+
+    /// Writes the values that were picked, which come in the database's encoding.
+    fn read(
+        &self,
+        plan: &Plan,
+        picked: &[Value<'_>],
+        place: Place,
+        batch: &mut Batch,
+    ) -> Result<(), MapError> {
+        match self.encoding {
+            Encoding::Utf8 => self.write(plan, picked, place, batch),
+            _ => self.read_decoded(plan, picked, place, batch),
+        }
+    }
+
+    #[cold]
+    fn read_decoded(
+        &self,
+        plan: &Plan,
+        picked: &[Value<'_>],
+        place: Place,
+        batch: &mut Batch,
+    ) -> Result<(), MapError> {
+        let decode = |value: &Value<'_>| match value {
+            Value::Text(bytes) | Value::Cut { kept: bytes, .. } => {
+                self.encoding.decode(bytes).map(Cow::into_owned)
+            }
+            _ => None,
+        };
+        let texts: Vec<Option<String>> = picked.iter().map(decode).collect();
+        let mut decoded = Vec::with_capacity(picked.len());
+        for (slot, (value, text)) in picked.iter().zip(&texts).enumerate() {
+            decoded.push(match (*value, text) {
+                (Value::Text(_), Some(text)) => Value::Text(text.as_bytes()),
+                (Value::Cut { len, .. }, Some(text)) => Value::Cut {
+                    kept: text.as_bytes(),
+                    len,
+                },
+                // nobody says what such bytes mean, and a body may be any bytes unless it is JSON
+                (Value::Text(bytes), None)
+                    if slot == plan.payload
+                        && self.encoding == Encoding::Unknown
+                        && !plan.has_json_body() =>
+                {
+                    Value::Text(bytes)
+                }
+                (Value::Text(bytes), None) => Value::Undecodable(bytes),
+                (value, _) => value,
+            });
+        }
+        self.write(plan, &decoded, place, batch)
+    }
+
+    /// Whether messages with this prefix, in the database's encoding, are events.
+    pub fn is_event_prefix(&self, prefix: &[u8]) -> bool {
+        let own = self.messages.as_ref().map(|plan| &plan.source);
+        matches!(own, Some(EventSource::Message(own)) if *own == self.encoding.decode_name(prefix))
+    }
+
+    /// Adds a transactional message, for whose prefix [`is_event_prefix`](Self::is_event_prefix) holds, to `batch`, as the event
+    /// at `place`; or what there is of one that is too large.
     ///
     /// # Errors
     /// [`MapError::Value`]; `batch` is then as it was.
     pub fn message(
         &self,
-        prefix: &str,
-        content: &[u8],
+        content: Value<'_>,
         place: Place,
         batch: &mut Batch,
-    ) -> Result<bool, MapError> {
+    ) -> Result<(), MapError> {
         let Some(plan) = &self.messages else {
-            return Ok(false);
+            return Ok(());
         };
-        if !matches!(&plan.source, EventSource::Message(own) if own == prefix) {
-            return Ok(false);
-        }
         let raw = |slot| slot == plan.payload || plan.object() == Some(slot);
-        match message::read(content, &plan.names, raw) {
+        let cut = match content {
+            Value::Cut { len, .. } => Some(len),
+            _ => None,
+        };
+        let (content, members) = match content {
+            Value::Text(content) => (content, message::read(content, &plan.names, raw)),
+            Value::Cut { kept, .. } => (kept, Err(ValueProblem::TooLarge)),
+            _ => (&[][..], Err(ValueProblem::Malformed)),
+        };
+        match members {
             Ok(members) => {
                 let texts = members.iter().map(|text| text.as_deref());
                 let picked: Vec<Value<'_>> = texts
@@ -236,10 +358,10 @@ impl Mapper {
                     problem,
                 };
                 let body = |out: &mut Vec<u8>| out.extend_from_slice(content);
-                self.unpublishable(plan, &[], flaw, body, place, batch)?;
+                self.unpublishable(plan, &[], flaw, (body, cut), place, batch)?;
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     fn write(
@@ -274,18 +396,20 @@ impl Mapper {
                 let body = |out: &mut Vec<u8>| {
                     let _ = plan.write_body(picked, out);
                 };
-                self.unpublishable(plan, picked, flaw, body, place, batch)
+                let cut = plan.cut_payload_len(picked);
+                self.unpublishable(plan, picked, flaw, (body, cut), place, batch)
             }
         }
     }
 
-    /// Does with an event what the operator wants done with those that cannot be published.
+    /// Does with an event what the operator wants done with those that cannot be published. `body` writes what there is of
+    /// it; where that is not all, it comes with the length that it had.
     fn unpublishable(
         &self,
         plan: &Plan,
         picked: &[Value<'_>],
         flaw: Flaw,
-        body: impl FnOnce(&mut Vec<u8>),
+        (body, cut): (impl FnOnce(&mut Vec<u8>), Option<usize>),
         place: Place,
         batch: &mut Batch,
     ) -> Result<(), MapError> {
@@ -345,6 +469,9 @@ impl Mapper {
                     })?;
                     draft.headers(|out| {
                         park::write_headers(&headers, &cause, &home, out);
+                        if let Some(len) = cut {
+                            park::write_body_cut(len, out);
+                        }
                         Ok::<(), Infallible>(())
                     })?;
                     draft.body(|out| {
@@ -359,6 +486,16 @@ impl Mapper {
     }
 }
 
+/// Says of a table that it is ignored, unless that was said of many.
+fn ignore(ignored: &mut u32, table: &str, what: &str) {
+    *ignored = ignored.saturating_add(1);
+    match *ignored {
+        ..MAX_IGNORED => log::warn!(table; "{what}"),
+        MAX_IGNORED => log::warn!(table; "{what}; of further tables -logging debug says so"),
+        _ => log::debug!(table; "{what}"),
+    }
+}
+
 fn append(part: &[u8], out: &mut Vec<u8>) -> Result<(), Infallible> {
     out.extend_from_slice(part);
     Ok(())
@@ -368,18 +505,6 @@ fn on_bad(policy: OnBad) -> OnPoison {
     match policy {
         OnBad::Park => OnPoison::Park,
         OnBad::Stop | OnBad::Encode => OnPoison::Stop,
-    }
-}
-
-impl TableMapping {
-    /// Whether a table with these columns is meant as an outbox: it has one that only an outbox has.
-    fn is_meant(&self, has: impl Fn(&str) -> bool) -> bool {
-        let of_subject = self.subject.columns().map(|name| self.column(name));
-        [self.aggregatetype.as_str(), &self.aggregateid]
-            .into_iter()
-            .chain(of_subject)
-            .filter(|&name| name != self.id && name != self.payload)
-            .any(has)
     }
 }
 
@@ -684,6 +809,24 @@ mod tests {
     }
 
     #[test]
+    fn outboxes_of_one_shape_share_it() {
+        let mut mapper = Mapper::new(&Mapping::new("events"));
+        let columns = seed(JSONB_OID).map(|(name, type_id)| ColumnInfo { name, type_id });
+        let mut other = columns;
+        other.reverse();
+        for (id, columns) in [(1, columns), (2, columns), (3, other), (4, columns)] {
+            let name = format!("outbox_{id}");
+            mapper
+                .relation(id, "public", &name, columns.into_iter(), AT.commit_lsn)
+                .unwrap();
+        }
+        let shape = |id| std::ptr::from_ref::<Shape>(mapper.plan(id).unwrap().unwrap());
+        assert_eq!(shape(1), shape(2));
+        assert!(shape(1) != shape(3) && shape(3) != shape(4));
+        assert_eq!(mapper.plan(2).unwrap().unwrap().label, "public.outbox_2");
+    }
+
+    #[test]
     fn an_outbox_that_is_renamed_out_of_the_named_ones_is_an_error() {
         let all = seed(TEXT_OID);
         for (tables, now, lost) in [
@@ -778,8 +921,10 @@ mod tests {
 
     fn message(mapping: &Mapping, content: &[u8]) -> Result<[String; 4], String> {
         let mut batch = Batch::default();
-        let taken = Mapper::new(mapping).message("slot", content, PLACE, &mut batch);
-        assert!(taken.map_err(|error| error.to_string())?);
+        let mapper = Mapper::new(mapping);
+        assert!(mapper.is_event_prefix(b"slot"));
+        let taken = mapper.message(Value::Text(content), PLACE, &mut batch);
+        taken.map_err(|error| error.to_string())?;
         Ok(written(&batch))
     }
 
@@ -1140,11 +1285,123 @@ mod tests {
             assert_eq!(message(&mapping, content.as_bytes()), expected, "{content}");
         }
         let mapper = Mapper::new(&with(|mapping| mapping.message_prefix = None));
-        let mut batch = Batch::default();
-        assert_eq!(mapper.message("slot", b"{}", PLACE, &mut batch), Ok(false));
+        assert!(!mapper.is_event_prefix(b"slot"));
         let mapper = Mapper::new(&with(|_| {}));
-        assert_eq!(mapper.message("other", b"{}", PLACE, &mut batch), Ok(false));
-        assert!(batch.is_empty());
+        assert!(!mapper.is_event_prefix(b"other") && !mapper.is_event_prefix(b"slo\x81"));
+    }
+
+    #[test]
+    fn what_is_cut_is_parked_with_its_beginning_and_its_length() {
+        let park = with(|mapping| mapping.policy.on_poison = OnPoison::Park);
+        let stop = with(|_| {});
+        let cut = |kept: &'static str| Value::Cut {
+            kept: kept.as_bytes(),
+            len: 9_999_999,
+        };
+        let too_large = "makes the event larger than the relay takes: 4 times the max_payload of the NATS server";
+        let row = "\r\nOutbox-Parked: row of \"public\".\"outbox\": column";
+        let original = "\r\nOutbox-Original-Subject: events.a.b";
+        let length = "\r\nOutbox-Body-Cut: 9999999";
+        for (payload_type, row_values, parked) in [
+            (
+                JSONB_OID,
+                [t("7"), t("a"), t("b"), cut("{\"x\": 1")],
+                [
+                    "slot.parked",
+                    "7",
+                    &format!("{row} payload {too_large}{original}{length}"),
+                    "{\"x\":1",
+                ],
+            ),
+            (
+                BYTEA_OID,
+                [t("7"), t("a"), t("b"), cut(r"\x4142")],
+                [
+                    "slot.parked",
+                    "7",
+                    &format!("{row} payload {too_large}{original}{length}"),
+                    "AB",
+                ],
+            ),
+            (
+                TEXT_OID,
+                [cut("7"), t("a"), t("b"), t("whole")],
+                [
+                    "slot.parked",
+                    "parked-0/16B3748-1",
+                    &format!("{row} id {too_large}{original}"),
+                    "whole",
+                ],
+            ),
+        ] {
+            let columns = seed(payload_type);
+            let found = event(&park, &columns, &row_values);
+            assert_eq!(found, Ok(parked.map(str::to_string)));
+            let stopped = event(&stop, &columns, &row_values).unwrap_err();
+            assert!(
+                stopped.contains(too_large) && stopped.contains("0/16B3749"),
+                "{stopped}"
+            );
+        }
+        let mut batch = Batch::default();
+        let content = cut("{\"id\":");
+        Mapper::new(&park)
+            .message(content, PLACE, &mut batch)
+            .unwrap();
+        let [subject, _, headers, body] = written(&batch);
+        assert_eq!(
+            (subject.as_str(), body.as_str()),
+            ("slot.parked", "{\"id\":")
+        );
+        assert!(
+            headers.contains(too_large) && headers.ends_with(length),
+            "{headers}"
+        );
+    }
+
+    /// The event of a row in a database of this encoding.
+    fn encoded(encoding: &str, payload_type: u32, row: [&'static [u8]; 4]) -> [String; 4] {
+        let park = with(|mapping| mapping.policy.on_poison = OnPoison::Park);
+        let mut mapper = Mapper::new(&park);
+        mapper.set_encoding(Encoding::of_database(encoding).unwrap());
+        describe(&mut mapper, "outbox", &seed(payload_type)).unwrap();
+        let mut batch = Batch::default();
+        let values = row.map(Value::Text);
+        mapper
+            .insert(TABLE, values.into_iter(), PLACE, &mut batch)
+            .unwrap();
+        written(&batch)
+    }
+
+    #[test]
+    fn a_row_is_read_in_the_encoding_of_its_database() {
+        let body = |encoding, payload_type, payload| {
+            let [subject, _, headers, body] =
+                encoded(encoding, payload_type, [b"1", b"a", b"b", payload]);
+            (subject == "slot.parked", headers, body)
+        };
+        let good = |text: &str| (false, String::new(), text.to_string());
+        assert_eq!(body("WIN1252", JSON_OID, b"\"\x80\""), good("\"€\""));
+        assert_eq!(body("WIN1251", TEXT_OID, b"\xcf\xf0"), good("Пр"));
+        assert_eq!(
+            body("SQL_ASCII", JSON_OID, "\"€\"".as_bytes()),
+            good("\"€\"")
+        );
+        // whose bytes nobody explains, and which need not be text
+        assert_eq!(body("SQL_ASCII", TEXT_OID, b"\x80"), good("\u{fffd}"));
+        let (parked, headers, text) = body("SQL_ASCII", JSON_OID, b"\"\x80\"");
+        assert!(parked && headers.contains("column payload has a byte without an equivalent"));
+        assert_eq!(text, "\"\u{fffd}\"");
+        assert!(body("WIN1252", TEXT_OID, b"\x81").0);
+        let [subject, id, headers, body] =
+            encoded("WIN1252", JSON_OID, [b"1", b"a", b"caf\x81", b"{}"]);
+        assert_eq!([subject, id, body], ["slot.parked", "1", "{}"]);
+        assert!(
+            headers.contains("column aggregateid has a byte"),
+            "{headers}"
+        );
+        let [subject, ..] = encoded("WIN1252", JSON_OID, [b"1", b"a", b"caf\xe9", b"{}"]);
+        assert_eq!(subject, "events.a.café");
     }
 
     #[test]

@@ -5,7 +5,9 @@
 
 use super::header::check_name;
 use super::park::Policy;
+use super::plan::{HEADERS, TRACE_CONTEXT, TYPE};
 use super::template::Template;
+use crate::postgres::identifier::identifier;
 use std::fmt;
 
 /// Which rows become events, and what of them.
@@ -108,6 +110,14 @@ pub struct TableName {
 }
 
 impl TableName {
+    /// As SQL spells it, quoted where it must be.
+    pub fn sql(&self) -> String {
+        match &self.schema {
+            Some(schema) => format!("{}.{}", identifier(schema), identifier(&self.name)),
+            None => identifier(&self.name),
+        }
+    }
+
     /// Whether the table `schema.name` is meant.
     pub fn matches(&self, schema: &str, name: &str) -> bool {
         self.schema.as_deref().is_none_or(|own| own == schema)
@@ -186,6 +196,50 @@ impl TableMapping {
         needed.sort_unstable();
         needed.dedup();
         needed
+    }
+
+    /// The columns that only an outbox has: a table with one of them is meant as one.
+    pub fn own_columns(&self) -> Vec<&str> {
+        let of_subject = self.subject.columns().map(|name| self.column(name));
+        let mut own = vec![self.aggregatetype.as_str(), &self.aggregateid];
+        own.extend(of_subject);
+        own.retain(|&name| name != self.id && name != self.payload);
+        own
+    }
+
+    /// The columns that take part in an event where a table has them.
+    pub fn optional_columns(&self) -> Vec<&str> {
+        let mut optional = TRACE_CONTEXT.to_vec();
+        if self.headers_column.is_none() {
+            optional.push(HEADERS);
+        }
+        optional
+    }
+
+    /// Every column that may take part in an event.
+    pub fn used_columns(&self) -> Vec<&str> {
+        let mut used = self.needed_columns();
+        used.extend(self.own_columns());
+        used.extend(self.optional_columns());
+        used.push(TYPE);
+        used
+    }
+
+    /// The columns that an event needs and that are not among those of a table; `cloud_events`: one needs a type, too.
+    pub fn missing_columns(&self, cloud_events: bool, has: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut needed = vec![self.id.as_str()];
+        needed.extend(self.subject.columns().map(|name| self.column(name)));
+        needed.extend(self.needed_columns());
+        if cloud_events && !has(&self.aggregatetype) {
+            needed.push(TYPE);
+        }
+        let mut missing: Vec<String> = Vec::new();
+        for column in needed {
+            if !has(column) && !missing.iter().any(|known| known == column) {
+                missing.push(column.to_string());
+            }
+        }
+        missing
     }
 
     /// The settings that differ from those of `default`, as `--table` takes them: `id=event_id,payload=body`.

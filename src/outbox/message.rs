@@ -9,9 +9,11 @@
 //! Postgres does not convert the content to the client's encoding: it is in that of the database, and what is
 //! not UTF-8 is malformed.
 
-use super::header::{members, scalar};
+use super::header::{each_member, scalar};
 use super::problem::ValueProblem;
+use serde_json::value::RawValue;
 use std::borrow::Cow;
+use std::convert::Infallible;
 
 /// The SQL of [`publish_function`], for the default prefix.
 const PUBLISH_FUNCTION: &str = include_str!("outbox_publish.sql");
@@ -41,11 +43,10 @@ pub fn read<'a>(
     raw: impl Fn(usize) -> bool,
 ) -> Result<Vec<Option<Cow<'a, str>>>, ValueProblem> {
     let text = std::str::from_utf8(content).map_err(|_| ValueProblem::Malformed)?;
-    let members = members(text).ok_or(ValueProblem::Malformed)?;
     let mut found = vec![None; names.len()];
-    for (name, value) in members {
+    let member = |name: Cow<'a, str>, value: &'a RawValue| {
         for (index, slot) in found.iter_mut().enumerate() {
-            if names.get(index) == Some(&name) {
+            if names.get(index).is_some_and(|wanted| *wanted == name) {
                 *slot = match (raw(index), value.get()) {
                     (true, "null") => None,
                     (true, text) => Some(Cow::Borrowed(text)),
@@ -53,7 +54,9 @@ pub fn read<'a>(
                 };
             }
         }
-    }
+        Ok::<(), Infallible>(())
+    };
+    each_member(text, member).map_err(|_| ValueProblem::Malformed)?;
     Ok(found)
 }
 

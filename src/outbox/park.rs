@@ -113,6 +113,11 @@ pub fn write_headers(own: &str, cause: &str, home: &str, out: &mut Vec<u8>) {
     }
 }
 
+/// Writes the line that tells how many bytes a body had before it was cut.
+pub fn write_body_cut(len: usize, out: &mut Vec<u8>) {
+    write_line(BODY_CUT, &len.to_string(), out);
+}
+
 /// Why a parked event is parked, by its header lines.
 pub fn cause(headers: &str) -> &str {
     let mut lines = headers.split("\r\n");
@@ -148,7 +153,7 @@ pub fn parked(event: &OutboxEvent<'_>, subject: &str, cause: &str, room: usize) 
     let mut len = event.body.len();
     if event.id.len() + headers.len() + len > room {
         if !event.headers.contains(BODY_CUT) {
-            write_line(BODY_CUT, &len.to_string(), &mut headers);
+            write_body_cut(len, &mut headers);
         }
         len = room.saturating_sub(event.id.len() + headers.len()).min(len);
         // a character of UTF-8 has at most three bytes after its first

@@ -4,13 +4,16 @@
 //! A *slot* is an index into the names of the columns that take part, and into the values that were picked for
 //! them: each row is gone through once, and its other values are not looked at.
 
-use super::header::{self, Lines, NotPlain, ObjectError};
+use super::header::{Full, LineError, Lines, ObjectError};
+use super::large::Role;
 use super::mapping::{Mapping, TableMapping};
 use super::position::Position;
 use super::problem::{EventSource, MapError, ValueProblem};
 use super::template::Subject;
 use super::{json, message_id};
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 // src/include/catalog/pg_type.dat
 pub(super) const BYTEA_OID: u32 = 17;
@@ -25,9 +28,9 @@ pub(super) const FEW_COLUMNS: usize = 4;
 const UNUSED: u8 = u8::MAX;
 
 /// The trace context of <https://www.w3.org/TR/trace-context/>: columns of these names are passed on.
-const TRACE_CONTEXT: [&str; 2] = ["traceparent", "tracestate"];
+pub(super) const TRACE_CONTEXT: [&str; 2] = ["traceparent", "tracestate"];
 /// The column that becomes `ce-type`.
-const TYPE: &str = "type";
+pub(super) const TYPE: &str = "type";
 /// The object whose members become headers, unless another is named.
 pub(super) const HEADERS: &str = "headers";
 
@@ -57,6 +60,15 @@ pub enum Value<'a> {
     Text(&'a [u8]),
     /// The binary form, which the relay does not ask for.
     Binary(&'a [u8]),
+    /// The beginning of a text form that is too large to be taken.
+    Cut {
+        /// What there is of it.
+        kept: &'a [u8],
+        /// How long it was.
+        len: usize,
+    },
+    /// A text form in the database's encoding, of which not all has an equivalent in UTF-8.
+    Undecodable(&'a [u8]),
 }
 
 impl fmt::Debug for Value<'_> {
@@ -67,6 +79,8 @@ impl fmt::Debug for Value<'_> {
             Value::UnchangedToast => f.write_str("UnchangedToast"),
             Value::Text(bytes) => write!(f, "Text({} bytes)", bytes.len()),
             Value::Binary(bytes) => write!(f, "Binary({} bytes)", bytes.len()),
+            Value::Cut { len, .. } => write!(f, "Cut({len} bytes)"),
+            Value::Undecodable(bytes) => write!(f, "Undecodable({} bytes)", bytes.len()),
         }
     }
 }
@@ -77,6 +91,21 @@ pub(super) struct Plan {
     pub(super) source: EventSource,
     /// `schema.table`, as events bear it.
     pub(super) label: String,
+    /// The same for all tables of one shape: an outbox may have partitions by the ten thousand.
+    shape: Arc<Shape>,
+}
+
+impl Deref for Plan {
+    type Target = Shape;
+
+    fn deref(&self) -> &Shape {
+        &self.shape
+    }
+}
+
+/// What becomes of the columns of a table.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Shape {
     /// For each column of a row its slot, or [`UNUSED`].
     pub(super) slots: Vec<u8>,
     /// The columns that take part.
@@ -89,7 +118,7 @@ pub(super) struct Plan {
 }
 
 /// The headers beside the relay's own.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Extras {
     /// Header and slot.
     columns: Vec<(String, usize)>,
@@ -99,7 +128,7 @@ pub(super) struct Extras {
     position: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct CloudEvent {
     source: String,
     /// The slots of the type, and of what stands for it where there is none.
@@ -239,9 +268,7 @@ impl Plan {
             || extras.object.is_some()
             || extras.cloud_event.is_some()
             || extras.position;
-        let plan = Plan {
-            source,
-            label,
+        let shape = Shape {
             slots: Vec::new(),
             names: wanted.names.clone(),
             id,
@@ -249,6 +276,11 @@ impl Plan {
             subject,
             body: Body::of_type(type_id(&table.payload)),
             extras: any.then(|| Box::new(extras)),
+        };
+        let plan = Plan {
+            source,
+            label,
+            shape: Arc::new(shape),
         };
         (plan, wanted)
     }
@@ -259,7 +291,19 @@ impl Plan {
             let found = self.names.iter().position(|wanted| wanted == name);
             found.and_then(|slot| u8::try_from(slot).ok())
         };
-        self.slots = columns.map(|name| slot(name).unwrap_or(UNUSED)).collect();
+        let slots = columns.map(|name| slot(name).unwrap_or(UNUSED)).collect();
+        // nobody shares it before its columns are known
+        if let Some(shape) = Arc::get_mut(&mut self.shape) {
+            shape.slots = slots;
+        }
+    }
+
+    /// Shares the shape of the table before it, where that is the same.
+    pub(super) fn share(&mut self, last: &mut Option<Arc<Shape>>) {
+        match last {
+            Some(last) if *last == self.shape => self.shape = Arc::clone(last),
+            other => *other = Some(Arc::clone(&self.shape)),
+        }
     }
 
     /// The values that take part, of a row that has one for each column.
@@ -287,6 +331,29 @@ impl Plan {
             }),
             _ => Ok(picked),
         }
+    }
+
+    /// What each column of a row is to the event.
+    pub(super) fn roles(&self) -> Vec<Role> {
+        let role = |&slot: &u8| match usize::from(slot) {
+            slot if slot == self.payload => Role::Payload,
+            slot if slot < self.names.len() => Role::Part,
+            _ => Role::Unused,
+        };
+        self.slots.iter().map(role).collect()
+    }
+
+    /// How long the payload was, where it was cut.
+    pub(super) fn cut_payload_len(&self, picked: &[Value<'_>]) -> Option<usize> {
+        match value_at(picked, self.payload) {
+            Value::Cut { len, .. } => Some(len),
+            _ => None,
+        }
+    }
+
+    /// The body is JSON, which is UTF-8 by its standard.
+    pub(super) fn has_json_body(&self) -> bool {
+        self.body == Body::CompactJson
     }
 
     pub(super) fn object(&self) -> Option<usize> {
@@ -347,7 +414,10 @@ impl Plan {
         encode: bool,
         out: &mut Vec<u8>,
     ) -> Result<(), Flaw> {
-        let start = out.len();
+        let many = |_| Flaw {
+            part: Part::Headers,
+            problem: ValueProblem::ManyHeaders,
+        };
         let mut lines = Lines::new(out, encode, extras.cloud_event.is_some());
         if let Some(event) = &extras.cloud_event {
             lines.add_attribute("ce-specversion", "1.0");
@@ -371,9 +441,12 @@ impl Plan {
             lines.add_plain(COMMIT_TIME, format_args!("{}", time(place.commit_time_us)));
             lines.add_plain(TRANSACTION, format_args!("{}", place.xid));
         }
-        let bad = |NotPlain { name }| Flaw {
-            part: Part::Header(name),
-            problem: ValueProblem::BadHeader,
+        let bad = |error| match error {
+            LineError::NotPlain { name } => Flaw {
+                part: Part::Header(name),
+                problem: ValueProblem::BadHeader,
+            },
+            LineError::Full => many(Full),
         };
         for (name, slot) in &extras.columns {
             if value_at(picked, *slot) != Value::Null {
@@ -387,21 +460,14 @@ impl Plan {
             lines
                 .add_object(object, |name| extras.gives(name))
                 .map_err(|error| match error {
-                    ObjectError::NotPlain(error) => bad(error),
+                    ObjectError::Line(error) => bad(error),
                     ObjectError::NoObject => Flaw {
                         part: Part::Slot(slot),
                         problem: ValueProblem::NoObject,
                     },
                 })?;
         }
-        lines.finish();
-        if out.len() - start > header::MAX_LEN {
-            return Err(Flaw {
-                part: Part::Headers,
-                problem: ValueProblem::ManyHeaders,
-            });
-        }
-        Ok(())
+        lines.finish().map_err(many)
     }
 }
 
@@ -446,20 +512,38 @@ fn text(value: Value<'_>) -> Result<&str, ValueProblem> {
         Value::Null => Err(ValueProblem::Null),
         Value::UnchangedToast => Err(ValueProblem::UnchangedToast),
         Value::Binary(_) => Err(ValueProblem::Binary),
+        Value::Cut { .. } => Err(ValueProblem::TooLarge),
+        Value::Undecodable(_) => Err(ValueProblem::NoEquivalent),
     }
 }
 
 fn write_body(payload: Value<'_>, body: Body, out: &mut Vec<u8>) -> Result<(), ValueProblem> {
-    match (payload, body) {
-        (Value::Text(bytes), Body::CompactJson) => json::compact_into(bytes, out),
-        (Value::Text(bytes), Body::RawBytes) => {
-            decode_bytea(bytes, out).ok_or(ValueProblem::NotBytea)?;
+    match payload {
+        Value::Text(bytes) => write_text(bytes, body, out),
+        Value::Null if body == Body::CompactJson => {
+            out.extend_from_slice(b"null");
+            Ok(())
         }
-        (Value::Text(bytes), Body::Text) => out.extend_from_slice(bytes),
-        (Value::Null, Body::CompactJson) => out.extend_from_slice(b"null"),
-        (Value::Null, Body::RawBytes | Body::Text) => {}
-        (Value::UnchangedToast, _) => return Err(ValueProblem::UnchangedToast),
-        (Value::Binary(_), _) => return Err(ValueProblem::Binary),
+        Value::Null => Ok(()),
+        Value::UnchangedToast => Err(ValueProblem::UnchangedToast),
+        Value::Binary(_) => Err(ValueProblem::Binary),
+        // where it is parked, what there is of it goes with it
+        Value::Cut { kept, .. } => {
+            let _ = write_text(kept, body, out);
+            Err(ValueProblem::TooLarge)
+        }
+        Value::Undecodable(bytes) => {
+            out.extend_from_slice(bytes);
+            Err(ValueProblem::NoEquivalent)
+        }
+    }
+}
+
+fn write_text(bytes: &[u8], body: Body, out: &mut Vec<u8>) -> Result<(), ValueProblem> {
+    match body {
+        Body::CompactJson => json::compact_into(bytes, out),
+        Body::RawBytes => decode_bytea(bytes, out).ok_or(ValueProblem::NotBytea)?,
+        Body::Text => out.extend_from_slice(bytes),
     }
     Ok(())
 }

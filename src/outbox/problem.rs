@@ -106,6 +106,10 @@ pub enum ValueProblem {
     ManyHeaders,
     /// It is a message, and no JSON object.
     Malformed,
+    /// With it the event is larger than the relay takes; see [`super::large`].
+    TooLarge,
+    /// It is in the database's encoding, and has a byte that stands for no character.
+    NoEquivalent,
 }
 
 impl fmt::Display for MapError {
@@ -184,7 +188,9 @@ impl ValueProblem {
             | ValueProblem::BadSubject
             | ValueProblem::BadHeader
             | ValueProblem::ManyHeaders
-            | ValueProblem::Malformed => true,
+            | ValueProblem::Malformed
+            | ValueProblem::TooLarge
+            | ValueProblem::NoEquivalent => true,
             ValueProblem::UnchangedToast | ValueProblem::Binary | ValueProblem::NotBytea => false,
         }
     }
@@ -205,6 +211,10 @@ impl ValueProblem {
             ValueProblem::BadHeader => "--on-bad-header encode would let it through",
             ValueProblem::ManyHeaders => "put what is large into the payload",
             ValueProblem::Malformed => "emit it with the function outbox_publish",
+            ValueProblem::TooLarge => "put what is large elsewhere, and its address into the event",
+            ValueProblem::NoEquivalent => {
+                "move to a database created with ENCODING 'UTF8', or add a CHECK for characters that UTF-8 has"
+            }
         }
     }
 }
@@ -233,6 +243,12 @@ impl fmt::Display for ValueProblem {
                 )
             }
             ValueProblem::Malformed => f.write_str("is no JSON object in UTF-8"),
+            ValueProblem::TooLarge => f.write_str(
+                "makes the event larger than the relay takes: 4 times the max_payload of the NATS server",
+            ),
+            ValueProblem::NoEquivalent => {
+                f.write_str("has a byte without an equivalent in UTF-8, by the database's encoding")
+            }
         }
     }
 }

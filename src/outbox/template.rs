@@ -227,13 +227,13 @@ impl Template {
 }
 
 /// A template whose columns are found in the rows of one table.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
     pieces: Vec<Piece>,
     max_value_len: usize,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Piece {
     Text(String),
     Value { slot: usize, lower: bool },

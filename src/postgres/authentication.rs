@@ -5,6 +5,7 @@
 
 use super::conninfo::{AuthMethod, ChannelBindingMode};
 use super::error::{AuthError, Error};
+use super::limits::MAX_SCRAM_ITERATIONS;
 use bytes::BytesMut;
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::md5_hash;
@@ -74,6 +75,7 @@ impl Authentication<'_> {
                 let Progress::Scram { scram, .. } = &mut self.progress else {
                     return Err(out_of_turn());
                 };
+                check_iterations(body.data())?;
                 scram.update(body.data()).map_err(scram_failed)?;
                 frontend::sasl_response(scram.message(), out).map_err(scram_failed)?;
             }
@@ -169,6 +171,20 @@ impl Authentication<'_> {
             return Err(no_binding("the server let us in without it"));
         }
         Ok(())
+    }
+}
+
+/// The server's first message of SCRAM, `r=…,s=…,i=4096`, says how often the password is hashed. (RFC 5802, section 5.1.)
+fn check_iterations(message: &[u8]) -> Result<(), Error> {
+    let mut attributes = message.split(|byte| *byte == b',');
+    let count = attributes.find_map(|attribute| attribute.strip_prefix(b"i="));
+    let count = count.and_then(|digits| std::str::from_utf8(digits).ok()?.parse::<u32>().ok());
+    match count {
+        Some(count) if count > MAX_SCRAM_ITERATIONS => {
+            Err(Error::Auth(AuthError::ManyIterations(count)))
+        }
+        // what is no number the library refuses
+        _ => Ok(()),
     }
 }
 

@@ -31,11 +31,6 @@ pub enum ReadError {
         /// How much of the message was searched, in bytes.
         have: usize,
     },
-    /// The string is not UTF-8, although the session's client encoding is.
-    InvalidUtf8 {
-        /// The field.
-        what: &'static str,
-    },
     /// A length or a count is below zero.
     BadCount {
         /// The field.
@@ -113,15 +108,23 @@ impl<'a> ByteReader<'a> {
         Ok(taken)
     }
 
-    /// The text up to the next NUL, which is read too.
-    pub fn string(&mut self, what: &'static str) -> Result<&'a str, ReadError> {
+    /// The text up to the next NUL, which is read too, in the session's encoding.
+    pub fn string(&mut self, what: &'static str) -> Result<&'a [u8], ReadError> {
         let mut parts = self.rest.splitn(2, |&byte| byte == 0);
         let (Some(text), Some(rest)) = (parts.next(), parts.next()) else {
             let have = self.rest.len();
             return Err(ReadError::UnterminatedString { what, have });
         };
         self.rest = rest;
-        std::str::from_utf8(text).map_err(|_| ReadError::InvalidUtf8 { what })
+        Ok(text)
+    }
+
+    /// What precedes the next NUL, which is read too; all that is left where there is none.
+    pub fn bytes_to_nul(&mut self) -> &'a [u8] {
+        let mut parts = self.rest.splitn(2, |&byte| byte == 0);
+        let taken = parts.next().unwrap_or_default();
+        self.rest = parts.next().unwrap_or_default();
+        taken
     }
 
     /// What `read` reads, as it stands in the message.
@@ -168,7 +171,6 @@ impl fmt::Display for ReadError {
             ReadError::UnterminatedString { what, have } => {
                 write!(f, "{what} has no terminator in the {have} bytes left")
             }
-            ReadError::InvalidUtf8 { what } => write!(f, "{what} is not UTF-8"),
             ReadError::BadCount { what, value } => write!(f, "{what} is {value}"),
             ReadError::UnknownByte { what, byte } => {
                 write!(
@@ -195,7 +197,7 @@ mod tests {
         assert_eq!(reader.count16("b"), Ok(2));
         assert_eq!(reader.count32("c"), Ok(3));
         assert_eq!(reader.i32("d"), Ok(-2));
-        assert_eq!(reader.string("e"), Ok("name"));
+        assert_eq!(reader.string("e"), Ok(&b"name"[..]));
         assert_eq!(reader.end(), Err(ReadError::TrailingBytes { left: 4 }));
         assert_eq!(reader.bytes("f", 4), Ok(&b"rest"[..]));
         assert_eq!(reader.end(), Ok(()));
@@ -219,7 +221,6 @@ mod tests {
             reader(b"abc").string("name"),
             "name has no terminator in the 3 bytes left",
         );
-        check(reader(b"\xff\0").string("name"), "name is not UTF-8");
         check(reader(b"\xff\xfe").count16("columns"), "columns is -2");
         check(
             reader(b"\x80\0\0\0").count32("length"),

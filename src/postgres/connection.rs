@@ -6,13 +6,17 @@
 
 use super::authentication::{Authentication, Progress};
 use super::conninfo::{Address, ConnInfo, Host, SslMode, TargetSessionAttrs};
+use super::encoding::Encoding;
 use super::error::{Error, ServerError};
 use super::frames::{Frame, FrameBuffer};
-use super::limits::{CONNECT_TIMEOUT, MAX_MESSAGE_BYTES, MAX_RESULT_BYTES, REQUEST_TIMEOUT};
+use super::limits::{
+    CONNECT_TIMEOUT, MAX_NOTICES, MAX_RESULT_BYTES, MAX_SETTING_BYTES, MAX_SETTINGS,
+    REQUEST_TIMEOUT,
+};
 use super::stream::{Deadlined, Stream};
 use super::{passfile, tls};
 use crate::lookup;
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::message::backend::{DataRowBody, Message};
 use postgres_protocol::message::frontend;
@@ -66,6 +70,8 @@ pub struct Connection {
     parameters: BTreeMap<String, String>,
     backend_pid: i32,
     peer: String,
+    notices: u32,
+    encoding: Encoding,
 }
 
 impl Connection {
@@ -123,6 +129,13 @@ impl Connection {
                 Err(Error::Closed { .. }) if failure.is_some() => break,
                 frame => frame?,
             };
+            if frame.tag == b'E' {
+                failure = Some(self.server_error(frame));
+                continue;
+            }
+            if self.take_asynchronous(frame) {
+                continue;
+            }
             match self.parse(frame)? {
                 Message::DataRow(row) => {
                     bytes += row.buffer().len();
@@ -131,22 +144,30 @@ impl Connection {
                             "a query's result of more than {MAX_RESULT_BYTES} bytes"
                         )));
                     }
-                    rows.push(columns(&row)?);
-                }
-                Message::ErrorResponse(body) => {
-                    failure = Some(ServerError::from_fields(body.fields())?);
+                    rows.push(columns(&row, &self.encoding)?);
                 }
                 Message::ReadyForQuery(_) => break,
                 Message::RowDescription(_)
                 | Message::CommandComplete(_)
                 | Message::EmptyQueryResponse => {}
-                other => self.handle_asynchronous(other, doing)?,
+                _ => return Err(out_of_turn(doing)),
             }
         }
-        match failure {
-            Some(error) => Err(Error::Server(Box::new(error))),
-            None => Ok(rows),
+        failure.map_or(Ok(rows), Err)
+    }
+
+    /// From now on text comes in the encoding of the database, where that is one that we can read, so that no name and no row
+    /// can be refused for what it holds. How the text of the session's stream is to be read from now on.
+    pub fn use_database_encoding(&mut self) -> Result<Encoding, Error> {
+        let name = self.parameter("server_encoding").unwrap_or_default();
+        match Encoding::of_database(name) {
+            Some(Encoding::Utf8) | None => {}
+            Some(encoding) => {
+                self.simple_query("SET client_encoding TO 'SQL_ASCII'")?;
+                self.encoding = encoding;
+            }
         }
+        Ok(self.encoding.clone())
     }
 
     /// A setting that the server has reported, like `server_version` or `in_hot_standby`.
@@ -182,9 +203,16 @@ impl Connection {
     }
 
     pub(super) fn send_query(&mut self, sql: &str, deadline: &Deadline) -> Result<(), Error> {
-        let mut message = BytesMut::new();
-        frontend::query(sql, &mut message)
-            .map_err(|source| Error::from_io(deadline.doing, deadline.length, source))?;
+        let sql = self.encoding.encode(sql);
+        let len = i32::try_from(sql.len() + size_of::<i32>() + 1);
+        let Some(len) = len.ok().filter(|_| !sql.contains(&0)) else {
+            return Err(deadline.error(std::io::ErrorKind::InvalidInput.into()));
+        };
+        let mut message = BytesMut::with_capacity(sql.len() + 6);
+        message.put_u8(b'Q');
+        message.put_i32(len);
+        message.put_slice(&sql);
+        message.put_u8(0);
         self.send(&message, deadline)
     }
 
@@ -194,58 +222,85 @@ impl Connection {
             .map_err(|source| deadline.error(source))
     }
 
-    /// The next message, whole.
+    /// The next message, whole unless it is one that is cut.
     pub(super) fn read_frame(&mut self, deadline: &Deadline) -> Result<Frame, Error> {
         loop {
             if let Some(frame) = self.frames.take()? {
                 return Ok(frame);
             }
-            self.stream
-                .read(self.frames.space(), Some(deadline.end))
-                .map_err(|source| deadline.error(source))
-                .and_then(|count| match count {
-                    0 => Err(Error::Closed {
-                        doing: deadline.doing,
-                    }),
-                    count => {
-                        self.frames.received(count);
-                        Ok(())
-                    }
-                })?;
+            self.receive(Some(deadline))?;
         }
     }
 
-    pub(super) fn parse(&self, frame: Frame) -> Result<Message, Error> {
+    /// Receives what there is, at least one byte. Without a deadline it waits for ever.
+    pub(super) fn receive(&mut self, deadline: Option<&Deadline>) -> Result<(), Error> {
+        let doing = deadline.map_or("read the replication stream", |deadline| deadline.doing);
+        let length = deadline.map_or(Duration::ZERO, |deadline| deadline.length);
+        let end = deadline.map(|deadline| deadline.end);
+        let received = self.stream.read(self.frames.space(), end);
+        match received.map_err(|source| Error::from_io(doing, length, source))? {
+            0 => Err(Error::Closed { doing }),
+            count => {
+                self.frames.received(count);
+                Ok(())
+            }
+        }
+    }
+
+    fn parse(&self, frame: Frame) -> Result<Message, Error> {
         parse_message(self.frames.message(frame))
     }
 
-    /// What the server may send at any time.
-    pub(super) fn handle_asynchronous(
-        &mut self,
-        message: Message,
-        doing: &'static str,
-    ) -> Result<(), Error> {
-        match message {
-            Message::ParameterStatus(body) => {
-                let text = |value: std::io::Result<&str>| {
-                    value
-                        .map(str::to_string)
-                        .map_err(|_| Error::Protocol("a setting that is not UTF-8".into()))
-                };
-                self.parameters
-                    .insert(text(body.name())?, text(body.value())?);
-                Ok(())
-            }
-            Message::NoticeResponse(body) => {
-                log_notice(&ServerError::from_fields(body.fields())?);
-                Ok(())
-            }
-            Message::NotificationResponse(_) => Ok(()),
-            _ => Err(Error::Protocol(format!(
-                "a message out of turn, to {doing}"
-            ))),
+    /// An ErrorResponse.
+    pub(super) fn server_error(&self, frame: Frame) -> Error {
+        match ServerError::from_body(self.frames.body(frame)) {
+            Ok(error) => Error::Server(Box::new(error)),
+            Err(error) => error,
         }
     }
+
+    /// Takes what the server may send at any time; `false`: it is something else.
+    pub(super) fn take_asynchronous(&mut self, frame: Frame) -> bool {
+        match frame.tag {
+            b'S' => {
+                let mut words = self.frames.body(frame).splitn(3, |byte| *byte == 0);
+                let text = |word: &[u8]| std::str::from_utf8(word).ok().map(str::to_string);
+                // one that is cut has no third word
+                if let (Some(name), Some(value), Some(_)) =
+                    (words.next(), words.next(), words.next())
+                    && let (Some(name), Some(value)) = (text(name), text(value))
+                {
+                    self.set_parameter(name, value);
+                }
+                true
+            }
+            b'N' => {
+                self.notices = self.notices.saturating_add(1);
+                if let Ok(notice) = ServerError::from_body(self.frames.body(frame))
+                    && self.notices <= MAX_NOTICES
+                {
+                    log_notice(&notice);
+                }
+                true
+            }
+            // a notification
+            b'A' => true,
+            _ => false,
+        }
+    }
+
+    /// Of the settings that the server reports, what a server of Postgres' has need of.
+    fn set_parameter(&mut self, name: String, value: String) {
+        // what it was before it is no more
+        self.parameters.remove(&name);
+        if name.len() + value.len() <= MAX_SETTING_BYTES && self.parameters.len() < MAX_SETTINGS {
+            self.parameters.insert(name, value);
+        }
+    }
+}
+
+fn out_of_turn(doing: &'static str) -> Error {
+    Error::Protocol(format!("a message out of turn, to {doing}"))
 }
 
 impl std::fmt::Debug for Connection {
@@ -309,7 +364,7 @@ impl Deadline {
 }
 
 /// One message; `CopyBothResponse`, which the library does not know, must have been taken out before.
-pub(super) fn parse_message(bytes: &[u8]) -> Result<Message, Error> {
+fn parse_message(bytes: &[u8]) -> Result<Message, Error> {
     match Message::parse(&mut BytesMut::from(bytes)) {
         Ok(Some(message)) => Ok(message),
         Ok(None) => Err(Error::Protocol("an incomplete message".into())),
@@ -317,14 +372,13 @@ pub(super) fn parse_message(bytes: &[u8]) -> Result<Message, Error> {
     }
 }
 
-fn columns(row: &DataRowBody) -> Result<Vec<Option<String>>, Error> {
+fn columns(row: &DataRowBody, encoding: &Encoding) -> Result<Vec<Option<String>>, Error> {
     let malformed = || Error::Protocol("a malformed row".into());
     let text = |range: Option<std::ops::Range<usize>>| match range {
         None => Ok(None),
         Some(range) => {
             let bytes = row.buffer().get(range).ok_or_else(malformed)?;
-            let text = std::str::from_utf8(bytes).map_err(|_| malformed())?;
-            Ok(Some(text.to_string()))
+            Ok(Some(encoding.decode_name(bytes).into_owned()))
         }
     };
     let ranges: Vec<_> = row.ranges().collect().map_err(|_| malformed())?;
@@ -510,10 +564,12 @@ fn start_session(
     };
     let mut connection = Connection {
         stream: Arc::new(stream),
-        frames: FrameBuffer::new(MAX_MESSAGE_BYTES),
+        frames: FrameBuffer::new(),
         parameters: BTreeMap::new(),
         backend_pid: 0,
         peer: host.to_string(),
+        notices: 0,
+        encoding: Encoding::Utf8,
     };
     let password = match &info.password {
         Some(password) => Some(password.clone()),
@@ -658,11 +714,14 @@ impl Connection {
         let mut authenticated = false;
         loop {
             let frame = self.read_frame(deadline)?;
+            match frame.tag {
+                b'E' => return Err(self.server_error(frame)),
+                // who has not been authenticated fills no map and no log
+                b'N' if !authenticated => continue,
+                _ if authenticated && self.take_asynchronous(frame) => continue,
+                _ => {}
+            }
             match self.parse(frame)? {
-                Message::ErrorResponse(body) => {
-                    let error = ServerError::from_fields(body.fields())?;
-                    return Err(Error::Server(Box::new(error)));
-                }
                 message if frame.tag == b'R' && !authenticated => {
                     out.clear();
                     authenticated = authentication.answer(&message, &mut out)?;
@@ -672,9 +731,7 @@ impl Connection {
                     self.backend_pid = body.process_id();
                 }
                 Message::ReadyForQuery(_) if authenticated => return Ok(()),
-                // who has not been authenticated fills no map and no log
-                Message::NoticeResponse(_) if !authenticated => {}
-                message if authenticated => self.handle_asynchronous(message, deadline.doing)?,
+                _ if authenticated => return Err(out_of_turn(deadline.doing)),
                 _ => return Err(Error::Protocol("a message before authentication".into())),
             }
         }

@@ -2,9 +2,11 @@
 //!
 //! Fields of a server's error: <https://www.postgresql.org/docs/current/protocol-error-fields.html>.
 
+use super::Lsn;
+use super::byte_reader::ByteReader;
 use super::conninfo::TargetSessionAttrs;
-use fallible_iterator::FallibleIterator;
-use postgres_protocol::message::backend::ErrorFields;
+use super::limits::{MAX_FIELD_BYTES, MAX_SCRAM_ITERATIONS};
+use super::sqlstate::{self, Meaning};
 use std::fmt;
 use std::io;
 use std::time::Duration;
@@ -79,12 +81,7 @@ impl Error {
             Error::Auth(_) => true,
             Error::Tls { lasting, .. } => *lasting,
             error if error.is_of_a_pooler() => true,
-            // invalid authorization or password, no such database, no privilege, no such object, object not
-            // in the state (slot lost, wal_level too low), feature not supported, syntax
-            error => matches!(
-                error.sqlstate(),
-                Some("28000" | "28P01" | "3D000" | "42501" | "42704" | "55000" | "0A000" | "42601")
-            ),
+            error => error.meaning() == Some(Meaning::Configuration),
         }
     }
 
@@ -97,6 +94,21 @@ impl Error {
                 "42601" => true,
                 _ => false,
             })
+    }
+
+    /// A walsender raised it over a message, by its context: `in the message callback`.
+    pub fn is_of_message(&self) -> bool {
+        let context = self.server().and_then(|error| error.context.as_deref());
+        context.is_some_and(|context| {
+            context
+                .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                .any(|word| word == "message")
+        })
+    }
+
+    /// What the server's error means, by its SQLSTATE.
+    pub fn meaning(&self) -> Option<Meaning> {
+        self.sqlstate().map(sqlstate::meaning)
     }
 
     /// What to do about what is lasting, where the error does not say it and it does not depend on what was wanted.
@@ -206,26 +218,58 @@ pub struct ServerError {
     pub detail: Option<String>,
     /// What to do about it.
     pub hint: Option<String>,
+    /// What the server was doing.
+    pub context: Option<String>,
 }
 
 impl ServerError {
-    /// Text that is not UTF-8 (before authentication the server may speak its own encoding) is replaced.
-    pub(super) fn from_fields(mut fields: ErrorFields<'_>) -> Result<ServerError, Error> {
+    /// Reads the fields, of a message that may have been cut. Text that is not UTF-8 (before authentication the server may
+    /// speak its own encoding) is replaced, and what is too long to be of help is left out.
+    pub(super) fn from_body(body: &[u8]) -> Result<ServerError, Error> {
         let mut error = ServerError::default();
-        let broken = |_| Error::Protocol("malformed error message".into());
-        while let Some(field) = fields.next().map_err(broken)? {
-            let value = String::from_utf8_lossy(field.value_bytes()).into_owned();
-            match field.type_() {
+        let mut reader = ByteReader::new(body);
+        // the last field of one that was cut has no end, and nothing follows it
+        while let Ok(field) = reader.u8("type of a field")
+            && field != 0
+        {
+            let value = text(reader.bytes_to_nul());
+            match field {
                 // 'S' may be translated; 'V' follows it from Postgres 9.6 on
                 b'S' | b'V' => error.severity = value,
                 b'C' => error.code = value,
                 b'M' => error.message = value,
                 b'D' => error.detail = Some(value),
                 b'H' => error.hint = Some(value),
+                b'W' => error.context = Some(value),
                 _ => {}
             }
         }
-        Ok(error)
+        match error.code.is_empty() {
+            true => Err(Error::Protocol("malformed error message".into())),
+            false => Ok(error),
+        }
+    }
+
+    /// Where in the WAL the change is that the server was decoding: a walsender's context ends in `associated LSN 0/16B3748`,
+    /// in whatever language.
+    pub fn associated_lsn(&self) -> Option<Lsn> {
+        let mut lines = self.context.as_deref()?.lines();
+        lines.find_map(|line| {
+            let mut words = line.rsplit(|c: char| !c.is_ascii_hexdigit() && c != '/');
+            words.find_map(|word| word.parse().ok())
+        })
+    }
+}
+
+/// The beginning of a field, for a person.
+fn text(bytes: &[u8]) -> String {
+    match bytes.split_at_checked(MAX_FIELD_BYTES) {
+        None => String::from_utf8_lossy(bytes).into_owned(),
+        Some((kept, _)) => {
+            let kept = String::from_utf8_lossy(kept);
+            // a character that was cut through
+            format!("{}…", kept.trim_end_matches(char::REPLACEMENT_CHARACTER))
+        }
     }
 }
 
@@ -257,6 +301,8 @@ pub enum AuthError {
     NoChannelBinding(&'static str),
     /// The server let us in before it had proven that it knows the password.
     ServerNotProven,
+    /// The server asks for more rounds of SCRAM's hash than anybody should.
+    ManyIterations(u32),
     /// The SCRAM exchange itself failed; also when the server's proof is wrong.
     Scram(io::Error),
 }
@@ -280,6 +326,11 @@ impl fmt::Display for AuthError {
             AuthError::ServerNotProven => {
                 f.write_str("the server ended SCRAM without proving that it knows the password")
             }
+            AuthError::ManyIterations(count) => write!(
+                f,
+                "the server asks for {count} iterations of SCRAM, of at most {MAX_SCRAM_ITERATIONS}; set the user's password \
+                 again with a lower scram_iterations"
+            ),
             AuthError::Scram(source) => write!(f, "SCRAM exchange: {source}"),
         }
     }

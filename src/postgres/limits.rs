@@ -6,19 +6,40 @@ use std::time::Duration;
 /// whoever answers has not yet proven to be our server and must not make us hold more.
 pub(super) const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
-/// Longest message accepted in copy-both: Postgres cannot build a message of more than 1 GiB; the rest is
-/// room for the headers around it.
+/// Longest CopyData message accepted: Postgres cannot build a message of more than 1 GiB; the rest is room for the
+/// headers around it. It is never held whole: see [`super::frames`].
 pub(super) const MAX_COPY_MESSAGE_BYTES: usize = (1 << 30) + (1 << 16);
+
+/// So much of an error, a notice or a reported setting is kept; the rest is passed over as it comes. Whoever can raise
+/// an error chooses how long it is.
+pub(super) const CUT_MESSAGE_BYTES: usize = 16 << 10;
+
+/// Longest field of an error or a notice: more is no help to a person, and it goes to the log.
+pub(super) const MAX_FIELD_BYTES: usize = 2 << 10;
+
+/// So much of a large CopyData message is there when its receiver is asked what to do with it: more than a type, a table's id,
+/// or the longest prefix of a message that a flag can name.
+pub(super) const HEAD_BYTES: usize = 8 << 10;
+
+/// Settings that are kept of those that the server reports (Postgres reports 14), and the longest of them: a role's
+/// `search_path` is reported too, and can be as long as its owner likes.
+pub(super) const MAX_SETTINGS: usize = 64;
+/// See [`MAX_SETTINGS`].
+pub(super) const MAX_SETTING_BYTES: usize = 1 << 10;
+
+/// Notices of one session that go to the log: a trigger on login can raise any number.
+pub(super) const MAX_NOTICES: u32 = 20;
+
+/// Most rounds of SCRAM's hash that a server may ask for before it has proven anything: each costs the client as much as
+/// the server says. Postgres' default is 4096; a million take less than a second.
+pub(super) const MAX_SCRAM_ITERATIONS: u32 = 1_000_000;
 
 /// Most bytes of rows one simple query may answer with: what we ask for is a handful of catalog rows.
 pub(super) const MAX_RESULT_BYTES: usize = 16 << 20;
 
-/// The receive buffer at start: several TLS records, and more than one `recv` yields on a common socket.
+/// The receive buffer: several TLS records, and more than one `recv` yields on a common socket. A CopyData message that is larger
+/// goes through it in pieces; any other lets it grow, to [`MAX_MESSAGE_BYTES`] at most.
 pub(super) const RECEIVE_BUFFER_BYTES: usize = 128 << 10;
-
-/// A receive buffer that grew beyond this for a large message is given back after it; up to this it is
-/// kept, so that a table of large rows does not allocate for each.
-pub(super) const KEEP_BUFFER_BYTES: usize = 1 << 20;
 
 /// Ciphertext read from the socket at once: four full TLS records.
 pub(super) const CIPHERTEXT_BUFFER_BYTES: usize = 64 << 10;

@@ -10,6 +10,7 @@ mod authentication;
 pub mod byte_reader;
 pub mod connection;
 pub mod conninfo;
+pub mod encoding;
 pub mod error;
 mod frames;
 #[cfg(feature = "admin")]
@@ -19,7 +20,9 @@ mod limits;
 pub mod lsn;
 mod passfile;
 pub mod pgoutput;
+pub mod pieces;
 pub mod replication;
+pub mod sqlstate;
 mod stream;
 mod tls;
 

@@ -3,15 +3,15 @@
 //! What the stream carries is `pgoutput`'s business.
 //! Source: <https://www.postgresql.org/docs/current/protocol-replication.html>.
 
-use super::connection::{Connection, Deadline, parse_message, quote_identifier};
+use super::connection::{Connection, Deadline, quote_identifier};
 use super::error::{Error, ServerError};
-use super::frames::{self, Frame, FrameBuffer};
-use super::limits::{MAX_COPY_MESSAGE_BYTES, REQUEST_TIMEOUT, WRITE_TIMEOUT};
+use super::frames::{self, CopyData, Frame};
+use super::limits::{REQUEST_TIMEOUT, WRITE_TIMEOUT};
 use super::lsn::Lsn;
 use super::stream::Stream;
 use bytes::{BufMut, BytesMut};
-use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -74,23 +74,18 @@ pub fn start_replication(
     )?;
     loop {
         let frame = connection.read_frame(&deadline)?;
-        // the library's parser has no CopyBothResponse
-        if frame.tag == b'W' {
-            break;
-        }
-        match connection.parse(frame)? {
-            Message::ErrorResponse(body) => {
-                let error = ServerError::from_fields(body.fields())?;
-                return Err(Error::Server(Box::new(error)));
-            }
-            message => connection.handle_asynchronous(message, deadline.doing)?,
+        match frame.tag {
+            b'W' => break,
+            b'E' => return Err(connection.server_error(frame)),
+            _ if connection.take_asynchronous(frame) => {}
+            tag => return Err(out_of_turn(tag)),
         }
     }
     connection
         .stream
         .wait_for_ever()
         .map_err(|source| deadline.error(source))?;
-    connection.frames.set_max_bytes(MAX_COPY_MESSAGE_BYTES);
+    connection.frames.set_copy_data(CopyData::Pieces);
     let writer = ReplicationWriter {
         stream: connection.stream.clone(),
     };
@@ -121,6 +116,24 @@ pub enum ReplicationMessage<'a> {
         /// The plugin's message.
         data: &'a [u8],
     },
+    /// The beginning of XLogData that is too large to be held: it follows in [`ReplicationMessage::Piece`]s.
+    LargeXLogData {
+        /// As in XLogData.
+        wal_start: Lsn,
+        /// As in XLogData.
+        wal_end: Lsn,
+        /// As in XLogData.
+        server_time_us: i64,
+        /// What is there of the plugin's message, thousands of bytes at least. The first pieces repeat it.
+        head: &'a [u8],
+    },
+    /// More of the plugin's message, as it comes in.
+    Piece {
+        /// Some bytes of it.
+        bytes: &'a [u8],
+        /// With them it is whole.
+        is_last: bool,
+    },
     /// The server is alive.
     PrimaryKeepalive {
         /// Everything that the slot has to send was sent up to here.
@@ -131,7 +144,7 @@ pub enum ReplicationMessage<'a> {
         reply_requested: bool,
     },
     /// A NoticeResponse. Postgres 18 says in one only (55000) that it skips a publication that is missing.
-    Notice(ServerError),
+    Notice(Box<ServerError>),
 }
 
 /// The receiving half of the copy-both stream. The connection lasts until this and all writers are dropped,
@@ -152,24 +165,45 @@ impl ReplicationReader {
 
     /// The next message; waits for it without a deadline of its own. Who owns the writer keeps watch, and
     /// wakes this with [`ReplicationWriter::shutdown`]. `None`: the server has ended the copy.
+    ///
+    /// Nothing that the server sends is held whole beyond the receive buffer: of a large message each call gives what one
+    /// read of the socket held, so that its receiver can look up in between.
     pub fn read(&mut self) -> Result<Option<ReplicationMessage<'_>>, Error> {
-        let Some(frame) = self.next_copy_frame()? else {
-            return Ok(None);
-        };
-        let frames = &self.connection.frames;
-        match frame.tag {
-            b'd' => decode(frames.body(frame)).map(Some),
-            _ => match parse_message(frames.message(frame))? {
-                Message::NoticeResponse(body) => {
-                    let notice = ServerError::from_fields(body.fields())?;
-                    Ok(Some(ReplicationMessage::Notice(notice)))
-                }
-                _ => Err(out_of_turn(frame.tag)),
-            },
+        match self.next()? {
+            None => Ok(None),
+            Some(Next::Data(frame)) => decode(self.connection.frames.body(frame)).map(Some),
+            Some(Next::Notice(frame)) => {
+                let notice = ServerError::from_body(self.connection.frames.body(frame))?;
+                Ok(Some(ReplicationMessage::Notice(Box::new(notice))))
+            }
+            Some(Next::Large) => {
+                let ReplicationMessage::XLogData {
+                    wal_start,
+                    wal_end,
+                    server_time_us,
+                    ..
+                } = decode(self.connection.frames.peek())?
+                else {
+                    return Err(Error::Protocol(
+                        "a replication message of a kind that is never so large".into(),
+                    ));
+                };
+                self.connection.frames.advance(XLOG_HEADER_BYTES);
+                Ok(Some(ReplicationMessage::LargeXLogData {
+                    wal_start,
+                    wal_end,
+                    server_time_us,
+                    head: self.connection.frames.peek(),
+                }))
+            }
+            Some(Next::Piece(range, is_last)) => Ok(Some(ReplicationMessage::Piece {
+                bytes: self.connection.frames.bytes(range),
+                is_last,
+            })),
         }
     }
 
-    /// A whole message was received already, so that `read` will not wait. (Over TLS there may be one
+    /// A message, or a piece of one, was received already, so that `read` will not wait. (Over TLS there may be one
     /// although this says no.)
     pub fn has_buffered(&self) -> bool {
         self.connection.frames.has_frame()
@@ -185,7 +219,13 @@ impl ReplicationReader {
     }
 
     fn drain(&mut self, deadline: &Deadline) -> Result<(), Error> {
+        self.connection.frames.set_copy_data(CopyData::Cut);
         loop {
+            while self.connection.frames.piece().is_some() {}
+            if self.connection.frames.is_in_large() {
+                self.connection.receive(Some(deadline))?;
+                continue;
+            }
             let frame = match self.connection.read_frame(deadline) {
                 // a server that shuts down ends the copy and is gone
                 Err(Error::Closed { .. }) if self.ended => return Ok(()),
@@ -195,32 +235,36 @@ impl ReplicationReader {
                 b'Z' => return Ok(()),
                 b'c' | b'C' => self.ended = true,
                 b'd' | b'N' | b'S' => {}
-                b'E' => return Err(server_error(&self.connection.frames, frame)),
+                b'E' => return Err(self.connection.server_error(frame)),
                 tag => return Err(out_of_turn(tag)),
             }
         }
     }
 
-    /// Data or a notice; `None` once the copy has ended.
-    fn next_copy_frame(&mut self) -> Result<Option<Frame>, Error> {
-        let doing = "read the replication stream";
-        let Connection { stream, frames, .. } = &mut self.connection;
+    /// What there is to be read next; `None` once the copy has ended.
+    fn next(&mut self) -> Result<Option<Next>, Error> {
         while !self.ended {
-            let Some(frame) = frames.take()? else {
-                let received = stream
-                    .read(frames.space(), None)
-                    .map_err(|source| Error::from_io(doing, Duration::ZERO, source))?;
-                if received == 0 {
-                    return Err(Error::Closed { doing });
+            let connection = &mut self.connection;
+            if connection.frames.is_in_large() {
+                match connection.frames.piece() {
+                    Some((range, is_last)) => return Ok(Some(Next::Piece(range, is_last))),
+                    None => connection.receive(None)?,
                 }
-                frames.received(received);
+                continue;
+            }
+            let Some(frame) = connection.frames.take()? else {
+                match connection.frames.begin_large()? {
+                    Some(_) => return Ok(Some(Next::Large)),
+                    None => connection.receive(None)?,
+                }
                 continue;
             };
             match frame.tag {
-                b'd' | b'N' => return Ok(Some(frame)),
+                b'd' => return Ok(Some(Next::Data(frame))),
+                b'N' => return Ok(Some(Next::Notice(frame))),
                 // a server that shuts down completes the command without CopyDone
                 b'c' | b'C' => self.ended = true,
-                b'E' => return Err(server_error(frames, frame)),
+                b'E' => return Err(self.connection.server_error(frame)),
                 // a setting changed
                 b'S' => {}
                 tag => return Err(out_of_turn(tag)),
@@ -230,6 +274,15 @@ impl ReplicationReader {
     }
 }
 
+/// What was taken off the stream.
+enum Next {
+    Data(Frame),
+    Notice(Frame),
+    /// A large message begins.
+    Large,
+    Piece(Range<usize>, bool),
+}
+
 fn out_of_turn(tag: u8) -> Error {
     Error::Protocol(format!(
         "message {} in the replication stream",
@@ -237,16 +290,8 @@ fn out_of_turn(tag: u8) -> Error {
     ))
 }
 
-fn server_error(frames: &FrameBuffer, frame: Frame) -> Error {
-    let parsed = parse_message(frames.message(frame)).and_then(|message| match message {
-        Message::ErrorResponse(body) => ServerError::from_fields(body.fields()),
-        _ => Err(out_of_turn(frame.tag)),
-    });
-    match parsed {
-        Ok(error) => Error::Server(Box::new(error)),
-        Err(error) => error,
-    }
-}
+/// What precedes the plugin's message in XLogData: its kind, two LSNs and a time.
+const XLOG_HEADER_BYTES: usize = 25;
 
 /// The inside of a CopyData message.
 fn decode(body: &[u8]) -> Result<ReplicationMessage<'_>, Error> {

@@ -355,7 +355,9 @@ impl Connector<'_> {
     ) -> Result<(), Error> {
         let timeout = self.config.nats.request_timeout;
         let now = Instant::now();
-        let write = store.claim(core.cut_to_record(), fell_back, confirmed_lsn, now);
+        let cut = core.cut_to_record();
+        let end = |name: &str| core.end_of(name);
+        let write = store.claim(cut, fell_back, end, confirmed_lsn, now);
         let subject = store.subject(self.lineage.source.system_id);
         let ack = kv::write(link, &subject, &write, timeout)
             .map_err(|error| no_checkpoint(store.bucket(), error))?;

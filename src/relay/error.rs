@@ -4,7 +4,6 @@ use super::core::capacity::TooLarge;
 use super::core::resume::Lost;
 use super::core::trouble::Halt;
 use super::preflight::Finding;
-use super::publication::Narrowed;
 use crate::exit::Exit;
 use crate::jetstream;
 use crate::jetstream::ack::AckError;
@@ -63,13 +62,6 @@ pub enum Error {
         /// The slot; empty until it is known.
         slot: String,
     },
-    /// The publication publishes less than before.
-    Narrowed {
-        /// Its name.
-        publication: String,
-        /// What it lacks.
-        narrowed: Narrowed,
-    },
     /// pgoutput sent what cannot be read.
     Decode {
         /// Why.
@@ -86,6 +78,8 @@ pub enum Error {
     },
     /// Postgres sent an event at this position after a later one.
     OutOfOrder(Position),
+    /// Postgres cannot decode what is in its WAL.
+    Undecodable(Box<Undecodable>),
     /// A row cannot become an event.
     Map {
         /// Why.
@@ -143,6 +137,23 @@ pub enum Error {
     Overtaken,
 }
 
+/// What Postgres cannot decode, and where it is.
+#[derive(Debug)]
+pub struct Undecodable {
+    /// What it says.
+    pub error: postgres::Error,
+    /// Where the change is that it was at, if it says so.
+    pub at: Option<Lsn>,
+    /// The commit of the transaction that it was sending.
+    pub commit_lsn: Option<Lsn>,
+    /// Everything up to here had arrived.
+    pub reached: Lsn,
+    /// No other session can pass it either.
+    pub is_for_good: bool,
+    /// The slot that it came from; empty until it is known.
+    pub slot: String,
+}
+
 /// What follows a session's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -165,8 +176,10 @@ impl Error {
 
     /// The same, knowing the slot that is to be moved.
     pub fn of_slot(mut self, name: String) -> Error {
-        if let Error::Map { slot, .. } | Error::PublicationSkipped { slot, .. } = &mut self {
-            *slot = name;
+        match &mut self {
+            Error::Map { slot, .. } | Error::PublicationSkipped { slot, .. } => *slot = name,
+            Error::Undecodable(undecodable) => undecodable.slot = name,
+            _ => {}
         }
         self
     }
@@ -191,9 +204,12 @@ impl Error {
             | Error::NoCheckpoint { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
-            | Error::Narrowed { .. }
             | Error::Conflict { .. } => Verdict::Exit(Exit::Configuration),
             Error::GaveUp(_) => Verdict::Exit(Exit::Unavailable),
+            Error::Undecodable(undecodable) => match undecodable.is_for_good {
+                true => Verdict::Exit(Exit::Data),
+                false => Verdict::Retry,
+            },
             Error::Map { .. }
             | Error::TooLarge { .. }
             | Error::Refused { .. }
@@ -273,37 +289,21 @@ impl fmt::Display for Error {
                  SELECT pg_replication_slot_advance({}, pg_current_wal_lsn()); and then pass -resume-anyway once",
                 quote_literal(slot)
             ),
-            Error::Narrowed {
-                publication,
-                narrowed: narrowed @ Narrowed::Renamed { .. },
-            } => write!(
-                f,
-                "check the publication: {publication} {narrowed}; name both in -table (rows written before the change come under \
-                 the old name), and compare the table with the stream: a relay that ran meanwhile may have passed rows over. If \
-                 nothing under the name that is missing there matters, pass -resume-anyway once"
-            ),
-            Error::Narrowed {
-                publication,
-                narrowed,
-            } => write!(
-                f,
-                "check the publication: {publication} {narrowed}; rows that were committed since may be missing, and the slot \
-                 cannot send them: Postgres reads its log with the publication of that time. Put it back, compare the table with \
-                 the stream, publish what is missing, and pass -resume-anyway once to go on"
-            ),
             Error::Decode { error, at } => {
                 write!(f, "decode the pgoutput message at {at}: {error}")
             }
             Error::OutOfPlace { message, at } => {
                 write!(
                     f,
-                    "read the replication stream: a {message} message at {at} outside of a transaction"
+                    "read the replication stream: a {message} message at {at}, where none can be: see what stands between the \
+                     relay and Postgres"
                 )
             }
             Error::OutOfOrder(position) => write!(
                 f,
                 "read the replication stream: the event at {position} comes after a later one, which Postgres never sends"
             ),
+            Error::Undecodable(undecodable) => write!(f, "{undecodable}"),
             Error::Map { error, slot } => {
                 write!(f, "{error}")?;
                 if let Some(behind) = error.behind() {
@@ -376,10 +376,55 @@ impl fmt::Display for Error {
     }
 }
 
+impl fmt::Display for Undecodable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Undecodable {
+            error,
+            at,
+            commit_lsn,
+            reached,
+            is_for_good,
+            slot,
+        } = self;
+        let place = commit_lsn.or(at.filter(|_| error.is_of_message()));
+        match (commit_lsn, at) {
+            (Some(commit_lsn), _) => write!(
+                f,
+                "decode the transaction that was committed at {commit_lsn}"
+            ),
+            (None, Some(at)) => write!(f, "decode the WAL at {at}"),
+            (None, None) => write!(f, "decode the WAL after {reached}"),
+        }?;
+        write!(f, ": Postgres cannot: {error}")?;
+        if !is_for_good {
+            return Ok(());
+        }
+        f.write_str("; nothing from there on is confirmed, and it will be the same each time: publish this transaction's events otherwise, ")?;
+        let advance = format!(
+            "SELECT pg_replication_slot_advance({}, ",
+            quote_literal(slot)
+        );
+        match place {
+            // what begins before the slot's position is skipped
+            Some(place) => write!(
+                f,
+                "then move the slot past it: {advance}'{}')",
+                Lsn(place.0.saturating_add(1))
+            ),
+            None => write!(
+                f,
+                "then move the slot past its commit, which pg_waldump shows: {advance}'<its LSN>')"
+            ),
+        }?;
+        f.write_str("; and then pass --resume-anyway once")
+    }
+}
+
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Error::Postgres(error) => Some(error),
+            Error::Undecodable(undecodable) => Some(&undecodable.error),
             Error::Nats(error) => Some(error),
             Error::Decode { error, .. } => Some(error),
             Error::Map { error, .. } => Some(error),

@@ -98,8 +98,8 @@ fn work(
 
 /// The last status update of a session, and CopyDone.
 pub fn last(writer: &ReplicationWriter, progress: &Progress) -> Result<(), postgres::Error> {
-    let (write, flush) = progress.status();
-    send(writer, (write, flush, flush), false)?;
+    // once more, whatever was told: the session may have ended before it arrived
+    tell(writer, progress, &mut Lsn::default(), false)?;
     writer.copy_done()
 }
 

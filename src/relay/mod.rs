@@ -2,8 +2,8 @@
 //!
 //! [`session`] connects both sides and starts the three threads: [`reader`], [`publisher`], [`feedback`].
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`]. [`slot`] and
-//! [`connect`] read what each side holds before a start, [`checkpoint`] what an earlier process has left; [`publication`]
-//! sees whether rows are left out.
+//! [`connect`] read what each side holds before a start, [`checkpoint`] what an earlier process has left; [`preflight`]
+//! judges what Postgres holds.
 //! What the outside may know of all this is in [`vitals`], made of [`figure`]s, and in [`slot_wal`].
 //! This file is the one retry loop for sessions; a lost connection to NATS alone is the publisher's.
 
@@ -17,7 +17,6 @@ pub mod outage;
 pub mod pace;
 pub mod preflight;
 pub mod progress;
-pub mod publication;
 pub mod publisher;
 mod pulse;
 pub mod reader;

@@ -4,7 +4,7 @@
 //! confirmable = flush and apply.
 
 use crate::postgres::Lsn;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// The shared positions of one session. They only ever grow.
@@ -19,6 +19,8 @@ pub struct Progress {
     sending_since: AtomicU64,
     /// Nothing more is confirmed.
     held: AtomicBool,
+    /// See [`Progress::max_payload`].
+    max_payload: AtomicUsize,
 }
 
 impl Default for Progress {
@@ -30,6 +32,7 @@ impl Default for Progress {
             reading_since: AtomicU64::new(0),
             sending_since: AtomicU64::new(0),
             held: AtomicBool::new(false),
+            max_payload: AtomicUsize::new(0),
         }
     }
 }
@@ -79,6 +82,16 @@ impl Progress {
     /// Reader: from here it waits for the publisher to take a batch, or no longer does.
     pub fn sending(&self, waiting: bool) {
         self.mark(&self.sending_since, waiting);
+    }
+
+    /// What the NATS server takes at most, as it said last; zero: it has not. It bounds what the reader holds of a row.
+    pub fn max_payload(&self) -> usize {
+        self.max_payload.load(Ordering::Relaxed)
+    }
+
+    /// Publisher: a connection whose server takes so much.
+    pub fn set_max_payload(&self, max_payload: usize) {
+        self.max_payload.store(max_payload, Ordering::Relaxed);
     }
 
     /// So long Postgres has sent no whole message although the reader waits for one.

@@ -146,7 +146,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
-            limits_read: None,
+            limits_read: Some(now),
             record_until: None,
             warned: Tally::default(),
             vitals,
@@ -181,6 +181,7 @@ impl<'a> Publisher<'a> {
         let mut link = link;
         loop {
             self.vitals.nats_is_connected(true);
+            self.progress.set_max_payload(link.max_payload());
             let start = Instant::now();
             let (cause, reason) = match self.serve(&link) {
                 Ok(()) => return Ok(()),
@@ -276,6 +277,13 @@ impl<'a> Publisher<'a> {
     fn lost(&mut self, error: Option<nats::Error>) -> Interrupt {
         if let Some(store) = &mut self.store {
             store.on_disconnect();
+        }
+        if let (Some(nats::Error::Permission { reason }), Core::AtLeastOnce(_)) =
+            (&error, &self.core)
+            && reason.contains("$KV.")
+        {
+            log::warn!("going on without the checkpoint: {reason}");
+            self.store = None;
         }
         let reason = match error {
             Some(error) => error.to_string(),
@@ -563,9 +571,12 @@ impl<'a> Publisher<'a> {
         let Some(event) = self.core.event(token) else {
             return false;
         };
+        // cut to what is taken already, and still not taken
+        let is_cut = event.headers.contains(park::BODY_CUT)
+            && event.id.len() + event.headers.len() + event.body.len()
+                <= self.core.room(event.subject);
         match (event.fate, policy.on_poison) {
-            // cut already, and still not taken
-            (Fate::Park, _) if event.headers.contains(park::BODY_CUT) => false,
+            (Fate::Park, _) if is_cut => false,
             (Fate::Park, _) | (_, OnPoison::Park) => {
                 let subject = &policy.park_subject;
                 let parked = park::parked(&event, subject, cause, self.core.room(subject));

@@ -6,18 +6,22 @@
 //! [`Pace`] lets a little gather first. When the channel is full the reader stands still, the socket fills
 //! up, and Postgres keeps the rest.
 
-use super::error::Error;
+use super::error::{Error, Undecodable};
 use super::feedback::Ask;
 use super::pace::Pace;
 use super::progress::Progress;
 use super::stop::Stop;
 use super::vitals::Vitals;
 use crate::outbox::batch::{Batch, Change};
-use crate::outbox::mapper::{ColumnInfo, Mapper};
+use crate::outbox::large::{LargeContent, LargeRow};
+use crate::outbox::mapper::Mapper;
 use crate::outbox::plan::{Place, Value};
 use crate::outbox::position::Position;
-use crate::postgres::pgoutput::{self, Message, TupleValue};
+use crate::postgres::error::ServerError;
+use crate::postgres::pgoutput::{self, DecodeError, Message, TupleValue};
+use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
+use crate::postgres::sqlstate::Meaning;
 use crate::postgres::{self, Lsn};
 use crossbeam_channel::{SendError, Sender};
 use std::thread;
@@ -33,6 +37,8 @@ const BATCH_CHANGES: usize = 512;
 const STOP_GRACE: Duration = Duration::from_millis(500);
 /// By so much a batch goes beyond `BATCH_BYTES` when its last event is an ordinary one.
 const BATCH_SLACK: usize = 4 * 1024;
+/// One that is larger than this has an event larger than NATS takes by default, and others.
+const LARGE_BATCH_BYTES: usize = (1 << 20) + 2 * BATCH_BYTES;
 /// How many batches may wait for the publisher; a large one counts for several.
 pub const CHANNEL_BATCHES: usize = 4;
 
@@ -67,12 +73,30 @@ pub enum Ended {
     ByServer,
 }
 
-/// Up to 17 Postgres ends the stream when the publication was missing at what it decodes (undefined_object);
-/// from 18 on it says so in a notice, and leaves the rows out.
-fn publication_missing(error: postgres::Error) -> Error {
-    match error.sqlstate() {
-        Some("42704") => Error::publication_skipped(&error),
-        _ => Error::Postgres(error),
+/// What comes of an error while Postgres decodes.
+///
+/// Up to 17 it ends the stream when the publication was missing at what it decodes (undefined_object); from 18 on it says so in a
+/// notice, and leaves the rows out. What a row is to blame for, or returns at the same place, no other session can pass.
+fn while_decoding(
+    error: postgres::Error,
+    transaction: Option<&Transaction>,
+    reached: Lsn,
+) -> Error {
+    if error.sqlstate() == Some("42704") {
+        return Error::publication_skipped(&error);
+    }
+    match error.meaning() {
+        Some(meaning @ (Meaning::Data | Meaning::Unclear)) => {
+            Error::Undecodable(Box::new(Undecodable {
+                at: error.server().and_then(ServerError::associated_lsn),
+                error,
+                commit_lsn: transaction.map(|transaction| transaction.commit_lsn),
+                reached,
+                is_for_good: meaning == Meaning::Data,
+                slot: String::new(),
+            }))
+        }
+        Some(Meaning::Outage | Meaning::Configuration) | None => Error::Postgres(error),
     }
 }
 
@@ -86,17 +110,42 @@ struct Transaction {
 
 impl Transaction {
     /// Where its next event stands.
-    fn next_place(&self) -> Place {
-        Place {
+    fn next_place(&self) -> Result<Place, Error> {
+        let ordinal = self.events.checked_add(1);
+        let ordinal = ordinal.ok_or(Error::Internal("a transaction of more than 2^32 events"))?;
+        Ok(Place {
             position: Position {
                 commit_lsn: self.commit_lsn,
-                ordinal: self.events + 1,
+                ordinal,
             },
             commit_time_us: self.commit_time_us,
             xid: self.xid,
-        }
+        })
     }
 }
+
+/// A message that comes in pieces.
+struct Large {
+    at: Lsn,
+    what: LargePart,
+}
+
+/// What is kept of it.
+enum LargePart {
+    /// Nothing: it is not for us.
+    PassedOver,
+    /// All: a table has at most 1,600 columns.
+    Relation(Vec<u8>),
+    /// The columns that take part in an event.
+    Row(u32, pieces::Row, LargeRow),
+    Content(LargeContent),
+}
+
+/// The longest description of a table: 1,600 names of at most 63 bytes, which the server may have converted.
+const MAX_RELATION_BYTES: usize = 1 << 20;
+/// How long the reader works on one message at most, or on what one read of the socket held. All of it takes time in
+/// proportion to its length.
+const WORK_LIMIT: Duration = Duration::from_secs(20);
 
 /// With room for all it will ever hold, but for large events: one that grows is copied again and again.
 fn empty() -> Batch {
@@ -126,137 +175,280 @@ fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
     }
 }
 
-/// A large batch takes several places in the channel, so that what waits there is bounded in bytes.
+/// A large batch takes several places in the channel, so that what waits there is bounded in bytes. One that is larger than an
+/// event is that NATS takes by default is waited for: the next may be as large.
 fn send(changes: &Sender<Batch>, batch: Batch) -> Result<(), SendError<Batch>> {
-    let places = (batch.len_bytes() / BATCH_BYTES).min(CHANNEL_BATCHES);
+    let bytes = batch.len_bytes();
+    let places = (bytes / BATCH_BYTES).min(CHANNEL_BATCHES);
     for _ in 1..places {
         changes.send(Batch::default())?;
     }
-    changes.send(batch)
+    changes.send(batch)?;
+    if bytes > LARGE_BATCH_BYTES {
+        // all of them are in the channel once it is not
+        for _ in 0..CHANNEL_BATCHES {
+            changes.send(Batch::default())?;
+        }
+    }
+    Ok(())
+}
+
+/// What has been read so far.
+struct State {
+    batch: Batch,
+    transaction: Option<Transaction>,
+    large: Option<Large>,
+    /// The commit of the last transaction that began.
+    last_commit: Lsn,
+    /// Everything up to here has arrived.
+    reached: Lsn,
+    server_wal_end: Lsn,
+    pace: Pace,
+    stopping: Option<Instant>,
 }
 
 impl Reader<'_> {
     /// Reads until the end, which drops the channel to the publisher.
     pub fn run(self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
         let slot = stream.slot().to_string();
-        self.read(stream).map_err(|error| error.of_slot(slot))
+        let vitals = self.vitals;
+        let ended = self.read(stream);
+        vitals.reader.ended();
+        ended.map_err(|error| error.of_slot(slot))
     }
 
     fn read(mut self, stream: &mut ReplicationReader) -> Result<Ended, Error> {
-        let mut batch = empty();
-        let mut transaction: Option<Transaction> = None;
-        let mut reached = Lsn::INVALID;
-        let mut server_wal_end = Lsn::INVALID;
-        let mut pace = Pace::default();
-        let mut stopping: Option<Instant> = None;
+        let mut state = State {
+            batch: empty(),
+            transaction: None,
+            large: None,
+            last_commit: Lsn::INVALID,
+            reached: Lsn::INVALID,
+            server_wal_end: Lsn::INVALID,
+            pace: Pace::default(),
+            stopping: None,
+        };
         loop {
-            if !stream.has_buffered()
-                || batch.len_bytes() >= BATCH_BYTES
-                || batch.changes().len() >= BATCH_CHANGES
-            {
-                if !batch.is_empty() {
-                    end_open(&mut batch, transaction.as_ref());
-                    let unfinished = transaction.as_ref().filter(|it| it.events > 0);
-                    let unfinished = unfinished.map(|it| it.commit_time_us);
-                    self.vitals
-                        .hands_over(reached, self.changes.len(), unfinished);
-                    self.progress.sending(true);
-                    let bytes = batch.len_bytes();
-                    let sent = send(&self.changes, take(&mut batch));
-                    self.progress.sending(false);
-                    if sent.is_err() {
-                        return Ok(Ended::Stopped);
-                    }
-                    let pause = pace.sent(Instant::now(), bytes);
-                    if !pause.is_zero() && !stream.has_buffered() {
-                        thread::sleep(pause);
-                    }
-                }
-                if transaction.is_none() && self.upto.is_some_and(|upto| reached >= upto) {
-                    return Ok(Ended::Drained);
-                }
+            if let Some(ended) = self.hand_on(stream, &mut state) {
+                return Ok(ended);
             }
-            if self.stop.is_stopping() {
-                let since = *stopping.get_or_insert_with(Instant::now);
-                if transaction.is_none() || since.elapsed() > STOP_GRACE {
-                    end_open(&mut batch, transaction.as_ref());
-                    // nobody may be there to take it
-                    let _ = self.changes.send(batch);
-                    return Ok(Ended::Stopped);
-                }
-            }
-            if !stream.has_buffered() {
-                self.vitals.server_is_at(server_wal_end);
-            }
-            self.progress.reading(!stream.has_buffered());
-            let message = stream.read();
-            self.progress.reading(false);
-            match message.map_err(publication_missing)? {
-                None => return Ok(Ended::ByServer),
-                Some(ReplicationMessage::Notice(notice)) => {
-                    if notice.message.contains("skipped loading publication") {
-                        return Err(Error::publication_skipped(&notice));
-                    }
-                    log::info!(notice:% = notice; "postgres says");
-                }
-                Some(ReplicationMessage::PrimaryKeepalive {
-                    wal_end,
-                    reply_requested,
-                    ..
-                }) => {
-                    server_wal_end = server_wal_end.max(wal_end);
-                    self.progress.received(wal_end);
-                    batch.push_boundary(wal_end);
-                    reached = reached.max(wal_end);
-                    if reply_requested {
-                        // a full channel means that a status update is about to be sent anyway
-                        let _ = self.asks.try_send(Ask::Reply);
-                    }
-                }
-                Some(ReplicationMessage::XLogData {
-                    data,
-                    wal_start,
-                    wal_end,
-                    server_time_us,
-                }) => {
-                    server_wal_end = server_wal_end.max(wal_end);
-                    let message = pgoutput::decode(data).map_err(|error| Error::Decode {
-                        error,
-                        at: wal_start,
-                    })?;
-                    if let Message::Begin { commit_time_us, .. } = message {
-                        pace.begun(commit_time_us, server_time_us);
-                    }
-                    let taken = self.take(message, wal_start, &mut transaction, &mut batch);
-                    if taken.is_err() {
-                        // what is whole goes out before the relay stops
-                        batch.truncate_to_boundary();
-                        let _ = self.changes.send(std::mem::take(&mut batch));
-                    }
-                    if let Some(end_lsn) = taken? {
-                        self.progress.received(end_lsn);
-                        reached = reached.max(end_lsn);
-                    }
+            match self.read_one(stream, &mut state) {
+                Ok(None) => {}
+                Ok(Some(ended)) => return Ok(ended),
+                Err(error) => {
+                    // what is whole goes out before the relay stops
+                    state.batch.truncate_to_boundary();
+                    self.vitals.reader.ended();
+                    let _ = self.changes.send(state.batch);
+                    return Err(error);
                 }
             }
         }
     }
 
-    /// One pgoutput message. Returns the end of a transaction.
-    fn take(
+    /// Sends the batch on when it is time, and says whether that was the end.
+    fn hand_on(&self, stream: &ReplicationReader, state: &mut State) -> Option<Ended> {
+        let batch = &mut state.batch;
+        if !stream.has_buffered()
+            || batch.len_bytes() >= BATCH_BYTES
+            || batch.changes().len() >= BATCH_CHANGES
+        {
+            if !batch.is_empty() {
+                end_open(batch, state.transaction.as_ref());
+                let unfinished = state.transaction.as_ref().filter(|it| it.events > 0);
+                let unfinished = unfinished.map(|it| it.commit_time_us);
+                self.vitals
+                    .hands_over(state.reached, self.changes.len(), unfinished);
+                self.progress.sending(true);
+                self.vitals.reader.ended();
+                let bytes = batch.len_bytes();
+                let sent = send(&self.changes, take(batch));
+                self.vitals.reader.within(WORK_LIMIT);
+                self.progress.sending(false);
+                if sent.is_err() {
+                    return Some(Ended::Stopped);
+                }
+                let pause = state.pace.sent(Instant::now(), bytes);
+                if !pause.is_zero() && !stream.has_buffered() {
+                    thread::sleep(pause);
+                }
+            }
+            if state.transaction.is_none() && self.upto.is_some_and(|upto| state.reached >= upto) {
+                return Some(Ended::Drained);
+            }
+        }
+        if self.stop.is_stopping() {
+            let since = *state.stopping.get_or_insert_with(Instant::now);
+            if state.transaction.is_none() || since.elapsed() > STOP_GRACE {
+                self.vitals.reader.ended();
+                end_open(&mut state.batch, state.transaction.as_ref());
+                // nobody may be there to take it
+                let _ = self.changes.send(std::mem::take(&mut state.batch));
+                return Some(Ended::Stopped);
+            }
+        }
+        None
+    }
+
+    /// Waits for the next message, or the next piece of one, and takes it.
+    fn read_one(
         &mut self,
-        message: Message<'_>,
-        at: Lsn,
-        transaction: &mut Option<Transaction>,
-        batch: &mut Batch,
-    ) -> Result<Option<Lsn>, Error> {
+        stream: &mut ReplicationReader,
+        state: &mut State,
+    ) -> Result<Option<Ended>, Error> {
+        let waits = !stream.has_buffered();
+        if waits {
+            self.vitals.server_is_at(state.server_wal_end);
+            self.vitals.reader.ended();
+        }
+        self.progress.reading(waits);
+        let message = stream.read();
+        self.progress.reading(false);
+        if waits {
+            self.vitals.reader.within(WORK_LIMIT);
+        }
+        let message = message
+            .map_err(|error| while_decoding(error, state.transaction.as_ref(), state.reached))?;
+        match message {
+            None => return Ok(Some(Ended::ByServer)),
+            Some(ReplicationMessage::Notice(notice)) => {
+                if notice.message.contains("skipped loading publication") {
+                    return Err(Error::publication_skipped(&*notice));
+                }
+                log::info!(notice:% = notice; "postgres says");
+            }
+            Some(ReplicationMessage::PrimaryKeepalive {
+                wal_end,
+                reply_requested,
+                ..
+            }) => {
+                state.server_wal_end = state.server_wal_end.max(wal_end);
+                self.progress.received(wal_end);
+                state.batch.push_boundary(wal_end);
+                state.reached = state.reached.max(wal_end);
+                if reply_requested {
+                    // a full channel means that a status update is about to be sent anyway
+                    let _ = self.asks.try_send(Ask::Reply);
+                }
+            }
+            Some(ReplicationMessage::XLogData {
+                data,
+                wal_start,
+                wal_end,
+                server_time_us,
+            }) => {
+                state.server_wal_end = state.server_wal_end.max(wal_end);
+                let message = decoded(pgoutput::decode(data), wal_start)?;
+                if let Message::Begin { commit_time_us, .. } = message {
+                    state.pace.begun(commit_time_us, server_time_us);
+                }
+                self.take(message, wal_start, state)?;
+            }
+            Some(ReplicationMessage::LargeXLogData {
+                wal_start,
+                wal_end,
+                head,
+                ..
+            }) => {
+                state.server_wal_end = state.server_wal_end.max(wal_end);
+                let what = self.begin_large(decoded(pieces::head(head), wal_start)?, wal_start)?;
+                let at = wal_start;
+                state.large = Some(Large { at, what });
+            }
+            Some(ReplicationMessage::Piece { bytes, is_last }) => {
+                self.take_piece(bytes, is_last, state)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is to be kept of a large message.
+    fn begin_large(&self, head: Head<'_>, at: Lsn) -> Result<LargePart, Error> {
+        let max_payload = self.progress.max_payload();
+        Ok(match head {
+            Head::Insert { relation_id } => {
+                match self.mapper.large_row(relation_id, max_payload)? {
+                    Some(row) => LargePart::Row(relation_id, pieces::Row::default(), row),
+                    None => LargePart::PassedOver,
+                }
+            }
+            Head::Message {
+                transactional: true,
+                prefix: Some(prefix),
+                content_at,
+                content_len,
+            } if self.mapper.is_event_prefix(prefix.0) => {
+                LargePart::Content(LargeContent::new(content_at, content_len, max_payload))
+            }
+            Head::Relation => LargePart::Relation(Vec::new()),
+            Head::Message { .. } | Head::Other => {
+                log::debug!(at:% = at; "passing over a large message that is not for us");
+                LargePart::PassedOver
+            }
+        })
+    }
+
+    /// More of a large message; with the last of it, it is taken as any other.
+    fn take_piece(&mut self, bytes: &[u8], is_last: bool, state: &mut State) -> Result<(), Error> {
+        let Some(large) = &mut state.large else {
+            return Err(Error::Internal("a piece of no message"));
+        };
+        let at = large.at;
+        match &mut large.what {
+            LargePart::PassedOver => {}
+            LargePart::Relation(whole) if whole.len() + bytes.len() > MAX_RELATION_BYTES => {
+                let message = "Relation of more than 1 MiB";
+                return Err(Error::OutOfPlace { message, at });
+            }
+            LargePart::Relation(whole) => whole.extend_from_slice(bytes),
+            LargePart::Row(_, pieces, row) => {
+                decoded(pieces.feed(bytes, |piece| row.take(piece)), at)?;
+            }
+            LargePart::Content(content) => content.take(bytes),
+        }
+        if !is_last {
+            return Ok(());
+        }
+        match state.large.take().map(|large| large.what) {
+            None | Some(LargePart::PassedOver) => {}
+            Some(LargePart::Relation(whole)) => {
+                let message = decoded(pgoutput::decode(&whole), at)?;
+                self.take(message, at, state)?;
+            }
+            Some(LargePart::Row(relation_id, pieces, row)) => {
+                decoded(pieces.finish(), at)?;
+                let batch = &mut state.batch;
+                let transaction = inside(&mut state.transaction, "Insert", at)?;
+                let place = transaction.next_place()?;
+                if (self.mapper).insert(relation_id, row.values(), place, batch)? {
+                    transaction.events += 1;
+                }
+            }
+            Some(LargePart::Content(content)) => {
+                let transaction = inside(&mut state.transaction, "Message", at)?;
+                let place = transaction.next_place()?;
+                (self.mapper).message(content.value(), place, &mut state.batch)?;
+                transaction.events += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// One pgoutput message.
+    fn take(&mut self, message: Message<'_>, at: Lsn, state: &mut State) -> Result<(), Error> {
         match message {
             Message::Begin {
                 final_lsn,
                 commit_time_us,
                 xid,
             } => {
-                *transaction = Some(Transaction {
+                // transactions come one at a time, in the order of their commits
+                if state.transaction.is_some() || final_lsn <= state.last_commit {
+                    let message = "Begin";
+                    return Err(Error::OutOfPlace { message, at });
+                }
+                state.last_commit = final_lsn;
+                state.transaction = Some(Transaction {
                     commit_lsn: final_lsn,
                     commit_time_us,
                     xid,
@@ -268,54 +460,38 @@ impl Reader<'_> {
                 end_lsn,
                 commit_time_us,
             } => {
-                let Some(ended) = transaction.take() else {
-                    return Err(Error::OutOfPlace {
-                        message: "Commit",
-                        at,
-                    });
+                let ended = state.transaction.take();
+                let ended = ended.filter(|begun| begun.commit_lsn == commit_lsn);
+                let Some(ended) = ended.filter(|_| end_lsn > commit_lsn) else {
+                    let message = "Commit";
+                    return Err(Error::OutOfPlace { message, at });
                 };
                 // the first one proves which WAL this is, also without events
                 if ended.events > 0 || std::mem::take(&mut self.is_first) {
                     self.is_first = false;
                     self.vitals.waits_too(commit_time_us);
-                    batch.push(Change::Commit {
+                    state.batch.push(Change::Commit {
                         commit_lsn,
                         end_lsn,
                         commit_time_us,
                     });
                 } else {
-                    batch.push_boundary(end_lsn);
+                    state.batch.push_boundary(end_lsn);
                 }
-                return Ok(Some(end_lsn));
+                self.progress.received(end_lsn);
+                state.reached = state.reached.max(end_lsn);
             }
-            Message::Relation(relation) => {
-                let columns = relation.columns().map(|c| ColumnInfo {
-                    name: c.name,
-                    type_id: c.type_id,
-                });
-                self.mapper.relation(
-                    relation.id,
-                    relation.namespace,
-                    relation.name,
-                    columns,
-                    at,
-                )?;
-            }
+            Message::Relation(relation) => self.mapper.describe(&relation, at)?,
             Message::Insert { relation_id, tuple } => {
-                let Some(transaction) = transaction else {
-                    return Err(Error::OutOfPlace {
-                        message: "Insert",
-                        at,
-                    });
-                };
-                let place = transaction.next_place();
+                let transaction = inside(&mut state.transaction, "Insert", at)?;
+                let place = transaction.next_place()?;
                 let values = tuple.iter().map(|value| match value {
                     TupleValue::Null => Value::Null,
                     TupleValue::UnchangedToast => Value::UnchangedToast,
                     TupleValue::Text(text) => Value::Text(text),
                     TupleValue::Binary(bytes) => Value::Binary(bytes),
                 });
-                if self.mapper.insert(relation_id, values, place, batch)? {
+                if (self.mapper).insert(relation_id, values, place, &mut state.batch)? {
                     transaction.events += 1;
                 }
             }
@@ -328,22 +504,34 @@ impl Reader<'_> {
                 content,
                 ..
             } => {
-                let Some(transaction) = transaction else {
-                    return Err(Error::OutOfPlace {
-                        message: "Message",
-                        at,
-                    });
-                };
-                let place = transaction.next_place();
-                if self.mapper.message(prefix, content.0, place, batch)? {
+                let transaction = inside(&mut state.transaction, "Message", at)?;
+                if self.mapper.is_event_prefix(prefix.0) {
+                    let place = transaction.next_place()?;
+                    let content = Value::Text(content.0);
+                    self.mapper.message(content, place, &mut state.batch)?;
                     transaction.events += 1;
                 }
             }
             // one that is not transactional may come from a transaction that rolled back
             Message::Message { .. } | Message::Origin { .. } | Message::Type { .. } => {}
         }
-        Ok(None)
+        Ok(())
     }
+}
+
+fn decoded<T>(result: Result<T, DecodeError>, at: Lsn) -> Result<T, Error> {
+    result.map_err(|error| Error::Decode { error, at })
+}
+
+/// The transaction that a message is part of.
+fn inside<'a>(
+    transaction: &'a mut Option<Transaction>,
+    message: &'static str,
+    at: Lsn,
+) -> Result<&'a mut Transaction, Error> {
+    transaction
+        .as_mut()
+        .ok_or(Error::OutOfPlace { message, at })
 }
 
 #[cfg(test)]

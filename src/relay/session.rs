@@ -13,8 +13,10 @@ use super::core::window::Limits;
 use super::core::{Core, Tally};
 use super::error::Error;
 use super::feedback::{self, Ask};
+use super::preflight::publication_state::PublicationState;
+use super::preflight::watch::{WATCH_INTERVAL, Watch};
+use super::preflight::{Facts, Finding, Level, publication};
 use super::progress::Progress;
-use super::publication::{self, Narrowed, Published, WATCH_INTERVAL, Watch};
 use super::publisher::{Left, Publisher};
 use super::reader::{self, CHANNEL_BATCHES, Reader};
 use super::repeated::Repeated;
@@ -52,6 +54,10 @@ const DRAIN_PING: Duration = Duration::from_millis(100);
 /// While a session runs, the supervisor does nothing that takes longer, `SHUTDOWN_LOOK` and a connect included.
 const WAIT_LIMIT: Duration = Duration::from_secs(120);
 
+/// So often in a row Postgres may fail to decode at one place, by an error that may pass, before it counts as one that does not.
+/// With the pauses between sessions that takes seconds.
+const DECODE_TRIES: u32 = 8;
+
 /// Why a session ended, when nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -69,13 +75,15 @@ pub struct Session<'a> {
     store: Store,
     said: Repeated,
     accepted: Accepted,
-    /// What the publication published when it was last seen.
-    published: Option<Published>,
+    /// What of the outboxes reached the relay when it last looked.
+    published: Option<PublicationState>,
     /// With `--drain`: the end of the WAL at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
     worked: bool,
+    /// Where Postgres could not decode its WAL, by which SQLSTATE, and how often in a row.
+    undecodable: Option<((String, Lsn), u32)>,
     vitals: &'a Vitals,
 }
 
@@ -119,6 +127,7 @@ impl<'a> Session<'a> {
             upto: None,
             tries: 0,
             worked: false,
+            undecodable: None,
             vitals,
         }
     }
@@ -130,7 +139,7 @@ impl<'a> Session<'a> {
 
     /// Runs one session to its end.
     pub fn run(&mut self) -> Result<Ended, Error> {
-        let outcome = self.connect_and_run();
+        let outcome = self.connect_and_run().map_err(|error| self.returned(error));
         let is_other_wal = |error: &Error| {
             use Halt::{Discontinuous, NotSent, OtherId};
             matches!(
@@ -148,10 +157,30 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// What Postgres cannot decode it will never be able to, if it has failed there again and again.
+    fn returned(&mut self, mut error: Error) -> Error {
+        let Error::Undecodable(found) = &mut error else {
+            return error;
+        };
+        let code = found.error.sqlstate().unwrap_or_default().to_string();
+        let place = found.at.or(found.commit_lsn).unwrap_or(found.reached);
+        let place = (code, place);
+        match &mut self.undecodable {
+            Some((known, times)) if *known == place => {
+                *times += 1;
+                found.is_for_good |= *times >= DECODE_TRIES;
+            }
+            other => *other = Some((place, 1)),
+        }
+        error
+    }
+
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
-        let slot = slot::check(&mut connection, config)?;
+        self.mapper
+            .set_encoding(connection.use_database_encoding()?);
+        let (slot, facts) = slot::check(&mut connection, config)?;
         let wal_end = slot::current_lsn(&mut connection)?;
         self.vitals.slot_wal.look(&mut connection, &config.slot);
         if config.drain && self.upto.is_none() {
@@ -178,7 +207,7 @@ impl<'a> Session<'a> {
         let (link, core, start_lsn, has_record, published) = match config.delivery {
             Delivery::ExactlyOnce => {
                 let _ = connector.read_key(&found, &mut self.store)?;
-                let published = self.check_publication(&mut connection)?;
+                let published = self.check_publication(connection.peer(), facts)?;
                 let (link, core) =
                     self.start_exactly_once(&connector, found, &slot, wal_end, limits)?;
                 let start_lsn = core.start_lsn();
@@ -195,7 +224,7 @@ impl<'a> Session<'a> {
                     // what is not allowed ends the connection
                     found = connector.find(tries, &mut self.said)?;
                 }
-                let published = self.check_publication(&mut connection)?;
+                let published = self.check_publication(connection.peer(), facts)?;
                 let core = AtLeastOnce::start(limits, connector.capacity(&found));
                 let core = Core::AtLeastOnce(Box::new(core));
                 (found.link, core, Lsn::INVALID, read.is_ok(), published)
@@ -228,9 +257,11 @@ impl<'a> Session<'a> {
             self.store.publication(),
             self.vitals.slot_wal.clone(),
         );
+        let confirmed = slot.confirmed_flush_lsn;
         let (stream, writer) =
-            replication::start_replication(connection, &config.slot, start_lsn, &options)
-                .map_err(|error| in_use(error, &config.slot))?;
+            replication::start_replication(connection, &config.slot, start_lsn, &options).map_err(
+                |error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed),
+            )?;
         let threads = Threads {
             config,
             stop: self.stop,
@@ -250,7 +281,8 @@ impl<'a> Session<'a> {
         if !matches!(outcome.result, Err(Error::Halt(_))) {
             self.accepted = Accepted::Nothing;
         }
-        outcome.result
+        let result = outcome.result;
+        result.map_err(|error| wal_removed(error, &config.slot, confirmed))
     }
 
     /// Resumes with the record, and claims the slot's streams.
@@ -322,32 +354,43 @@ fn writer() -> String {
 }
 
 impl Session<'_> {
-    /// Sees that the publication is all that it was when an earlier session, or an earlier process, saw it.
-    fn check_publication(&mut self, connection: &mut Connection) -> Result<Published, Error> {
+    /// Sees that what reached an earlier session, or an earlier process, still does.
+    fn check_publication(
+        &mut self,
+        peer: &str,
+        mut facts: Facts,
+    ) -> Result<PublicationState, Error> {
         let config = self.config;
         let seen = self.store.publication();
-        let remembered = || Published::from_text(&seen.get()?);
+        let remembered = || PublicationState::from_text(&seen.get()?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
-        let (name, mapping) = (&config.publication, &config.mapping);
-        let now = publication::read(connection, name, mapping, before.as_ref())?;
-        let narrowed = match (&before, &now) {
-            (Some(before), now) => before.narrowed_to(now.as_ref()),
-            (None, None) => Some(Narrowed::Dropped),
-            (None, Some(_)) => None,
+        let lost = match before {
+            Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
+            None => None,
         };
-        match (narrowed, now) {
-            (None, Some(now)) => Ok(self.published.insert(now).clone()),
-            (Some(narrowed), Some(now)) if accept => {
-                log::warn!(publication = name.as_str(); "going on although the publication {narrowed} (-resume-anyway)");
-                Ok(self.published.insert(now).clone())
+        match lost {
+            Some(lost) if accept => {
+                log::warn!("going on although {} (-resume-anyway)", lost.found);
             }
-            (narrowed, _) => Err(Error::Narrowed {
-                publication: name.clone(),
-                narrowed: narrowed.unwrap_or(Narrowed::Dropped),
-            }),
+            Some(lost) => return Err(Error::Preflight(vec![lost])),
+            None => {}
         }
-        .inspect(|published| seen.set(Some(published.to_text())))
+        let findings = publication::START
+            .iter()
+            .flat_map(|rule| rule(&facts, config));
+        for finding in findings.filter(|finding| finding.level != Level::Ok) {
+            match finding.level {
+                Level::Fail => return Err(Error::Preflight(vec![finding])),
+                _ if self.said.is_new(&finding.found, Instant::now()) => {
+                    log::warn!("{}", finding.sentence());
+                }
+                _ => {}
+            }
+        }
+        let now = PublicationState::of(&facts.outboxes, config).unwrap_or_default();
+        seen.set(Some(now.to_text()));
+        Ok(self.published.insert(now).clone())
     }
 }
 
@@ -358,6 +401,18 @@ fn in_use(error: crate::postgres::Error, slot: &str) -> Error {
             pid: None,
         },
         _ => Error::Postgres(error),
+    }
+}
+
+/// A file of the WAL that the slot needs is not there: somebody has removed it, or restored the server without it.
+fn wal_removed(error: Error, slot: &str, confirmed: Lsn) -> Error {
+    match &error {
+        Error::Postgres(cause) if cause.sqlstate() == Some("58P01") => Error::Setup(format!(
+            "read the WAL: Postgres no longer has what slot {slot} needs ({cause}); what was committed after {confirmed} is lost to \
+             the relay: put the file back if there is a copy (an archive has it under the same name), or drop the slot, create it \
+             again, publish by hand what the stream lacks, and pass --resume-anyway once"
+        )),
+        _ => error,
     }
 }
 
@@ -401,7 +456,7 @@ struct Threads<'a> {
 struct Outcome {
     result: Result<Ended, Error>,
     left: Left,
-    published: Published,
+    published: PublicationState,
 }
 
 impl Threads<'_> {
@@ -456,9 +511,11 @@ impl Threads<'_> {
                 // the publisher finds the channel closed when it has taken all that was read
                 first = wait();
             }
-            if let First::Narrowed(narrowed) = &first {
+            if let First::Lost(findings) = &first {
                 progress.hold();
-                log::warn!("the publication {narrowed}: stopping; nothing more is confirmed");
+                for finding in findings {
+                    log::warn!("{}: stopping; nothing more is confirmed", finding.found);
+                }
             }
             session_stop.begin();
             if self.stop.is_stopping() {
@@ -489,10 +546,7 @@ impl Threads<'_> {
             (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
         };
         let result = match first {
-            First::Narrowed(narrowed) => Err(Error::Narrowed {
-                publication: self.config.publication.clone(),
-                narrowed,
-            }),
+            First::Lost(findings) => Err(Error::Preflight(findings)),
             _ => result,
         };
         // whatever ended the session: what is stored by now is told to Postgres if it still listens
@@ -507,7 +561,7 @@ impl Threads<'_> {
         Outcome {
             result,
             left,
-            published: watch.into_published(),
+            published: watch.into_state(),
         }
     }
 
@@ -536,9 +590,9 @@ impl Threads<'_> {
                     let _ = asks.try_send(Ask::Ping);
                 }
                 recv(watches) -> _ => watch.ask(),
-                recv(watch.looks()) -> look => match look.map(|now| watch.take(now)) {
+                recv(watch.looks()) -> look => match look.map(|now| watch.on_look(now, self.config)) {
                     Ok(Ok(())) => {}
-                    Ok(Err(narrowed)) => return First::Narrowed(narrowed),
+                    Ok(Err(findings)) => return First::Lost(findings),
                     Err(_) => watch.end(),
                 },
                 recv(looks) -> _ => {
@@ -560,8 +614,8 @@ enum First {
     StopAsked,
     /// Postgres is seen to shut down.
     ServerShutsDown,
-    /// The publication is seen to publish less than before.
-    Narrowed(Narrowed),
+    /// Rows are seen to be left out.
+    Lost(Vec<Finding>),
 }
 
 /// Postgres does not shut down before its walsenders have sent everything, and one that we take nothing

@@ -1,12 +1,12 @@
-//! A start's look at Postgres: the rules of [`preflight`](super::preflight), and what the session needs to know of the slot.
+//! A start's look at Postgres: the rules of [`preflight`], and what the session needs to know of the slot.
 //!
 //! Everything is read on the replication connection itself, which takes plain SQL.
 
 use super::error::Error;
-use super::preflight;
+use super::preflight::server::OLDEST;
+use super::preflight::{self, Facts, outboxes};
 use crate::config::Config;
-use crate::postgres::connection::{quote_identifier, quote_literal};
-use crate::postgres::identifier::identifier;
+use crate::postgres::connection::quote_identifier;
 use crate::postgres::{self, Connection, Lsn};
 use std::time::Duration;
 
@@ -22,11 +22,16 @@ pub struct Slot {
     pub wal_sender_timeout: Duration,
 }
 
-/// Checks server, slot and publication.
-pub fn check(connection: &mut Connection, config: &Config) -> Result<Slot, Error> {
-    let facts = preflight::read(connection, config)?;
+/// Checks server, slot and publication, and gives what was read.
+pub fn check(connection: &mut Connection, config: &Config) -> Result<(Slot, Facts), Error> {
+    let mut facts = preflight::read(connection, config)?;
+    // an older one is refused, and may not know the statement
+    if facts.version >= OLDEST {
+        let mut plain = plain(config, connection.peer())?;
+        facts.outboxes = outboxes::read(&mut plain, &config.publication, &config.mapping, &[])?;
+    }
     let failures = preflight::failures(&facts, config);
-    let Some(slot) = facts.slot.filter(|_| failures.is_empty()) else {
+    let Some(slot) = facts.slot.as_ref().filter(|_| failures.is_empty()) else {
         return Err(Error::Preflight(failures));
     };
     if slot.active_pid.is_some() {
@@ -35,37 +40,19 @@ pub fn check(connection: &mut Connection, config: &Config) -> Result<Slot, Error
             pid: slot.active_pid,
         });
     }
-    check_publication(connection, &config.publication)?;
     let timeout_ms = facts.server.number("wal_sender_timeout");
-    Ok(Slot {
+    let slot = Slot {
         confirmed_flush_lsn: slot.confirmed().unwrap_or_default(),
         wal_sender_timeout: Duration::from_millis(timeout_ms.try_into().unwrap_or(0)),
-    })
+    };
+    Ok((slot, facts))
 }
 
-fn check_publication(connection: &mut Connection, publication: &str) -> Result<(), Error> {
-    let sql = format!(
-        "SELECT pubinsert FROM pg_catalog.pg_publication WHERE pubname = {}",
-        quote_literal(publication)
-    );
-    let rows = connection.simple_query(&sql)?;
-    let name = identifier(publication);
-    match rows
-        .first()
-        .and_then(|row| row.first())
-        .map(|cell| cell.as_deref())
-    {
-        Some(Some("t")) => Ok(()),
-        Some(_) => Err(Error::Setup(format!(
-            "check the publication: {publication} does not publish inserts; run ALTER PUBLICATION {name} SET (publish = 'insert')"
-        ))),
-        None => Err(Error::Setup(format!(
-            "find the publication: {publication} does not exist in this database; run CREATE PUBLICATION {name} FOR TABLE outbox \
-             WITH (publish = 'insert'), with the tables of -table in place of outbox if it names any, or name another \
-             publication with -publication (one that is created after the slot lacks what was \
-             written before it: create the slot anew then)"
-        ))),
-    }
+/// A session beside the one to `peer` that decodes: what must not be asked there.
+pub fn plain(config: &Config, peer: &str) -> Result<Connection, postgres::Error> {
+    let mut connection = Connection::connect(&config.db.without_replication().only_at(peer))?;
+    connection.use_database_encoding()?;
+    Ok(connection)
 }
 
 /// pgoutput's options for a server of this version; `messages`: those without a table are wanted.

@@ -146,8 +146,10 @@ pub struct Vitals {
     streams: Mutex<Vec<StreamEnd>>,
     /// The WAL that Postgres keeps for the slot.
     pub slot_wal: SlotWalSeen,
-    /// Of the supervisor, the publisher and the feedback thread.
+    /// Of the supervisor, the reader, the publisher and the feedback thread.
     pub supervisor: Beat,
+    /// See there; while it waits for Postgres or the publisher it has no limit.
+    pub reader: Beat,
     /// See there.
     pub publisher: Beat,
     /// See there.
@@ -186,6 +188,7 @@ impl Default for Vitals {
             streams: Mutex::default(),
             slot_wal: SlotWalSeen::default(),
             supervisor: Beat::default(),
+            reader: Beat::default(),
             publisher: Beat::default(),
             feedback: Beat::default(),
         }
@@ -371,6 +374,7 @@ impl Vitals {
     pub fn liveness(&self, now: Instant) -> Result<(), String> {
         for (name, beat) in [
             ("supervisor", &self.supervisor),
+            ("reader", &self.reader),
             ("publisher", &self.publisher),
             ("feedback", &self.feedback),
         ] {
@@ -456,7 +460,7 @@ impl Beat {
         self.due_ms.store(due_ms.max(1), Ordering::Relaxed);
     }
 
-    /// The thread has ended.
+    /// The thread has ended, or waits for somebody who keeps watch himself.
     pub fn ended(&self) {
         self.due_ms.store(0, Ordering::Relaxed);
     }
@@ -488,6 +492,12 @@ mod tests {
         let late = vitals.liveness(after(100)).unwrap_err();
         assert!(late.contains("the publisher thread"), "{late}");
         vitals.publisher.ended();
+        assert_eq!(vitals.liveness(after(100)), Ok(()));
+        vitals.reader.within(Duration::from_secs(20));
+        let late = vitals.liveness(after(100)).unwrap_err();
+        assert!(late.contains("the reader thread"), "{late}");
+        // it waits for a server
+        vitals.reader.ended();
         assert_eq!(vitals.liveness(after(100)), Ok(()));
     }
 

@@ -4,6 +4,7 @@
 mod check_faults;
 mod check_nats;
 mod check_postgres;
+mod check_publication;
 mod command;
 mod handover;
 mod preflight;

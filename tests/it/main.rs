@@ -4,6 +4,7 @@
 
 mod credentials;
 mod drain;
+mod encodings;
 mod exposition;
 mod failover;
 mod faults_cluster;
@@ -16,6 +17,7 @@ mod faults_streams;
 mod histories;
 mod http;
 mod internal;
+mod large;
 mod mapping;
 mod nats_limits;
 mod observe;

@@ -78,6 +78,9 @@ fn relay(rows: &[Row]) -> Vec<(String, String)> {
             "$JS.API.STREAM.INFO.",
             "$JS.API.STREAM.MSG.GET.",
             "$JS.API.CONSUMER.",
+            // the checkpoint
+            "$JS.API.STREAM.CREATE.KV_",
+            "$KV.",
         ];
         if from_server
             .iter()

@@ -28,7 +28,10 @@ fn serve(script: Vec<Vec<u8>>) -> u16 {
             if client.read(&mut buffer).unwrap_or(0) == 0 {
                 return;
             }
-            client.write_all(&answer).unwrap();
+            // it may have seen enough of it
+            if client.write_all(&answer).is_err() {
+                return;
+            }
         }
         let _ = client.read(&mut buffer);
     });
@@ -127,6 +130,97 @@ fn the_servers_refusal_is_told_with_its_hint() {
         vec![message(b'E', fields)],
         "FATAL 53300: too \u{fffd} many (the detail) (hint: the hint)",
     );
+}
+
+fn error(tag: u8, text: &[u8]) -> Vec<u8> {
+    message(
+        tag,
+        &[b"SERROR\0VERROR\0CXX000\0M", text, b"\0Dthe detail\0\0"].concat(),
+    )
+}
+
+#[test]
+fn whoever_raises_an_error_or_a_notice_does_not_choose_how_much_is_held() {
+    let long = vec![b'x'; 5 << 20];
+    // of a notice before the session nothing is kept
+    let script = vec![[error(b'N', &long), error(b'E', &long)].concat()];
+    let told = try_connect(script, "").unwrap_err();
+    assert!(
+        told.contains("ERROR XX000: xxx") && told.len() < 5_000,
+        "{}",
+        told.len()
+    );
+    // and the session goes on after one
+    let start = [
+        authentication(0, b""),
+        error(b'N', &long),
+        message(b'Z', b"I"),
+    ]
+    .concat();
+    assert!(try_connect(vec![start], "").is_ok());
+    let start = [authentication(0, b""), message(b'Z', b"I")].concat();
+    let answer = [error(b'E', &long), message(b'Z', b"I"), message(b'Z', b"I")].concat();
+    let mut connection = try_connect(vec![start, answer], "").unwrap();
+    let told = connection.simple_query("SELECT 1").unwrap_err().to_string();
+    assert!(
+        told.contains("ERROR XX000: xxx") && told.len() < 5_000,
+        "{}",
+        told.len()
+    );
+    // what follows the long one is found: the second answer is there already
+    assert!(connection.simple_query("SELECT 1").unwrap().is_empty());
+}
+
+#[test]
+fn a_server_that_reports_settings_without_end_fills_no_memory() {
+    let mut start = authentication(0, b"");
+    let setting = |name: &str, value: &str| message(b'S', format!("{name}\0{value}\0").as_bytes());
+    start.extend(setting("server_version", "15.18"));
+    start.extend(setting("search_path", &"x".repeat(3_000_000)));
+    for number in 0..100_000 {
+        start.extend(setting(&format!("setting_{number}"), "value"));
+    }
+    start.extend(setting("server_version", "16.2"));
+    start.extend(message(b'Z', b"I"));
+    let connection = try_connect(vec![start], "").unwrap();
+    // there is always room for one that was there before
+    assert_eq!(connection.parameter("setting_7"), Some("value"));
+    assert_eq!(connection.parameter("setting_99999"), None);
+    assert_eq!(connection.parameter("search_path"), None);
+    assert_eq!(connection.parameter("server_version"), Some("16.2"));
+}
+
+#[test]
+fn a_server_does_not_choose_how_long_a_password_is_hashed() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut buffer = [0; 4096];
+        let _ = client.read(&mut buffer).unwrap();
+        client
+            .write_all(&authentication(10, b"SCRAM-SHA-256\0\0"))
+            .unwrap();
+        let count = client.read(&mut buffer).unwrap();
+        let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+        let nonce = text.split("r=").nth(1).unwrap().to_string();
+        let challenge = format!("r={nonce}x,s=c2FsdA==,i=4000000000");
+        client
+            .write_all(&authentication(11, challenge.as_bytes()))
+            .unwrap();
+        let _ = client.read(&mut buffer);
+    });
+    let text = format!(
+        "host=127.0.0.1 port={port} user=u password=secret sslmode=disable connect_timeout=60"
+    );
+    let begun = std::time::Instant::now();
+    let error = connect(&text).unwrap_err().to_string();
+    assert!(
+        error.contains("asks for 4000000000 iterations of SCRAM"),
+        "{error}"
+    );
+    assert!(begun.elapsed() < std::time::Duration::from_secs(30));
+    server.join().unwrap();
 }
 
 #[test]

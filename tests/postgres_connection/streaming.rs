@@ -68,6 +68,9 @@ fn read_commits(reader: &mut ReplicationReader, commits: usize) -> (usize, Lsn) 
                 }
                 _ => {}
             },
+            // what comes in pieces here is an insert
+            ReplicationMessage::LargeXLogData { head, .. } => assert_eq!(head[0], b'I'),
+            ReplicationMessage::Piece { bytes: piece, .. } => bytes += piece.len(),
             ReplicationMessage::PrimaryKeepalive { .. } => {}
             ReplicationMessage::Notice(notice) => panic!("{notice}"),
         }

@@ -261,6 +261,9 @@ impl Relay {
         let Some(session) = &self.session else {
             return Ok(());
         };
+        if env.streams.iter().all(|it| it.topics.is_empty()) {
+            return Err(End::Connection("no stream".into()));
+        }
         let routed: Vec<_> = env
             .streams
             .iter()
@@ -426,9 +429,9 @@ impl Relay {
         let Some(Core::ExactlyOnce(core)) = &mut session.core else {
             return Ok(());
         };
-        let write = self
-            .store
-            .claim(core.cut_to_record(), fell_back, confirmed, env.now);
+        let cut = core.cut_to_record();
+        let end = |name: &str| core.end_of(name);
+        let write = self.store.claim(cut, fell_back, end, confirmed, env.now);
         self.stage = Stage::Claiming(write.number, env.now);
         self.writes.push_back(write);
         Ok(())

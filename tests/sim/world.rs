@@ -92,6 +92,7 @@ pub struct Env {
     pub key_was_touched: bool,
     /// A message of ours without a fence is no copy, for all that is known.
     pub has_bare_copies: bool,
+    pub has_foreign: bool,
     pub trace: Option<Vec<String>>,
 }
 
@@ -275,6 +276,7 @@ impl Env {
             ));
         }
         let event = story.event.clone();
+        let was_lost = story.copies.iter().any(|copy| copy.state == State::Lost);
         let was_gone = story.copies.iter().any(|copy| copy.state == State::Gone);
         story.copies.push(Copy {
             at,
@@ -318,9 +320,12 @@ impl Env {
             ));
         }
         let was_moved = event.committed <= stream.born
-            || self.moved[flight.topic].is_some_and(|moved| event.committed <= moved + LATEST)
+            || self.moved[flight.topic].is_some()
             // somebody has taken it, and the server has forgotten it
-            || was_gone;
+            || was_gone
+            || event.reuses_id
+            // its end was lost, and others have filled it before the relay has seen that
+            || was_lost && self.has_foreign;
         if !stream.is_replicated && !was_moved && self.due.is_none() {
             return broken(format!(
                 "out of order: {} at {} comes after {seq}, which is later",
@@ -348,13 +353,11 @@ impl Env {
             .iter()
             .filter_map(|uid| self.stories.get(uid))
             .any(|it| it.event.reuses_id);
-        if !reused {
+        if !reused && self.due.is_none() {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
         for uid in uids {
-            if let Some(story) = self.stories.get_mut(&uid)
-                && story.event.reuses_id
-            {
+            if let Some(story) = self.stories.get_mut(&uid) {
                 story.dropped = true;
             }
         }
@@ -485,6 +488,7 @@ impl World {
             moved: [None; TOPICS + 1],
             key_was_touched: false,
             has_bare_copies: false,
+            has_foreign: false,
             trace: traced.then(Vec::new),
             rng,
         };

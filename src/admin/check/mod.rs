@@ -13,13 +13,19 @@ pub use crate::relay::preflight as finding;
 use super::{Error, say};
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::relay::preflight::publication_state::PublicationState;
 use finding::{Finding, Level};
 use serde_json::json;
 
 /// Looks at both sides and prints what it found.
 pub fn run(config: &Config, json: bool, strict: bool) -> Result<Exit, Error> {
-    let (mut findings, log) = postgres::findings(config);
-    let (nats, past) = nats::findings(config, log.map(|log| log.system_id));
+    let (nats, past) = nats::findings(config, postgres::system_id(config));
+    let seen = past
+        .record
+        .as_ref()
+        .and_then(|record| record.publication.as_deref());
+    let seen = seen.and_then(PublicationState::from_text);
+    let (mut findings, log) = postgres::findings(config, seen.as_ref());
     findings.extend(nats);
     if let Some(log) = log {
         findings.extend(past::findings(config, log, &past));

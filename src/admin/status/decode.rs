@@ -10,7 +10,7 @@ use crate::admin::database::Database;
 use crate::config::Config;
 use crate::jetstream::streams::Routes;
 use crate::outbox::batch::{Batch, Change, Fate};
-use crate::outbox::mapper::{ColumnInfo, Mapper};
+use crate::outbox::mapper::Mapper;
 use crate::outbox::mapping::Mapping;
 use crate::outbox::park::OnPoison;
 use crate::outbox::plan::{Place, Value};
@@ -305,13 +305,8 @@ impl<'a> Search<'a> {
                 return ControlFlow::Continue(());
             }
             Message::Relation(relation) => {
-                let columns = relation.columns().map(|column| ColumnInfo {
-                    name: column.name,
-                    type_id: column.type_id,
-                });
-                let (id, at) = (relation.id, Lsn::INVALID);
                 // one that it does not take has rows that it does not take either
-                let _ = (self.mapper).relation(id, relation.namespace, relation.name, columns, at);
+                let _ = self.mapper.describe(&relation, Lsn::INVALID);
                 return ControlFlow::Continue(());
             }
             Message::Insert { relation_id, tuple } => {
@@ -326,9 +321,11 @@ impl<'a> Search<'a> {
             }
             Message::Message {
                 prefix, content, ..
-            } => {
+            } if self.mapper.is_event_prefix(prefix.0) => {
                 let place = self.events.next_place();
-                self.mapper.message(prefix, content.0, place, &mut batch)
+                let content = Value::Text(content.0);
+                let mapped = self.mapper.message(content, place, &mut batch);
+                mapped.map(|()| true)
             }
             _ => Ok(false),
         };

@@ -245,6 +245,13 @@ impl ConnInfo {
         }
     }
 
+    /// The same for the one of its hosts that a connection calls its peer.
+    pub fn only_at(&self, peer: &str) -> ConnInfo {
+        let mut only = self.clone();
+        only.hosts.retain(|host| host.to_string() == peer);
+        only
+    }
+
     /// The same for somebody who waits no longer than this for a connection, also if `connect_timeout` allows more.
     pub fn connecting_within(&self, limit: Duration) -> ConnInfo {
         ConnInfo {

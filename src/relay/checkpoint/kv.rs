@@ -50,7 +50,9 @@ pub fn write(
         {
             Error::Lasting(format!("nobody answers on {subject}"))
         }
-        error => Error::Passing(error),
+        // a write that is refused shows that the key holds something else: it is read again
+        error @ jetstream::Error::Api { .. } => Error::Passing(error),
+        error => sort(error),
     })
 }
 

@@ -228,6 +228,16 @@ impl Store {
                 .and_then(|record| record.publication.clone());
             self.publication.set(seen);
         }
+        let is_older = |record: &Record| {
+            let held = self.held.as_ref();
+            held.is_some_and(|held| held.writer == record.writer && held.writes > record.writes)
+        };
+        let mut record = record;
+        if let Some(record) = record.as_mut().filter(|record| is_older(record)) {
+            // put back: what came after it may have found that its older cuts are no longer true
+            record.ripening = None;
+            record.matured = None;
+        }
         self.timeline = lineage.source.timeline;
         self.held = record;
         self.revision = value.revision;
@@ -251,18 +261,25 @@ impl Store {
     }
 
     /// The record of a start or a new connection, to be written before anything is published: the cut that was resumed
-    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again, and the older cuts know of
-    /// no more in a stream than it does. `confirmed_lsn`: what Postgres has been told.
-    pub fn claim(&mut self, cut: Cut, fell_back: bool, confirmed_lsn: Lsn, now: Instant) -> Write {
+    /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again. In each stream the cuts know of no
+    /// more than `end` of it. `confirmed_lsn`: what Postgres has been told.
+    pub fn claim(
+        &mut self,
+        cut: Cut,
+        fell_back: bool,
+        end: impl Fn(&str) -> Option<u64>,
+        confirmed_lsn: Lsn,
+        now: Instant,
+    ) -> Write {
         let (mut ripening, mut matured) = self.ripened(now);
         if fell_back {
             ripening = None;
-            for stream in matured.iter_mut().flat_map(|cut| &mut cut.streams) {
-                let known = cut.stream(&stream.name);
-                let end = known.map_or(0, |known| known.read_after);
-                stream.read_after = stream.read_after.min(end);
-                stream.witness.take_if(|witness| witness.seq > end);
-            }
+        }
+        let older = ripening.iter_mut().map(|it| &mut it.cut);
+        for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
+            let end = end(&stream.name).unwrap_or(u64::MAX);
+            stream.read_after = stream.read_after.min(end);
+            stream.witness.take_if(|witness| witness.seq > end);
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
@@ -426,5 +443,173 @@ impl Store {
     fn time_ms(&self, now: Instant) -> Option<i64> {
         let (time_ms, at) = self.clock?;
         time_ms.checked_add_unsigned(now.saturating_duration_since(at).as_millis() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::{cut, record};
+    use super::*;
+    use crate::jetstream::ack::ApiError;
+    use crate::outbox::position::Source;
+
+    const HOLD_BACK: Duration = Duration::from_secs(150);
+
+    fn lineage() -> Lineage {
+        Lineage {
+            source: Source {
+                slot: "s".into(),
+                system_id: 1,
+                timeline: 2,
+            },
+            switch_points: Vec::new(),
+        }
+    }
+
+    /// A store that has read this record, which was stored at second 1000 and is read at second 1010.
+    fn store(record: Option<Record>, now: Instant) -> Store {
+        let identity = Identity {
+            bucket: "bucket".into(),
+            slot: "s".into(),
+            writer: "we".into(),
+            fingerprint: "f".into(),
+            delivery: Delivery::ExactlyOnce,
+        };
+        let mut store = Store::new(identity, HOLD_BACK, now);
+        let read = store.on_read(value(record), &lineage(), now);
+        assert_eq!(read, Ok(Ok(())));
+        store
+    }
+
+    fn value(record: Option<Record>) -> Value {
+        Value {
+            revision: 4,
+            record,
+            stored_ms: 1_000_000,
+            time_ms: 1_010_000,
+        }
+    }
+
+    fn stored(seq: u64) -> Result<PubAck, AckError> {
+        Ok(PubAck {
+            seq,
+            duplicate: false,
+        })
+    }
+
+    /// Writes `young`, which must be due, `seconds` after the start.
+    #[track_caller]
+    fn write(store: &mut Store, young: u64, start: Instant, seconds: u64) -> Record {
+        let now = start + Duration::from_secs(seconds);
+        let write = store.write(|| cut(young), now, true).expect("it is news");
+        let body = serde_json::from_slice(&write.body).expect("a record");
+        assert_eq!(store.on_written(write.number, stored(5), now), Ok(true));
+        body
+    }
+
+    #[test]
+    fn a_cut_matures_when_the_key_has_held_it_for_the_hold_back_over_runs_too() {
+        let start = Instant::now();
+        let mut first = store(None, start);
+        let after = |seconds| start + Duration::from_secs(seconds);
+        write(&mut first, 0x10, start, 0);
+        let record = write(&mut first, 0x20, start, 100);
+        assert_eq!(first.matured_lsn(after(149)), Lsn::INVALID);
+        assert_eq!(first.matured_lsn(after(150)), cut(0x10).stored_lsn);
+        // another process reads it: it ripened since second 1010, and it is second 1120 now
+        let mut second = store(None, start);
+        let value = Value {
+            time_ms: 1_010_000 + 120_000,
+            ..value(Some(record))
+        };
+        second.on_read(value, &lineage(), start).unwrap().unwrap();
+        assert_eq!(second.matured_lsn(after(29)), Lsn::INVALID);
+        assert_eq!(second.matured_lsn(after(30)), cut(0x10).stored_lsn);
+        // then the young one ripens, from when it is written so
+        let record = write(&mut second, 0x30, start, 30);
+        assert_eq!(record.matured, Some(cut(0x10)));
+        assert_eq!(record.ripening.map(|it| it.cut), Some(cut(0x30)));
+        assert_eq!(second.matured_lsn(after(179)), cut(0x10).stored_lsn);
+        assert_eq!(second.matured_lsn(after(180)), cut(0x30).stored_lsn);
+    }
+
+    #[test]
+    fn what_may_be_told_is_in_the_key_before() {
+        let start = Instant::now();
+        let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
+        assert_eq!(write(&mut store, 0x50, start, 1).told_lsn, Lsn(0x55));
+        // it never becomes less
+        assert_eq!(write(&mut store, 0x40, start, 2).told_lsn, Lsn(0x55));
+        let claim = store.claim(cut(0x40), false, |_| None, Lsn(0x99), start);
+        let claim: Record = serde_json::from_slice(&claim.body).unwrap();
+        assert_eq!(claim.told_lsn, Lsn(0x99), "what Postgres was told before");
+    }
+
+    #[test]
+    fn a_claim_that_fell_back_begins_the_ripening_again() {
+        let start = Instant::now();
+        let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
+        let write = store.claim(cut(0x8), true, |_| Some(0x9), Lsn::INVALID, start);
+        let claim: Record = serde_json::from_slice(&write.body).unwrap();
+        let ripening = claim.ripening.expect("the young one ripens");
+        assert_eq!((ripening.cut, ripening.since_ms), (cut(0x8), None));
+        // the older cut knows of no more in a stream than there is
+        let matured = claim.matured.expect("it stays");
+        assert_eq!(matured.streams[0].read_after, 0x9);
+        assert_eq!(matured.streams[0].witness, None);
+    }
+
+    #[test]
+    fn an_answer_says_nothing_of_a_later_write() {
+        let start = Instant::now();
+        let mut store = store(None, start);
+        let first = store.write(|| cut(0x10), start, false).unwrap();
+        let soon = start + PATIENCE - Duration::from_millis(1);
+        assert!(store.write(|| cut(0x20), soon, false).is_none());
+        let late = start + PATIENCE;
+        let second = store.write(|| cut(0x20), late, false).unwrap();
+        assert_eq!((first.revision, second.revision), (4, 4));
+        assert_eq!(store.on_written(first.number, stored(5), late), Ok(false));
+        assert!(!store.holds(&cut(0x20)) && !store.holds(&cut(0x10)));
+        let refused = AckError::Api(ApiError {
+            code: 400,
+            err_code: 10071,
+            description: "wrong last sequence: 5".into(),
+        });
+        let answer = store.on_written(second.number, Err(refused), late);
+        assert_eq!(answer, Err(Overtaken));
+    }
+
+    #[test]
+    fn a_record_of_another_writer_overtakes_one_who_has_written() {
+        let start = Instant::now();
+        let mut store = store(None, start);
+        let theirs = || {
+            let record = record(0x30, 0x20, 0x10);
+            value(Some(Record {
+                writer: "they".into(),
+                ..record
+            }))
+        };
+        // a start takes over what it finds
+        assert_eq!(store.on_read(theirs(), &lineage(), start), Ok(Ok(())));
+        write(&mut store, 0x40, start, 0);
+        let read = store.on_read(theirs(), &lineage(), start);
+        assert_eq!(read, Ok(Err(Overtaken)));
+        store.start_over();
+        assert_eq!(store.on_read(theirs(), &lineage(), start), Ok(Ok(())));
+    }
+
+    #[test]
+    fn the_same_is_written_once_a_second_at_most_and_not_again() {
+        let start = Instant::now();
+        let mut store = store(None, start);
+        write(&mut store, 0x10, start, 0);
+        let half = start + Duration::from_millis(500);
+        assert!(store.write(|| cut(0x20), half, false).is_none(), "too soon");
+        let later = start + Duration::from_secs(2);
+        assert!(store.write(|| cut(0x10), later, true).is_none(), "no news");
+        store.publication().set(Some("less".into()));
+        assert!(store.write(|| cut(0x10), later, true).is_some());
     }
 }

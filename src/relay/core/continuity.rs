@@ -262,3 +262,152 @@ impl Expected {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::relay::checkpoint::record::AnchorEvent;
+    use std::convert::Infallible;
+
+    /// The anchor: the second event of the transaction at 0/64, committed at 8.
+    fn anchor() -> Anchor {
+        Anchor {
+            position: Position {
+                commit_lsn: Lsn(100),
+                ordinal: 2,
+            },
+            event: Some(AnchorEvent {
+                id: "b".into(),
+                commit_time_us: 8,
+            }),
+        }
+    }
+
+    /// Events of the transaction at `lsn` with these ids, from `first` on, and what ends the batch.
+    fn batch(lsn: u64, first: u32, ids: &[&str], end: Option<Change>) -> Batch {
+        let mut batch = Batch::default();
+        for (id, ordinal) in ids.iter().zip(first..) {
+            let position = Position {
+                commit_lsn: Lsn(lsn),
+                ordinal,
+            };
+            let append = |text: &str| {
+                let text = text.as_bytes().to_vec();
+                move |out: &mut Vec<u8>| {
+                    out.extend_from_slice(&text);
+                    Ok::<(), Infallible>(())
+                }
+            };
+            let Ok(()) = batch.push_event("t", position, append("s"), append(id), append("{}"));
+        }
+        if let Some(end) = end {
+            batch.push(end);
+        }
+        batch
+    }
+
+    fn commit(lsn: u64, commit_time_us: i64) -> Option<Change> {
+        Some(Change::Commit {
+            commit_lsn: Lsn(lsn),
+            end_lsn: Lsn(lsn + 5),
+            commit_time_us,
+        })
+    }
+
+    fn open(lsn: u64, commit_time_us: i64) -> Option<Change> {
+        Some(Change::Open {
+            commit_lsn: Lsn(lsn),
+            commit_time_us,
+        })
+    }
+
+    fn keepalive(lsn: u64) -> Option<Change> {
+        let wal_end = Lsn(lsn);
+        Some(Change::Keepalive { wal_end })
+    }
+
+    /// What becomes of these batches in turn: whether continuity is proven, or why not.
+    fn judge(confirmed: u64, other_flags: bool, batches: &[Batch]) -> Result<bool, Broken> {
+        let mut continuity =
+            Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), other_flags, false)?;
+        for batch in batches {
+            continuity.on_batch(batch)?;
+        }
+        Ok(continuity.is_proven())
+    }
+
+    #[test]
+    fn the_anchors_transaction_with_its_time_and_event_proves_it() {
+        let whole = batch(100, 1, &["a", "b"], commit(100, 8));
+        assert_eq!(judge(50, false, &[whole]), Ok(true));
+        let halves = [
+            batch(100, 1, &["a"], open(100, 8)),
+            batch(100, 2, &["b"], commit(100, 8)),
+        ];
+        assert_eq!(judge(50, false, &halves[..1]), Ok(false));
+        assert_eq!(judge(50, false, &halves), Ok(true));
+        // a keepalive from before it says nothing
+        let early = [
+            batch(0, 1, &[], keepalive(100)),
+            batch(100, 1, &["a", "b"], commit(100, 8)),
+        ];
+        assert_eq!(judge(50, false, &early), Ok(true));
+    }
+
+    #[test]
+    fn another_transaction_at_its_place_breaks_it() {
+        let repeated = batch(100, 1, &["a", "b"], commit(100, 9));
+        assert!(matches!(
+            judge(50, false, &[repeated]),
+            Err(Broken::OtherTransaction(_))
+        ));
+        let older = batch(90, 1, &["a", "b"], commit(90, 8));
+        assert!(matches!(
+            judge(50, false, &[older]),
+            Err(Broken::OtherTransaction(_))
+        ));
+        let other = batch(100, 1, &["a", "x"], commit(100, 8));
+        assert!(matches!(
+            judge(50, false, &[other]),
+            Err(Broken::OtherEvent { .. })
+        ));
+        let short = batch(100, 1, &["a"], commit(100, 8));
+        assert!(matches!(
+            judge(50, false, &[short]),
+            Err(Broken::TooShort(_))
+        ));
+    }
+
+    #[test]
+    fn what_is_later_breaks_it_unless_the_slot_was_confirmed_beyond() {
+        for later in [
+            batch(120, 1, &["c"], commit(120, 9)),
+            batch(0, 1, &[], keepalive(101)),
+        ] {
+            let legal = judge(101, false, std::slice::from_ref(&later));
+            assert_eq!(legal, Ok(true));
+            // confirming the commit's own LSN repeats the transaction
+            assert!(matches!(
+                judge(100, false, &[later]),
+                Err(Broken::NotThere { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
+        for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
+            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), false, false);
+            assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
+        }
+        assert!(Continuity::new(&Anchor::bare(Lsn(100)), Lsn(50), Lsn(60), false, false).is_ok());
+    }
+
+    #[test]
+    fn with_other_flags_the_transaction_is_compared_and_its_events_are_not() {
+        let other = batch(100, 1, &["x"], commit(100, 8));
+        assert_eq!(judge(50, true, &[other]), Ok(true));
+        let repeated = batch(100, 1, &["x"], commit(100, 9));
+        assert!(judge(50, true, &[repeated]).is_err());
+    }
+}

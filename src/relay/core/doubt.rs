@@ -55,6 +55,11 @@ impl Doubt {
         gone.find(|(of, _)| *of == stream).map(|(_, seq)| *seq)
     }
 
+    /// Nothing was ever published that is not resolved, where everything up to these is.
+    pub fn has_resolved_all(&self, anchor: Position, stored_lsn: Lsn) -> bool {
+        self.maybe_sent <= anchor || self.maybe_sent.commit_lsn < stored_lsn
+    }
+
     /// A new connection: what was in doubt has to be found out again.
     pub fn clear(&mut self) {
         self.until = None;

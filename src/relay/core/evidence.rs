@@ -155,3 +155,94 @@ impl Evidence {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::position::Source;
+    use crate::postgres::Lsn;
+
+    fn lineage() -> Lineage {
+        Lineage {
+            source: Source {
+                slot: "s".into(),
+                system_id: 7,
+                timeline: 2,
+            },
+            switch_points: vec![(1, Lsn(0x100))],
+        }
+    }
+
+    fn at(lsn: u64, ordinal: u32) -> Position {
+        Position {
+            commit_lsn: Lsn(lsn),
+            ordinal,
+        }
+    }
+
+    #[track_caller]
+    fn check(position: &str, expected: Option<u64>, copied_from: Option<&str>, ours: bool) {
+        let message = Message {
+            seq: 5,
+            position: position.parse().ok(),
+            expected_last_sequence: expected,
+            copied_from: copied_from.map(String::from),
+            ..Message::default()
+        };
+        assert_eq!(message.ours(&lineage()).is_some(), ours, "{position}");
+    }
+
+    #[test]
+    fn a_message_is_ours_by_slot_system_history_and_fence() {
+        check("s 7 2 0/900 1", Some(4), None, true);
+        check("s 7 1 0/FF 1", Some(4), None, true);
+        // after its timeline was left
+        check("s 7 1 0/100 1", Some(4), None, false);
+        // of another slot, system, or history
+        check("t 7 2 0/900 1", Some(4), None, false);
+        check("s 8 2 0/900 1", Some(4), None, false);
+        check("s 7 3 0/900 1", Some(4), None, false);
+        // not at its place, or without a fence: a copy, or at-least-once
+        check("s 7 2 0/900 1", Some(3), None, false);
+        check("s 7 2 0/900 1", None, None, false);
+        check("nonsense", Some(4), None, false);
+    }
+
+    #[test]
+    fn a_message_without_a_fence_is_told_from_a_copy_by_its_source() {
+        let message = |copied_from: Option<&str>| Message {
+            seq: 5,
+            position: "s 7 2 0/900 1".parse().ok(),
+            copied_from: copied_from.map(String::from),
+            ..Message::default()
+        };
+        assert_eq!(message(None).unfenced(&lineage()), Some(at(0x900, 1)));
+        assert_eq!(message(Some("A")).unfenced(&lineage()), None);
+        let copy = message(Some("A"));
+        assert_eq!(copy.copy_of_ours(&lineage()), Some((at(0x900, 1), "A")));
+    }
+
+    #[test]
+    fn each_event_is_found_by_its_position_in_whatever_stream() {
+        let mut evidence = Evidence::default();
+        evidence.add(at(30, 1), 1, 9, "c");
+        evidence.add(at(10, 2), 0, 4, "a");
+        // there twice: the first message counts
+        evidence.add(at(10, 2), 0, 3, "a");
+        evidence.add(at(20, 1), 1, 8, "b");
+        assert_eq!(evidence.lowest_seq(1), Some(8));
+        assert_eq!(evidence.verdict(at(10, 1), "x"), Verdict::Publish);
+        assert_eq!(evidence.verdict(at(10, 2), "a"), Verdict::Stored(0, 3));
+        assert_eq!(evidence.verdict(at(10, 2), "z"), Verdict::OtherId(0));
+        evidence.forget_upto(at(10, 2));
+        assert_eq!(evidence.verdict(at(20, 1), "b"), Verdict::Stored(1, 8));
+        // Postgres has not sent what the stream has
+        let Verdict::NotSent(found) = evidence.verdict(at(25, 1), "d") else {
+            panic!("an event of the stream was passed over");
+        };
+        assert_eq!((found.position, found.seq), (at(20, 1), 8));
+        evidence.forget_upto(at(30, 1));
+        assert!(evidence.is_empty());
+        assert_eq!(evidence.verdict(at(40, 1), "e"), Verdict::Publish);
+    }
+}

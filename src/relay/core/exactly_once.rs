@@ -341,7 +341,12 @@ impl ExactlyOnce {
         loop {
             match connected.evidence.verdict(position, event.id()) {
                 Verdict::Publish => return Ok(None),
-                Verdict::Stored(stream, seq) => return Ok(Some((stream, seq))),
+                Verdict::Stored(stream, seq) => {
+                    if let Some(stream) = connected.streams.get_mut(stream) {
+                        stream.latest = stream.latest.max(position);
+                    }
+                    return Ok(Some((stream, seq)));
+                }
                 Verdict::OtherId(_) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
@@ -437,7 +442,7 @@ impl ExactlyOnce {
         };
         // whoever reads the stream back stops at what is not late
         let position = event.position();
-        let is_late = position < stream.acked || connected.evidence.has_after(position, index);
+        let is_late = position < stream.latest || connected.evidence.has_after(position, index);
         stream.names_it &= has_room;
         let expected_stream = stream.names_it.then(|| stream.name.as_str().into());
         self.tally.late += u64::from(is_late);
@@ -657,6 +662,8 @@ impl ExactlyOnce {
             at.is_some_and(|at| at.position == position)
         };
         let streams = self.connection.as_ref().map(|it| &it.streams);
+        let known = streams.and_then(|it| it.get(stream));
+        let known = known.map_or(0, |it| it.fence.known());
         let keeps = streams
             .and_then(|it| it.get(stream))
             .is_some_and(|it| it.keeps_its_end);
@@ -673,8 +680,8 @@ impl ExactlyOnce {
                 self.settle();
                 Ok(None)
             }
-            // gone, and it may have been this very event
-            None if self.doubt.is_about(position) => {
+            // gone, and it may have been this very event: also one that came since the stream was read
+            None if self.doubt.is_about(position) || known < seq => {
                 self.tally.skipped += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();
@@ -715,6 +722,13 @@ impl ExactlyOnce {
                 }
             }
         }
+    }
+
+    /// Where a stream ends for all that is known.
+    pub fn end_of(&self, name: &str) -> Option<u64> {
+        let mut streams = self.connection.iter().flat_map(|it| &it.streams);
+        let stream = streams.find(|stream| stream.name == name)?;
+        Some(stream.fence.known())
     }
 
     /// The cut that is true now.
@@ -817,9 +831,12 @@ impl ExactlyOnce {
         self.connection.is_some() && self.gate.wants_record()
     }
 
-    /// Nothing more is published: whether that is true of everything that was, the next cut says.
+    /// Nothing more is published: whether everything that was, also by others before, is resolved, the next cut says.
     pub fn mark_quiescent(&mut self) {
-        self.is_quiescent = self.connection.is_some() && self.window.waiting() == 0;
+        let (anchor, stored_lsn) = (self.anchor().position, self.reached.stored_lsn);
+        self.is_quiescent = self.connection.is_some()
+            && self.window.waiting() == 0
+            && self.doubt.has_resolved_all(anchor, stored_lsn);
     }
 
     /// The streams that are to be asked now whether they still agree, for [`ExactlyOnce::on_look`].

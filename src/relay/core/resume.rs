@@ -559,3 +559,6 @@ fn next_of(stretches: &mut Vec<Stretch>) -> Option<Read> {
     }
     Some(read)
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,8 +46,8 @@ pub struct Stream {
     pub is_recorded: bool,
     /// The event that was published last over this connection, while nothing else has come after it.
     pub previous: Option<Event>,
-    /// The last event that was acknowledged over this connection.
-    pub acked: Position,
+    /// The last event that was acknowledged or found over this connection.
+    pub latest: Position,
     /// When a foreign message was last seen.
     pub foreign_at: Option<Instant>,
     pipeline: usize,
@@ -70,7 +70,7 @@ impl Stream {
             vouched_end: 0,
             is_recorded: false,
             previous: None,
-            acked: Position::default(),
+            latest: Position::default(),
             foreign_at: None,
             pipeline: usize::MAX,
         }
@@ -91,7 +91,7 @@ impl Stream {
     pub fn on_ack(&mut self, expected: u64, position: Position) {
         self.is_met = true;
         self.names_it = false;
-        self.acked = self.acked.max(position);
+        self.latest = self.latest.max(position);
         self.fence.on_ack(expected);
         self.pipeline = self.pipeline.saturating_add(1);
     }

@@ -8,9 +8,14 @@
 //! Facts come as JSON that the server makes of its own catalogs, so that a column which a version lacks is simply absent.
 
 pub mod minors;
+pub mod outbox_sql;
+pub mod outboxes;
 pub mod probe;
+pub mod publication;
+pub mod publication_state;
 pub mod server;
 pub mod slot;
+pub mod watch;
 
 use crate::config::Config;
 use crate::postgres::connection::Rows;
@@ -79,6 +84,8 @@ pub struct Facts {
     pub server: server::Server,
     /// `None`: there is no slot of that name.
     pub slot: Option<slot::Slot>,
+    /// The publication, and the tables that it is to have.
+    pub outboxes: outboxes::Outboxes,
     /// `None`: not tried.
     pub probe: Option<probe::Probe>,
     /// `None`: not tried.
@@ -88,11 +95,12 @@ pub struct Facts {
 /// A rule: the findings that it has, good ones included.
 pub type Rule = fn(&Facts, &Config) -> Vec<Finding>;
 
-/// The rules by which the relay starts: all of those about the slot, and those about the server that no connection has
+/// The rules by which the relay starts: those about slot and publication, and those about the server that no connection has
 /// proven by then.
-const START: [&[Rule]; 2] = [&server::START, &slot::START];
+const START: [&[Rule]; 3] = [&server::START, &slot::START, &publication::START];
 
-/// Reads the facts. Of a server that is too old only its version.
+/// Reads the facts but the outboxes, which are not for a replication session: see [`outboxes::read`]. Of a server that is too
+/// old only its version.
 pub fn read<Q: Query>(session: &mut Q, config: &Config) -> Result<Facts, Q::Error> {
     let (version, version_text) = session.server_version();
     let mut facts = Facts {
@@ -110,7 +118,12 @@ pub fn read<Q: Query>(session: &mut Q, config: &Config) -> Result<Facts, Q::Erro
 
 /// What keeps the relay from starting.
 pub fn failures(facts: &Facts, config: &Config) -> Vec<Finding> {
-    let rules = START.iter().flat_map(|rules| rules.iter());
+    failures_of(&START, facts, config)
+}
+
+/// What fails of these rules.
+pub fn failures_of(rules: &[&[Rule]], facts: &Facts, config: &Config) -> Vec<Finding> {
+    let rules = rules.iter().flat_map(|rules| rules.iter());
     rules
         .flat_map(|rule| rule(facts, config))
         .filter(|finding| finding.level == Level::Fail)

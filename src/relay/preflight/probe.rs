@@ -40,7 +40,7 @@ pub enum Probe {
 pub enum Start {
     /// Postgres sends.
     Sends,
-    /// Nothing came within [`WATCH_LIMIT`].
+    /// Nothing came within five seconds.
     Silent,
     /// Postgres refused it, or broke it off.
     Failed(Arc<postgres::Error>),
@@ -126,7 +126,7 @@ fn watch(stream: &mut ReplicationReader, end: Lsn) -> Result<Start, postgres::Er
         match stream.read()? {
             // Postgres 18 and later send on without the rows of a publication that is missing
             Some(ReplicationMessage::Notice(notice)) if notice.code == "55000" => {
-                return Err(postgres::Error::Server(Box::new(notice)));
+                return Err(postgres::Error::Server(notice));
             }
             Some(ReplicationMessage::PrimaryKeepalive { wal_end, .. }) if wal_end >= end => break,
             Some(_) => {}

@@ -2,7 +2,7 @@
 //!
 //! Only catalogs, views and functions that every role may read: on managed servers nobody is a superuser.
 //! Sources: the manual's chapters on logical decoding, on replication settings and on `pg_locks`; the providers' pages on
-//! logical replication for [`PROVIDERS`].
+//! logical replication for the table of them.
 
 use super::minors;
 use super::probe::Probe;

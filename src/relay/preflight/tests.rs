@@ -1,5 +1,6 @@
 //! Each rule, from facts as a server may report them.
 
+use super::outboxes::{Outboxes, Publication};
 use super::server::{Role, Server, Writer};
 use super::slot::Slot;
 use super::*;
@@ -54,6 +55,19 @@ pub fn good() -> Facts {
             retained_bytes: Some(1000),
             ..Slot::default()
         }),
+        outboxes: Outboxes {
+            version: 180_004,
+            publication: Some(Publication {
+                oid: 1,
+                inserts: true,
+                ..Publication::default()
+            }),
+            tables: vec![publication::tests::table(
+                10,
+                "outbox",
+                &["id", "aggregatetype", "aggregateid", "payload"],
+            )],
+        },
         ..Facts::default()
     }
 }

@@ -5,41 +5,12 @@ use crate::relay::preflight::Level;
 use crate::relay::preflight::slot::Slot;
 use crate::relay::preflight::tests::{config, good as shared};
 
-const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
-
-fn table(name: &str, columns: &[&str]) -> Table {
-    Table {
-        name: TableName {
-            and_longer: false,
-            schema: Some("public".into()),
-            name: name.into(),
-        },
-        columns: columns.iter().map(ToString::to_string).collect(),
-        types: (columns.iter())
-            .map(|column| (column.to_string(), "text".to_string()))
-            .collect(),
-        filter: None,
-        replica_identity: true,
-    }
-}
-
 /// As setup leaves them, on Postgres 18.
 fn good() -> Facts {
     Facts {
         shared: shared(),
         encoding: "UTF8".into(),
-        named: vec![Named {
-            name: tables(&config(&[])).remove(0),
-            exists: true,
-            by_partition: false,
-            partitioned: false,
-        }],
-        publication: Some(Publication {
-            inserts: true,
-            changes: false,
-            newer_than_slot: false,
-            tables: vec![table("outbox", &COLUMNS)],
-        }),
+        publication: Some(Publication::default()),
         ..Facts::default()
     }
 }
@@ -105,7 +76,7 @@ fn set(facts: &mut Facts, name: &str, value: &str) {
 
 #[test]
 fn what_setup_leaves_is_good() {
-    check(Level::Ok, "", &["ok    postgres.publication "], |_| {});
+    check(Level::Ok, "", &["ok    postgres.replica_identity "], |_| {});
 }
 
 #[test]
@@ -128,74 +99,12 @@ fn the_connection_s_encryption() {
 
 #[test]
 fn the_publication() {
-    use Level::{Fail, Ok, Warn};
-    check(
-        Fail,
-        "postgres.publication",
-        &[
-            "CREATE PUBLICATION jetstream_outbox FOR TABLE outbox",
-            "pg_drop_replication_slot",
-        ],
-        |f| {
-            f.publication = None;
-        },
-    );
-    check(
-        Fail,
-        "postgres.publication",
-        &["SET (publish = 'insert');"],
-        |f| publication(f).inserts = false,
-    );
-    check(Fail, "postgres.tables", &["ADD TABLE outbox;"], |f| {
-        publication(f).tables.clear()
-    });
-    check(Fail, "postgres.tables", &["ADD TABLE outbox;"], |f| {
-        publication(f).tables = vec![table("other", &["n"])]
-    });
-    check(Fail, "postgres.tables", &["without payload"], |f| {
-        publication(f).tables[0].columns.pop();
-    });
-    check(
-        Ok,
-        "",
-        &["publication jetstream_outbox holds public.outbox"],
-        |f| publication(f).tables.push(table("other", &["n"])),
-    );
-    check_with(
-        &["-table", "shop.outbox"],
-        Fail,
-        "postgres.tables",
-        &["ADD TABLE shop.outbox;"],
-        |_| {},
-    );
-    check_with(
-        &["-table", "outbox"],
-        Ok,
-        "",
-        &["publication jetstream_outbox holds public.outbox"],
-        |f| {
-            publication(f)
-                .tables
-                .push(table("other", &["aggregatetype"]));
-        },
-    );
-    check(
-        Warn,
-        "postgres.tables",
-        &["row filter", "SET TABLE public.outbox"],
-        |f| publication(f).tables[0].filter = Some("n > 1".into()),
-    );
-    check(Ok, "", &[], |f| {
-        publication(f).tables[0].replica_identity = false
-    });
+    use Level::{Fail, Warn};
     check(
         Fail,
         "postgres.replica_identity",
         &["public.outbox", "DELETE", "publish = 'insert'"],
-        |f| {
-            publication(f).changes = true;
-            publication(f).tables[0].replica_identity = false;
-        },
+        |f| publication(f).without_identity = vec!["public.outbox".into()],
     );
     check(
         Warn,
@@ -206,151 +115,34 @@ fn the_publication() {
 }
 
 #[test]
-fn tables_and_columns_follow_the_mapping() {
-    use Level::{Fail, Ok, Warn};
-    let lacks = |args: &[&str], parts: &[&str]| {
-        check_with(args, Fail, "postgres.tables", parts, |_| {});
-    };
-    lacks(
-        &["-header", "tenant"],
-        &[
-            "has no column tenant:",
-            "ALTER TABLE public.outbox ADD COLUMN tenant text;",
-        ],
-    );
-    lacks(
-        &["-subject", "{prefix}.{aggregatetype}.{region}"],
-        &[
-            "has no column region:",
-            "ADD COLUMN region character varying(255);",
-        ],
-    );
-    lacks(
-        &["-id-column", "event_id"],
-        &["has no column event_id:", "ADD COLUMN event_id uuid;"],
-    );
-    lacks(
-        &["-headers-column", "meta"],
-        &["has no column meta:", "ADD COLUMN meta jsonb;"],
-    );
-    lacks(
-        &["-table", "outbox:payload=body"],
-        &["has no column body:", "ADD COLUMN body jsonb;"],
-    );
-    // {aggregatetype} is the default of a CloudEvent's type; here there is none
-    check_with(
-        &[
-            "-subject",
-            "{prefix}.{aggregateid}",
-            "-cloudevents",
-            "/shop",
-        ],
-        Fail,
-        "postgres.tables",
-        &["has no column type:", "ADD COLUMN type text;"],
-        |f| publication(f).tables = vec![table("outbox", &["id", "aggregateid", "payload"])],
-    );
-    check_with(
-        &["-subject", "{prefix}.{aggregateid}"],
-        Ok,
-        "",
-        &["holds public.outbox"],
-        |f| {
-            publication(f).tables = vec![table("outbox", &["id", "aggregateid", "payload"])];
-        },
-    );
-    check_with(
-        &["-table", "out*"],
-        Ok,
-        "",
-        &["holds public.outbox"],
-        |_| {},
-    );
-    check_with(
-        &["-table", "in*"],
-        Fail,
-        "postgres.tables",
-        &["no table \"in\"*"],
-        |_| {},
-    );
-    check(
-        Fail,
-        "postgres.tables",
-        &[
-            "table outbox does not exist",
-            "CREATE TABLE outbox (",
-            "ADD TABLE outbox;",
-        ],
-        |f| {
-            publication(f).tables.clear();
-            f.named[0].exists = false;
-        },
-    );
-    check_with(
-        &["-table", "outbox"],
-        Fail,
-        "postgres.tables",
-        &["the partitions", "SET (publish_via_partition_root = true);"],
-        |f| {
-            publication(f).tables = vec![table("outbox_1", &COLUMNS)];
-            f.named[0].by_partition = true;
-        },
-    );
-    // the remedy keeps what else the publication holds
-    check(
-        Warn,
-        "postgres.tables",
-        &["SET TABLE public.outbox, public.other (n) WHERE (n > 1);"],
-        |f| {
-            let mut other = table("other", &["n", "m"]);
-            other.columns.pop();
-            other.filter = Some("n > 1".into());
-            publication(f).tables[0].filter = Some("id > 1".into());
-            publication(f).tables.push(other);
-        },
-    );
+fn encodings_without_an_equivalent_for_each_byte() {
+    use Level::{Ok, Warn};
+    for (encoding, level, says) in [
+        ("UTF8", Ok, "encoding is UTF8"),
+        ("LATIN1", Ok, "encoding is LATIN1"),
+        ("WIN1252", Warn, "stands for no character"),
+        ("SQL_ASCII", Warn, "not UTF-8"),
+        ("EUC_JP", Warn, "stops the relay with 65"),
+    ] {
+        let name = if level == Ok { "" } else { "postgres.encoding" };
+        check_with(&["-no-messages"], level, name, &[says], |f| {
+            f.encoding = encoding.into();
+        });
+    }
 }
 
 #[test]
-fn headers_and_messages() {
-    use Level::{Fail, Ok, Warn};
-    let meta = |kind: &'static str| {
-        move |f: &mut Facts| {
-            let table = &mut publication(f).tables[0];
-            table.columns.push("headers".into());
-            table.types.insert("headers".into(), kind.into());
-        }
-    };
-    let name = "postgres.headers_column";
-    check(
-        Ok,
-        "",
-        &["column headers of table public.outbox is jsonb"],
-        meta("jsonb"),
-    );
-    check(
-        Warn,
-        name,
-        &["TYPE jsonb USING headers::jsonb;"],
-        meta("text"),
-    );
-    check_with(
-        &["-headers-column", "headers"],
-        Fail,
-        name,
-        &["TYPE jsonb"],
-        meta("hstore"),
-    );
-
+fn messages_are_taken() {
+    use Level::{Ok, Warn};
     let name = "postgres.messages";
-    check(Warn, name, &["SQL_ASCII", "-no-messages"], |f| {
-        f.encoding = "SQL_ASCII".into()
+    check(Warn, name, &["LATIN1", "-no-messages"], |f| {
+        f.encoding = "LATIN1".into()
     });
     check(Warn, name, &["upgrade to Postgres 14"], |f| {
         f.shared.version = 130_020
     });
     check_with(&["-no-messages"], Ok, "", &["not taken"], |f| {
-        f.encoding = "SQL_ASCII".into();
+        f.encoding = "LATIN1".into();
         f.shared.version = 130_020;
     });
     let function = |f: &mut Facts| {

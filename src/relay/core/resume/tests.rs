@@ -1,0 +1,240 @@
+use super::*;
+use crate::outbox::position::{Source, SourcePosition};
+use crate::relay::checkpoint::record::AnchorEvent;
+
+const CREATED: &str = "2026-11-23T09:26:06Z";
+
+fn lineage() -> Lineage {
+    Lineage {
+        source: Source {
+            slot: "s".into(),
+            system_id: 7,
+            timeline: 1,
+        },
+        switch_points: Vec::new(),
+    }
+}
+
+fn at(lsn: u64) -> SourcePosition {
+    lineage().at(Position {
+        commit_lsn: Lsn(lsn),
+        ordinal: 1,
+    })
+}
+
+/// A message of ours: event `lsn` of as much.
+fn ours(seq: u64, lsn: u64) -> Message {
+    Message {
+        seq,
+        position: Some(at(lsn)),
+        id: Some(lsn.to_string()),
+        expected_last_sequence: seq.checked_sub(1),
+        ..Message::default()
+    }
+}
+
+fn foreign(seq: u64) -> Message {
+    Message {
+        seq,
+        ..Message::default()
+    }
+}
+
+/// Everything up to event `lsn` is resolved, which is in stream A at `seq`; nothing after it is at or before that.
+fn cut(lsn: u64, seq: u64) -> Cut {
+    Cut {
+        anchor: Anchor {
+            position: at(lsn).position,
+            event: Some(AnchorEvent {
+                id: lsn.to_string(),
+                commit_time_us: 0,
+            }),
+        },
+        stored_lsn: Lsn(lsn + 1),
+        streams: vec![StreamCut {
+            name: "A".into(),
+            created: CREATED.into(),
+            read_after: seq,
+            witness: Some(Witness {
+                seq,
+                position: at(lsn),
+            }),
+        }],
+        quiescent: false,
+        lenient: false,
+    }
+}
+
+fn stream(name: &str, last_seq: u64) -> StreamFacts {
+    StreamFacts {
+        name: name.into(),
+        created: CREATED.into(),
+        first_seq: 1,
+        last_seq,
+        is_routed: true,
+        keeps_its_end: true,
+        keeps_its_order: true,
+        ..StreamFacts::default()
+    }
+}
+
+fn facts(cuts: Vec<Cut>, streams: Vec<StreamFacts>) -> Facts {
+    Facts {
+        lineage: lineage(),
+        cuts,
+        oldest_is_matured: true,
+        goes_on: false,
+        confirmed_lsn: Lsn(1),
+        streams,
+        maybe_unfenced: false,
+        accept_loss: false,
+    }
+}
+
+/// Resumes with streams that hold these messages.
+fn resume(facts: Facts, held: &[&[Message]]) -> Result<Resumed, Lost> {
+    let mut resume = Resume::new(facts);
+    while let Some(read) = resume.next()? {
+        let answer = match &read {
+            Read::Message(stream, seq) => {
+                let messages = held.get(*stream).copied().unwrap_or_default();
+                let found = messages.iter().find(|message| message.seq == *seq);
+                Answer::Message(found.cloned())
+            }
+            Read::Exists(name) => Answer::Exists(name == "there"),
+        };
+        resume.on_read(&read, answer);
+    }
+    assert!(resume.is_done());
+    Ok(resume.finish())
+}
+
+/// Which cut is chosen of the young one, of event 30 at 3, and the matured one, of event 10 at 1.
+#[track_caller]
+fn check(change: impl FnOnce(&mut StreamFacts), held: &[Message], expected: Result<usize, ()>) {
+    let mut a = stream("A", 3);
+    change(&mut a);
+    let resumed = resume(facts(vec![cut(30, 3), cut(10, 1)], vec![a]), &[held]);
+    let chosen = resumed
+        .map(|resumed| resumed.cut.expect("a cut"))
+        .map_err(|_| ());
+    assert_eq!(chosen, expected);
+}
+
+#[test]
+fn the_youngest_cut_that_the_stream_agrees_with_is_taken() {
+    let all = [ours(1, 10), ours(2, 20), ours(3, 30)];
+    check(|_| (), &all, Ok(0));
+    // it lost the last one, or two, or all that it ever had
+    check(|a| a.last_seq = 2, &all[..2], Ok(1));
+    check(|a| a.last_seq = 0, &[], Err(()));
+    // `created` changes after an edit and two restarts: the witness decides
+    check(|a| a.created = "2027".into(), &all, Ok(0));
+    // consumed, and still the same one
+    let consumed = |a: &mut StreamFacts| {
+        (a.keeps_its_end, a.keeps_its_order) = (false, false);
+        a.first_seq = 4;
+    };
+    check(consumed, &[], Ok(0));
+    // another message is there, in the same stream: refilled from the first on, or from the third
+    check(|_| (), &[foreign(1), foreign(2), foreign(3)], Err(()));
+    check(|_| (), &[ours(1, 10), foreign(2), foreign(3)], Ok(1));
+    // the index counts what the blocks have lost
+    check(|_| (), &all[..2], Ok(1));
+}
+
+#[test]
+fn a_stream_that_was_deleted_by_an_operator_halts_nothing() {
+    let cuts = || vec![cut(30, 3), cut(10, 1)];
+    let gone = resume(facts(cuts(), vec![stream("B", 0)]), &[&[]]).unwrap();
+    assert_eq!(gone.cut, Some(0));
+    let again = StreamFacts {
+        created: "2027".into(),
+        ..stream("A", 0)
+    };
+    let again = resume(facts(cuts(), vec![again]), &[&[]]).unwrap();
+    assert_eq!(again.cut, Some(1), "what the slot still has comes again");
+    assert_eq!(again.streams[0].witness, None);
+}
+
+#[test]
+fn what_postgres_was_not_told_is_taken_from_the_slot_again() {
+    let told_nothing = Facts {
+        oldest_is_matured: false,
+        ..facts(vec![cut(30, 3)], vec![stream("A", 0)])
+    };
+    let resumed = resume(told_nothing.clone(), &[&[]]).unwrap();
+    assert_eq!((resumed.cut, resumed.anchor), (None, Anchor::bare(Lsn(1))));
+    let goes_on = Facts {
+        goes_on: true,
+        ..told_nothing
+    };
+    assert!(
+        resume(goes_on, &[&[]]).is_err(),
+        "the copy stream has gone on"
+    );
+}
+
+#[test]
+fn every_message_after_the_cut_is_evidence_in_whatever_stream() {
+    let a = [ours(1, 10), ours(2, 40), foreign(3), ours(4, 50)];
+    // one that the cut does not name, and an older event at its end
+    let b = [ours(1, 60), ours(2, 5)];
+    let streams = vec![stream("A", 4), stream("B", 2)];
+    let mut resumed = resume(facts(vec![cut(10, 1)], streams.clone()), &[&a, &b]).unwrap();
+    let mut verdict = |lsn| {
+        let verdict = resumed.evidence.verdict(at(lsn).position, &lsn.to_string());
+        resumed.evidence.forget_upto(at(lsn).position);
+        verdict
+    };
+    use super::super::evidence::Verdict::{Publish, Stored};
+    assert_eq!(verdict(20), Publish);
+    assert_eq!(verdict(40), Stored(0, 2));
+    assert_eq!(verdict(50), Stored(0, 4));
+    // nothing before an older event of ours can be younger, unless that one was late
+    assert_eq!(verdict(60), Publish);
+    assert_eq!(resumed.foreign, [1, 0]);
+    let late = Message {
+        is_late: true,
+        ..ours(2, 5)
+    };
+    let b = [ours(1, 60), late];
+    let mut resumed = resume(facts(vec![cut(10, 1)], streams), &[&a, &b]).unwrap();
+    resumed.evidence.forget_upto(at(50).position);
+    let verdict = resumed.evidence.verdict(at(60).position, "60");
+    assert_eq!(verdict, Stored(1, 1));
+}
+
+#[test]
+fn a_copy_counts_only_where_its_stream_is_gone() {
+    for (source, counts) in [("there", false), ("gone", true)] {
+        let copy = Message {
+            expected_last_sequence: None,
+            copied_from: Some(source.into()),
+            ..ours(2, 40)
+        };
+        let held = [ours(1, 10), copy];
+        let facts = facts(vec![cut(10, 1)], vec![stream("A", 2)]);
+        let resumed = resume(facts, &[&held]).unwrap();
+        assert_eq!(!resumed.evidence.is_empty(), counts, "{source}");
+    }
+}
+
+#[test]
+fn after_at_least_once_an_event_without_a_fence_is_told_of() {
+    let unfenced = |lsn| Message {
+        expected_last_sequence: None,
+        ..ours(1, lsn)
+    };
+    let with = |maybe_unfenced, lsn| {
+        let facts = Facts {
+            maybe_unfenced,
+            confirmed_lsn: Lsn(20),
+            ..facts(Vec::new(), vec![stream("A", 1)])
+        };
+        resume(facts, &[&[unfenced(lsn)]]).unwrap().unfenced
+    };
+    assert_eq!(with(true, 30), Some((0, at(30).position)));
+    assert_eq!(with(true, 10), None, "before the slot's position");
+    assert_eq!(with(false, 30), None, "a copy of somebody's");
+}
