@@ -595,7 +595,10 @@ fn the_relay_runs_with_what_is_printed_and_no_more() {
         let ends_well = code == 0 && !log.contains("without the checkpoint");
         assert_eq!(ends_well, removed.is_none(), "{removed:?}\n{log}");
         // and it is this one that is missed: `events.>` by what is published under it
-        let subject = removed.unwrap_or_default().trim().trim_matches(['"', '>', '*']);
+        let subject = removed
+            .unwrap_or_default()
+            .trim()
+            .trim_matches(['"', '>', '*']);
         let denied = format!(r#"Permissions Violation for Publish to \"{subject}"#);
         assert_eq!(
             log.contains(&denied),
