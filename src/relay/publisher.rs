@@ -147,7 +147,7 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
-            limits_read: Some(now),
+            limits_read: None,
             record_until: None,
             warned: Tally::default(),
             vitals,
@@ -305,6 +305,9 @@ impl<'a> Publisher<'a> {
         let write = match &mut self.core {
             Core::ExactlyOnce(core) => {
                 let urgent = settled || core.wants_record();
+                if !store.may_write(now, urgent) {
+                    return;
+                }
                 if urgent && store.holds(&core.cut()) {
                     core.on_recorded_again(now);
                     return;

@@ -299,6 +299,13 @@ impl Store {
         self.send(cut, ripening, matured, now)
     }
 
+    /// It is time for a write, and none is on its way.
+    pub fn may_write(&self, now: Instant, urgent: bool) -> bool {
+        let patience = if urgent { URGENT_PATIENCE } else { PATIENCE };
+        let waits = |pending: &Pending| now < pending.sent + patience;
+        (urgent || now >= self.next) && !self.pending.as_ref().is_some_and(waits)
+    }
+
     /// What to write if `cut` is news and it is time, or at once if it is `urgent`.
     pub fn write(
         &mut self,
@@ -306,9 +313,7 @@ impl Store {
         now: Instant,
         urgent: bool,
     ) -> Option<Write> {
-        let patience = if urgent { URGENT_PATIENCE } else { PATIENCE };
-        let waits = |pending: &Pending| now < pending.sent + patience;
-        if now < self.next && !urgent || self.pending.as_ref().is_some_and(waits) {
+        if !self.may_write(now, urgent) {
             return None;
         }
         if self.pending.is_some() {
