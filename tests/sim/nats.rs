@@ -55,6 +55,8 @@ pub struct Stream {
     /// Messages go once they are consumed.
     pub is_queue: bool,
     pub is_full: bool,
+    /// Its server has crashed, and is not back.
+    pub down_until: Instant,
     pub window: Duration,
     pub first_seq: u64,
     pub last_seq: u64,
@@ -89,6 +91,7 @@ impl Stream {
             is_replicated,
             is_queue,
             is_full: false,
+            down_until: born,
             window,
             first_seq: 1,
             last_seq: 0,

@@ -10,7 +10,7 @@ use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::checkpoint::store::Write;
 use jetstream_outbox::relay::core::evidence::Message;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -93,6 +93,8 @@ pub struct Env {
     /// A message of ours without a fence is no copy, for all that is known.
     pub has_bare_copies: bool,
     pub has_foreign: bool,
+    /// Streams that have left the prefix for a while.
+    pub left: HashSet<u64>,
     pub trace: Option<Vec<String>>,
 }
 
@@ -214,7 +216,7 @@ impl Env {
     // the promises
 
     /// A publish reaches the server.
-    pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Answer, End> {
+    pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Option<Answer>, End> {
         if self.leaf == Some(flight.topic) {
             let origin = Origin {
                 stream: "LEAF".into(),
@@ -224,7 +226,7 @@ impl Env {
                 seq: flight.expected.unwrap_or(0) + 1,
                 duplicate: false,
             };
-            return Ok(Ok((ack, Arc::new(origin))));
+            return Ok(Some(Ok((ack, Arc::new(origin)))));
         }
         let now = self.now;
         let home = self
@@ -232,8 +234,11 @@ impl Env {
             .iter_mut()
             .find(|it| it.topics.contains(&flight.topic));
         let Some(stream) = home else {
-            return Ok(Err(AckError::NoResponders));
+            return Ok(Some(Err(AckError::NoResponders)));
         };
+        if stream.down_until > now {
+            return Ok(None);
+        }
         let origin = Arc::new(Origin {
             stream: stream.name.clone(),
             domain: String::new(),
@@ -246,7 +251,7 @@ impl Env {
             trace!(self, "stored {} at {} of {name}", flight.id, ack.seq);
             self.on_stored(flight, (serial, ack.seq), is_late_copy)?;
         }
-        Ok(answer.map(|ack| (ack, origin)))
+        Ok(Some(answer.map(|ack| (ack, origin))))
     }
 
     fn on_stored(
@@ -263,7 +268,9 @@ impl Env {
         // without a record nothing tells of a stream that has left the prefix
         let routed = self.streams.iter().filter(|it| !it.topics.is_empty());
         let routed: Vec<u64> = routed.map(|it| it.serial).collect();
-        let is_known = |at: (u64, u64)| !self.key_was_touched || routed.contains(&at.0);
+        let is_known = |at: (u64, u64)| {
+            !self.key_was_touched || routed.contains(&at.0) && !self.left.contains(&at.0)
+        };
         let mut there = story
             .copies
             .iter()
@@ -495,6 +502,7 @@ impl World {
             key_was_touched: false,
             has_bare_copies: false,
             has_foreign: false,
+            left: HashSet::new(),
             trace: traced.then(Vec::new),
             rng,
         };
@@ -705,7 +713,10 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             0 => Err(AckError::NoResponders),
             1 => Err(refused(503, 10077, "no space left on device")),
             2 => Err(refused(429, 10167, "too many requests")),
-            _ => env.arrive(&flight, relay.zombie_since.is_some())?,
+            _ => match env.arrive(&flight, relay.zombie_since.is_some())? {
+                Some(answer) => answer,
+                None => continue,
+            },
         };
         if env.one_in(150) {
             trace!(env, "the answer to {} is lost", flight.id);
