@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 const AGREED_FOR: Duration = Duration::from_secs(30);
 
 /// So many connections in a row that end with an answer from elsewhere are no moved subject.
-const MOST_ELSEWHERE: u32 = 3;
+const MOST_ELSEWHERE: u32 = 5;
 
 /// A connection that was resumed over.
 #[derive(Debug)]
