@@ -362,6 +362,8 @@ impl World {
                     return;
                 }
                 env.due = Some("slot moved");
+                let told = env.key.record().map(|record| record.told_lsn);
+                env.moved_slot = told.is_some_and(|told| told < env.pg.wal_end);
                 let skipped = env.pg.transactions.clone();
                 env.give_up(&skipped);
                 env.pg.confirmed = env.pg.wal_end;

@@ -10,6 +10,7 @@ use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::checkpoint::store::Write;
 use jetstream_outbox::relay::core::evidence::Message;
+use jetstream_outbox::relay::core::rules::Rule;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -65,6 +66,10 @@ impl Story {
 }
 
 pub struct Env {
+    /// The rule that is not followed.
+    off: Option<Rule>,
+    /// The slot was moved beyond what the record tells.
+    pub moved_slot: bool,
     pub rng: fastrand::Rng,
     pub now: Instant,
     pub begun: Instant,
@@ -107,6 +112,10 @@ pub fn list(messages: &[(u64, Option<Message>)]) -> String {
 }
 
 impl Env {
+    pub fn is_off(&self, rule: Rule) -> bool {
+        self.off == Some(rule)
+    }
+
     pub fn is_key_down(&self) -> bool {
         self.now < self.key_down_until
     }
@@ -207,7 +216,8 @@ impl Env {
         if !self.late_writes.is_empty() && self.rng.bool() {
             let index = self.rng.usize(..self.late_writes.len());
             let write = self.late_writes.swap_remove(index);
-            let answer = self.key.put(&write, now);
+            let is_strict = !self.is_off(Rule::Revision);
+            let answer = self.key.put(&write, is_strict, now);
             trace!(self, "late record: {answer:?}");
         }
         Ok(())
@@ -243,7 +253,7 @@ impl Env {
             stream: stream.name.clone(),
             domain: String::new(),
         });
-        let answer = stream.publish(flight, now);
+        let answer = stream.publish(flight, self.off != Some(Rule::Fence), now);
         if let Ok(ack) = &answer
             && !ack.duplicate
         {
@@ -252,6 +262,31 @@ impl Env {
             self.on_stored(flight, (serial, ack.seq), is_late_copy)?;
         }
         Ok(Some(answer.map(|ack| (ack, origin))))
+    }
+
+    /// The answer as it would be if nothing in it were against the rule that is not followed.
+    fn without_rule(&self, flight: &Flight, answer: Answer) -> Answer {
+        let mut streams = self.streams.iter();
+        let home = streams.find(|it| it.topics.contains(&flight.topic));
+        let home = Arc::new(Origin {
+            stream: home.map_or(String::new(), |it| it.name.clone()),
+            domain: String::new(),
+        });
+        let stored = PubAck {
+            seq: flight.expected.unwrap_or_default() + 1,
+            duplicate: false,
+        };
+        match answer {
+            Ok((ack, _)) if self.is_off(Rule::Origin) => Ok((ack, home)),
+            Ok((ack, origin)) if self.is_off(Rule::AckSequence) && !ack.duplicate => {
+                Ok((stored, origin))
+            }
+            Ok((ack, origin)) if self.is_off(Rule::Duplicate) && ack.duplicate => {
+                Ok((stored, origin))
+            }
+            Err(_) if self.is_off(Rule::Refusal) => Ok((stored, home)),
+            answer => answer,
+        }
     }
 
     fn on_stored(
@@ -400,7 +435,13 @@ impl Env {
     }
 
     /// The relay tells Postgres.
-    pub fn confirm(&mut self, lsn: Lsn) -> Result<(), End> {
+    pub fn confirm(&mut self, lsn: Lsn, received: Lsn) -> Result<(), End> {
+        if self.moved_slot && !self.key_was_touched {
+            return Err(End::Broken("went on with a slot that was moved".into()));
+        }
+        if lsn > received {
+            return Err(End::Broken(format!("confirmed {lsn}, received {received}")));
+        }
         if lsn <= self.pg.confirmed {
             return Ok(());
         }
@@ -470,18 +511,20 @@ pub enum Ended {
 type Outcome = Result<Ended, String>;
 
 /// Runs one seed; `Err` says which promise was broken.
-pub fn run(seed: u64, traced: bool) -> (Outcome, Vec<String>) {
-    let mut world = World::new(seed, traced);
+pub fn run(seed: u64, off: Option<Rule>, traced: bool) -> (Outcome, Vec<String>) {
+    let mut world = World::new(seed, off, traced);
     let outcome = world.live();
     (outcome, world.env.trace.unwrap_or_default())
 }
 
 impl World {
-    fn new(seed: u64, traced: bool) -> World {
+    fn new(seed: u64, off: Option<Rule>, traced: bool) -> World {
         let mut rng = fastrand::Rng::with_seed(seed);
         let now = Instant::now();
         let faults = Fault::choose(&mut rng);
         let mut env = Env {
+            off,
+            moved_slot: false,
             now,
             begun: now,
             is_healed: false,
@@ -591,7 +634,11 @@ impl World {
             ..
         } = self;
         let new = *relays;
-        let relay = relay.get_or_insert_with(|| Relay::new(new, env.now));
+        let hold_back = match env.is_off(Rule::HoldBack) {
+            true => Duration::ZERO,
+            false => HOLD_BACK,
+        };
+        let relay = relay.get_or_insert_with(|| Relay::new(new, hold_back, env.now));
         *relays = (*relays).max(relay.name + 1);
         for _ in 0..much {
             relay.receive(env);
@@ -718,6 +765,15 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
                 None => continue,
             },
         };
+        let answer = match env.one_in(150) {
+            true => {
+                let seq = env.rng.u64(1..1_000) + 100_000;
+                trace!(env, "another answers {} with {seq}", flight.id);
+                answer.map(|(ack, origin)| (PubAck { seq, ..ack }, origin))
+            }
+            false => answer,
+        };
+        let answer = env.without_rule(&flight, answer);
         if env.one_in(150) {
             trace!(env, "the answer to {} is lost", flight.id);
             continue;
@@ -744,7 +800,7 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             }
             continue;
         }
-        let answer = env.key.put(&write, env.now);
+        let answer = env.key.put(&write, !env.is_off(Rule::Revision), env.now);
         trace!(
             env,
             "relay {} record {}: {answer:?} {}",
