@@ -32,6 +32,8 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// The largest message.
 const MAX_PAYLOAD: usize = 2000;
+/// What the gate allows, and the way of a record.
+const LONGEST_UNRECORDED: Duration = Duration::from_secs(12);
 const CHANNEL_BATCHES: usize = 4;
 
 /// Why a relay does not go on as it is.
@@ -104,6 +106,8 @@ pub struct Relay {
     pub written: VecDeque<(u64, Result<PubAck, AckError>)>,
     /// It was frozen and revived; its Postgres session is another's by now.
     pub zombie_since: Option<Instant>,
+    /// Since when there are publishes that the record lacks.
+    unrecorded: Option<Instant>,
 }
 
 /// R18.
@@ -139,6 +143,7 @@ impl Relay {
             answers: VecDeque::new(),
             written: VecDeque::new(),
             zombie_since: None,
+            unrecorded: None,
         }
     }
 
@@ -440,13 +445,19 @@ impl Relay {
             Some(Core::AtLeastOnce(_)) => unreachable!("exactly-once"),
             None => {
                 let anchor = &connection.resumed.anchor;
-                let continuity = Continuity::new(
-                    anchor,
-                    session.confirmed,
-                    session.wal_end,
-                    false,
-                    connection.resumed.is_lenient,
-                );
+                let continuity = match env.is_off(Rule::Continuity) {
+                    true => Ok(Continuity::accepted(session.wal_end)),
+                    false => {
+                        let (confirmed, wal_end) = (session.confirmed, session.wal_end);
+                        Continuity::new(
+                            anchor,
+                            confirmed,
+                            wal_end,
+                            false,
+                            connection.resumed.is_lenient,
+                        )
+                    }
+                };
                 let continuity = continuity.map_err(|broken| End::Halt(format!("{broken:?}")))?;
                 let limits = Limits {
                     inflight: env.rng.usize(1..12),
@@ -509,6 +520,7 @@ impl Relay {
             core.on_recorded(now);
         }
         self.stage = Stage::Up;
+        self.unrecorded = None;
         self.next_look = env.now + LOOK_INTERVAL;
         let Some(session) = self.session.as_mut().filter(|it| !it.is_streaming) else {
             return Ok(());
@@ -675,6 +687,10 @@ impl Relay {
                         flight.expected,
                         if flight.is_late { ", late" } else { "" }
                     );
+                    if now > *self.unrecorded.get_or_insert(now) + LONGEST_UNRECORDED {
+                        let why = "much is published that the record lacks";
+                        return Err(End::Broken(why.into()));
+                    }
                     self.out.push_back(flight);
                 }
                 Ok(Next::Read { stream, from, to }) => {
@@ -752,6 +768,7 @@ impl Relay {
             self.writes.push_back(write);
         } else if urgent && self.store.holds(&core.cut()) {
             core.on_recorded_again(now);
+            self.unrecorded = None;
         }
     }
 
@@ -759,6 +776,7 @@ impl Relay {
         while let Some((number, answer)) = self.written.pop_front() {
             match self.store.on_written(number, answer, env.now) {
                 Ok(true) => {
+                    self.unrecorded = None;
                     let now = env.now;
                     if let Some(core) = self.core() {
                         core.on_recorded(now);
@@ -795,10 +813,10 @@ impl Relay {
                 return Ok(());
             };
             let outcome = match look {
-                _ if env.is_off(Rule::Looks) => {
-                    let outcome = core.on_look(token, &stream.created, u64::MAX);
-                    outcome.and_then(|()| core.on_witness(token, None))
+                Look::Stream(_) if env.is_off(Rule::Looks) => {
+                    core.on_look(token, &stream.created, u64::MAX)
                 }
+                Look::Message(..) if env.is_off(Rule::Looks) => core.on_witness(token, None),
                 Look::Stream(_) => core.on_look(token, &stream.created, stream.last_seq),
                 Look::Message(_, seq) => {
                     let found = stream.messages.get(&seq).map(|it| &it.message);

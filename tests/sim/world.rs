@@ -91,6 +91,7 @@ pub struct Env {
     pub due: Option<&'static str>,
     /// Events of this topic go elsewhere.
     pub leaf: Option<usize>,
+    was_elsewhere: bool,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
     /// The record is not what it was.
@@ -228,6 +229,7 @@ impl Env {
     /// A publish reaches the server.
     pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Option<Answer>, End> {
         if self.leaf == Some(flight.topic) {
+            self.was_elsewhere = true;
             let origin = Origin {
                 stream: "LEAF".into(),
                 domain: "leaf".into(),
@@ -541,6 +543,7 @@ impl World {
             next_uid: 0,
             due: None,
             leaf: None,
+            was_elsewhere: false,
             moved: [None; TOPICS + 1],
             key_was_touched: false,
             has_bare_copies: false,
@@ -577,7 +580,10 @@ impl World {
         trace!(self.env, "halted: {why}");
         let is_unfenced = why.starts_with("unfenced");
         match self.env.due {
-            None if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
+            _ if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
+            Some("elsewhere") if !why.starts_with("Elsewhere") => {
+                Err(format!("halted for another reason than is due: {why}"))
+            }
             Some(_) => Ok(Ended::Halted(why)),
             None => Err(format!("halted without need: {why}")),
         }
@@ -682,7 +688,7 @@ impl World {
                 return Ok(Ended::AllStored);
             }
         }
-        if self.env.due == Some("elsewhere") {
+        if self.env.due == Some("elsewhere") && !self.env.was_elsewhere {
             return Ok(Ended::AllStored);
         }
         Err(format!(
