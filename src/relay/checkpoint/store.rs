@@ -293,7 +293,6 @@ impl Store {
         for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
             let end = end(&stream.name).unwrap_or(u64::MAX);
             stream.read_after = stream.read_after.min(end);
-            stream.witness.take_if(|witness| witness.seq > end);
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
