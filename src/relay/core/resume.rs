@@ -422,12 +422,12 @@ impl Resume {
             return None;
         }
         if !self.is_same(index, of_cut) {
-            return match stream.is_routed {
-                false => None,
-                true if stream.created != of_cut.created => Some(Disagreement::Recreated),
-                true => Some(Disagreement::Refilled {
-                    seq: of_cut.witness.as_ref().map_or(0, |witness| witness.seq),
-                }),
+            let seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
+            return match stream.created != of_cut.created {
+                // the name of a stream that has left the prefix is used again
+                true if !stream.is_routed => None,
+                true => Some(Disagreement::Recreated),
+                false => Some(Disagreement::Refilled { seq }),
             };
         }
         let witness_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
