@@ -8,6 +8,7 @@
 mod decode;
 
 use super::bus::Bus;
+use super::check::past::{Compared, compare};
 use super::database::{Access, Database};
 use super::{Error, bytes, say, span};
 use crate::config::Config;
@@ -18,6 +19,7 @@ use crate::jetstream::streams::{Routes, last_message_request};
 use crate::nats::options::Options;
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
+use crate::relay::checkpoint::store::key_subject;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -41,6 +43,8 @@ struct Standing {
     waiting: Waiting,
     /// Behind what is known to be published, in bytes; 0 when nothing waits.
     lag_bytes: Option<u64>,
+    /// Why a relay halts here: then what waits is not known.
+    halts: Option<String>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -112,15 +116,16 @@ impl Waiting {
 }
 
 /// What was found at the last decoding, with `-watch`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Decoded {
     at: Instant,
     waiting: Waiting,
+    halts: Option<String>,
 }
 
 impl Decoded {
     /// Whether it still holds at `now`, and what it has become.
-    fn still(self, now: Instant, published: &Published) -> Option<Waiting> {
+    fn still(&self, now: Instant, published: &Published) -> Option<Waiting> {
         if now.saturating_duration_since(self.at) >= DECODE_INTERVAL {
             return None;
         }
@@ -238,14 +243,24 @@ fn look(
     let (slot, system_id) = read_slot(database, config)?;
     let published = Published::new(&slot, &streams, system_id);
     let now = Instant::now();
-    let waiting = match decoded.and_then(|decoded| decoded.still(now, &published)) {
-        Some(waiting) => waiting,
-        None => decode::waiting(database, config, &slot, &published, &routes)?,
+    let known = decoded
+        .take()
+        .filter(|it| it.still(now, &published).is_some());
+    let found = match known {
+        Some(found) => found,
+        None => {
+            let halts = halts(bus, config, system_id, database.answer_limit)?;
+            let waiting = match &halts {
+                Some(_) => Waiting::Unknown,
+                None => decode::waiting(database, config, &slot, &published, &routes)?,
+            };
+            let at = now;
+            Decoded { at, waiting, halts }
+        }
     };
-    if decoded.is_none_or(|decoded| decoded.still(now, &published).is_none()) {
-        *decoded = Some(Decoded { at: now, waiting });
-    }
+    let Decoded { waiting, halts, .. } = decoded.insert(found).clone();
     let lag_bytes = match (waiting, published.greatest()) {
+        _ if halts.is_some() => None,
         (Waiting::Nothing, _) => Some(0),
         // of its stream nothing is known but what it lacks
         (Waiting::Event { at, stream, .. }, _) if stream.is_some() => {
@@ -259,7 +274,41 @@ fn look(
         streams,
         waiting,
         lag_bytes,
+        halts,
     })
+}
+
+/// Why a relay halts here, if the record tells: this is not the WAL that the streams were written from.
+fn halts(
+    bus: &mut Bus<'_>,
+    config: &Config,
+    system_id: Option<u64>,
+    limit: Duration,
+) -> Result<Option<String>, Error> {
+    let Some(system_id) = system_id else {
+        return Ok(None);
+    };
+    let key = key_subject(&config.checkpoint, &config.slot, system_id);
+    let bucket = format!("KV_{}", config.checkpoint);
+    let message = match bus.message(last_message_request(&bucket, &key)) {
+        Ok(message) => message,
+        // `check` tells what is wrong with the bucket
+        Err(crate::jetstream::Error::Api { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let record = message.and_then(|message| serde_json::from_slice(&message.data).ok());
+    let Some(record) = record else {
+        return Ok(None);
+    };
+    let db = config.db.connecting_within(limit);
+    match compare(&db, config, record, limit) {
+        Ok(Compared::Other(reason)) => Ok(Some(reason)),
+        Ok(Compared::Same(_)) => Ok(None),
+        Err(error) => {
+            log::info!(cause:% = error; "whether this is the WAL that the streams were written from is not known");
+            Ok(None)
+        }
+    }
 }
 
 /// What is known to be published.
@@ -415,6 +464,7 @@ fn json_of(standing: &Standing) -> Value {
         "streams": streams,
         "lag_bytes": standing.lag_bytes,
         "lag_seconds": standing.waiting.seconds(Timestamp::now()),
+        "halts": standing.halts,
     })
 }
 
@@ -471,6 +521,9 @@ fn text_of(standing: &Standing) -> String {
     }
     if standing.streams.is_empty() {
         text += "stream   none captures the prefix\n";
+    }
+    if let Some(reason) = &standing.halts {
+        return text + &format!("lag      unknown: a relay halts here, see check: {reason}\n");
     }
     text += &match standing.waiting.seconds(Timestamp::now()) {
         Some(_) if standing.waiting == Waiting::Nothing => {
@@ -617,7 +670,12 @@ mod tests {
             (nothing, start, Some(at(9, 0)), Some(nothing)),
             (nothing, later, Some(at(9, 0)), None),
         ] {
-            let found = Decoded { at: start, waiting }.still(now, &upto(known));
+            let found = Decoded {
+                at: start,
+                waiting,
+                halts: None,
+            }
+            .still(now, &upto(known));
             assert_eq!(found, expected, "{waiting:?} {known:?}");
         }
     }

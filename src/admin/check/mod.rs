@@ -4,7 +4,7 @@
 //! be read is a finding too. [`past`] compares the two as the relay does when it starts.
 
 pub mod nats;
-mod past;
+pub mod past;
 pub mod postgres;
 
 /// The findings are the relay's own.

@@ -6,11 +6,11 @@ use super::nats::{Past, Tail};
 use super::postgres::Log;
 use crate::config::Config;
 use crate::jetstream::Delivery;
-use crate::postgres::Lsn;
 use crate::postgres::connection::{Connection, quote_literal};
+use crate::postgres::{ConnInfo, Lsn};
 use crate::relay::checkpoint::record::{Anchor, Record};
 use crate::relay::checkpoint::store::ANYTHING;
-use crate::relay::core::continuity::Continuity;
+use crate::relay::core::continuity::{Broken, Continuity};
 use crate::relay::error::Error;
 use crate::relay::{session, slot};
 use std::time::Duration;
@@ -26,14 +26,12 @@ pub fn findings(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     let mut findings: Vec<Finding> = tails.filter_map(|tail| system(config, log, tail)).collect();
     let mut record = None;
     if let Some(found) = &past.record {
-        match history(config, found.clone()) {
-            Ok((rebased, finding)) => {
-                findings.extend(slot_position(config, log, &rebased));
-                findings.push(finding);
-                record = Some(rebased);
-            }
-            Err(finding) => findings.push(finding),
+        let (rebased, finding) = history(config, found.clone());
+        if let Some(rebased) = &rebased {
+            findings.extend(slot_position(config, log, rebased));
         }
+        findings.push(finding);
+        record = rebased;
     }
     let tails = past.tails.iter();
     findings.extend(tails.filter_map(|tail| unfenced(config, log, record.as_ref(), tail)));
@@ -86,50 +84,67 @@ fn slot_position(config: &Config, log: Log, record: &Record) -> Option<Finding> 
     })
 }
 
-/// Whether the WAL of this server is the one that the streams were written from. Returns the record as it reads on this
-/// server, too.
-fn history(config: &Config, record: Record) -> Result<(Record, Finding), Finding> {
+/// Whether the WAL of this server is the one that the streams were written from.
+pub enum Compared {
+    /// It is; and this is the record as it reads on this server.
+    Same(Record),
+    /// It is not, so the relay halts.
+    Other(String),
+}
+
+/// Compares a record with the server that `-db` leads to, as the relay does before it publishes anything.
+pub fn compare(
+    db: &ConnInfo,
+    config: &Config,
+    record: Record,
+    limit: Duration,
+) -> Result<Compared, Error> {
+    let mut connection = Connection::connect(db)?;
+    let lineage = session::lineage(&mut connection, &config.slot)?;
+    let record = match record.rebase(&lineage) {
+        Ok(record) => record,
+        Err(conflict) => {
+            let of = "the checkpoint".to_string();
+            return Ok(Compared::Other(
+                Error::Conflict { of, conflict }.to_string(),
+            ));
+        }
+    };
+    let continuity = continuity(&mut connection, config, &record.young.anchor, limit)?;
+    Ok(match continuity {
+        Ok(()) => Compared::Same(record),
+        Err(broken) => Compared::Other(broken.to_string()),
+    })
+}
+
+/// The same as a finding, and the record as it reads on this server.
+fn history(config: &Config, record: Record) -> (Option<Record>, Finding) {
     const NAME: &str = "both.wal";
-    const RESTORED: &str = "this is not the WAL that the streams were written from: Postgres was restored from a snapshot or a backup, or \
-        another clone was promoted; the relay halts";
-    let unknown = |error: &dyn std::fmt::Display| {
-        warn(
-            NAME,
-            format!(
-                "whether the WAL is the one that the streams were written from is not known: {error}"
-            ),
-            "the relay finds out when it starts",
-            "see to it that the role may replicate, and that a replication slot and a walsender are free for a moment",
-        )
-    };
-    let mut connection = Connection::connect(&config.db).map_err(|error| unknown(&error))?;
-    let lineage =
-        session::lineage(&mut connection, &config.slot).map_err(|error| unknown(&error))?;
-    let record = record.rebase(&lineage).map_err(|conflict| {
-        let of = "the checkpoint".to_string();
-        let error = Error::Conflict { of, conflict };
-        fail(
-            NAME,
-            error.to_string(),
-            "the relay halts rather than mix two histories",
-            "correct -db",
-        )
-    })?;
-    let anchor = &record.young.anchor;
-    let finding = match continuity(&mut connection, config, anchor) {
-        Ok(Ok(())) => ok(
-            NAME,
-            format!("Postgres goes on from what is stored, {anchor}"),
-        ),
-        Ok(Err(broken)) => fail(
-            NAME,
-            broken,
-            RESTORED,
-            "connect to the server that the events came from, or, if this one replaces it, start the relay once with -resume-anyway",
-        ),
-        Err(error) => unknown(&error),
-    };
-    Ok((record, finding))
+    match compare(&config.db, config, record, DECODE_LIMIT) {
+        Ok(Compared::Same(record)) => {
+            let anchor = &record.young.anchor;
+            let finding = ok(NAME, format!("Postgres has what was stored last, {anchor}"));
+            (Some(record), finding)
+        }
+        Ok(Compared::Other(reason)) => {
+            let finding = fail(
+                NAME,
+                reason,
+                "Postgres was restored from a snapshot or a backup, or another clone was promoted, so the relay halts",
+                "connect to the server that the events came from, or, if this one replaces it, start the relay once with -resume-anyway",
+            );
+            (None, finding)
+        }
+        Err(error) => {
+            let finding = warn(
+                NAME,
+                format!("whether Postgres has what was stored last is not known: {error}"),
+                "the relay finds out when it starts",
+                "see to it that the role may replicate, and that a replication slot and a walsender are free for a moment",
+            );
+            (None, finding)
+        }
+    }
 }
 
 /// What the relay finds at the anchor's place; `Ok(Err(_))`: why it halts.
@@ -137,7 +152,8 @@ fn continuity(
     connection: &mut Connection,
     config: &Config,
     anchor: &Anchor,
-) -> Result<Result<(), String>, Error> {
+    limit: Duration,
+) -> Result<Result<(), Broken>, Error> {
     let position = format!(
         "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
         quote_literal(&config.slot)
@@ -153,15 +169,14 @@ fn continuity(
     let wal_end = slot::current_lsn(connection)?;
     let mut continuity = match Continuity::new(anchor, confirmed, wal_end, false, false) {
         Ok(continuity) => continuity,
-        Err(broken) => return Ok(Err(broken.to_string())),
+        Err(broken) => return Ok(Err(broken)),
     };
     if !continuity.is_proven() {
         let commit_lsn = anchor.position.commit_lsn;
-        let judged = match first_begin(connection, config, commit_lsn)? {
+        return Ok(match first_begin(connection, config, commit_lsn, limit)? {
             Some((commit_lsn, commit_time_us)) => continuity.on_first(commit_lsn, commit_time_us),
             None => continuity.on_position(wal_end),
-        };
-        return Ok(judged.map_err(|broken| broken.to_string()));
+        });
     }
     Ok(Ok(()))
 }
@@ -172,6 +187,7 @@ fn first_begin(
     connection: &mut Connection,
     config: &Config,
     lsn: Lsn,
+    limit: Duration,
 ) -> Result<Option<(Lsn, i64)>, Error> {
     let copy = format!("outbox_check_{}", connection.backend_pid());
     let sql = format!(
@@ -198,7 +214,7 @@ fn first_begin(
         options.collect::<String>(),
         lsn.0
     );
-    let rows = connection.simple_query_within(&sql, DECODE_LIMIT)?;
+    let rows = connection.simple_query_within(&sql, limit)?;
     let begin = rows.first().and_then(|row| row.first()?.as_deref());
     Ok(begin.and_then(|begin| {
         let number = |digits: &str| u64::from_str_radix(digits, 16).ok();

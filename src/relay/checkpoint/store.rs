@@ -551,6 +551,9 @@ mod tests {
         let record = write(&mut second, 0x30, start, 30);
         assert_eq!(record.matured, Some(cut(0x10)));
         assert_eq!(record.ripening.map(|it| it.cut), Some(cut(0x30)));
+        // the key was seen to hold it not long ago
+        assert_eq!(second.matured_lsn(after(90)), Lsn::INVALID);
+        write(&mut second, 0x40, start, 130);
         assert_eq!(second.matured_lsn(after(179)), cut(0x10).stored_lsn);
         assert_eq!(second.matured_lsn(after(180)), cut(0x30).stored_lsn);
     }
@@ -571,10 +574,10 @@ mod tests {
     fn a_claim_that_fell_back_begins_the_ripening_again() {
         let start = Instant::now();
         let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
-        let write = store.claim(cut(0x8), true, |_| Some(0x9), Lsn::INVALID, start);
+        let write = store.claim(cut(0x18), true, |_| Some(0x9), Lsn::INVALID, start);
         let claim: Record = serde_json::from_slice(&write.body).unwrap();
         let ripening = claim.ripening.expect("the young one ripens");
-        assert_eq!((ripening.cut, ripening.since_ms), (cut(0x8), None));
+        assert_eq!((ripening.cut, ripening.since_ms), (cut(0x18), None));
         // the older cut knows of no more in a stream than there is
         let matured = claim.matured.expect("it stays");
         assert_eq!(matured.streams[0].read_after, 0x9);

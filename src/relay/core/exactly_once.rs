@@ -365,11 +365,14 @@ impl ExactlyOnce {
                     }
                     return Ok(Some((stream, seq)));
                 }
-                Verdict::OtherId(_) if self.continuity.is_lenient() => {
+                Verdict::OtherId(stream, seq) if self.continuity.has_other_flags() => {
+                    return Ok(Some((stream, seq)));
+                }
+                Verdict::OtherId(..) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
                 }
-                Verdict::OtherId(stream) => {
+                Verdict::OtherId(stream, _) => {
                     return Err(Trouble::Halt(Halt::OtherId {
                         stream: name(&connected.streams, stream),
                         position,
