@@ -16,6 +16,7 @@
 //!
 //! `SIM_SEEDS=n` and `SIM_FIRST=n` choose other seeds, `SIM_SEED=n` one alone, with its trace; `SIM_RULE=n` one rule.
 
+mod at_least_once;
 mod nats;
 mod operator;
 mod postgres;
@@ -95,6 +96,14 @@ fn every_event_once_and_in_order_whatever_fails() {
         );
     }
     assert!(failures.is_empty());
+}
+
+#[test]
+fn at_least_once_loses_nothing() {
+    for seed in 0..2_000 {
+        let outcome = at_least_once::run(seed);
+        assert_eq!(outcome, Ok(()), "seed {seed}");
+    }
 }
 
 #[test]
