@@ -36,7 +36,7 @@ impl Lineage {
         found.map(|(_, lsn)| Some(*lsn)).ok_or(NotInHistory)
     }
 
-    /// Whether a position lies in the part of the WAL that this server has too, written for this slot.
+    /// Whether a position lies in the part of the WAL that this server has too, written for this slot. R18.
     pub fn shares(&self, at: &SourcePosition) -> bool {
         at.source.slot == self.source.slot
             && at.source.system_id == self.source.system_id

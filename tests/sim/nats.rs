@@ -55,6 +55,8 @@ pub struct Stream {
     /// Messages go once they are consumed.
     pub is_queue: bool,
     pub is_full: bool,
+    /// Its server has crashed, and is not back.
+    pub down_until: Instant,
     pub window: Duration,
     pub first_seq: u64,
     pub last_seq: u64,
@@ -89,6 +91,7 @@ impl Stream {
             is_replicated,
             is_queue,
             is_full: false,
+            down_until: born,
             window,
             first_seq: 1,
             last_seq: 0,
@@ -99,7 +102,12 @@ impl Stream {
     }
 
     /// A publish arrives; `Ok` of a sequence: it is stored there.
-    pub fn publish(&mut self, flight: &Flight, now: Instant) -> Result<PubAck, AckError> {
+    pub fn publish(
+        &mut self,
+        flight: &Flight,
+        is_fenced: bool,
+        now: Instant,
+    ) -> Result<PubAck, AckError> {
         if flight
             .expected_stream
             .as_ref()
@@ -118,11 +126,12 @@ impl Stream {
         if let (true, Some(duplicate)) = (self.is_replicated, duplicate) {
             return Ok(duplicate);
         }
-        if flight.expected.is_some_and(|seq| seq != self.last_seq) {
+        if is_fenced && flight.expected.is_some_and(|seq| seq != self.last_seq) {
             let text = format!("wrong last sequence: {}", self.last_seq);
             return Err(refused(400, 10071, &text));
         }
-        if let Some(id) = &flight.expected_last
+        if is_fenced
+            && let Some(id) = &flight.expected_last
             && self.last_id.as_ref() != Some(id)
         {
             let text = format!(
@@ -143,7 +152,8 @@ impl Stream {
                 seq: 0,
                 position: Some(flight.position.clone()),
                 id: Some(flight.id.clone()),
-                expected_last_sequence: flight.expected,
+                // what is stored without a fence bears one all the same, so that it is known again
+                expected_last_sequence: Some(self.last_seq),
                 copied_from: None,
                 is_late: flight.is_late,
             },
@@ -262,8 +272,13 @@ impl Key {
         }
     }
 
-    pub fn put(&mut self, write: &Write, now: Instant) -> Result<PubAck, AckError> {
-        if write.revision != self.revision() {
+    pub fn put(
+        &mut self,
+        write: &Write,
+        is_strict: bool,
+        now: Instant,
+    ) -> Result<PubAck, AckError> {
+        if is_strict && write.revision != self.revision() {
             let text = format!("wrong last sequence: {}", self.revision());
             return Err(refused(400, 10071, &text));
         }

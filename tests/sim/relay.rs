@@ -18,6 +18,7 @@ use jetstream_outbox::relay::core::continuity::Continuity;
 use jetstream_outbox::relay::core::evidence::Message;
 use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce, Look};
 use jetstream_outbox::relay::core::resume::{Answer as Found, Facts, Read, Resume, StreamFacts};
+use jetstream_outbox::relay::core::rules::Rule;
 use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
 use jetstream_outbox::relay::core::window::Limits;
 use jetstream_outbox::relay::core::{Core, Next};
@@ -31,6 +32,8 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// The largest message.
 const MAX_PAYLOAD: usize = 2000;
+/// What the gate allows, and the way of a record.
+const LONGEST_UNRECORDED: Duration = Duration::from_secs(12);
 const CHANNEL_BATCHES: usize = 4;
 
 /// Why a relay does not go on as it is.
@@ -103,10 +106,23 @@ pub struct Relay {
     pub written: VecDeque<(u64, Result<PubAck, AckError>)>,
     /// It was frozen and revived; its Postgres session is another's by now.
     pub zombie_since: Option<Instant>,
+    /// Since when there are publishes that the record lacks.
+    unrecorded: Option<Instant>,
+}
+
+/// R18.
+fn lineage(env: &Env) -> Lineage {
+    let mut lineage = env.pg.lineage();
+    if env.is_off(Rule::SwitchPoint) {
+        for (_, lsn) in &mut lineage.switch_points {
+            *lsn = Lsn(u64::MAX);
+        }
+    }
+    lineage
 }
 
 impl Relay {
-    pub fn new(name: u64, now: Instant) -> Relay {
+    pub fn new(name: u64, hold_back: Duration, now: Instant) -> Relay {
         let identity = Identity {
             bucket: "bucket".into(),
             slot: SLOT.into(),
@@ -116,7 +132,7 @@ impl Relay {
         };
         Relay {
             name,
-            store: Store::new(identity, HOLD_BACK, now),
+            store: Store::new(identity, hold_back, now),
             session: None,
             stage: Stage::Down,
             retry_at: now,
@@ -127,6 +143,7 @@ impl Relay {
             answers: VecDeque::new(),
             written: VecDeque::new(),
             zombie_since: None,
+            unrecorded: None,
         }
     }
 
@@ -214,7 +231,7 @@ impl Relay {
     fn read_key(&mut self, env: &mut Env) -> Result<(), End> {
         if self.session.is_none() {
             self.session = Some(Session {
-                lineage: env.pg.lineage(),
+                lineage: lineage(env),
                 confirmed: env.pg.confirmed,
                 wal_end: env.pg.wal_end,
                 epoch: env.pg_epoch,
@@ -244,6 +261,7 @@ impl Relay {
         if session.core.is_none()
             && let Some(record) = self.store.held()
             && session.confirmed > record.told_lsn
+            && !env.is_off(Rule::Told)
         {
             return Err(End::Halt(format!(
                 "slot moved: confirmed {}, told {}",
@@ -272,10 +290,25 @@ impl Relay {
         let (cuts, oldest_is_matured) = match own_cut {
             Some(cut) => (vec![cut], false),
             None => {
-                let (cuts, is_matured) = self.store.cuts(env.now);
+                let (mut cuts, is_matured) = self.store.cuts(env.now);
+                if env.is_off(Rule::FallBack) {
+                    cuts.truncate(1);
+                }
                 (cuts, is_matured)
             }
         };
+        let agrees = env.is_off(Rule::Agreement);
+        if let Some(cut) = cuts.first().filter(|_| agrees) {
+            for stream in &mut streams {
+                let Some(of_cut) = cut.stream(&stream.name) else {
+                    continue;
+                };
+                let witness_seq = of_cut.witness.as_ref().map_or(0, |it| it.seq);
+                stream.last_seq = stream.last_seq.max(of_cut.read_after).max(witness_seq);
+                stream.created = of_cut.created.clone();
+                stream.first_seq = stream.first_seq.max(witness_seq + 1);
+            }
+        }
         let maybe_unfenced = session.core.is_none() && self.store.held().is_none();
         let routed = (0..streams.len()).collect();
         let mut missing: Vec<StreamCut> = Vec::new();
@@ -341,6 +374,11 @@ impl Relay {
         if reads.is_empty() {
             return self.claim(env);
         }
+        let cuts = self.store.held().into_iter().flat_map(|it| it.cuts());
+        let witnesses = cuts
+            .flat_map(|cut| &cut.streams)
+            .filter_map(|it| it.witness.as_ref());
+        let witnesses: Vec<_> = witnesses.map(|it| it.position.clone()).collect();
         env.rng.shuffle(&mut reads);
         for read in reads {
             let answer = match &read {
@@ -350,7 +388,16 @@ impl Relay {
                         .streams
                         .get(*index)
                         .map(|it| it.name.as_str());
-                    Found::Message(env.message(name.unwrap_or_default(), *seq)?)
+                    let message = env.message(name.unwrap_or_default(), *seq)?;
+                    let position = message.as_ref().and_then(|it| it.position.as_ref());
+                    let is_witness = position.is_some_and(|it| witnesses.contains(it));
+                    Found::Message(match env.is_off(Rule::Evidence) && !is_witness {
+                        true => message.map(|it| Message {
+                            seq: it.seq,
+                            ..Default::default()
+                        }),
+                        false => message,
+                    })
                 }
                 Read::Exists(name) => Found::Exists(env.streams.iter().any(|it| it.name == *name)),
             };
@@ -366,7 +413,10 @@ impl Relay {
         };
         let Reading { resume, connection } = *reading;
         assert!(resume.is_done());
-        let resumed = resume.finish();
+        let mut resumed = resume.finish();
+        if env.is_off(Rule::Doubt) {
+            resumed.gone.fill(None);
+        }
         trace!(
             env,
             "relay {}: resumed with cut {:?} ({:?}) at {}, stored {}, evidence {:?}, gone {:?}, unfenced {:?}",
@@ -395,13 +445,19 @@ impl Relay {
             Some(Core::AtLeastOnce(_)) => unreachable!("exactly-once"),
             None => {
                 let anchor = &connection.resumed.anchor;
-                let continuity = Continuity::new(
-                    anchor,
-                    session.confirmed,
-                    session.wal_end,
-                    false,
-                    connection.resumed.is_lenient,
-                );
+                let continuity = match env.is_off(Rule::Continuity) {
+                    true => Ok(Continuity::accepted(session.wal_end)),
+                    false => {
+                        let (confirmed, wal_end) = (session.confirmed, session.wal_end);
+                        Continuity::new(
+                            anchor,
+                            confirmed,
+                            wal_end,
+                            false,
+                            connection.resumed.is_lenient,
+                        )
+                    }
+                };
                 let continuity = continuity.map_err(|broken| End::Halt(format!("{broken:?}")))?;
                 let limits = Limits {
                     inflight: env.rng.usize(1..12),
@@ -429,6 +485,14 @@ impl Relay {
         let end = |name: &str| core.end_of(name);
         let write = self.store.claim(cut, fell_back, end, confirmed, env.now);
         self.stage = Stage::Claiming(write.number, env.now);
+        if env.is_off(Rule::Claim) {
+            let ack = PubAck {
+                seq: write.revision,
+                duplicate: false,
+            };
+            self.written.push_back((write.number, Ok(ack)));
+            return Ok(());
+        }
         self.writes.push_back(write);
         Ok(())
     }
@@ -456,13 +520,18 @@ impl Relay {
             core.on_recorded(now);
         }
         self.stage = Stage::Up;
+        self.unrecorded = None;
         self.next_look = env.now + LOOK_INTERVAL;
         let Some(session) = self.session.as_mut().filter(|it| !it.is_streaming) else {
             return Ok(());
         };
         if let Some(Core::ExactlyOnce(core)) = &session.core {
             session.is_streaming = true;
-            session.next = (env.pg.first_from(core.start_lsn()), 0);
+            let start = match env.is_off(Rule::Anchor) {
+                true => core.start_lsn().max(core.stored_lsn()),
+                false => core.start_lsn(),
+            };
+            session.next = (env.pg.first_from(start), 0);
             trace!(
                 env,
                 "relay {}: streams from {}, confirmed {}",
@@ -538,7 +607,15 @@ impl Relay {
         let Some(core) = &mut session.core else {
             return Ok(());
         };
-        let mut outcome = core.tick(now);
+        let mut outcome = match env.is_off(Rule::AckTimeout) {
+            true => Ok(()),
+            false => core.tick(now),
+        };
+        if env.is_off(Rule::Gate)
+            && let Core::ExactlyOnce(core) = core
+        {
+            core.on_recorded_again(now);
+        }
         while outcome.is_ok()
             && core.wants_batch()
             && let Some(batch) = session.channel.pop_front()
@@ -589,9 +666,15 @@ impl Relay {
                         id: event.id.into(),
                         position: session.lineage.at(event.position),
                         expected: publish.expected_last_sequence,
-                        expected_last: publish.expected_last.map(|last| last.id().into()),
-                        expected_stream: publish.expected_stream.map(|name| name.to_string()),
-                        is_late: publish.is_late,
+                        expected_last: publish
+                            .expected_last
+                            .filter(|_| !env.is_off(Rule::LastId))
+                            .map(|last| last.id().into()),
+                        expected_stream: publish
+                            .expected_stream
+                            .filter(|_| !env.is_off(Rule::StreamName))
+                            .map(|name| name.to_string()),
+                        is_late: publish.is_late && !env.is_off(Rule::Late),
                         sent: now,
                     };
                     trace!(
@@ -604,6 +687,10 @@ impl Relay {
                         flight.expected,
                         if flight.is_late { ", late" } else { "" }
                     );
+                    if now > *self.unrecorded.get_or_insert(now) + LONGEST_UNRECORDED {
+                        let why = "much is published that the record lacks";
+                        return Err(End::Broken(why.into()));
+                    }
                     self.out.push_back(flight);
                 }
                 Ok(Next::Read { stream, from, to }) => {
@@ -681,6 +768,7 @@ impl Relay {
             self.writes.push_back(write);
         } else if urgent && self.store.holds(&core.cut()) {
             core.on_recorded_again(now);
+            self.unrecorded = None;
         }
     }
 
@@ -688,6 +776,7 @@ impl Relay {
         while let Some((number, answer)) = self.written.pop_front() {
             match self.store.on_written(number, answer, env.now) {
                 Ok(true) => {
+                    self.unrecorded = None;
                     let now = env.now;
                     if let Some(core) = self.core() {
                         core.on_recorded(now);
@@ -724,6 +813,10 @@ impl Relay {
                 return Ok(());
             };
             let outcome = match look {
+                Look::Stream(_) if env.is_off(Rule::Looks) => {
+                    core.on_look(token, &stream.created, u64::MAX)
+                }
+                Look::Message(..) if env.is_off(Rule::Looks) => core.on_witness(token, None),
                 Look::Stream(_) => core.on_look(token, &stream.created, stream.last_seq),
                 Look::Message(_, seq) => {
                     let found = stream.messages.get(&seq).map(|it| &it.message);
@@ -749,7 +842,10 @@ impl Relay {
         if !core.may_confirm(now) {
             return Ok(());
         }
-        let flush = self.store.matured_lsn(now).min(session.received);
+        let flush = match env.is_off(Rule::Received) {
+            true => self.store.matured_lsn(now),
+            false => self.store.matured_lsn(now).min(session.received),
+        };
         if flush > core.stored_lsn() {
             return Err(End::Broken(format!(
                 "told {flush}, stored is {}",
@@ -758,7 +854,7 @@ impl Relay {
         }
         if flush > session.flush {
             session.flush = flush;
-            env.confirm(flush)?;
+            env.confirm(flush, session.received)?;
         }
         Ok(())
     }
@@ -772,7 +868,7 @@ impl Relay {
         }
         self.record(env, true);
         if let Some(write) = self.writes.pop_front() {
-            let answer = env.key.put(&write, env.now);
+            let answer = env.key.put(&write, true, env.now);
             trace!(env, "relay {}: stops in order: {answer:?}", self.name);
         }
         true

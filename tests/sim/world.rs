@@ -10,7 +10,8 @@ use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::checkpoint::store::Write;
 use jetstream_outbox::relay::core::evidence::Message;
-use std::collections::{HashMap, VecDeque};
+use jetstream_outbox::relay::core::rules::Rule;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,6 +66,10 @@ impl Story {
 }
 
 pub struct Env {
+    /// The rule that is not followed.
+    off: Option<Rule>,
+    /// The slot was moved beyond what the record tells.
+    pub moved_slot: bool,
     pub rng: fastrand::Rng,
     pub now: Instant,
     pub begun: Instant,
@@ -86,6 +91,7 @@ pub struct Env {
     pub due: Option<&'static str>,
     /// Events of this topic go elsewhere.
     pub leaf: Option<usize>,
+    was_elsewhere: bool,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
     /// The record is not what it was.
@@ -93,6 +99,8 @@ pub struct Env {
     /// A message of ours without a fence is no copy, for all that is known.
     pub has_bare_copies: bool,
     pub has_foreign: bool,
+    /// Streams that have left the prefix for a while.
+    pub left: HashSet<u64>,
     pub trace: Option<Vec<String>>,
 }
 
@@ -105,6 +113,10 @@ pub fn list(messages: &[(u64, Option<Message>)]) -> String {
 }
 
 impl Env {
+    pub fn is_off(&self, rule: Rule) -> bool {
+        self.off == Some(rule)
+    }
+
     pub fn is_key_down(&self) -> bool {
         self.now < self.key_down_until
     }
@@ -205,7 +217,8 @@ impl Env {
         if !self.late_writes.is_empty() && self.rng.bool() {
             let index = self.rng.usize(..self.late_writes.len());
             let write = self.late_writes.swap_remove(index);
-            let answer = self.key.put(&write, now);
+            let is_strict = !self.is_off(Rule::Revision);
+            let answer = self.key.put(&write, is_strict, now);
             trace!(self, "late record: {answer:?}");
         }
         Ok(())
@@ -214,8 +227,9 @@ impl Env {
     // the promises
 
     /// A publish reaches the server.
-    pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Answer, End> {
+    pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Option<Answer>, End> {
         if self.leaf == Some(flight.topic) {
+            self.was_elsewhere = true;
             let origin = Origin {
                 stream: "LEAF".into(),
                 domain: "leaf".into(),
@@ -224,7 +238,7 @@ impl Env {
                 seq: flight.expected.unwrap_or(0) + 1,
                 duplicate: false,
             };
-            return Ok(Ok((ack, Arc::new(origin))));
+            return Ok(Some(Ok((ack, Arc::new(origin)))));
         }
         let now = self.now;
         let home = self
@@ -232,13 +246,16 @@ impl Env {
             .iter_mut()
             .find(|it| it.topics.contains(&flight.topic));
         let Some(stream) = home else {
-            return Ok(Err(AckError::NoResponders));
+            return Ok(Some(Err(AckError::NoResponders)));
         };
+        if stream.down_until > now {
+            return Ok(None);
+        }
         let origin = Arc::new(Origin {
             stream: stream.name.clone(),
             domain: String::new(),
         });
-        let answer = stream.publish(flight, now);
+        let answer = stream.publish(flight, self.off != Some(Rule::Fence), now);
         if let Ok(ack) = &answer
             && !ack.duplicate
         {
@@ -246,7 +263,32 @@ impl Env {
             trace!(self, "stored {} at {} of {name}", flight.id, ack.seq);
             self.on_stored(flight, (serial, ack.seq), is_late_copy)?;
         }
-        Ok(answer.map(|ack| (ack, origin)))
+        Ok(Some(answer.map(|ack| (ack, origin))))
+    }
+
+    /// The answer as it would be if nothing in it were against the rule that is not followed.
+    fn without_rule(&self, flight: &Flight, answer: Answer) -> Answer {
+        let mut streams = self.streams.iter();
+        let home = streams.find(|it| it.topics.contains(&flight.topic));
+        let home = Arc::new(Origin {
+            stream: home.map_or(String::new(), |it| it.name.clone()),
+            domain: String::new(),
+        });
+        let stored = PubAck {
+            seq: flight.expected.unwrap_or_default() + 1,
+            duplicate: false,
+        };
+        match answer {
+            Ok((ack, _)) if self.is_off(Rule::Origin) => Ok((ack, home)),
+            Ok((ack, origin)) if self.is_off(Rule::AckSequence) && !ack.duplicate => {
+                Ok((stored, origin))
+            }
+            Ok((ack, origin)) if self.is_off(Rule::Duplicate) && ack.duplicate => {
+                Ok((stored, origin))
+            }
+            Err(_) if self.is_off(Rule::Refusal) => Ok((stored, home)),
+            answer => answer,
+        }
     }
 
     fn on_stored(
@@ -263,7 +305,9 @@ impl Env {
         // without a record nothing tells of a stream that has left the prefix
         let routed = self.streams.iter().filter(|it| !it.topics.is_empty());
         let routed: Vec<u64> = routed.map(|it| it.serial).collect();
-        let is_known = |at: (u64, u64)| !self.key_was_touched || routed.contains(&at.0);
+        let is_known = |at: (u64, u64)| {
+            !self.key_was_touched || routed.contains(&at.0) && !self.left.contains(&at.0)
+        };
         let mut there = story
             .copies
             .iter()
@@ -393,7 +437,13 @@ impl Env {
     }
 
     /// The relay tells Postgres.
-    pub fn confirm(&mut self, lsn: Lsn) -> Result<(), End> {
+    pub fn confirm(&mut self, lsn: Lsn, received: Lsn) -> Result<(), End> {
+        if self.moved_slot && !self.key_was_touched {
+            return Err(End::Broken("went on with a slot that was moved".into()));
+        }
+        if lsn > received {
+            return Err(End::Broken(format!("confirmed {lsn}, received {received}")));
+        }
         if lsn <= self.pg.confirmed {
             return Ok(());
         }
@@ -463,18 +513,20 @@ pub enum Ended {
 type Outcome = Result<Ended, String>;
 
 /// Runs one seed; `Err` says which promise was broken.
-pub fn run(seed: u64, traced: bool) -> (Outcome, Vec<String>) {
-    let mut world = World::new(seed, traced);
+pub fn run(seed: u64, off: Option<Rule>, traced: bool) -> (Outcome, Vec<String>) {
+    let mut world = World::new(seed, off, traced);
     let outcome = world.live();
     (outcome, world.env.trace.unwrap_or_default())
 }
 
 impl World {
-    fn new(seed: u64, traced: bool) -> World {
+    fn new(seed: u64, off: Option<Rule>, traced: bool) -> World {
         let mut rng = fastrand::Rng::with_seed(seed);
         let now = Instant::now();
         let faults = Fault::choose(&mut rng);
         let mut env = Env {
+            off,
+            moved_slot: false,
             now,
             begun: now,
             is_healed: false,
@@ -491,10 +543,12 @@ impl World {
             next_uid: 0,
             due: None,
             leaf: None,
+            was_elsewhere: false,
             moved: [None; TOPICS + 1],
             key_was_touched: false,
             has_bare_copies: false,
             has_foreign: false,
+            left: HashSet::new(),
             trace: traced.then(Vec::new),
             rng,
         };
@@ -526,7 +580,10 @@ impl World {
         trace!(self.env, "halted: {why}");
         let is_unfenced = why.starts_with("unfenced");
         match self.env.due {
-            None if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
+            _ if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
+            Some("elsewhere") if !why.starts_with("Elsewhere") => {
+                Err(format!("halted for another reason than is due: {why}"))
+            }
             Some(_) => Ok(Ended::Halted(why)),
             None => Err(format!("halted without need: {why}")),
         }
@@ -583,7 +640,11 @@ impl World {
             ..
         } = self;
         let new = *relays;
-        let relay = relay.get_or_insert_with(|| Relay::new(new, env.now));
+        let hold_back = match env.is_off(Rule::HoldBack) {
+            true => Duration::ZERO,
+            false => HOLD_BACK,
+        };
+        let relay = relay.get_or_insert_with(|| Relay::new(new, hold_back, env.now));
         *relays = (*relays).max(relay.name + 1);
         for _ in 0..much {
             relay.receive(env);
@@ -627,7 +688,7 @@ impl World {
                 return Ok(Ended::AllStored);
             }
         }
-        if self.env.due == Some("elsewhere") {
+        if self.env.due == Some("elsewhere") && !self.env.was_elsewhere {
             return Ok(Ended::AllStored);
         }
         Err(format!(
@@ -705,8 +766,20 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             0 => Err(AckError::NoResponders),
             1 => Err(refused(503, 10077, "no space left on device")),
             2 => Err(refused(429, 10167, "too many requests")),
-            _ => env.arrive(&flight, relay.zombie_since.is_some())?,
+            _ => match env.arrive(&flight, relay.zombie_since.is_some())? {
+                Some(answer) => answer,
+                None => continue,
+            },
         };
+        let answer = match env.one_in(150) {
+            true => {
+                let seq = env.rng.u64(1..1_000) + 100_000;
+                trace!(env, "another answers {} with {seq}", flight.id);
+                answer.map(|(ack, origin)| (PubAck { seq, ..ack }, origin))
+            }
+            false => answer,
+        };
+        let answer = env.without_rule(&flight, answer);
         if env.one_in(150) {
             trace!(env, "the answer to {} is lost", flight.id);
             continue;
@@ -733,7 +806,7 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             }
             continue;
         }
-        let answer = env.key.put(&write, env.now);
+        let answer = env.key.put(&write, !env.is_off(Rule::Revision), env.now);
         trace!(
             env,
             "relay {} record {}: {answer:?} {}",

@@ -268,7 +268,7 @@ impl Store {
         self.writes = 0;
     }
 
-    /// The record of a start or a new connection, to be written before anything is published: the cut that was resumed
+    /// R13: the record of a start or a new connection, to be written before anything is published: the cut that was resumed
     /// with. `fell_back`: it is not the young one, so that what ripens has to ripen again. In each stream the cuts know of no
     /// more than `end` of it. `confirmed_lsn`: what Postgres has been told.
     pub fn claim(
@@ -293,7 +293,6 @@ impl Store {
         for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
             let end = end(&stream.name).unwrap_or(u64::MAX);
             stream.read_after = stream.read_after.min(end);
-            stream.witness.take_if(|witness| witness.seq > end);
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
@@ -374,6 +373,7 @@ impl Store {
         };
         let write = Write {
             number: self.writes,
+            // R15
             revision: self.revision,
             body: record.body(),
         };
@@ -423,7 +423,7 @@ impl Store {
         self.held.as_ref().is_some_and(|held| held.young == *cut)
     }
 
-    /// What may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back, and
+    /// R21: what may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back, and
     /// was seen to do so not long ago.
     pub fn matured_lsn(&self, now: Instant) -> Lsn {
         if now >= self.seen + LONGEST_UNSEEN {

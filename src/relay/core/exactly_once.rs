@@ -2,7 +2,7 @@
 //!
 //! An event is *stored* when it is not after the anchor, or the evidence has its position. Otherwise it is published,
 //! whatever comes after it in the stream: where it would be routed now proves nothing. The rules that are cited as R1, R2 …
-//! are those of `rules.rs`.
+//! are those of [`rules`](super::rules).
 
 use super::capacity::Capacity;
 use super::continuity::Continuity;
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 const AGREED_FOR: Duration = Duration::from_secs(30);
 
 /// So many connections in a row that end with an answer from elsewhere are no moved subject.
-const MOST_ELSEWHERE: u32 = 3;
+const MOST_ELSEWHERE: u32 = 5;
 
 /// A connection that was resumed over.
 #[derive(Debug)]
@@ -271,7 +271,7 @@ impl ExactlyOnce {
         }
     }
 
-    /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R6.
+    /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
     fn next_read(&mut self) -> Option<Next> {
         let connected = self.connection.as_mut()?;
         if connected.asked.is_some() {
@@ -437,6 +437,7 @@ impl ExactlyOnce {
                 to: seq,
             }));
         }
+        // R14
         if !self.gate.may_publish(stream.is_recorded, now) || !stream.has_room(now) {
             return Ok(Judged::Wait);
         }
@@ -456,12 +457,13 @@ impl ExactlyOnce {
         let event = pending.event.clone();
         let connected = self.connection.as_mut()?;
         let stream = connected.streams.get_mut(index)?;
+        // R9, R10, R11
         let expected = stream.fence.extend(token);
         let expected_last = match stream.is_replicated {
             true => None,
             false => stream.previous.replace(event.clone()),
         };
-        // whoever reads the stream back stops at what is not late
+        // R17: whoever reads the stream back stops at what is not late
         let position = event.position();
         let is_late = position < stream.latest || connected.evidence.has_after(position, index);
         stream.names_it &= has_room;
@@ -520,6 +522,7 @@ impl ExactlyOnce {
         let State::Sent { expected, .. } = pending.state else {
             return Ok(None);
         };
+        // R6
         if ack.seq != expected + 1 {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         }
@@ -530,7 +533,7 @@ impl ExactlyOnce {
         Ok(Some(token))
     }
 
-    /// Another stream has answered. Moved subjects are found out by another connection; only what stays so halts. R5.
+    /// Another stream has answered. Moved subjects are found out by another connection; only what stays so halts. R5, R11.
     fn on_elsewhere(&mut self, stream: String, answered: String) -> Trouble {
         self.elsewhere += 1;
         match self.elsewhere < MOST_ELSEWHERE {
@@ -548,7 +551,7 @@ impl ExactlyOnce {
         self.tally.parked += u64::from(pending.event.fate() == Fate::Park);
     }
 
-    /// A publish is not stored. R6.
+    /// A publish is not stored. R7.
     fn on_refusal(&mut self, index: usize, name: u64, error: AckError) -> Result<(), Trouble> {
         let connected = self.connection.as_mut();
         let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) else {
@@ -662,7 +665,7 @@ impl ExactlyOnce {
         self.restart(index, last);
     }
 
-    /// What the event under `token` is called a duplicate of. R7.
+    /// What the event under `token` is called a duplicate of. R8.
     fn on_suspect(
         &mut self,
         token: u64,
@@ -701,7 +704,7 @@ impl ExactlyOnce {
                 self.settle();
                 Ok(None)
             }
-            // gone, and it may have been this very event: also one that came since the stream was read
+            // R16: gone, and it may have been this very event: also one that came since the stream was read
             None if self.doubt.is_about(position) || known < seq => {
                 self.tally.skipped += 1;
                 self.window.resolve_at_cursor(None);
@@ -885,7 +888,7 @@ impl ExactlyOnce {
         looks
     }
 
-    /// The answer to a [`Look::Stream`]. R9.
+    /// The answer to a [`Look::Stream`]. R22.
     pub fn on_look(&mut self, token: u64, created: &str, last_seq: u64) -> Result<(), Trouble> {
         self.on_looked(token, |stream, expected| {
             let ends = matches!(expected, Expected::End(known) if last_seq >= *known);
@@ -893,7 +896,7 @@ impl ExactlyOnce {
         })
     }
 
-    /// The answer to a [`Look::Message`]. R9.
+    /// The answer to a [`Look::Message`]. R22.
     pub fn on_witness(&mut self, token: u64, found: Option<&Message>) -> Result<(), Trouble> {
         let lineage = self.lineage.clone();
         self.on_looked(token, |_, expected| match (found, expected) {
@@ -925,7 +928,7 @@ impl ExactlyOnce {
         Ok(())
     }
 
-    /// Postgres may be told what has matured. R8, R9, R10.
+    /// Postgres may be told what has matured. R19, R22.
     pub fn may_confirm(&self, now: Instant) -> bool {
         let connected = self.connection.as_ref();
         self.continuity.is_proven()

@@ -5,7 +5,7 @@
 //! Exactly-once has a [`fence`] for each [`stream`], and publishes what [`evidence`] does not show to be stored; [`resume`]
 //! finds out where to go on, [`continuity`] proves that the WAL is the one that the streams were written from, [`doubt`] is
 //! about messages that are gone, and the [`gate`] bounds what the record lacks. [`capacity`] is how large an event may be,
-//! [`trouble`] why things cannot go on.
+//! [`trouble`] why things cannot go on. [`rules`] lists the rules that are cited as R1, R2 …
 
 pub mod at_least_once;
 pub mod capacity;
@@ -16,6 +16,7 @@ pub mod exactly_once;
 pub mod fence;
 pub mod gate;
 pub mod resume;
+pub mod rules;
 pub mod stream;
 pub mod trouble;
 pub mod window;
@@ -122,7 +123,7 @@ impl Core {
         either!(self, it => it.answer(reply, answer, now))
     }
 
-    /// Time has passed.
+    /// Time has passed. R12.
     pub fn tick(&self, now: Instant) -> Result<(), Trouble> {
         match self.window().deadline() {
             Some(deadline) if now >= deadline => Err(Trouble::Reconnect(Cause::AckTimeout)),

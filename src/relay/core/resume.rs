@@ -214,7 +214,9 @@ pub struct Resume {
     evidence: Evidence,
     gone: Vec<Option<u64>>,
     deleted: Vec<u64>,
-    /// Streams that were read back to a message of ours at or before the anchor.
+    /// Of streams that were read back, the last message of ours at or before the anchor.
+    found: BTreeMap<usize, Witness>,
+    /// Streams that were read back to such a message which is not late.
     read_back: BTreeSet<usize>,
     unfenced: Option<(usize, Position)>,
     foreign: Vec<u64>,
@@ -268,6 +270,7 @@ impl Resume {
             chosen: None,
             disagreed: Vec::new(),
             evidence: Evidence::default(),
+            found: BTreeMap::new(),
             read_back: BTreeSet::new(),
             unfenced: None,
             copies: HashMap::new(),
@@ -342,7 +345,7 @@ impl Resume {
             name: facts.name.clone(),
             created: facts.created.clone(),
             read_after: facts.last_seq,
-            witness: self.trusted(index).and_then(|cut| cut.witness.clone()),
+            witness: self.last_of_ours(index),
         });
         Resumed {
             stored_lsn,
@@ -419,12 +422,12 @@ impl Resume {
             return None;
         }
         if !self.is_same(index, of_cut) {
-            return match stream.is_routed {
-                false => None,
-                true if stream.created != of_cut.created => Some(Disagreement::Recreated),
-                true => Some(Disagreement::Refilled {
-                    seq: of_cut.witness.as_ref().map_or(0, |witness| witness.seq),
-                }),
+            let seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
+            return match stream.created != of_cut.created {
+                // the name of a stream that has left the prefix is used again
+                true if !stream.is_routed => None,
+                true => Some(Disagreement::Recreated),
+                false => Some(Disagreement::Refilled { seq }),
             };
         }
         let witness_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
@@ -493,6 +496,13 @@ impl Resume {
         is_gone.then_some(read_after + 1)
     }
 
+    /// The message of ours with the highest sequence at or before the anchor.
+    fn last_of_ours(&self, index: usize) -> Option<Witness> {
+        let of_cut = self.trusted(index).and_then(|cut| cut.witness.as_ref());
+        let last = self.found.get(&index).into_iter().chain(of_cut);
+        last.max_by_key(|witness| witness.seq).cloned()
+    }
+
     /// What is to be read for evidence. R4.
     fn stretches(&self) -> Vec<Stretch> {
         let streams = self.facts.streams.iter().enumerate();
@@ -528,7 +538,17 @@ impl Resume {
         if let Some(position) = fenced {
             if position > anchor {
                 self.evidence.add(position, stream, message.seq, &id);
-            } else if !message.is_late
+                return;
+            }
+            let found = Witness {
+                seq: message.seq,
+                position: lineage.at(position),
+            };
+            let known = self.found.entry(stream).or_insert_with(|| found.clone());
+            if known.seq < found.seq {
+                *known = found;
+            }
+            if !message.is_late
                 && let Phase::Messages(stretches) = &mut self.phase
             {
                 stretches.retain(|it| it.stream != stream || !it.backwards);
