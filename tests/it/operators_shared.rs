@@ -161,19 +161,16 @@ fn an_answer_of_another_stream_halts_the_relay_and_confirms_nothing() {
     let rig = Rig::start();
     let before = rig.pg.confirmed_flush_lsn(SLOT);
     let impostor = Impostor::start(&rig.nats, r#"{"stream":"OTHER","seq":1}"#);
-    for number in 1..=20 {
-        rig.pg.execute(&insert(number, "account"));
-    }
-    halts(
-        rig.relay(&AT_ONCE),
-        65,
-        &["another stream answers", "OTHER"],
-    );
+    let load = Load::start(&rig.pg);
+    // its answers come before those of the stream, or after them
+    halts(rig.relay(&[]), 65, &["another stream answers"]);
     assert_eq!(rig.pg.confirmed_flush_lsn(SLOT), before);
     drop(impostor);
-    rig.drain(&AT_ONCE);
-    assert_each_once(&rig, &[STREAM], 20);
-    assert_eq!(rig.nats.client().last_seq(STREAM), 20, "nothing came twice");
+    let count = load.finish();
+    rig.drain(&[]);
+    assert_each_once(&rig, &[STREAM], count);
+    let stored = rig.nats.client().last_seq(STREAM);
+    assert_eq!(stored, count, "nothing came twice");
 }
 
 /// A hub and a leaf node, each with a stream of the same name and subjects: both store, and both answer.
@@ -192,7 +189,7 @@ fn a_leaf_nodes_stream_of_the_same_subjects_confirms_nothing_for_the_hubs() {
     let leaf = Nats::builder()
         .without_jetstream()
         .config(&format!(
-            "{}\nleafnodes {{ reconnect: 1, remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}] }}",
+            "{}\nleafnodes {{ reconnect: \"1s\", remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}] }}",
             jetstream("leaf")
         ))
         .build();
@@ -204,7 +201,7 @@ fn a_leaf_nodes_stream_of_the_same_subjects_confirms_nothing_for_the_hubs() {
     };
     rig.pg.seed_setup();
     let before = rig.pg.confirmed_flush_lsn(SLOT);
-    let of_hub = ["--hold-back", "0", "--nats-api-prefix", "$JS.hub.API"];
+    let of_hub = ["--nats-api-prefix", "$JS.hub.API"];
     for number in 1..=20 {
         rig.pg.execute(&insert(number, "account"));
     }
@@ -220,6 +217,9 @@ fn a_leaf_nodes_stream_of_the_same_subjects_confirms_nothing_for_the_hubs() {
     let expected: Vec<_> = (1..=20).map(uuid).collect();
     assert_eq!(all_ids(&mut hub.client(), STREAM), expected);
 }
+
+/// "message stream source header is not allowed": newer servers take it from nobody but themselves.
+const SOURCE_HEADER: u32 = 10227;
 
 /// Somebody publishes a copy of the second of six events, with all its headers but the fence.
 #[test]
@@ -249,6 +249,9 @@ fn a_copy_of_an_old_message_hides_and_repeats_no_event() {
             ));
         }
         let ack = client.publish("events.account.a", &headers, &original.body);
+        if ack["error"]["err_code"] == SOURCE_HEADER {
+            continue;
+        }
         assert_eq!(ack["seq"], 7, "{ack}");
         if !running {
             relay = rig.relay(&[]);
