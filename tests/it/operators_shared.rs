@@ -440,7 +440,10 @@ fn many_relays(nats: &Nats, ports: &[u16]) {
         let again = |line: &&String| line.contains("connecting to NATS again");
         assert_eq!(log.iter().filter(again).count(), 0, "{log:#?}");
     }
-    let messages = client.read_all(STREAM);
+    // a cluster may take a while to find the reading consumer a leader
+    let messages = eventually("the stream to be read", DEADLINE, || {
+        client.try_read_from(STREAM, 1)
+    });
     assert_eq!(
         messages.len(),
         RELAYS * EVENTS as usize,
