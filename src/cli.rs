@@ -66,7 +66,7 @@ pub struct Cli {
     /// key file of the client certificate for NATS (default none)
     #[argh(option)]
     pub nats_tls_key: Option<String>,
-    /// make the TLS handshake with NATS before it says anything, for servers with handshake_first
+    /// make the TLS handshake with NATS before it says anything, for servers with handshake_first (default off)
     #[argh(switch)]
     pub nats_tls_first: bool,
     /// longest time to connect and sign in to one NATS server, 100ms to 2m (default 5s)
@@ -138,7 +138,7 @@ pub struct Cli {
     /// publishes that may be unacknowledged at a time, 1 to 65536 (default 3072)
     #[argh(option)]
     pub inflight: Option<String>,
-    /// how long to wait for an acknowledgement before connecting anew, 100ms to 1h (default 5s)
+    /// how long to wait for an acknowledgement before connecting again, 100ms to 1h (default 5s)
     #[argh(option)]
     pub ack_timeout: Option<String>,
     /// give up after this long without a working session, from 1s on (default never)

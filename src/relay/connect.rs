@@ -9,7 +9,7 @@ use super::checkpoint::store::{ANYTHING, Overtaken, Store};
 use super::core::capacity::Capacity;
 use super::core::evidence::Message;
 use super::core::exactly_once::{Connection, ExactlyOnce};
-use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts, forget_left};
+use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts};
 use super::error::Error;
 use super::repeated::Repeated;
 use super::stop::Stop;
@@ -171,18 +171,14 @@ impl Connector<'_> {
                 for cut in cuts.iter_mut().filter(|_| is_moved) {
                     cut.move_to(confirmed_lsn);
                 }
-                let routed = found.infos.get(..found.routed).unwrap_or_default();
-                forget_left(&mut cuts, is_matured, |name| {
-                    routed.iter().any(|info| info.config.name == name)
-                });
                 (cuts, is_matured, confirmed_lsn)
             }
         };
         let held = store.held();
         let maybe_unfenced =
             confirmed_lsn > Lsn::INVALID && held.is_none_or(|record| record.told_lsn == ANYTHING);
-        let missing = self.find_named(&mut found, &cuts)?;
-        let facts = Facts {
+        let mut missing = self.find_named(&mut found, &cuts)?;
+        let mut facts = Facts {
             lineage: self.lineage.clone(),
             streams: self.facts(&found),
             cuts,
@@ -192,7 +188,10 @@ impl Connector<'_> {
             maybe_unfenced,
             accept_loss: self.accept_loss,
         };
+        facts.forget_left(&mut missing);
         let streams = facts.streams.clone();
+        let is_known = |name: &str| streams.iter().any(|it| it.name == name);
+        found.infos.retain(|info| is_known(&info.config.name));
         let resumed = self.read(&found, Resume::new(facts))?;
         if let Some((stream, at)) = resumed.unfenced.filter(|_| !self.accept_loss) {
             let name = streams.get(stream).map(|it| it.name.clone());
@@ -440,7 +439,8 @@ pub fn read_gap(
     Ok(messages)
 }
 
-fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
+/// Reads the answer to a request for a message.
+pub fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
     let stored = streams::parse_message_head(body)?;
     Ok(stored.map(|stored| Message {
         seq: stored.seq,

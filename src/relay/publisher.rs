@@ -8,6 +8,7 @@ use super::checkpoint::kv;
 use super::checkpoint::record::{Anchor, Cut};
 use super::checkpoint::store::{Overtaken, Store};
 use super::connect::{self, Connector, From};
+use super::core::exactly_once::Look;
 use super::core::trouble::{Cause, Trouble};
 use super::core::{Core, Next, Tally};
 use super::error::{Error, Verdict};
@@ -467,12 +468,22 @@ impl<'a> Publisher<'a> {
         let Core::ExactlyOnce(core) = &mut self.core else {
             return Ok(());
         };
-        let Ok(Ok(info)) = answer.map(|body| streams::parse_info(&body)) else {
+        let Ok(body) = answer else {
             return Ok(());
         };
-        let (created, last_seq) =
-            info.map_or_else(Default::default, |info| (info.created, info.state.last_seq));
-        let outcome = core.on_look(token as usize, &created, last_seq);
+        let outcome = if token % 2 == 0 {
+            let Ok(info) = streams::parse_info(&body) else {
+                return Ok(());
+            };
+            let (created, last_seq) =
+                info.map_or_else(Default::default, |info| (info.created, info.state.last_seq));
+            core.on_look(token, &created, last_seq)
+        } else {
+            let Ok(found) = connect::message(&body) else {
+                return Ok(());
+            };
+            core.on_witness(token, found.as_ref())
+        };
         self.trouble(outcome)
     }
 
@@ -659,9 +670,12 @@ impl<'a> Publisher<'a> {
         }
         self.next_look = now + LOOK_INTERVAL;
         if let Core::ExactlyOnce(core) = &mut self.core {
-            for (index, name) in core.looks(now) {
-                let (api, body) = streams::info_request(&name);
-                link.request(index as u64, &api, &body);
+            for (token, look) in core.looks(now) {
+                let (api, body) = match look {
+                    Look::Stream(name) => streams::info_request(&name),
+                    Look::Message(name, seq) => streams::message_request(&name, seq),
+                };
+                link.request(token, &api, &body);
             }
         }
     }

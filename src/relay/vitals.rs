@@ -540,7 +540,10 @@ mod tests {
             (0..=index).for_each(|_| vitals.reconnects(cause));
         }
         let counts: Vec<u64> = vitals.reconnect_counts().map(|(_, count)| count).collect();
-        assert_eq!(counts, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(
+            counts,
+            (1..=ReconnectCause::ALL.len() as u64).collect::<Vec<_>>()
+        );
     }
 
     #[test]

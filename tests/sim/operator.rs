@@ -176,13 +176,17 @@ impl Env {
 
     fn delete_stream(&mut self, index: usize) -> Stream {
         let stream = self.streams.remove(index);
-        // also what a crash has taken before: whoever deletes a stream does not ask what was in it
+        self.take_away(stream.serial);
+        stream
+    }
+
+    /// Somebody deletes what is in a stream; also what a crash has taken before: he does not ask what was in it.
+    fn take_away(&mut self, serial: u64) {
         for copy in self.stories.values_mut().flat_map(|it| &mut it.copies) {
-            if copy.at.0 == stream.serial {
+            if copy.at.0 == serial {
                 copy.state = State::Gone;
             }
         }
-        stream
     }
 
     fn remove(&mut self, index: usize, seq: u64) {
@@ -561,6 +565,8 @@ impl World {
             Fault::Purge => {
                 let seqs: Vec<u64> = env.streams[index].messages.keys().copied().collect();
                 trace!(env, "{} is purged", env.streams[index].name);
+                let serial = env.streams[index].serial;
+                env.take_away(serial);
                 for seq in seqs {
                     env.remove(index, seq);
                 }

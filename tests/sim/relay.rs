@@ -16,10 +16,8 @@ use jetstream_outbox::relay::checkpoint::store::{Identity, Overtaken, Store, Wri
 use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
 use jetstream_outbox::relay::core::evidence::Message;
-use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce};
-use jetstream_outbox::relay::core::resume::{
-    Answer as Found, Facts, Read, Resume, StreamFacts, forget_left,
-};
+use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce, Look};
+use jetstream_outbox::relay::core::resume::{Answer as Found, Facts, Read, Resume, StreamFacts};
 use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
 use jetstream_outbox::relay::core::window::Limits;
 use jetstream_outbox::relay::core::{Core, Next};
@@ -99,7 +97,7 @@ pub struct Relay {
     /// On their way to the server.
     pub out: VecDeque<Flight>,
     pub writes: VecDeque<Write>,
-    looks: VecDeque<(usize, String)>,
+    looks: VecDeque<(u64, Look)>,
     /// On their way back.
     pub answers: VecDeque<(u64, Answer)>,
     pub written: VecDeque<(u64, Result<PubAck, AckError>)>,
@@ -274,10 +272,7 @@ impl Relay {
         let (cuts, oldest_is_matured) = match own_cut {
             Some(cut) => (vec![cut], false),
             None => {
-                let (mut cuts, is_matured) = self.store.cuts(env.now);
-                forget_left(&mut cuts, is_matured, |name| {
-                    streams.iter().any(|it| it.name == name)
-                });
+                let (cuts, is_matured) = self.store.cuts(env.now);
                 (cuts, is_matured)
             }
         };
@@ -295,18 +290,19 @@ impl Relay {
                 None => missing.push(named.clone()),
             }
         }
-        let facts = Facts {
+        let mut facts = Facts {
             lineage: session.lineage.clone(),
             goes_on: session.core.is_some(),
             oldest_is_matured,
             maybe_unfenced,
             cuts,
             confirmed_lsn: session.confirmed,
-            streams: streams.clone(),
+            streams,
             accept_loss: false,
         };
+        facts.forget_left(&mut missing);
         let connection = Unresumed {
-            streams,
+            streams: facts.streams.clone(),
             routed,
             capacity: Capacity {
                 routes: Routes::new(&infos),
@@ -720,15 +716,21 @@ impl Relay {
         if env.rng.bool() {
             return Ok(());
         }
-        while let Some((index, name)) = self.looks.pop_front() {
-            let stream = env.streams.iter().find(|it| it.name == name);
-            let Some(stream) = stream else {
-                return Err(End::Connection(format!("stream {name} is gone")));
+        while let Some((token, look)) = self.looks.pop_front() {
+            let (Look::Stream(name) | Look::Message(name, _)) = &look;
+            let stream = env.streams.iter().find(|it| it.name == *name);
+            let stream = stream.ok_or_else(|| End::Connection(format!("stream {name} is gone")))?;
+            let Some(core) = self.core() else {
+                return Ok(());
             };
-            let (created, last_seq) = (stream.created.clone(), stream.last_seq);
-            if let Some(core) = self.core()
-                && let Err(trouble) = core.on_look(index, &created, last_seq)
-            {
+            let outcome = match look {
+                Look::Stream(_) => core.on_look(token, &stream.created, stream.last_seq),
+                Look::Message(_, seq) => {
+                    let found = stream.messages.get(&seq).map(|it| &it.message);
+                    core.on_witness(token, found)
+                }
+            };
+            if let Err(trouble) = outcome {
                 return self.on_trouble(env, trouble);
             }
         }

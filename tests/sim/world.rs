@@ -353,7 +353,13 @@ impl Env {
             .iter()
             .filter_map(|uid| self.stories.get(uid))
             .any(|it| it.event.reuses_id);
-        if !reused && self.due.is_none() {
+        // a record that was put back does not know what was published after it
+        let stories = uids.iter().filter_map(|uid| self.stories.get(uid));
+        let was_stored = self.key_was_touched
+            && stories
+                .flat_map(|it| &it.copies)
+                .any(|copy| copy.state == State::Gone);
+        if !reused && self.due.is_none() && !was_stored {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
         for uid in uids {

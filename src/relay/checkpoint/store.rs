@@ -23,6 +23,10 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// The same of an urgent one: a leader that steps down takes what it was sent along, and there is no time to lose.
 const URGENT_PATIENCE: Duration = Duration::from_secs(2);
+/// While something ripens the record is written at least as often.
+const REFRESH: Duration = Duration::from_secs(20);
+/// Longest time without having seen what the key holds, while Postgres is told anything.
+const LONGEST_UNSEEN: Duration = Duration::from_secs(60);
 /// Writes that fail for so long are warned of, and again after as long.
 const WARN_AFTER: Duration = Duration::from_secs(60);
 
@@ -120,6 +124,8 @@ pub struct Store {
     /// The server's clock in milliseconds since 1970, and when it was that.
     clock: Option<(i64, Instant)>,
     pending: Option<Pending>,
+    /// When the key was last seen to hold that.
+    seen: Instant,
     next: Instant,
     writes: u64,
     /// Writes fail; when that is to be warned of.
@@ -139,6 +145,7 @@ impl Store {
             revision: 0,
             clock: None,
             pending: None,
+            seen: now,
             next: now,
             writes: 0,
             failing: None,
@@ -243,6 +250,7 @@ impl Store {
         self.revision = value.revision;
         self.clock = Some((value.time_ms, now));
         self.pending = None;
+        self.seen = now;
         self.next = now;
         Ok(match wrote_before && !is_ours {
             true => Err(Overtaken),
@@ -274,6 +282,12 @@ impl Store {
         let (mut ripening, mut matured) = self.ripened(now);
         if fell_back {
             ripening = None;
+            // what has ripened since the cut was chosen may be what the streams do not agree with
+            let fits = |older: &Cut| {
+                older.anchor.position <= cut.anchor.position && older.stored_lsn <= cut.stored_lsn
+            };
+            let held = self.held.as_ref().and_then(|held| held.matured.clone());
+            matured = matured.filter(fits).or(held.filter(fits));
         }
         let older = ripening.iter_mut().map(|it| &mut it.cut);
         for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
@@ -315,7 +329,10 @@ impl Store {
             let ripens_on = ripening.is_none() && matured.as_ref() != Some(&cut);
             held.young != cut || ripens_on || held.publication != self.publication.get()
         });
-        is_news.then(|| self.send(cut, ripening, matured, now))
+        // a bucket may be put back under an idle relay: what ripens is written again, and would be refused
+        let matured_lsn = matured.as_ref().map_or(Lsn::INVALID, |it| it.stored_lsn);
+        let is_due = now >= self.seen + REFRESH && matured_lsn < cut.stored_lsn;
+        (is_news || is_due).then(|| self.send(cut, ripening, matured, now))
     }
 
     fn send(
@@ -370,7 +387,7 @@ impl Store {
         now: Instant,
     ) -> Result<bool, Overtaken> {
         let is_it = |pending: &mut Pending| pending.record.writes == number;
-        let Some(Pending { mut record, .. }) = self.pending.take_if(is_it) else {
+        let Some(Pending { sent, mut record }) = self.pending.take_if(is_it) else {
             return Ok(false);
         };
         match answer {
@@ -381,6 +398,7 @@ impl Store {
                     ripening.since_ms = ripening.since_ms.or(time_ms);
                 }
                 self.failing = None;
+                self.seen = sent;
                 self.held = Some(record);
                 Ok(true)
             }
@@ -400,8 +418,12 @@ impl Store {
         self.held.as_ref().is_some_and(|held| held.young == *cut)
     }
 
-    /// What may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back.
+    /// What may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back, and
+    /// was seen to do so not long ago.
     pub fn matured_lsn(&self, now: Instant) -> Lsn {
+        if now >= self.seen + LONGEST_UNSEEN {
+            return Lsn::INVALID;
+        }
         let Some(held) = &self.held else {
             return Lsn::INVALID;
         };
@@ -529,6 +551,9 @@ mod tests {
         let record = write(&mut second, 0x30, start, 30);
         assert_eq!(record.matured, Some(cut(0x10)));
         assert_eq!(record.ripening.map(|it| it.cut), Some(cut(0x30)));
+        // the key was seen to hold it not long ago
+        assert_eq!(second.matured_lsn(after(90)), Lsn::INVALID);
+        write(&mut second, 0x40, start, 130);
         assert_eq!(second.matured_lsn(after(179)), cut(0x10).stored_lsn);
         assert_eq!(second.matured_lsn(after(180)), cut(0x30).stored_lsn);
     }
@@ -549,10 +574,10 @@ mod tests {
     fn a_claim_that_fell_back_begins_the_ripening_again() {
         let start = Instant::now();
         let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
-        let write = store.claim(cut(0x8), true, |_| Some(0x9), Lsn::INVALID, start);
+        let write = store.claim(cut(0x18), true, |_| Some(0x9), Lsn::INVALID, start);
         let claim: Record = serde_json::from_slice(&write.body).unwrap();
         let ripening = claim.ripening.expect("the young one ripens");
-        assert_eq!((ripening.cut, ripening.since_ms), (cut(0x8), None));
+        assert_eq!((ripening.cut, ripening.since_ms), (cut(0x18), None));
         // the older cut knows of no more in a stream than there is
         let matured = claim.matured.expect("it stays");
         assert_eq!(matured.streams[0].read_after, 0x9);

@@ -18,6 +18,7 @@ pub struct Continuity {
     expected: Option<Expected>,
     /// Where the WAL ended at the start, if what is in the streams need not come from Postgres again.
     lenient_until: Option<Lsn>,
+    has_other_flags: bool,
 }
 
 #[derive(Debug)]
@@ -74,26 +75,26 @@ impl Continuity {
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
         let lenient_until = (is_lenient || has_other_flags).then_some(wal_end);
-        if anchor.event.is_none() {
-            return Ok(Continuity {
-                expected: None,
-                lenient_until,
-            });
-        }
-        if wal_end <= commit_lsn {
+        let has_it = match anchor.event {
+            Some(_) => commit_lsn < wal_end,
+            None => commit_lsn <= wal_end,
+        };
+        if !has_it {
             return Err(Broken::WalEndsBefore {
                 anchor: anchor.clone(),
                 wal_end,
             });
         }
+        let expected = anchor.event.is_some().then(|| Expected {
+            anchor: anchor.clone(),
+            may_skip: confirmed_lsn > commit_lsn,
+            has_other_flags,
+            begun: false,
+        });
         Ok(Continuity {
-            expected: Some(Expected {
-                anchor: anchor.clone(),
-                may_skip: confirmed_lsn > commit_lsn,
-                has_other_flags,
-                begun: false,
-            }),
+            expected,
             lenient_until,
+            has_other_flags,
         })
     }
 
@@ -102,7 +103,13 @@ impl Continuity {
         Continuity {
             expected: None,
             lenient_until: Some(wal_end),
+            has_other_flags: false,
         }
+    }
+
+    /// The flags that make events have changed: another id at the same position is the same event under its new one.
+    pub fn has_other_flags(&self) -> bool {
+        self.has_other_flags
     }
 
     /// What is in the streams need not come from Postgres again: other flags may make no event of it, or it is accepted.
@@ -400,7 +407,11 @@ mod tests {
             let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), false, false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
-        assert!(Continuity::new(&Anchor::bare(Lsn(100)), Lsn(50), Lsn(60), false, false).is_ok());
+        for (wal_end, has_it) in [(99, false), (100, true)] {
+            let bare = Anchor::bare(Lsn(100));
+            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), false, false);
+            assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
+        }
     }
 
     #[test]

@@ -33,6 +33,16 @@ impl Message {
         lineage.shares(at).then_some(at.position)
     }
 
+    /// It is the message that `at` is the position of. A message that was stored before a promotion is known by either timeline.
+    pub fn is_at(&self, at: &SourcePosition, lineage: &Lineage) -> bool {
+        let is_shared = |own: &&SourcePosition| lineage.shares(own) && lineage.shares(at);
+        let own = self.position.as_ref();
+        own == Some(at)
+            || own
+                .filter(is_shared)
+                .is_some_and(|own| own.position == at.position)
+    }
+
     /// The position, if the message is ours but has no fence: with at-least-once delivery, or in a mirror that was promoted.
     pub fn unfenced(&self, lineage: &Lineage) -> Option<Position> {
         let at = self.position.as_ref().filter(|at| lineage.shares(at))?;
@@ -73,8 +83,8 @@ pub enum Verdict {
     Stored(usize, u64),
     /// It is in none.
     Publish,
-    /// Another event is at its position, in this stream.
-    OtherId(usize),
+    /// Another event is at its position, in this stream, at this sequence.
+    OtherId(usize, u64),
     /// A stream holds an event of before it that Postgres did not send.
     NotSent(Found),
 }
@@ -109,7 +119,7 @@ impl Evidence {
             std::cmp::Ordering::Equal if found.id_hash == hash(id) => {
                 Verdict::Stored(found.stream, found.seq)
             }
-            std::cmp::Ordering::Equal => Verdict::OtherId(found.stream),
+            std::cmp::Ordering::Equal => Verdict::OtherId(found.stream, found.seq),
             std::cmp::Ordering::Greater => Verdict::Publish,
         }
     }
@@ -233,7 +243,7 @@ mod tests {
         assert_eq!(evidence.lowest_seq(1), Some(8));
         assert_eq!(evidence.verdict(at(10, 1), "x"), Verdict::Publish);
         assert_eq!(evidence.verdict(at(10, 2), "a"), Verdict::Stored(0, 3));
-        assert_eq!(evidence.verdict(at(10, 2), "z"), Verdict::OtherId(0));
+        assert_eq!(evidence.verdict(at(10, 2), "z"), Verdict::OtherId(0, 3));
         evidence.forget_upto(at(10, 2));
         assert_eq!(evidence.verdict(at(20, 1), "b"), Verdict::Stored(1, 8));
         // Postgres has not sent what the stream has

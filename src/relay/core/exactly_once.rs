@@ -21,7 +21,7 @@ use crate::outbox::batch::{Batch, Event, Fate};
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
-use crate::relay::checkpoint::record::{Anchor, AnchorEvent, Cut, StreamCut};
+use crate::relay::checkpoint::record::{Anchor, AnchorEvent, Cut, StreamCut, Witness};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -80,8 +80,8 @@ struct Connected {
     is_parking: bool,
     /// When all streams were last seen to agree with what is known of them.
     agreed_at: Instant,
-    /// The streams that were asked since, and what they had acknowledged then.
-    looks: Vec<(usize, u64)>,
+    /// What was asked since and is not answered, and what is expected.
+    looks: Vec<(u64, Expected)>,
     looked_at: Instant,
 }
 
@@ -93,6 +93,24 @@ struct Reached {
     event: Option<Event>,
     commit: Option<Commit>,
     stored_lsn: Lsn,
+}
+
+/// What is to be asked of JetStream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// The stream of that name.
+    Stream(String),
+    /// The message at a sequence of it.
+    Message(String, u64),
+}
+
+/// What is expected of an answer to that.
+#[derive(Clone, Debug)]
+enum Expected {
+    /// The stream ends at this sequence or later.
+    End(u64),
+    /// This message is there, or none.
+    Witness(Witness),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -347,11 +365,14 @@ impl ExactlyOnce {
                     }
                     return Ok(Some((stream, seq)));
                 }
-                Verdict::OtherId(_) if self.continuity.is_lenient() => {
+                Verdict::OtherId(stream, seq) if self.continuity.has_other_flags() => {
+                    return Ok(Some((stream, seq)));
+                }
+                Verdict::OtherId(..) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
                 }
-                Verdict::OtherId(stream) => {
+                Verdict::OtherId(stream, _) => {
                     return Err(Trouble::Halt(Halt::OtherId {
                         stream: name(&connected.streams, stream),
                         position,
@@ -846,35 +867,62 @@ impl ExactlyOnce {
             && self.doubt.has_resolved_all(anchor, stored_lsn);
     }
 
-    /// The streams that are to be asked now whether they still agree, for [`ExactlyOnce::on_look`].
-    pub fn looks(&mut self, now: Instant) -> Vec<(usize, String)> {
+    /// What is to be asked now, and the names of the answers: whether the streams still agree.
+    pub fn looks(&mut self, now: Instant) -> Vec<(u64, Look)> {
         let Some(connected) = &mut self.connection else {
             return Vec::new();
         };
-        let known = connected.streams.iter().enumerate();
-        connected.looks = known.map(|(index, it)| (index, it.fence.known())).collect();
         connected.looked_at = now;
-        let streams = connected.streams.iter().enumerate();
-        streams
-            .map(|(index, it)| (index, it.name.clone()))
-            .collect()
+        connected.looks.clear();
+        let mut looks = Vec::new();
+        for (index, stream) in connected.streams.iter().enumerate() {
+            let name = || stream.name.clone();
+            let token = 2 * index as u64;
+            connected
+                .looks
+                .push((token, Expected::End(stream.fence.known())));
+            looks.push((token, Look::Stream(name())));
+            if let Some(witness) = stream.witness(&self.lineage) {
+                looks.push((token + 1, Look::Message(name(), witness.seq)));
+                connected
+                    .looks
+                    .push((token + 1, Expected::Witness(witness)));
+            }
+        }
+        looks
     }
 
-    /// What a look at a stream says. R9.
-    pub fn on_look(&mut self, index: usize, created: &str, last_seq: u64) -> Result<(), Trouble> {
+    /// The answer to a [`Look::Stream`]. R9.
+    pub fn on_look(&mut self, token: u64, created: &str, last_seq: u64) -> Result<(), Trouble> {
+        self.on_looked(token, |stream, expected| {
+            let ends = matches!(expected, Expected::End(known) if last_seq >= *known);
+            ends && stream.created == created
+        })
+    }
+
+    /// The answer to a [`Look::Message`]. R9.
+    pub fn on_witness(&mut self, token: u64, found: Option<&Message>) -> Result<(), Trouble> {
+        let lineage = self.lineage.clone();
+        self.on_looked(token, |_, expected| match (found, expected) {
+            (Some(found), Expected::Witness(witness)) => found.is_at(&witness.position, &lineage),
+            _ => true,
+        })
+    }
+
+    fn on_looked(
+        &mut self,
+        token: u64,
+        agrees: impl Fn(&Stream, &Expected) -> bool,
+    ) -> Result<(), Trouble> {
         let Some(connected) = &mut self.connection else {
             return Ok(());
         };
-        let Some(at) = connected
-            .looks
-            .iter()
-            .position(|(asked, _)| *asked == index)
-        else {
+        let Some(at) = connected.looks.iter().position(|(of, _)| *of == token) else {
             return Ok(());
         };
-        let (_, known) = connected.looks.swap_remove(at);
-        if let Some(stream) = connected.streams.get(index)
-            && (last_seq < known || stream.created != created)
+        let (_, expected) = connected.looks.swap_remove(at);
+        if let Some(stream) = connected.streams.get((token / 2) as usize)
+            && !agrees(stream, &expected)
         {
             return Err(Trouble::Reconnect(Cause::Disagrees(stream.name.clone())));
         }

@@ -66,6 +66,28 @@ pub struct Facts {
     pub accept_loss: bool,
 }
 
+impl Facts {
+    /// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured: all of it was read
+    /// before the matured cut, and nothing has come since. `missing`: the streams that are gone.
+    pub fn forget_left(&mut self, missing: &mut Vec<StreamCut>) {
+        let Some(matured) = self.cuts.last().filter(|_| self.oldest_is_matured) else {
+            return;
+        };
+        let is_over = |it: &&StreamCut| {
+            let stream = self.streams.iter().find(|stream| stream.name == it.name);
+            stream.is_none_or(|stream| !stream.is_routed && stream.last_seq <= it.read_after)
+                && self.cuts.iter().all(|cut| cut.stream(&it.name) == Some(it))
+        };
+        let left = matured.streams.iter().filter(is_over);
+        let left: Vec<String> = left.map(|it| it.name.clone()).collect();
+        for cut in &mut self.cuts {
+            cut.streams.retain(|it| !left.contains(&it.name));
+        }
+        self.streams.retain(|it| !left.contains(&it.name));
+        missing.retain(|it| !left.contains(&it.name));
+    }
+}
+
 /// What to read.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Read {
@@ -112,6 +134,13 @@ pub enum Disagreement {
         /// Its sequence.
         seq: u64,
     },
+}
+
+impl Disagreement {
+    /// Of the matured cut only an operator can have taken something away so; what a server loses has not matured.
+    fn is_of_operator(&self) -> bool {
+        matches!(self, Disagreement::Recreated | Disagreement::Torn)
+    }
 }
 
 impl fmt::Display for Lost {
@@ -355,7 +384,7 @@ impl Resume {
             Some(lost) if self.facts.goes_on => return Err(lost.clone()),
             // from the oldest on, and each stream from its start where it does not agree
             Some(lost) if self.facts.oldest_is_matured => {
-                if lost.how != Disagreement::Recreated && !self.facts.accept_loss {
+                if !lost.how.is_of_operator() && !self.facts.accept_loss {
                     return Err(lost.clone());
                 }
                 self.chosen = self.facts.cuts.len().checked_sub(1);
@@ -375,7 +404,7 @@ impl Resume {
                 how,
             })
         });
-        lost.min_by_key(|lost| lost.how == Disagreement::Recreated)
+        lost.min_by_key(|lost| lost.how.is_of_operator())
     }
 
     fn disagrees(&self, of_cut: &StreamCut) -> Option<Disagreement> {
@@ -435,7 +464,7 @@ impl Resume {
         let created = self.facts.streams.get(stream).map(|it| &it.created);
         match (self.witness(stream, of_cut), &of_cut.witness) {
             (Some(message), Some(Witness { position, .. })) => {
-                message.position.as_ref() == Some(position)
+                message.is_at(position, &self.facts.lineage)
             }
             _ => created == Some(&of_cut.created),
         }
@@ -527,19 +556,6 @@ impl Resume {
         if let Some(foreign) = self.foreign.get_mut(stream) {
             *foreign += 1;
         }
-    }
-}
-
-/// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured.
-pub fn forget_left(cuts: &mut [Cut], is_matured: bool, is_routed: impl Fn(&str) -> bool) {
-    let Some(matured) = cuts.last().filter(|_| is_matured).cloned() else {
-        return;
-    };
-    let left = matured.streams.iter().filter(|it| !is_routed(&it.name));
-    let left = left.filter(|it| cuts.iter().all(|cut| cut.stream(&it.name) == Some(it)));
-    let left: Vec<&str> = left.map(|it| it.name.as_str()).collect();
-    for cut in cuts {
-        cut.streams.retain(|it| !left.contains(&it.name.as_str()));
     }
 }
 
