@@ -7,6 +7,7 @@ use super::statements::{
 };
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
+use crate::jetstream::streams::key_write_subject;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::publish_function;
 use crate::postgres::connection::quote_literal;
@@ -125,7 +126,8 @@ fn nats(config: &Config, how: &Setup) -> String {
         }
     }
     // a key for each slot and system
-    allowed.push(format!("$KV.{}.*", config.checkpoint));
+    let key = format!("$KV.{}.*", config.checkpoint);
+    allowed.push(key_write_subject(&config.nats.api_prefix, &key));
     streams.push(format!("KV_{}", config.checkpoint));
     for stream in &streams {
         allowed.push(format!("{api}.STREAM.INFO.{stream}"));

@@ -116,6 +116,11 @@ impl Link {
         self.send(token, subject, Some(last), body, self.request_timeout);
     }
 
+    /// What the subjects of JetStream API requests begin with.
+    pub fn api_prefix(&self) -> &str {
+        &self.api_prefix
+    }
+
     /// As [`put`](Self::put), and waits for the PubAck as [`call`](Api::call) waits.
     pub fn put_now(
         &self,

@@ -194,6 +194,15 @@ pub fn parse_info(body: &[u8]) -> Result<Option<StreamInfo>, AckError> {
     none_if(10059, parse(body))
 }
 
+/// Where a write of a bucket's key goes: into another domain, or through an import, by way of the API's prefix (ADR-8's
+/// clients do the same).
+pub fn key_write_subject(api_prefix: &str, key: &str) -> String {
+    match api_prefix {
+        "$JS.API" => key.to_string(),
+        prefix => format!("{prefix}.{key}"),
+    }
+}
+
 /// Asks for a new key-value bucket with one value a key (ADR-8); [`parse_info`] reads the answer.
 pub fn create_bucket_request(bucket: &str, replicas: u32) -> Request {
     let name = format!("KV_{bucket}");

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{Preflight, preflight};
-use crate::jetstream::streams::{StreamInfo, last_message_request, matches};
+use crate::jetstream::streams::{StreamInfo, key_write_subject, last_message_request, matches};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
@@ -352,7 +352,10 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("bucket {bucket}: {error}"),
             why,
-            format!("let the user publish to $KV.{bucket}.*"),
+            format!(
+                "let the user publish to {}",
+                key_write_subject(api, &format!("$KV.{bucket}.*"))
+            ),
         ),
         Bucket::Found { memory: true, .. } => warn(
             NAME,
@@ -616,7 +619,7 @@ fn read_bucket(
     }
     Bucket::Found {
         memory: info.config.storage == "memory",
-        write: try_write(bus, &key),
+        write: try_write(bus, &key_write_subject(&config.nats.api_prefix, &key)),
     }
 }
 

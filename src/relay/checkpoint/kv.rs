@@ -29,7 +29,8 @@ const TOKENS: u64 = 1 << 32;
 
 /// Sends what is to be written; the answer comes under [`answers_to`].
 pub fn send(link: &Link, subject: &str, write: &Write) {
-    link.put(TOKENS + write.number, subject, write.revision, &write.body);
+    let subject = streams::key_write_subject(link.api_prefix(), subject);
+    link.put(TOKENS + write.number, &subject, write.revision, &write.body);
 }
 
 /// The number of the write that an answer with this token is about.
@@ -63,9 +64,10 @@ fn put(
     body: &[u8],
     timeout: Duration,
 ) -> Result<PubAck, jetstream::Error> {
-    let answer = link.put_now(subject, revision, body, timeout)?;
+    let subject = streams::key_write_subject(link.api_prefix(), subject);
+    let answer = link.put_now(&subject, revision, body, timeout)?;
     parse_ack(&answer, None).map_err(|source| jetstream::Error::Api {
-        api: subject.into(),
+        api: subject,
         source,
     })
 }

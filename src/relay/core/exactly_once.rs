@@ -506,8 +506,12 @@ impl ExactlyOnce {
             .answer_for(name, (!ack.duplicate).then_some(ack.seq));
         let is_home = origin.stream == stream.name && origin.domain == stream.domain;
         if !is_home || found == AnswerFor::None {
-            let stream = stream.name.clone();
-            return Err(self.on_elsewhere(stream, origin.to_string()));
+            let (stream, answered) = (stream.name.clone(), origin.to_string());
+            return Err(match found {
+                // it is answered already
+                AnswerFor::None => Trouble::Halt(Halt::Elsewhere { stream, answered }),
+                _ => self.on_elsewhere(stream, answered),
+            });
         }
         self.elsewhere = 0;
         if ack.duplicate {
@@ -688,12 +692,15 @@ impl ExactlyOnce {
         let streams = self.connection.as_ref().map(|it| &it.streams);
         let known = streams.and_then(|it| it.get(stream));
         let known = known.map_or(0, |it| it.fence.known());
-        let keeps = streams
-            .and_then(|it| it.get(stream))
-            .is_some_and(|it| it.keeps_its_end);
+        let kept_from = streams.and_then(|it| it.get(stream)?.kept_from);
+        // what is gone from before the first message was purged, if it was read so
+        let is_purged =
+            kept_from.is_some_and(|first_seq| seq < first_seq) && self.doubt.is_about(position);
         match found {
             // deleted or lost, this event or another with its id: it goes again until JetStream has forgotten the id
-            None if keeps => Err(Trouble::Reconnect(Cause::OtherAnswer { seq })),
+            None if kept_from.is_some() && !is_purged => {
+                Err(Trouble::Reconnect(Cause::OtherAnswer { seq }))
+            }
             Some(message) if message.id.as_deref() != Some(&id) => {
                 // no duplicate of that
                 Err(Trouble::Reconnect(Cause::OtherAnswer { seq }))

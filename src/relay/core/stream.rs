@@ -28,8 +28,8 @@ pub struct Stream {
     /// Copies in the cluster. Only an unreplicated stream can be told the expected last message's id: in a replicated one a
     /// single mismatch ends the stream for good (nats-server 2.14).
     pub is_replicated: bool,
-    /// Of [`StreamFacts`](super::resume::StreamFacts).
-    pub keeps_its_end: bool,
+    /// From this sequence on no message leaves by itself before an older one does, if that can be said of the stream.
+    pub kept_from: Option<u64>,
     /// See [`Fence`].
     pub fence: Fence,
     /// The witness of the record, and the event of ours with the highest sequence that was resolved since.
@@ -61,7 +61,7 @@ impl Stream {
             domain: facts.domain,
             created: cut.created,
             is_replicated: facts.is_replicated,
-            keeps_its_end: facts.keeps_its_end,
+            kept_from: facts.keeps_its_end.then_some(facts.first_seq),
             fence: Fence::new(facts.last_seq, names),
             recorded: cut.witness,
             resolved: None,
