@@ -11,7 +11,7 @@ use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::lineage::Lineage;
 use jetstream_outbox::outbox::park;
 use jetstream_outbox::postgres::Lsn;
-use jetstream_outbox::relay::checkpoint::record::{Cut, StreamCut};
+use jetstream_outbox::relay::checkpoint::record::StreamCut;
 use jetstream_outbox::relay::checkpoint::store::{Identity, Overtaken, Store, Write};
 use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
