@@ -87,7 +87,7 @@ fn slot_position(config: &Config, log: Log, record: &Record) -> Option<Finding> 
 /// Whether the WAL of this server is the one that the streams were written from.
 pub enum Compared {
     /// It is; and this is the record as it reads on this server.
-    Same(Record),
+    Same(Box<Record>),
     /// It is not, so the relay halts.
     Other(String),
 }
@@ -112,7 +112,7 @@ pub fn compare(
     };
     let continuity = continuity(&mut connection, config, &record.young.anchor, limit)?;
     Ok(match continuity {
-        Ok(()) => Compared::Same(record),
+        Ok(()) => Compared::Same(Box::new(record)),
         Err(broken) => Compared::Other(broken.to_string()),
     })
 }
@@ -124,7 +124,7 @@ fn history(config: &Config, record: Record) -> (Option<Record>, Finding) {
         Ok(Compared::Same(record)) => {
             let anchor = &record.young.anchor;
             let finding = ok(NAME, format!("Postgres has what was stored last, {anchor}"));
-            (Some(record), finding)
+            (Some(*record), finding)
         }
         Ok(Compared::Other(reason)) => {
             let finding = fail(
