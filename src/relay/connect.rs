@@ -300,7 +300,7 @@ impl Connector<'_> {
         loop {
             let mut reads = Vec::new();
             while reads.len() < READ_IN_A_ROW
-                && let Some(read) = resume.next().map_err(Error::Lost)?
+                && let Some(read) = resume.next_read().map_err(Error::Lost)?
             {
                 reads.push(read);
             }

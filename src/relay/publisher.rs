@@ -474,7 +474,7 @@ impl<'a> Publisher<'a> {
         let Ok(body) = answer else {
             return Ok(());
         };
-        let outcome = if token % 2 == 0 {
+        let outcome = if token.is_multiple_of(2) {
             let Ok(info) = streams::parse_info(&body) else {
                 return Ok(());
             };

@@ -120,7 +120,7 @@ fn what_is_missing_or_wrong_in_postgres_is_named_with_what_to_do() {
             &[
                 "none does not exist",
                 "CREATE PUBLICATION none FOR TABLE outbox",
-                "the tables of -table in place of outbox",
+                "a slot does not see a publication that is younger than its events",
             ],
         ),
         (
@@ -316,11 +316,11 @@ fn a_checkpoint_that_is_not_allowed_halts_exactly_once_and_not_at_least_once() {
             .iter()
             .filter(|line| line.contains("level=warn"))
             .collect();
-        assert_eq!(warnings.len(), 1, "{warnings:?}");
-        assert!(
-            warnings[0].contains("going on without the checkpoint"),
-            "{warnings:?}"
-        );
+        // a write that is not allowed ends the connection, too
+        let (told, others) = warnings.split_first().expect("it is warned of");
+        assert!(told.contains("going on without the checkpoint"), "{told}");
+        let again = |line: &&String| line.contains("connecting to NATS again");
+        assert!(others.len() <= 1 && others.iter().all(again), "{others:?}");
         assert_eq!(rig.messages().len(), 1);
     }
 }

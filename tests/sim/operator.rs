@@ -517,11 +517,10 @@ impl World {
                     env.foreign(index, message);
                 }
             }
+            Fault::Move if env.is_late(topic) => {}
             Fault::Move => {
-                if !env.is_late(topic) {
-                    trace!(env, "topic {topic} is moved to {}", env.streams[index].name);
-                    env.give_topic(topic, index);
-                }
+                trace!(env, "topic {topic} is moved to {}", env.streams[index].name);
+                env.give_topic(topic, index);
             }
             Fault::Split => {
                 let free = ["D", "E", "F"]

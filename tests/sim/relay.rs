@@ -359,7 +359,7 @@ impl Relay {
         };
         let mut reads = Vec::new();
         while reads.len() < at_once {
-            match reading.resume.next() {
+            match reading.resume.next_read() {
                 Ok(Some(read)) => reads.push(read),
                 Ok(None) => break,
                 Err(lost) => {

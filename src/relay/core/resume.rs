@@ -1,5 +1,5 @@
 //! The resume: from what the record says and what the streams hold, where to go on. Pure: it asks for what it wants read
-//! ([`Resume::next`]) and is given the answers ([`Resume::on_read`]), so that the relay and the simulator drive the
+//! ([`Resume::next_read`]) and is given the answers ([`Resume::on_read`]), so that the relay and the simulator drive the
 //! same one.
 //!
 //! First the *witnesses* of the cuts are read. A stream agrees with a cut when it exists, its last sequence is not below
@@ -279,7 +279,7 @@ impl Resume {
 
     /// The next thing to read; `None` while answers are due before more is asked, and at the end. An error says that
     /// more was lost than can be repaired.
-    pub fn next(&mut self) -> Result<Option<Read>, Lost> {
+    pub fn next_read(&mut self) -> Result<Option<Read>, Lost> {
         loop {
             let read = match &mut self.phase {
                 Phase::Witnesses(reads) => reads.pop(),
@@ -417,10 +417,8 @@ impl Resume {
             // no event goes there any more, and an operator who deletes a stream deletes what it holds
             return None;
         };
-        if of_cut.witness.is_none() {
-            // nothing of ours was in it
-            return None;
-        }
+        // without one nothing of ours was in it
+        of_cut.witness.as_ref()?;
         if !self.is_same(index, of_cut) {
             let seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
             return match stream.created != of_cut.created {

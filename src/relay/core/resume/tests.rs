@@ -94,7 +94,7 @@ fn facts(cuts: Vec<Cut>, streams: Vec<StreamFacts>) -> Facts {
 /// Resumes with streams that hold these messages.
 fn resume(facts: Facts, held: &[&[Message]]) -> Result<Resumed, Lost> {
     let mut resume = Resume::new(facts);
-    while let Some(read) = resume.next()? {
+    while let Some(read) = resume.next_read()? {
         let answer = match &read {
             Read::Message(stream, seq) => {
                 let messages = held.get(*stream).copied().unwrap_or_default();
