@@ -1,6 +1,6 @@
 //! Which stream captures which subject, and what a stream holds: requests and answers of the JetStream API.
 //!
-//! Pure but for [`list`], [`info`], [`message`] and [`messages`], which ask over whatever is an [`Api`]. The
+//! Pure but for [`list`], [`info`] and [`message`], which ask over whatever is an [`Api`]. The
 //! answers' fields are those of nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1, ADR-31
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 

@@ -4,7 +4,7 @@
 //! with the catalog of the time it was written: what was left out once never comes. So whatever reached the relay and
 //! no longer does, or may not have for a while, halts it, before more is lost. Growing is fine.
 //!
-//! The state is kept in the checkpoint, so it is bounded: above [`MOST_NAMED`] outboxes a digest stands for them.
+//! The state is kept in the checkpoint, so it is bounded: above `MOST_NAMED` outboxes a digest stands for them.
 
 use super::outboxes::{self, Index, Outboxes, Publication, Table};
 use super::{Facts, Finding, Query, fail, publication};
