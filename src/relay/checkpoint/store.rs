@@ -583,10 +583,10 @@ mod tests {
         let claim: Record = serde_json::from_slice(&write.body).unwrap();
         let ripening = claim.ripening.expect("the young one ripens");
         assert_eq!((ripening.cut, ripening.since_ms), (cut(0x18), None));
-        // the older cut knows of no more in a stream than there is
+        // the older cut has read no more of a stream than there is, and what it has seen there it has seen
         let matured = claim.matured.expect("it stays");
         assert_eq!(matured.streams[0].read_after, 0x9);
-        assert_eq!(matured.streams[0].witness, None);
+        assert_eq!(matured.streams[0].witness, cut(0x10).streams[0].witness);
     }
 
     #[test]
