@@ -61,10 +61,12 @@ fn a_message_of_another_in_the_middle_of_a_window_of_a_replicated_stream_loses_n
     for killed in [false, true] {
         cluster.add_stream(NAME, &["events.>"]);
         let (bodies, log) = another_in_the_window(&cluster.nodes[0], killed);
+        // a relay that lives may be quicker with a new connection than what is on its way over the old one
         let late = bodies.iter().zip(1..).take_while(|(body, n)| *body != n);
-        assert!(late.count() > 0, "the window passed the refused event");
+        let has_passed = late.count() > 0;
+        assert!(has_passed || !killed, "the window passed the refused event");
         let warned = log.iter().any(|line| line.contains("after later ones"));
-        assert!(warned, "{}", log.join("\n"));
+        assert_eq!(warned, has_passed, "{}", log.join("\n"));
         let mut client = cluster.nodes[0].client();
         client.api(&format!("STREAM.DELETE.{NAME}"), &Value::Null);
         client.api("STREAM.DELETE.KV_jetstream_outbox", &Value::Null);
