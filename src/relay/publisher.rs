@@ -653,7 +653,7 @@ impl<'a> Publisher<'a> {
         if tally.late > self.warned.late && self.said.is_new("late", now) {
             log::warn!(
                 events = tally.late - self.warned.late;
-                "published events after later ones: foreign messages in this replicated stream had let those pass"
+                "published events after later ones, marked Outbox-Late: those had passed while the subject moved to another stream, while the event was refused, or behind a foreign message in a replicated stream"
             );
             self.warned.late = tally.late;
         }

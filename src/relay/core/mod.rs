@@ -73,7 +73,8 @@ pub struct Tally {
     pub parked: u64,
     /// Events given up.
     pub lost: u64,
-    /// Events published after later ones, because a foreign message had let those pass.
+    /// Events published after later ones of their stream: those had passed while the subject was moved, while the event was
+    /// refused, or behind a foreign message.
     pub late: u64,
     /// Foreign messages that took the place of a publish, which was then repeated.
     pub foreign: u64,
