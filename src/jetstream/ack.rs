@@ -55,7 +55,8 @@ pub enum AckErrorKind {
     WrongLastSequence(Option<u64>),
     /// No stream captures the subject, or JetStream is off (status 503 without a body).
     NoResponders,
-    /// The id is being stored by another publish, or was poisoned by a refused one (10158, 2.10 and 2.11).
+    /// The id is being stored by another publish, or was poisoned by a refused one (10158, 2.10 and 2.11), or by a leader that
+    /// stepped down meanwhile (seen on 2.15.1): until the stream's window of duplicates is over.
     DuplicateInProcess,
     /// Larger than the stream, or the limit on headers, allows. Trying again cannot help.
     MessageTooLarge,
