@@ -34,10 +34,8 @@ const TRUTH: &str = "truth";
 const WRITERS: u32 = 3;
 /// Between two transactions of a writer, at most: about 500 events a second in all.
 const PAUSE_MS: u64 = 120;
-/// How long a relay may take to get going again on a busy machine, its longest pause (5 s) included, and the two minutes of
-/// a stream's window of duplicates: nats-server 2.15.1 may go on refusing an id as "in process" (10158) for so long when the
-/// leader stepped down in the middle of storing it.
-const DEADLINE: Duration = secs(90 + 150);
+/// How long a relay may take to get going again on a busy machine, its longest pause (5 s) included.
+const DEADLINE: Duration = secs(90);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A stream, and the subjects of ours that it captures.
