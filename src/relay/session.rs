@@ -209,7 +209,7 @@ impl<'a> Session<'a> {
                 let _ = connector.read_key(&found, &mut self.store)?;
                 let published = self.check_publication(connection.peer(), facts)?;
                 let (link, core) =
-                    self.start_exactly_once(&connector, found, &slot, wal_end, limits)?;
+                    self.start_exactly_once(&connector, found, &mut connection, &slot, limits)?;
                 let start_lsn = core.start_lsn();
                 let core = Core::ExactlyOnce(Box::new(core));
                 (link, core, start_lsn, true, published)
@@ -258,6 +258,7 @@ impl<'a> Session<'a> {
             self.vitals.slot_wal.clone(),
         );
         let confirmed = slot.confirmed_flush_lsn;
+        let peer = connection.peer().to_string();
         let (stream, writer) =
             replication::start_replication(connection, &config.slot, start_lsn, &options).map_err(
                 |error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed),
@@ -281,6 +282,10 @@ impl<'a> Session<'a> {
         if !matches!(outcome.result, Err(Error::Halt(_))) {
             self.accepted = Accepted::Nothing;
         }
+        if matches!(outcome.result, Err(Error::Halt(Halt::Discontinuous(_)))) {
+            // nothing is told to Postgres before continuity is proven, so it was somebody else
+            slot::check_untouched(&mut slot::plain(config, &peer)?, config, &slot)?;
+        }
         let result = outcome.result;
         result.map_err(|error| wal_removed(error, &config.slot, confirmed))
     }
@@ -290,8 +295,8 @@ impl<'a> Session<'a> {
         &mut self,
         connector: &Connector<'_>,
         found: Found,
+        connection: &mut Connection,
         slot: &Slot,
-        wal_end: Lsn,
         limits: Limits,
     ) -> Result<(Link, ExactlyOnce), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
@@ -314,8 +319,11 @@ impl<'a> Session<'a> {
             // what the slot does not send any more is accepted as it is
             is_moved: held.is_some_and(|record| record.is_exceeded(confirmed_lsn)),
         };
-        let (link, connection) = connector.resume(found, &self.store, from)?;
-        let resumed = &connection.resumed;
+        let (link, found) = connector.resume(found, &self.store, from)?;
+        // another relay may have published while this one read: the WAL that it did so from ends behind all that was read
+        slot::check_untouched(connection, self.config, slot)?;
+        let wal_end = slot::current_lsn(connection)?;
+        let resumed = &found.resumed;
         for lost in &resumed.disagreed {
             log::warn!("{lost}; going back to where the checkpoint and the streams agree");
         }
@@ -339,7 +347,7 @@ impl<'a> Session<'a> {
         let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
         let now = Instant::now();
         let lineage = connector.lineage.clone();
-        let mut core = ExactlyOnce::start(lineage, limits, continuity, connection, wal_end, now);
+        let mut core = ExactlyOnce::start(lineage, limits, continuity, found, wal_end, now);
         connector.claim(&link, &mut core, &mut self.store, fell_back, confirmed_lsn)?;
         Ok((link, core))
     }

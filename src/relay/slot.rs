@@ -6,7 +6,7 @@ use super::error::Error;
 use super::preflight::server::OLDEST;
 use super::preflight::{self, Facts, outboxes};
 use crate::config::Config;
-use crate::postgres::connection::quote_identifier;
+use crate::postgres::connection::{quote_identifier, quote_literal};
 use crate::postgres::{self, Connection, Lsn};
 use std::time::Duration;
 
@@ -46,6 +46,28 @@ pub fn check(connection: &mut Connection, config: &Config) -> Result<(Slot, Fact
         wal_sender_timeout: Duration::from_millis(timeout_ms.try_into().unwrap_or(0)),
     };
     Ok((slot, facts))
+}
+
+/// Sees that nobody has used the slot since it was looked at. Whoever did may have stored events, and told Postgres of them,
+/// that come after all that was read until then: what was concluded from it is not to be believed.
+pub fn check_untouched(
+    connection: &mut Connection,
+    config: &Config,
+    slot: &Slot,
+) -> Result<(), Error> {
+    let rows = connection.simple_query(&format!(
+        "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = {}",
+        quote_literal(&config.slot)
+    ))?;
+    let confirmed = rows.first().and_then(|row| row.first()?.as_deref());
+    match confirmed.and_then(|text| text.parse::<Lsn>().ok()) {
+        Some(confirmed) if confirmed != slot.confirmed_flush_lsn => Err(Error::SlotInUse {
+            slot: config.slot.clone(),
+            pid: None,
+        }),
+        // one that is gone, START_REPLICATION names
+        _ => Ok(()),
+    }
 }
 
 /// A session beside the one to `peer` that decodes: what must not be asked there.

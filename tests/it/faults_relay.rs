@@ -1,9 +1,11 @@
 //! Faults of the relay itself: killed, frozen, replaced, started again late.
 
 use crate::faults_scenario::{NAME, Scenario};
+use crate::rig::{DEADLINE, Rig, SLOT, uuid};
 use crate::support::nats::Nats;
 use crate::support::natsclient::{Message, NatsClient, StreamMessage, consumer_reply};
 use crate::support::postgres::Postgres;
+use crate::support::proxy::{Mode, Proxy};
 use crate::support::relay::Relay;
 use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
@@ -183,4 +185,67 @@ fn consume(client: &mut NatsClient, consumed: &mut BTreeMap<u64, StreamMessage>)
             return;
         }
     }
+}
+
+/// Meanwhile another one takes the slot, publishes, and ends, in order or not: what the first one knows is older than what it
+/// then meets.
+#[track_caller]
+fn is_overtaken(to_postgres: Mode, to_nats: Mode) {
+    for ends_in_order in [false, true] {
+        let rig = Rig::start();
+        rig.commit_event(1, "a");
+        rig.drain(&[]);
+        let postgres = Proxy::start(rig.pg.port());
+        let nats = Proxy::start(rig.nats.port());
+        postgres.set(to_postgres);
+        nats.set(to_nats);
+        let args = ["-nats-connect-timeout", "120s", "-hold-back", "0"];
+        let mut slow = Relay::start_at(postgres.port(), nats.port(), &args);
+        eventually("a relay that waits for an answer", DEADLINE, || {
+            match (postgres.mode(), nats.mode()) {
+                (Mode::Freeze, _) => Ok(()),
+                (_, Mode::Freeze) if nats.accepted() > 0 => Ok(()),
+                modes => Err(modes),
+            }
+        });
+
+        // one that is killed has told Postgres nothing of what it stored
+        let hold_back = if ends_in_order { "0" } else { "1h" };
+        let mut other = rig.relay(&["-hold-back", hold_back]);
+        for number in 2..=20 {
+            rig.commit_event(number, "a");
+        }
+        rig.wait_for_messages(20);
+        if ends_in_order {
+            other.term();
+            assert_eq!(other.wait_exit(DEADLINE), 0);
+        } else {
+            other.kill();
+        }
+        eventually("a free slot", DEADLINE, || match rig.pg.slot_active(SLOT) {
+            true => Err("in use"),
+            false => Ok(()),
+        });
+
+        postgres.set(Mode::Pass);
+        nats.set(Mode::Pass);
+        for number in 21..=30 {
+            rig.commit_event(number, "a");
+        }
+        rig.wait_for_messages(30);
+        slow.term();
+        assert_eq!(slow.wait_exit(DEADLINE), 0, "{}", slow.log().join("\n"));
+        let ids: Vec<String> = rig.messages().iter().map(|it| it.id().into()).collect();
+        assert_eq!(ids, (1..=30).map(uuid).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_relay_that_is_overtaken_while_it_connects_to_nats_goes_on_with_what_is_there() {
+    is_overtaken(Mode::Pass, Mode::Freeze);
+}
+
+#[test]
+fn a_relay_that_is_overtaken_when_it_has_claimed_the_streams_goes_on_with_what_is_there() {
+    is_overtaken(Mode::FreezeAt("START_REPLICATION"), Mode::Pass);
 }

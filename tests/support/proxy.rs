@@ -38,6 +38,8 @@ pub enum Mode {
     Pass,
     /// They stay where they are; nothing is lost. A network that is gone, until it comes back.
     Freeze,
+    /// They pass until these come, in one piece: then it is [`Mode::Freeze`].
+    FreezeAt(&'static str),
     /// Those of one direction disappear, the other passes: a half-open connection. A connection that has lost bytes
     /// passes no later ones in that direction, whatever the mode: no network delivers what follows a gap.
     Swallow(Direction),
@@ -118,6 +120,11 @@ impl Proxy {
         if mode == Mode::Refuse {
             self.reset();
         }
+    }
+
+    /// What happens to bytes now.
+    pub fn mode(&self) -> Mode {
+        *lock(&self.shared.mode)
     }
 
     /// Ends all present connections in order (FIN to both sides); what was on its way is lost.
@@ -270,7 +277,14 @@ impl Shared {
         mut chunk: &[u8],
     ) -> Option<()> {
         while !chunk.is_empty() {
-            let mode = lock(&self.mode);
+            let mut mode = lock(&self.mode);
+            if let Mode::FreezeAt(text) = *mode
+                && chunk
+                    .windows(text.len())
+                    .any(|part| part == text.as_bytes())
+            {
+                *mode = Mode::Freeze;
+            }
             if link.ending.load(Ordering::SeqCst) {
                 return None;
             }
@@ -281,7 +295,7 @@ impl Shared {
             let swallowed = &link.swallowed[direction as usize];
             let part = match *mode {
                 _ if swallowed.load(Ordering::Relaxed) => return Some(()),
-                Mode::Pass | Mode::Refuse => chunk.len(),
+                Mode::Pass | Mode::FreezeAt(_) | Mode::Refuse => chunk.len(),
                 Mode::Swallow(its) if its == direction => {
                     swallowed.store(true, Ordering::Relaxed);
                     return Some(());
