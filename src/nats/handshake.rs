@@ -13,7 +13,7 @@ use crate::lookup;
 use rustls::client::ClientConnection;
 use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -407,12 +407,17 @@ impl Wire {
 
     /// Somebody else may listen to what goes over it.
     fn is_exposed(&self) -> bool {
-        let is_local = match (self.stream.local_addr(), self.stream.peer_addr()) {
-            (Ok(here), Ok(there)) => there.ip().is_loopback() || here.ip() == there.ip(),
+        let stays_here = match (self.stream.local_addr(), self.stream.peer_addr()) {
+            (Ok(here), Ok(there)) => stays_here(here.ip(), there.ip()),
             _ => false,
         };
-        self.tls.is_none() && !is_local
+        self.tls.is_none() && !stays_here
     }
+}
+
+/// What is sent between these two addresses does not leave this machine.
+fn stays_here(here: IpAddr, there: IpAddr) -> bool {
+    here == there || there.to_canonical().is_loopback()
 }
 
 /// A socket whose every read and write ends at `deadline` with [`io::ErrorKind::TimedOut`].
@@ -465,6 +470,28 @@ impl Write for Timed<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_leaves_the_machine_is_exposed() {
+        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        for (here, there) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("127.0.0.1", "127.0.0.2"),
+            ("::1", "::1"),
+            ("::ffff:127.0.0.1", "::ffff:127.0.0.2"),
+            ("10.0.0.7", "10.0.0.7"),
+            ("fd00::7", "fd00::7"),
+        ] {
+            assert!(stays_here(ip(here), ip(there)), "{here} {there}");
+        }
+        for (here, there) in [
+            ("10.0.0.7", "10.0.0.8"),
+            ("fd00::7", "fd00::8"),
+            ("192.168.1.2", "203.0.113.9"),
+        ] {
+            assert!(!stays_here(ip(here), ip(there)), "{here} {there}");
+        }
+    }
     use std::net::TcpListener;
 
     fn attempt(url: &str, connect_timeout: Duration) -> Error {
