@@ -48,6 +48,19 @@ pub fn check(connection: &mut Connection, config: &Config) -> Result<(Slot, Fact
     Ok((slot, facts))
 }
 
+/// Where the slot stands; `None`: it is gone.
+pub fn confirmed(
+    connection: &mut Connection,
+    config: &Config,
+) -> Result<Option<Lsn>, postgres::Error> {
+    let rows = connection.simple_query(&format!(
+        "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
+        quote_literal(&config.slot)
+    ))?;
+    let text = rows.first().and_then(|row| row.first()?.as_deref());
+    Ok(text.and_then(|text| text.parse().ok()))
+}
+
 /// Sees that nobody has used the slot since it was looked at. Whoever did may have stored events, and told Postgres of them,
 /// that come after all that was read until then: what was concluded from it is not to be believed.
 pub fn check_untouched(
@@ -55,12 +68,7 @@ pub fn check_untouched(
     config: &Config,
     slot: &Slot,
 ) -> Result<(), Error> {
-    let rows = connection.simple_query(&format!(
-        "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = {}",
-        quote_literal(&config.slot)
-    ))?;
-    let confirmed = rows.first().and_then(|row| row.first()?.as_deref());
-    match confirmed.and_then(|text| text.parse::<Lsn>().ok()) {
+    match confirmed(connection, config)? {
         Some(confirmed) if confirmed != slot.confirmed_flush_lsn => Err(Error::SlotInUse {
             slot: config.slot.clone(),
             pid: None,

@@ -3,6 +3,7 @@
 
 mod check_faults;
 mod check_nats;
+mod check_past;
 mod check_postgres;
 mod check_publication;
 mod command;

@@ -147,25 +147,37 @@ fn history(config: &Config, record: Record) -> (Option<Record>, Finding) {
     }
 }
 
-/// What the relay finds at the anchor's place; `Ok(Err(_))`: why it halts.
+/// What the relay finds at the anchor's place; `Ok(Err(_))`: why it halts. One that runs meanwhile may tell Postgres that it has the
+/// anchor's transaction, which is then not sent any more: then once more.
 fn continuity(
     connection: &mut Connection,
     config: &Config,
     anchor: &Anchor,
     limit: Duration,
 ) -> Result<Result<(), Broken>, Error> {
-    let position = format!(
-        "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
-        quote_literal(&config.slot)
-    );
-    let rows = connection.simple_query(&position)?;
-    let confirmed: Option<Lsn> = rows
-        .first()
-        .and_then(|row| row.first()?.as_deref()?.parse().ok());
-    let Some(confirmed) = confirmed else {
-        // there is a finding about the slot
-        return Ok(Ok(()));
-    };
+    let mut confirmed = slot::confirmed(connection, config)?;
+    loop {
+        let Some(seen) = confirmed else {
+            // there is a finding about the slot
+            return Ok(Ok(()));
+        };
+        let found = continuity_at(connection, config, anchor, seen, limit)?;
+        confirmed = slot::confirmed(connection, config)?;
+        // it only grows, and beyond the anchor's commit nothing of it is expected
+        if found.is_ok() || confirmed == Some(seen) || seen > anchor.position.commit_lsn {
+            return Ok(found);
+        }
+    }
+}
+
+/// The same, for a slot that stands at `confirmed`.
+fn continuity_at(
+    connection: &mut Connection,
+    config: &Config,
+    anchor: &Anchor,
+    confirmed: Lsn,
+    limit: Duration,
+) -> Result<Result<(), Broken>, Error> {
     let wal_end = slot::current_lsn(connection)?;
     let mut continuity = match Continuity::new(anchor, confirmed, wal_end, false, false) {
         Ok(continuity) => continuity,
