@@ -19,7 +19,7 @@ fn a_relay_that_confirms_while_check_looks_is_no_other_history() {
     relay.term();
     assert_eq!(relay.wait_exit(DEADLINE), 0);
     let proxy = Proxy::start(rig.pg.port());
-    proxy.set(Mode::FreezeAt("pg_copy_logical_replication_slot"));
+    proxy.set(Mode::FreezeAt("'outbox_check_"));
     let db = format!("postgres://postgres@127.0.0.1:{}/postgres", proxy.port());
     let nats = rig.nats.url();
     let args = ["check", "-json", "-db", &db, "-nats", &nats];
