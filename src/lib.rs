@@ -19,6 +19,8 @@
 //! | [`nats`] | the one connection to NATS: handshake, TLS, protocol; knows no JetStream |
 //! | [`postgres`] | connection strings, TLS, authentication, the replication stream, pgoutput |
 //!
+//! The manual for whoever runs it is [`manual`]; [`manual::_15_architecture`] follows one row through the code.
+//!
 //! To read the main job, start at [`relay::session`], follow [`relay::reader`] to the channel, and
 //! [`relay::publisher`] from there; every decision they carry out is made in [`relay::core`], which
 //! knows no socket, clock or thread.
@@ -31,6 +33,7 @@ pub mod exit;
 pub mod jetstream;
 pub mod logging;
 pub mod lookup;
+pub mod manual;
 pub mod nats;
 pub mod observe;
 pub mod outbox;

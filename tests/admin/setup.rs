@@ -101,7 +101,7 @@ fn setup_takes_the_relays_names() {
     assert_eq!(rig.nats.client().read_all("ORDERS").len(), 1);
 }
 
-/// README's example: one of its columns is called by a reserved word.
+/// The manual's example: one of its columns is called by a reserved word.
 #[test]
 fn setup_quotes_what_sql_keeps_for_itself() {
     let rig = bare();
@@ -112,8 +112,8 @@ fn setup_quotes_what_sql_keeps_for_itself() {
         "-table",
         "shop.\"Mail\":id=nr,payload=body,subject={prefix}.mail.{to},header=lang=X-Lang",
     ];
-    let readme = std::fs::read_to_string("README.md").expect("README.md");
-    assert!(readme.contains(&format!("-table '{}' -table '{}'", flags[1], flags[3])));
+    let chapter = include_str!("../../src/manual/03_messages.md");
+    assert!(chapter.contains(&format!("-table '{}' -table '{}'", flags[1], flags[3])));
     on(&rig, &[&flags[..], &["setup"]].concat()).with(0);
     rig.pg.execute(
         "INSERT INTO shop.\"Mail\" (nr, \"to\", lang, body) VALUES (gen_random_uuid(), 'ann', 'en', '{}')",

@@ -1,4 +1,4 @@
-//! What the relay takes of NATS and of the system: one connection, and the threads that README names.
+//! What the relay takes of NATS and of the system: one connection, and the threads that the manual names.
 
 use crate::rig::{DEADLINE, Rig, SLOT};
 use crate::support::nats::{Nats, NatsCluster};
@@ -67,13 +67,13 @@ fn threads(relay: &Relay) -> Vec<String> {
 }
 
 #[test]
-fn the_relays_threads_are_those_that_readme_names() {
+fn the_relays_threads_are_those_that_the_manual_names() {
     let rig = Rig::start();
     let relay = rig.relay(&["-listen", "127.0.0.1:0"]);
     rig.commit_event(1, "a");
     rig.wait_for_messages(1);
-    let readme = include_str!("../../README.md");
-    let named = readme
+    let chapter = include_str!("../../src/manual/02_configuration.md");
+    let named = chapter
         .split_once("The relay has these threads:")
         .expect("named")
         .1;
