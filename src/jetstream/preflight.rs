@@ -50,6 +50,11 @@ fn refusal(config: &StreamConfig, server: &ServerInfo, wanted: Wanted) -> Option
                 .into(),
         );
     }
+    if config.allow_msg_counter {
+        return Some(
+            "counts (allow_msg_counter), so it takes numbers and no events; name another stream's subjects with -prefix".into(),
+        );
+    }
     if config.persist_mode == "async" {
         return Some(
             "acknowledges before it has written (persist_mode async), so acknowledged events can be lost; use the default \
@@ -195,6 +200,11 @@ mod tests {
                 ..stream()
             };
             refuses(sealed, "2.15.1", delivery, Some("sealed"));
+            let counts = StreamConfig {
+                allow_msg_counter: true,
+                ..stream()
+            };
+            refuses(counts, "2.15.1", delivery, Some("allow_msg_counter"));
             let fast = StreamConfig {
                 persist_mode: "async".into(),
                 ..stream()

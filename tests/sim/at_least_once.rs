@@ -154,6 +154,7 @@ impl World {
             topic: rng.usize(..TOPICS),
             fate: Fate::Publish,
             is_large: false,
+            ends: None,
             reuses_id: false,
             position: Position::default(),
             committed: self.now,

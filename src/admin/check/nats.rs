@@ -11,10 +11,12 @@ use super::postgres::is_local;
 use crate::admin::bus::Bus;
 use crate::admin::bytes;
 use crate::config::Config;
-use crate::jetstream::ack::{AckErrorKind, parse_ack};
+use crate::jetstream::ack::{AckErrorKind, parse_ack, parse_refusal};
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{Preflight, preflight};
-use crate::jetstream::streams::{StreamInfo, key_write_subject, last_message_request, matches};
+use crate::jetstream::streams::{
+    self, StreamInfo, key_write_subject, last_message_request, matches,
+};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
@@ -22,8 +24,8 @@ use crate::relay::checkpoint::record::Record;
 use crate::relay::checkpoint::store::key_subject;
 use account::Account;
 
-/// No stream reaches it, and every JSON reader and server holds it.
-const NEVER: u64 = 1 << 53;
+/// So often it is tried where a subject leads: a weighted mapping leads to several places.
+const PROBES: usize = 12;
 /// With at-least-once a repeat that comes later than this stands in the stream twice, in seconds. nats-server's default.
 const SHORT_WINDOW: i64 = 120;
 
@@ -59,6 +61,10 @@ struct Facts {
     tls: bool,
     /// `Err`: what the API said.
     streams: Result<Vec<Stream>, String>,
+    /// Where no stream captures the prefix: the one that answers there all the same.
+    answers: Option<String>,
+    /// Streams of the prefix in the server's own domain, where the API of another is asked.
+    own: Vec<String>,
     bucket: Bucket,
     /// `None`: nothing is ever parked.
     park: Option<Park>,
@@ -88,6 +94,8 @@ struct Stream {
     info: StreamInfo,
     /// `None`: not tried, as the stream never answers or captures no subject of ours.
     publish: Option<Tried>,
+    /// A subject of ours that it captures, and another stream that has answered there.
+    elsewhere: Option<(String, String)>,
     read: Tried,
 }
 
@@ -196,6 +204,44 @@ fn streams(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("{} ({})", config.name, config.subjects.join(", "))
         })
         .collect();
+    const CHANGED: &str = "a mapping of the account or an import changes the subject on its way";
+    if let (true, Some(answers)) = (names.is_empty(), &facts.answers) {
+        return vec![fail(
+            NAME,
+            format!("no stream captures {wanted}, but {answers} stores what is published there"),
+            format!(
+                "{CHANGED}, so the relay cannot tell which stream an event goes to, and refuses to start"
+            ),
+            format!(
+                "take the mapping out, have {answers} capture {wanted}, or name with -prefix what it captures"
+            ),
+        )];
+    }
+    let own = facts.own.iter().map(|own| {
+        fail(
+            NAME,
+            format!("stream {own} of the domain that the server itself is in captures {wanted} as well"),
+            "each event is stored in both, both answer, and the relay halts",
+            format!(
+                "take the subjects from one of them: nats stream edit {own} --subjects=..., or, if it is the one that is \
+                 wanted, -nats-api-prefix '$JS.API'"
+            ),
+        )
+    });
+    let mut findings: Vec<Finding> = own.collect();
+    findings.extend(streams.iter().filter_map(|stream| {
+        let (subject, other) = stream.elsewhere.as_ref()?;
+        let name = &stream.info.config.name;
+        Some(fail(
+            NAME,
+            format!("what is published to {subject}, which {name} captures, reaches stream {other}"),
+            format!("{CHANGED}, or a leaf node takes it; the relay halts, as nothing is confirmed on the word of another stream"),
+            "see to it that each subject leads to the stream that captures it, and that -nats-api-prefix names its domain",
+        ))
+    }));
+    if !findings.is_empty() {
+        return findings;
+    }
     vec![match names.as_slice() {
         [] => fail(
             NAME,
@@ -495,7 +541,7 @@ fn read(
         let each = infos
             .into_iter()
             .map(|info| read_stream(bus, config, info, past));
-        each.collect()
+        each.collect::<Vec<Stream>>()
     });
     let tls = bus.info.tls_required
         || (config.nats.servers.iter())
@@ -508,6 +554,14 @@ fn read(
             true => read_bucket(bus, config, system_id, past),
             false => Bucket::Unknown,
         },
+        answers: match &streams {
+            Ok(streams) if streams.is_empty() => {
+                let subject = probe_subject(std::slice::from_ref(&wanted), &config.prefix);
+                subject.and_then(|subject| refuser(bus, &subject).ok()?)
+            }
+            _ => None,
+        },
+        own: read_own(config, streams.as_deref().unwrap_or_default()),
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
         account: streams.is_ok().then(|| read_account(bus)),
@@ -541,11 +595,18 @@ fn read_stream(
         });
     }
     let subject = probe_subject(&info.config.subjects, &config.prefix);
-    let publish = subject
-        .filter(|_| !info.config.no_ack)
-        .map(|subject| try_write(bus, &subject));
+    let subject = subject.filter(|_| !info.config.no_ack);
+    let publish = subject.as_ref().map(|subject| try_write(bus, subject));
+    let elsewhere = subject
+        .filter(|_| publish == Some(Ok(())))
+        .and_then(|subject| {
+            let others = (0..PROBES).filter_map(|_| refuser(bus, &subject).ok()?);
+            let other = others.into_iter().find(|other| other != name)?;
+            Some((subject, other))
+        });
     Stream {
         publish,
+        elsewhere,
         read: last.map(drop).map_err(|error| error.to_string()),
         info,
     }
@@ -576,9 +637,40 @@ fn probe_subject(patterns: &[String], prefix: &str) -> Option<String> {
         .find(|subject| patterns.iter().any(|pattern| matches(pattern, subject)))
 }
 
+/// The name of the stream that what is published to `subject` reaches.
+fn refuser(bus: &mut Bus<'_, Link>, subject: &str) -> Result<Option<String>, Error> {
+    let answer = bus.ask(|link, timeout| streams::probe(link, subject, timeout))?;
+    Ok(parse_refusal(&answer).map(|(stream, _)| stream))
+}
+
+/// The streams of the prefix in the domain that the server itself is in, if another's API is asked.
+fn read_own(config: &Config, streams: &[Stream]) -> Vec<String> {
+    const OWN: &str = "$JS.API";
+    if config.nats.api_prefix == OWN {
+        return Vec::new();
+    }
+    let mut options = config.nats.clone();
+    options.api_prefix = OWN.into();
+    // what the user may not ask is not found out
+    let Ok(mut own) = Bus::<Link>::connect(&options) else {
+        return Vec::new();
+    };
+    let found = own
+        .streams(&format!("{}.>", config.prefix))
+        .unwrap_or_default();
+    let is_one_of = |own: &StreamInfo| {
+        let is_it = |it: &Stream| {
+            (&it.info.config.name, &it.info.created) == (&own.config.name, &own.created)
+        };
+        streams.iter().any(is_it)
+    };
+    let others = found.into_iter().filter(|own| !is_one_of(own));
+    others.map(|own| own.config.name).collect()
+}
+
 /// Publishes what must be refused.
 fn try_write(bus: &mut Bus<'_, Link>, subject: &str) -> Tried {
-    let answer = bus.ask(|link, timeout| link.put_now(subject, NEVER, &[], timeout));
+    let answer = bus.ask(|link, timeout| streams::probe(link, subject, timeout));
     let answer = answer.map_err(|error| error.to_string())?;
     match parse_ack(&answer, None) {
         Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => Ok(()),

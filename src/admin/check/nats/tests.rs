@@ -45,8 +45,11 @@ pub(super) fn good() -> Facts {
         streams: Ok(vec![Stream {
             info: stream,
             publish: Some(Ok(())),
+            elsewhere: None,
             read: Ok(()),
         }]),
+        answers: None,
+        own: Vec::new(),
         bucket: Bucket::Found {
             memory: false,
             write: Ok(()),
