@@ -97,7 +97,9 @@ fn warnings(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> V
     if config.storage == "memory" {
         warnings.push("it is kept in memory: a restart of the server loses it".into());
     }
-    if config.num_replicas == 1 && server.cluster.is_some() {
+    // one that is alone with its leaf nodes calls itself a cluster, by its own name
+    let in_cluster = (server.cluster.as_ref()).is_some_and(|name| *name != server.server_name);
+    if config.num_replicas == 1 && in_cluster {
         warnings.push(
             "it has one replica in a cluster: while its server is away the relay waits, and with its disk it is lost".into(),
         );

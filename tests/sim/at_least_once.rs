@@ -155,6 +155,7 @@ impl World {
             fate: Fate::Publish,
             is_large: false,
             ends: None,
+            is_mystery: false,
             reuses_id: false,
             position: Position::default(),
             committed: self.now,

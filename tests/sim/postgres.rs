@@ -26,6 +26,8 @@ pub struct Event {
     pub is_large: bool,
     /// The server ends the connection over it: with a complaint, or without a word.
     pub ends: Option<EndedBy>,
+    /// Its stream refuses it each time, with an error that nobody knows.
+    pub is_mystery: bool,
     /// An earlier event had the id already: this one may be dropped.
     pub reuses_id: bool,
     pub position: Position,

@@ -93,7 +93,7 @@ pub struct Env {
     /// Events of this topic go elsewhere.
     pub leaf: Option<usize>,
     was_elsewhere: bool,
-    was_silent: bool,
+    was_doubtful: bool,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
     /// The record is not what it was.
@@ -236,7 +236,9 @@ impl Env {
 
     /// A publish reaches the server.
     pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Option<Answer>, End> {
-        if self.ends_over(flight).is_some() {
+        let story = self.stories.get(&flight.uid);
+        let is_mystery = story.is_some_and(|it| it.event.is_mystery) && flight.topic != PARKED;
+        if is_mystery || self.ends_over(flight).is_some() {
             return Ok(None);
         }
         if self.leaf == Some(flight.topic) {
@@ -337,7 +339,8 @@ impl Env {
             at,
             state: State::There,
         });
-        let is_poison = event.topic == PARKED || event.is_large || event.ends.is_some();
+        let is_refused = event.is_large || event.is_mystery || event.ends.is_some();
+        let is_poison = event.topic == PARKED || is_refused;
         if flight.topic == PARKED && !is_poison {
             return broken(format!(
                 "{} is put aside, and nothing is wrong with it",
@@ -563,7 +566,7 @@ impl World {
             due: None,
             leaf: None,
             was_elsewhere: false,
-            was_silent: false,
+            was_doubtful: false,
             moved: [None; TOPICS + 1],
             key_was_touched: false,
             has_bare_copies: false,
@@ -751,6 +754,7 @@ impl World {
             fate: Fate::Publish,
             is_large: false,
             ends: None,
+            is_mystery: false,
             reuses_id: false,
             position: Position::default(),
             committed: env.now,
@@ -764,12 +768,13 @@ impl World {
             event.fate = Fate::Lose;
         }
         if hangs_up && event.topic != PARKED && event.fate == Fate::Publish && env.one_in(12) {
-            // of two in a row without a word, the second is a halt
-            let is_silent = !std::mem::replace(&mut env.was_silent, true);
-            event.ends = Some(match is_silent {
-                true => EndedBy::Silence,
-                false => EndedBy::Complaint,
-            });
+            // of two in a row that are put aside in doubt, the second is a halt
+            let is_doubtful = !std::mem::replace(&mut env.was_doubtful, true);
+            match (is_doubtful, uid % 2) {
+                (true, 0) => event.is_mystery = true,
+                (true, _) => event.ends = Some(EndedBy::Silence),
+                (false, _) => event.ends = Some(EndedBy::Complaint),
+            }
         }
         if reuses && uid > 0 && env.one_in(8) {
             let other = uid - env.rng.u64(1..=uid.min(5));
@@ -806,7 +811,10 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             true => env.rng.usize(..4),
             false => 9,
         };
+        let story = env.stories.get(&flight.uid);
+        let is_mystery = story.is_some_and(|it| it.event.is_mystery) && flight.topic != PARKED;
         let answer = match refuses {
+            _ if is_mystery => Err(refused(400, 19999, "nobody knows")),
             0 => Err(AckError::NoResponders),
             1 => Err(refused(503, 10077, "no space left on device")),
             2 => Err(refused(429, 10167, "too many requests")),

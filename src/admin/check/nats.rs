@@ -4,6 +4,7 @@
 //! subject to have been stored last at a sequence that no stream reaches.
 
 mod account;
+mod routes;
 mod versions;
 
 use super::finding::{Finding, fail, ok, warn};
@@ -11,7 +12,7 @@ use super::postgres::is_local;
 use crate::admin::bus::Bus;
 use crate::admin::bytes;
 use crate::config::Config;
-use crate::jetstream::ack::{AckErrorKind, parse_ack, parse_refusal};
+use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{Preflight, preflight};
 use crate::jetstream::streams::{
@@ -24,8 +25,6 @@ use crate::relay::checkpoint::record::Record;
 use crate::relay::checkpoint::store::key_subject;
 use account::Account;
 
-/// So often it is tried where a subject leads: a weighted mapping leads to several places.
-const PROBES: usize = 12;
 /// With at-least-once a repeat that comes later than this stands in the stream twice, in seconds. nats-server's default.
 const SHORT_WINDOW: i64 = 120;
 
@@ -94,7 +93,7 @@ struct Stream {
     info: StreamInfo,
     /// `None`: not tried, as the stream never answers or captures no subject of ours.
     publish: Option<Tried>,
-    /// A subject of ours that it captures, and another stream that has answered there.
+    /// Another stream that has answered, and the subject of ours where it did, which this one captures.
     elsewhere: Option<(String, String)>,
     read: Tried,
 }
@@ -204,43 +203,9 @@ fn streams(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("{} ({})", config.name, config.subjects.join(", "))
         })
         .collect();
-    const CHANGED: &str = "a mapping of the account or an import changes the subject on its way";
-    if let (true, Some(answers)) = (names.is_empty(), &facts.answers) {
-        return vec![fail(
-            NAME,
-            format!("no stream captures {wanted}, but {answers} stores what is published there"),
-            format!(
-                "{CHANGED}, so the relay cannot tell which stream an event goes to, and refuses to start"
-            ),
-            format!(
-                "take the mapping out, have {answers} capture {wanted}, or name with -prefix what it captures"
-            ),
-        )];
-    }
-    let own = facts.own.iter().map(|own| {
-        fail(
-            NAME,
-            format!("stream {own} of the domain that the server itself is in captures {wanted} as well"),
-            "each event is stored in both, both answer, and the relay halts",
-            format!(
-                "take the subjects from one of them: nats stream edit {own} --subjects=..., or, if it is the one that is \
-                 wanted, -nats-api-prefix '$JS.API'"
-            ),
-        )
-    });
-    let mut findings: Vec<Finding> = own.collect();
-    findings.extend(streams.iter().filter_map(|stream| {
-        let (subject, other) = stream.elsewhere.as_ref()?;
-        let name = &stream.info.config.name;
-        Some(fail(
-            NAME,
-            format!("what is published to {subject}, which {name} captures, reaches stream {other}"),
-            format!("{CHANGED}, or a leaf node takes it; the relay halts, as nothing is confirmed on the word of another stream"),
-            "see to it that each subject leads to the stream that captures it, and that -nats-api-prefix names its domain",
-        ))
-    }));
-    if !findings.is_empty() {
-        return findings;
+    let elsewhere = routes::findings(facts, config);
+    if !elsewhere.is_empty() {
+        return elsewhere;
     }
     vec![match names.as_slice() {
         [] => fail(
@@ -557,11 +522,11 @@ fn read(
         answers: match &streams {
             Ok(streams) if streams.is_empty() => {
                 let subject = probe_subject(std::slice::from_ref(&wanted), &config.prefix);
-                subject.and_then(|subject| refuser(bus, &subject).ok()?)
+                subject.and_then(|subject| routes::refuser(bus, &subject))
             }
             _ => None,
         },
-        own: read_own(config, streams.as_deref().unwrap_or_default()),
+        own: routes::own(config, streams.as_deref().unwrap_or_default()),
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
         account: streams.is_ok().then(|| read_account(bus)),
@@ -599,11 +564,7 @@ fn read_stream(
     let publish = subject.as_ref().map(|subject| try_write(bus, subject));
     let elsewhere = subject
         .filter(|_| publish == Some(Ok(())))
-        .and_then(|subject| {
-            let others = (0..PROBES).filter_map(|_| refuser(bus, &subject).ok()?);
-            let other = others.into_iter().find(|other| other != name)?;
-            Some((subject, other))
-        });
+        .and_then(|subject| Some((routes::other(bus, &subject, name)?, subject)));
     Stream {
         publish,
         elsewhere,
@@ -635,37 +596,6 @@ fn probe_subject(patterns: &[String], prefix: &str) -> Option<String> {
         .chain(filled)
         .filter(|subject| subject.starts_with(&under))
         .find(|subject| patterns.iter().any(|pattern| matches(pattern, subject)))
-}
-
-/// The name of the stream that what is published to `subject` reaches.
-fn refuser(bus: &mut Bus<'_, Link>, subject: &str) -> Result<Option<String>, Error> {
-    let answer = bus.ask(|link, timeout| streams::probe(link, subject, timeout))?;
-    Ok(parse_refusal(&answer).map(|(stream, _)| stream))
-}
-
-/// The streams of the prefix in the domain that the server itself is in, if another's API is asked.
-fn read_own(config: &Config, streams: &[Stream]) -> Vec<String> {
-    const OWN: &str = "$JS.API";
-    if config.nats.api_prefix == OWN {
-        return Vec::new();
-    }
-    let mut options = config.nats.clone();
-    options.api_prefix = OWN.into();
-    // what the user may not ask is not found out
-    let Ok(mut own) = Bus::<Link>::connect(&options) else {
-        return Vec::new();
-    };
-    let found = own
-        .streams(&format!("{}.>", config.prefix))
-        .unwrap_or_default();
-    let is_one_of = |own: &StreamInfo| {
-        let is_it = |it: &Stream| {
-            (&it.info.config.name, &it.info.created) == (&own.config.name, &own.created)
-        };
-        streams.iter().any(is_it)
-    };
-    let others = found.into_iter().filter(|own| !is_one_of(own));
-    others.map(|own| own.config.name).collect()
 }
 
 /// Publishes what must be refused.
