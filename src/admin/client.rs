@@ -45,6 +45,7 @@ impl Client {
         let (info, server) = (session.info.clone(), session.server.clone());
         let session = handover::hand_over(session)?;
         let lost = |error: io::Error| nats::Error::Lost {
+            by: nats::EndedBy::Other,
             server: server.clone(),
             reason: error.to_string(),
         };
@@ -84,6 +85,7 @@ impl Api for Client {
             // the session has ended, and says so, before the crate's connection does
             let why = self.session.lost.recv_timeout(timeout);
             why.unwrap_or_else(|_: RecvTimeoutError| nats::Error::Lost {
+                by: nats::EndedBy::Other,
                 server: self.server.clone(),
                 reason: "the connection ended".into(),
             })

@@ -48,79 +48,106 @@ pub enum AckError {
     NoAnswer,
 }
 
-/// What a refusal means to a publisher.
+/// What a refusal means to a publisher. Every error that nats-server 2.10 to 2.15 answers a publish with has one, by
+/// [`MEANINGS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AckErrorKind {
     /// The stream does not end where the publish expected; it ends at the number, if the server gave one.
     WrongLastSequence(Option<u64>),
-    /// No stream captures the subject, or JetStream is off (status 503 without a body).
-    NoResponders,
-    /// The id is being stored by another publish, or was poisoned by a refused one (10158, 2.10 and 2.11), or by a leader that
-    /// stepped down meanwhile (seen on 2.15.1): until the stream's window of duplicates is over.
-    DuplicateInProcess,
-    /// Larger than the stream, or the limit on headers, allows. Trying again cannot help.
-    MessageTooLarge,
-    /// A header of the message asks for a lifetime or a schedule that the server cannot read. Trying again cannot help.
-    BadHeader,
-    /// A limit of the stream with `discard: new`: messages, bytes, or messages per subject.
-    StreamFull,
-    /// Storage or memory of the server or the account is used up, or its disk failed.
-    InsufficientResources,
-    /// The stream is sealed: nothing can ever be added.
-    Sealed,
-    /// JetStream is off on the server or for the account.
-    NotEnabled,
-    /// The stream is gone.
-    NoStream,
     /// Another stream captures the subject than the publish expected.
     OtherStream,
-    /// The server asks to come back later: queues full (429), no leader, stream offline.
+    /// It passes by itself: no leader, a queue that is full, an id that another publish is being stored with.
     Busy,
-    /// An answer that is not JetStream's.
-    Malformed,
-    /// No answer in time.
-    NoAnswer,
-    /// Anything else; the description says what.
-    Other,
+    /// It passes when somebody makes room: a limit of the stream with `discard: new`, storage, JetStream switched off.
+    NoRoom,
+    /// The stream refuses this very message, and will whenever it comes.
+    Poison,
+    /// The stream takes no event of ours, whichever it is.
+    Closed,
+    /// Not one of these; the description says what.
+    Unknown,
 }
+
+/// The errors that a publish can meet: those of `server/stream.go`, `jetstream_cluster.go` and `jetstream_batching.go` of
+/// nats-server, and the few of the JetStream API that stand for a server that is not well. Source: `server/errors.json`.
+/// [`ApiError::kind`] reads more from some descriptions.
+pub const MEANINGS: [(u32, AckErrorKind); 48] = {
+    use AckErrorKind::{Busy, Closed, NoRoom, OtherStream, Poison, WrongLastSequence};
+    [
+        (10002, NoRoom), // resource limits exceeded for account
+        (10008, Busy),   // JetStream system temporarily unavailable
+        (10009, Busy),   // JetStream cluster can not handle request
+        (10023, NoRoom), // insufficient resources
+        (10028, NoRoom), // insufficient memory resources available
+        (10039, NoRoom), // JetStream not enabled for account
+        (10047, NoRoom), // insufficient storage resources available
+        (10054, Poison), // message size exceeds maximum allowed
+        (10060, OtherStream),
+        (10063, Busy), // expected stream sequence does not match: a leader that is not up to date
+        (10070, WrongLastSequence(None)), // wrong last msg ID: another message has taken the place of that one
+        (10071, WrongLastSequence(None)), // and its description has the sequence
+        (10076, NoRoom),                  // JetStream not enabled
+        (10077, NoRoom), // store failed: the description carries the store's own words
+        (10097, Poison), // header size exceeds maximum allowed of 64k
+        (10109, Closed), // invalid operation on sealed stream
+        (10111, Poison), // rollup failed
+        (10118, Busy),   // stream is offline
+        // duplicate message id is in process; 2.10 and 2.11 say so of one that was refused, and 2.15.1 of one whose leader
+        // stepped down meanwhile, until the window of duplicates is over
+        (10158, Busy),
+        (10164, WrongLastSequence(None)),
+        (10165, Poison), // invalid per-message TTL
+        (10166, Poison), // per-message TTL is disabled
+        (10167, Busy),   // too many requests
+        (10168, Poison), // message counters is disabled: the event bears an increment
+        (10169, Closed), // message counter increment is missing: the stream counts, and stores nothing else
+        (10170, Closed), // message counter has payload
+        (10171, Closed), // message counter increment is invalid; also with any fence
+        (10172, Closed), // message counter is broken
+        (10174, Poison), // atomic publish is disabled: the event bears a batch's headers, as in the next ones
+        (10175, Poison),
+        (10176, Poison),
+        (10177, Poison),
+        (10179, Poison),
+        (10185, Poison), // JetStream minimum api level required
+        (10188, Poison), // message schedules is disabled
+        (10189, Poison), // message schedules pattern is invalid
+        (10190, Poison), // message schedules target is invalid
+        (10191, Poison), // message schedules invalid per-message TTL
+        (10192, Poison), // message schedules invalid rollup
+        (10193, Poison), // missing sequence for expected last sequence per subject
+        (10194, Busy),   // stream is offline, and why
+        (10201, Poison), // atomic publish batch contains duplicate message id
+        (10203, Poison), // message schedules source is invalid
+        (10205, Poison), // batch publish is disabled
+        (10212, Poison), // message schedules invalid scheduler
+        (10223, Poison), // message schedules time zone is invalid
+        (10226, Busy),   // stream is being reconfigured
+        (10227, Poison), // message stream source header is not allowed
+    ]
+};
 
 impl ApiError {
     /// What the error means to a publisher.
     pub fn kind(&self) -> AckErrorKind {
-        match self.err_code {
-            10071 => AckErrorKind::WrongLastSequence(
+        let meaning = MEANINGS.iter().find(|(code, _)| *code == self.err_code);
+        match (self.err_code, meaning) {
+            (10071, _) => AckErrorKind::WrongLastSequence(
                 self.description
                     .rsplit(' ')
                     .next()
                     .and_then(|word| word.parse().ok()),
             ),
-            // the last one: another message has taken the sequence of the one before
-            10164 | 10070 => AckErrorKind::WrongLastSequence(None),
-            10158 => AckErrorKind::DuplicateInProcess,
-            10054 | 10097 => AckErrorKind::MessageTooLarge,
-            10165 | 10189..=10192 | 10203 | 10212 | 10223 => AckErrorKind::BadHeader,
-            10109 => AckErrorKind::Sealed,
-            10039 | 10076 => AckErrorKind::NotEnabled,
-            10059 => AckErrorKind::NoStream,
-            10060 => AckErrorKind::OtherStream,
-            10002 | 10023 | 10028 | 10047 => AckErrorKind::InsufficientResources,
-            10008 | 10009 | 10118 | 10167 => AckErrorKind::Busy,
-            // "store failed" carries the store's own words
-            10077 if self.description.starts_with("maximum ") => AckErrorKind::StreamFull,
-            10077 => AckErrorKind::InsufficientResources,
+            // larger than the store takes, whatever the limits are ("to" up to 2.14)
+            (10077, _)
+                if matches!(&*self.description, "message too large" | "message to large") =>
+            {
+                AckErrorKind::Poison
+            }
+            (_, Some((_, kind))) => *kind,
             _ if self.code == 429 => AckErrorKind::Busy,
-            _ => AckErrorKind::Other,
+            _ => AckErrorKind::Unknown,
         }
-    }
-}
-
-impl AckErrorKind {
-    /// The stream refuses this very message, and will whenever it comes.
-    pub fn is_for_good(self) -> bool {
-        matches!(
-            self,
-            AckErrorKind::MessageTooLarge | AckErrorKind::BadHeader
-        )
     }
 }
 
@@ -129,9 +156,8 @@ impl AckError {
     pub fn kind(&self) -> AckErrorKind {
         match self {
             AckError::Api(error) => error.kind(),
-            AckError::NoResponders => AckErrorKind::NoResponders,
-            AckError::Malformed => AckErrorKind::Malformed,
-            AckError::NoAnswer => AckErrorKind::NoAnswer,
+            AckError::NoResponders | AckError::NoAnswer => AckErrorKind::Busy,
+            AckError::Malformed => AckErrorKind::Unknown,
         }
     }
 }
@@ -241,10 +267,25 @@ pub fn parse_ack_from(
 /// The ack, its stream and its domain.
 type Read<'a> = (PubAck, Cow<'a, str>, Cow<'a, str>);
 
+/// The stream that refuses a publish, and why.
+pub fn parse_refusal(body: &[u8]) -> Option<(String, ApiError)> {
+    #[derive(Deserialize)]
+    struct Refusal {
+        error: ApiError,
+        stream: String,
+    }
+    let Refusal { error, stream } = serde_json::from_slice(body).ok()?;
+    Some((stream, error))
+}
+
 fn read<'a>(body: &'a [u8], status: Option<&str>) -> Result<Read<'a>, AckError> {
     match status {
         Some("503") => Err(AckError::NoResponders),
-        Some(_) => Err(AckError::Malformed),
+        // nats-server's 429 has the error in its body
+        Some(_) => Err(match parse_any(body) {
+            Err(error @ AckError::Api(_)) => error,
+            _ => AckError::Malformed,
+        }),
         None => match scan(body) {
             Some((ack, stream)) => Ok((ack, stream.into(), "".into())),
             None => parse_any(body),
@@ -469,61 +510,63 @@ mod tests {
         }
     }
 
+    #[track_caller]
+    fn means(code: u32, err_code: u32, description: &str, kind: AckErrorKind) {
+        let error = ApiError {
+            code,
+            err_code,
+            description: description.into(),
+        };
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+
     #[test]
-    fn names_what_a_refusal_means() {
+    fn each_error_of_a_publish_has_one_meaning_and_any_other_is_unknown() {
         use AckErrorKind::*;
-        for (code, err_code, description, kind) in [
-            (
-                400,
-                10071,
-                "wrong last sequence: 3",
-                WrongLastSequence(Some(3)),
-            ),
-            (
-                400,
-                10071,
-                "wrong last sequence: x",
-                WrongLastSequence(None),
-            ),
-            (400, 10164, "wrong last sequence", WrongLastSequence(None)),
-            (400, 10070, "wrong last msg ID: x", WrongLastSequence(None)),
-            (
-                409,
-                10158,
-                "duplicate message id is in process",
-                DuplicateInProcess,
-            ),
-            (
-                400,
-                10054,
-                "message size exceeds maximum allowed",
-                MessageTooLarge,
-            ),
-            (
-                400,
-                10097,
-                "header size exceeds maximum allowed of 64k",
-                MessageTooLarge,
-            ),
-            (503, 10077, "maximum messages exceeded", StreamFull),
-            (503, 10077, "maximum bytes exceeded", StreamFull),
-            (503, 10077, "no space left on device", InsufficientResources),
-            (503, 10023, "insufficient resources", InsufficientResources),
-            (400, 10109, "invalid operation on sealed stream", Sealed),
-            (503, 10039, "JetStream not enabled for account", NotEnabled),
-            (503, 10076, "JetStream not enabled", NotEnabled),
-            (404, 10059, "stream not found", NoStream),
-            (429, 10167, "too many requests", Busy),
-            (429, 0, "too many requests", Busy),
-            (400, 10060, "expected stream does not match", OtherStream),
-        ] {
-            let error = ApiError {
-                code,
-                err_code,
-                description: description.into(),
-            };
-            assert_eq!(error.kind(), kind, "{error}");
+        let mut last = 0;
+        for (err_code, kind) in MEANINGS {
+            assert!(last < err_code, "{err_code} is out of order");
+            last = err_code;
+            means(400, err_code, "whatever it says", kind);
         }
-        assert_eq!(AckError::NoResponders.kind(), NoResponders);
+        let known = |err_code| MEANINGS.iter().any(|(code, _)| *code == err_code);
+        for err_code in (0..20_000).filter(|code| !known(*code)) {
+            means(400, err_code, "whatever it says", Unknown);
+            means(429, err_code, "too many requests", Busy);
+        }
+    }
+
+    #[test]
+    fn some_descriptions_say_more() {
+        use AckErrorKind::*;
+        means(
+            400,
+            10071,
+            "wrong last sequence: 3",
+            WrongLastSequence(Some(3)),
+        );
+        means(
+            400,
+            10071,
+            "wrong last sequence: x",
+            WrongLastSequence(None),
+        );
+        means(503, 10077, "maximum messages exceeded", NoRoom);
+        means(503, 10077, "no space left on device", NoRoom);
+        means(503, 10077, "message too large", Poison);
+        means(503, 10077, "message to large", Poison);
+        assert_eq!(AckError::NoResponders.kind(), Busy);
+        assert_eq!(AckError::Malformed.kind(), Unknown);
+    }
+
+    /// As nats-server 2.15 sends it when its queue is full.
+    #[test]
+    fn an_error_beside_a_status_is_read() {
+        let body = br#"{"error":{"code":429,"err_code":10167,"description":"too many requests"},"stream":"EV","seq":0}"#;
+        let error = parse_ack(body, Some("429")).unwrap_err();
+        assert_eq!(error.kind(), AckErrorKind::Busy);
+        // no ack comes with a status
+        let ack = br#"{"stream":"EV","seq":1}"#;
+        assert_eq!(parse_ack(ack, Some("429")), Err(AckError::Malformed));
     }
 }

@@ -200,6 +200,12 @@ impl Link {
         Ok(())
     }
 
+    /// Asks the server for a sign of life, after what was sent before. Never blocks. [`Answer::Pong`] names this PING by the
+    /// number that is returned.
+    pub fn ping(&self) -> u64 {
+        self.connection.ping()
+    }
+
     /// Yields once, why the link is over; it does so before the [`answers`](Self::answers) end.
     pub fn lost(&self) -> &Receiver<nats::Error> {
         self.connection.lost()
@@ -281,6 +287,7 @@ impl Link {
             Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
                 let why = self.lost().try_recv();
                 Err(Error::Nats(why.unwrap_or_else(|_| nats::Error::Lost {
+                    by: nats::EndedBy::Other,
                     server: self.server().into(),
                     reason: "the connection ended".into(),
                 })))

@@ -50,6 +50,11 @@ fn refusal(config: &StreamConfig, server: &ServerInfo, wanted: Wanted) -> Option
                 .into(),
         );
     }
+    if config.allow_msg_counter {
+        return Some(
+            "counts (allow_msg_counter), so it takes numbers and no events; name another stream's subjects with -prefix".into(),
+        );
+    }
     if config.persist_mode == "async" {
         return Some(
             "acknowledges before it has written (persist_mode async), so acknowledged events can be lost; use the default \
@@ -92,7 +97,9 @@ fn warnings(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> V
     if config.storage == "memory" {
         warnings.push("it is kept in memory: a restart of the server loses it".into());
     }
-    if config.num_replicas == 1 && server.cluster.is_some() {
+    // one that is alone with its leaf nodes calls itself a cluster, by its own name
+    let in_cluster = (server.cluster.as_ref()).is_some_and(|name| *name != server.server_name);
+    if config.num_replicas == 1 && in_cluster {
         warnings.push(
             "it has one replica in a cluster: while its server is away the relay waits, and with its disk it is lost".into(),
         );
@@ -195,6 +202,11 @@ mod tests {
                 ..stream()
             };
             refuses(sealed, "2.15.1", delivery, Some("sealed"));
+            let counts = StreamConfig {
+                allow_msg_counter: true,
+                ..stream()
+            };
+            refuses(counts, "2.15.1", delivery, Some("allow_msg_counter"));
             let fast = StreamConfig {
                 persist_mode: "async".into(),
                 ..stream()

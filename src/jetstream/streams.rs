@@ -72,6 +72,8 @@ pub struct StreamConfig {
     pub subject_transform: Option<SubjectTransform>,
     /// For how many nanoseconds message ids are remembered.
     pub duplicate_window: i64,
+    /// The stream counts: a message is a number to add, and bears no fence.
+    pub allow_msg_counter: bool,
     /// A message may name its own time to live, and go before older ones do.
     pub allow_msg_ttl: bool,
     /// Reads may be answered by any replica.
@@ -343,6 +345,18 @@ pub fn info(link: &impl Api, stream: &str, timeout: Duration) -> Result<Option<S
     ask(link, info_request(stream), timeout, parse_info)
 }
 
+/// No stream reaches this sequence, and every JSON reader and server holds it.
+const NEVER: u64 = 1 << 53;
+
+/// Publishes what every stream must refuse, as it expects `subject` to have been stored last at a sequence that is never reached.
+/// Returns the answer, which tells who has it, whatever the API reports: a mapping, an import or a leaf node may lead elsewhere.
+///
+/// # Errors
+/// [`AckError::NoResponders`]: nobody has.
+pub fn probe(link: &Link, subject: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
+    link.put_now(subject, NEVER, &[], timeout)
+}
+
 /// The answer to [`last_message_request`] or [`message_request`].
 pub fn message(
     link: &impl Api,
@@ -396,6 +410,7 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     routes: Vec<(Pattern, usize)>,
+    names: Vec<String>,
     /// The largest message of each stream that has such a limit.
     max_msg_sizes: Vec<(usize, usize)>,
 }
@@ -426,6 +441,7 @@ impl Routes {
         });
         Routes {
             routes: routes.collect(),
+            names: streams.iter().map(|it| it.config.name.clone()).collect(),
             max_msg_sizes: limited.collect(),
         }
     }
@@ -441,6 +457,11 @@ impl Routes {
             .iter()
             .find(of_it)
             .map(|(_, limit)| *limit)
+    }
+
+    /// The name of the stream that captures `subject`.
+    pub fn name(&self, subject: &str) -> Option<&str> {
+        self.names.get(self.route(subject)?).map(String::as_str)
     }
 
     /// The index of the stream that captures `subject`, a legal one without wildcards.

@@ -10,7 +10,7 @@
 //! sign of life with a PING, and given up if none comes. Nothing here waits for a server: dropping the connection shuts its
 //! socket, which ends both threads.
 
-use super::error::Error;
+use super::error::{EndedBy, Error};
 use super::handshake::{self, Session};
 use super::info::ServerInfo;
 use super::options::{Options, ServerUrl};
@@ -51,6 +51,8 @@ pub enum Answer<A> {
     Ack(A),
     /// To a request.
     Reply(Reply),
+    /// To each PING up to the one of this number.
+    Pong(u64),
     /// The server has sent a new INFO: a new `max_payload`, or lame duck mode.
     Info,
 }
@@ -119,6 +121,9 @@ struct Outgoing {
     /// How many bytes of that the socket has taken.
     sent: usize,
     ping_is_due: bool,
+    /// PINGs that were sent or are to be sent, and PONGs that have come.
+    pings: u64,
+    pongs: u64,
     /// One answers all PINGs that have come.
     pong_is_due: bool,
     waiting: VecDeque<Box<dyn Burst>>,
@@ -202,6 +207,8 @@ impl<A: Send + 'static> Connection<A> {
                 ready: Vec::new(),
                 sent: 0,
                 ping_is_due: false,
+                pings: 0,
+                pongs: 0,
                 pong_is_due: false,
                 waiting: VecDeque::new(),
                 is_full: false,
@@ -274,6 +281,16 @@ impl<A> Connection<A> {
             self.shared.rouse.notify_one();
         }
         self.shared.send(&mut out, Box::new(Some(message)));
+    }
+
+    /// Asks the server for a sign of life, after what was sent before: it takes what comes in turn. Never blocks.
+    /// [`Answer::Pong`] names this PING by the number that is returned.
+    pub fn ping(&self) -> u64 {
+        let mut out = self.shared.lock();
+        out.pings += 1;
+        self.shared
+            .send(&mut out, Box::new(Some(b"PING\r\n".to_vec())));
+        out.pings
     }
 
     /// Gives up waiting for the answer to a request. False: it is among the answers already, or is about to be.
@@ -383,7 +400,7 @@ impl Shared {
                 out.is_full = true;
                 self.rouse.notify_one();
             }
-            Err(error) => self.close(out, Some(self.lost(error))),
+            Err(error) => self.close(out, Some(self.failed(&error))),
         }
     }
 
@@ -402,7 +419,7 @@ impl Shared {
                     out.is_full = false;
                     continue;
                 }
-                Err(error) => return self.close(&mut out, Some(self.lost(error))),
+                Err(error) => return self.close(&mut out, Some(self.failed(&error))),
             }
             let (ready, sent) = (std::mem::take(&mut out.ready), out.sent);
             drop(out);
@@ -410,10 +427,15 @@ impl Shared {
             out = self.lock();
             out.ready = ready;
             match result {
-                Ok(0) => return self.close(&mut out, Some(self.lost("it takes no more"))),
+                Ok(0) => {
+                    return self.close(
+                        &mut out,
+                        Some(self.lost("it takes no more", EndedBy::Other)),
+                    );
+                }
                 Ok(count) => out.sent += count,
                 Err(error) if is_timeout(&error) || error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return self.close(&mut out, Some(self.lost(error))),
+                Err(error) => return self.close(&mut out, Some(self.failed(&error))),
             }
         }
     }
@@ -438,11 +460,16 @@ impl Shared {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    fn lost(&self, reason: impl ToString) -> Error {
+    fn lost(&self, reason: impl ToString, by: EndedBy) -> Error {
         Error::Lost {
             server: self.server.clone(),
             reason: reason.to_string(),
+            by,
         }
+    }
+
+    fn failed(&self, error: &io::Error) -> Error {
+        Error::of_stream(&self.server, error, false)
     }
 }
 
@@ -537,7 +564,7 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
             let mut answers = Vec::new();
             let taken = self.take(&mut answers);
             if !answers.is_empty() && give.send(answers).is_err() {
-                return self.ended("it was closed");
+                return self.ended("it was closed", EndedBy::Other);
             }
             if let Err(error) = taken {
                 return error;
@@ -546,17 +573,19 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
                 Ok(Came::Bytes) => self.was_asked = false,
                 Ok(Came::Nothing) if self.was_asked => {
                     let limit = self.longest_silence.as_secs_f32();
-                    return self.ended(&format!(
-                        "the server has not answered a PING within {limit:.1} s"
-                    ));
+                    let reason = format!("the server has not answered a PING within {limit:.1} s");
+                    return self.ended(&reason, EndedBy::Other);
                 }
                 Ok(Came::Nothing) => {
                     self.was_asked = true;
                     let mut out = self.shared.lock();
                     out.ping_is_due = true;
+                    out.pings += 1;
                     self.shared.send_now(&mut out);
                 }
-                Ok(Came::End) => return self.ended("the server closed the connection"),
+                Ok(Came::End) => {
+                    return self.ended("the server closed the connection", EndedBy::Silence);
+                }
                 Err(error) => return self.failed(&error),
             }
         }
@@ -603,7 +632,9 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
             let (op, len) = match protocol::parse(rest, limit) {
                 Ok(Some(found)) => found,
                 Ok(None) => break Ok(()),
-                Err(reason) => break Err(shared.lost(format!("not NATS: {reason}"))),
+                Err(reason) => {
+                    break Err(shared.lost(format!("not NATS: {reason}"), EndedBy::Other));
+                }
             };
             match op {
                 ServerOp::Message {
@@ -632,7 +663,15 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
                     out.pong_is_due = true;
                     shared.send_now(&mut out);
                 }
-                ServerOp::Pong | ServerOp::Ok => {}
+                ServerOp::Pong => {
+                    let mut out = shared.lock();
+                    out.pongs += 1;
+                    // the PING of an idle connection goes before what waits: only of all together it is known which
+                    if out.pongs == out.pings {
+                        answers.push(Answer::Pong(out.pings));
+                    }
+                }
+                ServerOp::Ok => {}
                 ServerOp::Error(words) => {
                     break Err(Error::of_server(&shared.server, &words));
                 }
@@ -655,15 +694,15 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
 
     fn failed(&self, error: &io::Error) -> Error {
         match Error::of_stream(&self.shared.server, error, self.is_tls) {
-            Error::Lost { reason, .. } => self.ended(&reason),
+            Error::Lost { reason, by, .. } => self.ended(&reason, by),
             alert => alert,
         }
     }
 
     /// What was found out by writing comes before what reading says of its own.
-    fn ended(&self, reason: &str) -> Error {
+    fn ended(&self, reason: &str, by: EndedBy) -> Error {
         let cause = self.shared.lock().cause.take();
-        cause.unwrap_or_else(|| self.shared.lost(reason))
+        cause.unwrap_or_else(|| self.shared.lost(reason, by))
     }
 }
 

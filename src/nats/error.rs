@@ -72,6 +72,8 @@ pub enum Error {
         server: String,
         /// What ended it.
         reason: String,
+        /// Who.
+        by: EndedBy,
     },
     /// A message that NATS would close the connection for was handed over.
     Unpublishable {
@@ -81,6 +83,27 @@ pub enum Error {
     /// No server of several could be used.
     NoServer(Vec<Error>),
 }
+
+/// Who has ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndedBy {
+    /// The server, over a message that it does not take.
+    Complaint,
+    /// The server, or somebody between, without a word.
+    Silence,
+    /// A timeout, we, or the server for a reason that has nothing to do with a message.
+    Other,
+}
+
+/// What nats-server says of a message, in lower case: `maxPayloadViolation`, `overMaxControlLineLimit`, `processPub`,
+/// `parseErr` in its client.go and parser.go.
+const OVER_MESSAGE: [&str; 5] = [
+    "maximum payload",
+    "maximum control line",
+    "invalid publish subject",
+    "unknown protocol operation",
+    "parser error",
+];
 
 /// Of a server's words, so much is kept.
 const MAX_WORDS: usize = 400;
@@ -95,7 +118,23 @@ impl Error {
         } else if has("authorization") || has("authentication") {
             Error::Authorization { server, reason }
         } else {
-            Error::Lost { server, reason }
+            let by = match OVER_MESSAGE.into_iter().any(has) {
+                true => EndedBy::Complaint,
+                false => EndedBy::Other,
+            };
+            Error::Lost { server, reason, by }
+        }
+    }
+
+    /// Who has ended the connection, if this has.
+    pub fn ended_by(&self) -> EndedBy {
+        match self {
+            Error::Lost { by, .. } => *by,
+            // the server goes on, but never answers the publish
+            Error::Permission { reason } if reason.to_ascii_lowercase().contains("for publish") => {
+                EndedBy::Complaint
+            }
+            _ => EndedBy::Other,
         }
     }
 
@@ -104,16 +143,20 @@ impl Error {
     pub fn of_stream(server: &str, error: &io::Error, is_tls: bool) -> Error {
         let (server, reason) = (server.to_string(), error.to_string());
         if is_tls && reason.contains("alert") {
-            Error::Tls { server, reason }
-        } else {
-            Error::Lost { server, reason }
+            return Error::Tls { server, reason };
         }
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        let by = match error.kind() {
+            BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof => EndedBy::Silence,
+            _ => EndedBy::Other,
+        };
+        Error::Lost { server, reason, by }
     }
 
     /// The same of a connection that is still being made.
     pub fn while_connecting(self) -> Error {
         match self {
-            Error::Lost { server, reason } => Error::Refused { server, reason },
+            Error::Lost { server, reason, .. } => Error::Refused { server, reason },
             other => other,
         }
     }
@@ -156,7 +199,7 @@ impl fmt::Display for Error {
             Error::Refused { server, reason } => {
                 write!(f, "connect to NATS at {server}: {reason}")
             }
-            Error::Lost { server, reason } => {
+            Error::Lost { server, reason, .. } => {
                 write!(f, "keep the connection to NATS at {server}: {reason}")
             }
             Error::Unpublishable { reason } => write!(f, "publish to NATS: {reason}"),

@@ -8,7 +8,7 @@
 //! Another local user could connect to the socket first; so CONNECT must name a random token.
 
 use super::connection::max_reply;
-use super::error::Error;
+use super::error::{EndedBy, Error};
 use super::handshake::{Session, Timed};
 use super::protocol::{self, ServerOp};
 use super::{sign_in, tls};
@@ -84,6 +84,7 @@ pub fn hand_over(session: Session) -> Result<Handover, Error> {
         run.over(ended.map_or_else(
             |error| run.broken(&error),
             |()| Error::Lost {
+                by: EndedBy::Silence,
                 server: run.server_name.clone(),
                 reason: "the server closed the connection".into(),
             },

@@ -19,4 +19,4 @@ pub mod sign_in;
 pub mod tls;
 
 pub use connection::Connection;
-pub use error::Error;
+pub use error::{EndedBy, Error};

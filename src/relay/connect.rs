@@ -14,7 +14,7 @@ use super::error::Error;
 use super::repeated::Repeated;
 use super::stop::Stop;
 use crate::config::Config;
-use crate::jetstream::ack::AckError;
+use crate::jetstream::ack::{AckError, parse_refusal};
 use crate::jetstream::client::{self, Link};
 use crate::jetstream::preflight::preflight;
 use crate::jetstream::streams::{self, Routes, StreamInfo};
@@ -83,6 +83,8 @@ impl Connector<'_> {
         for filter in self.filters() {
             let found = streams::list(&link, &filter, config.nats.request_timeout)?;
             if found.is_empty() {
+                let subject = filter.replace('>', "outbox-check.outbox-check");
+                self.check_home(&link, &subject)?;
                 return Err(Error::NoStream(filter));
             }
             for info in found {
@@ -110,6 +112,31 @@ impl Connector<'_> {
             routed: infos.len(),
             infos,
         })
+    }
+
+    /// No stream captures `subject`, for all that the API reports: sees that no other answers there.
+    pub fn check_home(&self, link: &Link, subject: &str) -> Result<(), Error> {
+        let timeout = self.config.nats.request_timeout;
+        let answer = match streams::probe(link, subject, timeout) {
+            Err(jetstream::Error::Api {
+                source: AckError::NoResponders,
+                ..
+            }) => return Ok(()),
+            answer => answer?,
+        };
+        let Some((stream, _)) = parse_refusal(&answer) else {
+            return Ok(());
+        };
+        // one may have been created just now
+        if !streams::list(link, subject, timeout)?.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Setup(format!(
+            "find the stream of {subject}: no stream captures it, but {stream} stores what is published there: a mapping of the \
+             account (mappings, partitions) or an import changes the subject on its way, and then it cannot be told which stream \
+             an event goes to; take the mapping out, or have the stream capture the subject as it is published, or name with \
+             -prefix what the stream captures"
+        )))
     }
 
     fn filters(&self) -> Vec<String> {

@@ -2,11 +2,10 @@
 
 use super::core::capacity::TooLarge;
 use super::core::resume::Lost;
-use super::core::trouble::Halt;
+use super::core::trouble::{Halt, Refusal};
 use super::preflight::Finding;
 use crate::exit::Exit;
 use crate::jetstream;
-use crate::jetstream::ack::AckError;
 use crate::nats;
 use crate::outbox::lineage::Conflict;
 use crate::outbox::position::Position;
@@ -94,12 +93,12 @@ pub enum Error {
         /// How large it is.
         too_large: TooLarge,
     },
-    /// A stream will never take the event.
+    /// An event can never be published as it is.
     Refused {
         /// Table, id and position.
         event: String,
-        /// What it says.
-        error: AckError,
+        /// Why.
+        why: Refusal,
     },
     /// No working session to NATS for `--max-outage`; the last reason.
     GaveUp(String),
@@ -201,6 +200,7 @@ impl Error {
             | Error::Setup(_)
             | Error::SlotMoved { .. }
             | Error::OtherFlags(_)
+            | Error::Halt(Halt::Closed { .. })
             | Error::NoCheckpoint { .. }
             | Error::Unfenced { .. }
             | Error::PublicationSkipped { .. }
@@ -329,10 +329,10 @@ impl fmt::Display for Error {
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
                  raise {setting}, then start the relay again, or park such events with --on-poison"
             ),
-            Error::Refused { event, error } => write!(
+            Error::Refused { event, why } => write!(
                 f,
-                "publish {event}: the stream will never take it: {error}; nothing from it on is confirmed: raise the stream's \
-                 limit, then start the relay again, or park such events with --on-poison"
+                "publish {event}: {why}; nothing from it on is confirmed: have the stream or the server take it (a limit, a \
+                 permission, a feature of the stream), then start the relay again, or park such events with -on-poison"
             ),
             Error::GaveUp(reason) => write!(
                 f,

@@ -9,7 +9,7 @@ use super::checkpoint::record::{Anchor, Cut};
 use super::checkpoint::store::{Overtaken, Store};
 use super::connect::{self, Connector, From};
 use super::core::exactly_once::Look;
-use super::core::trouble::{Cause, Trouble};
+use super::core::trouble::{Cause, Refusal, Trouble};
 use super::core::{Core, Next, Tally};
 use super::error::{Error, Verdict};
 use super::outage::{Outage, WORKING};
@@ -20,11 +20,11 @@ use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{Phase, ReconnectCause, Vitals};
 use crate::config::Config;
-use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
+use crate::jetstream::ack::{AckError, parse_ack};
 use crate::jetstream::client::{Ack, Answer, Link, Reply};
 use crate::jetstream::streams;
 use crate::jetstream::wire::Publish;
-use crate::nats;
+use crate::nats::{self, EndedBy};
 use crate::outbox::batch::{Batch, Fate};
 use crate::outbox::lineage::Lineage;
 use crate::outbox::park::{self, OnPoison};
@@ -73,8 +73,12 @@ pub struct Publisher<'a> {
     /// Waits until what was published before it is answered.
     postponed: Option<Interrupt>,
     next_look: Instant,
+    /// The PING that was sent last over this connection.
+    pinged: u64,
     /// When the limits of server and streams were read again: at the last reconnect.
     limits_read: Option<Instant>,
+    /// No stream captures this subject, which an event has.
+    unrouted: Option<String>,
     /// At the end the record is waited for until then.
     record_until: Option<Instant>,
     /// Of the tally, what was warned of.
@@ -108,12 +112,12 @@ pub struct Left {
 enum Interrupt {
     /// It is replaced, for this reason.
     Reconnect(ReconnectCause, String),
-    /// The same, after an event that the stream will never take as it is.
+    /// The same, after an event that can never be published as it is.
     Refused {
         /// Names the event.
         token: u64,
-        /// What the stream says.
-        error: AckError,
+        /// Why.
+        why: Refusal,
     },
     /// The session ends.
     End(Error),
@@ -147,7 +151,9 @@ impl<'a> Publisher<'a> {
             drained: false,
             postponed: None,
             next_look: now + LOOK_INTERVAL,
+            pinged: 0,
             limits_read: None,
+            unrouted: None,
             record_until: None,
             warned: Tally::default(),
             vitals,
@@ -188,12 +194,19 @@ impl<'a> Publisher<'a> {
                 Ok(()) => return Ok(()),
                 Err(Interrupt::End(error)) => return Err(error),
                 Err(Interrupt::Reconnect(cause, reason)) => (cause, reason),
-                Err(Interrupt::Refused { token, error }) => {
+                Err(Interrupt::Refused { token, why }) => {
+                    let room = self.core.room(&self.config.mapping.policy.park_subject);
                     self.core.on_disconnect();
                     let event = self.describe(token);
-                    let reason = format!("JetStream refused {event}: {error}");
-                    if !self.put_aside(token, &error.to_string()) {
-                        return Err(Error::Refused { event, error });
+                    let reason = format!("publish {event}: {why}");
+                    // what is parked already can become smaller, and nothing else
+                    let is_parked = self
+                        .core
+                        .event(token)
+                        .is_some_and(|it| it.fate == Fate::Park);
+                    let is_lost = is_parked && !matches!(why, Refusal::ByStream(_));
+                    if is_lost || !self.put_aside(token, &why.to_string(), room) {
+                        return Err(Error::Refused { event, why });
                     }
                     (ReconnectCause::Refused, reason)
                 }
@@ -286,16 +299,22 @@ impl<'a> Publisher<'a> {
             log::warn!("going on without the checkpoint: {reason}");
             self.store = None;
         }
+        let by = error.as_ref().map_or(EndedBy::Other, nats::Error::ended_by);
         let reason = match error {
             Some(error) => error.to_string(),
             None => "the connection to NATS ended".to_string(),
         };
+        let outcome = self.core.on_end(by, &reason);
+        if let Err(interrupt) = self.trouble(outcome) {
+            return interrupt;
+        }
         Interrupt::Reconnect(ReconnectCause::Connection, reason)
     }
 
     /// Writes the record if that is due.
     fn record(&mut self, link: &Link, now: Instant, settled: bool) {
         let subject = match &self.store {
+            _ if self.core.is_probing() => return,
             Some(store) => store.subject(self.lineage.source.system_id),
             None => return,
         };
@@ -370,7 +389,7 @@ impl<'a> Publisher<'a> {
     /// How long nothing needs to be done unless something comes.
     fn wake(&self, now: Instant) -> Duration {
         let mut wake = self.next_look;
-        if let Some(deadline) = self.core.window().deadline() {
+        if let Some(deadline) = self.core.deadline() {
             wake = wake.min(deadline);
         }
         if let Closing::By(deadline) = self.closing {
@@ -397,6 +416,8 @@ impl<'a> Publisher<'a> {
                 Answer::Reply(reply) => self.replied(reply, now)?,
                 // the core looks at its limits before each event
                 Answer::Info => {}
+                Answer::Pong(number) if number >= self.pinged => self.core.on_pong(),
+                Answer::Pong(_) => {}
             }
         }
         Ok(())
@@ -437,9 +458,7 @@ impl<'a> Publisher<'a> {
             return Ok(());
         };
         let answer = answer.and_then(|body| parse_ack(&body, None));
-        if let Err(error) = &answer
-            && error.kind() == AckErrorKind::NoResponders
-        {
+        if answer == Err(AckError::NoResponders) {
             // a new connection creates the bucket again
             let reason = "the checkpoint's bucket is gone, or has no leader".to_string();
             return Err(Interrupt::Reconnect(ReconnectCause::NoStream, reason));
@@ -548,7 +567,8 @@ impl<'a> Publisher<'a> {
                         self.postponed = Some(Interrupt::Reconnect(ReconnectCause::Limits, reason));
                         break Ok(());
                     }
-                    if !self.put_aside(token, &cause) {
+                    let room = self.core.room(&self.config.mapping.policy.park_subject);
+                    if !self.put_aside(token, &cause, room) {
                         let event = self.describe(token);
                         self.postponed = Some(Interrupt::End(Error::TooLarge { event, too_large }));
                         break Ok(());
@@ -559,6 +579,10 @@ impl<'a> Publisher<'a> {
                     if outcome.is_err() {
                         break outcome;
                     }
+                }
+                Ok(Next::Ping) => {
+                    self.hand_over(link, std::mem::take(&mut burst), now);
+                    self.pinged = link.ping();
                 }
                 Ok(Next::Nothing) => break Ok(()),
                 Err(trouble) => {
@@ -579,21 +603,20 @@ impl<'a> Publisher<'a> {
     }
 
     /// Does with an event that is not on its way, and never can be, what the operator wants done with it; `false`:
-    /// the relay is to halt.
-    fn put_aside(&mut self, token: u64, cause: &str) -> bool {
+    /// the relay is to halt. `room`: what the park subject takes.
+    fn put_aside(&mut self, token: u64, cause: &str, room: usize) -> bool {
         let policy = &self.config.mapping.policy;
         let Some(event) = self.core.event(token) else {
             return false;
         };
         // cut to what is taken already, and still not taken
         let is_cut = event.headers.contains(park::BODY_CUT)
-            && event.id.len() + event.headers.len() + event.body.len()
-                <= self.core.room(event.subject);
+            && event.id.len() + event.headers.len() + event.body.len() <= room;
         match (event.fate, policy.on_poison) {
             (Fate::Park, _) if is_cut => false,
             (Fate::Park, _) | (_, OnPoison::Park) => {
                 let subject = &policy.park_subject;
-                let parked = park::parked(&event, subject, cause, self.core.room(subject));
+                let parked = park::parked(&event, subject, cause, room);
                 self.core.replace(token, parked);
                 true
             }
@@ -668,7 +691,7 @@ impl<'a> Publisher<'a> {
 
     /// Looks at the streams now and then while nothing is being published.
     fn look(&mut self, link: &Link, now: Instant) {
-        if now < self.next_look {
+        if now < self.next_look || self.core.is_probing() {
             return;
         }
         self.next_look = now + LOOK_INTERVAL;
@@ -693,12 +716,15 @@ impl<'a> Publisher<'a> {
                     }
                     Cause::Refused(_) => ReconnectCause::Refused,
                     Cause::AckTimeout => ReconnectCause::AckTimeout,
-                    Cause::NoStream(_) => ReconnectCause::NoStream,
+                    Cause::NoStream(ref subject) => {
+                        self.unrouted = Some(subject.clone());
+                        ReconnectCause::NoStream
+                    }
                     Cause::Disagrees(_) => ReconnectCause::Regressed,
                 };
                 Interrupt::Reconnect(kind, cause.to_string())
             }
-            Err(Trouble::Refused { token, error }) => Interrupt::Refused { token, error },
+            Err(Trouble::Refused { token, why }) => Interrupt::Refused { token, why },
             Err(Trouble::Halt(halt)) => Interrupt::End(Error::Halt(halt)),
             Err(Trouble::OutOfOrder(position)) => Interrupt::End(Error::OutOfOrder(position)),
         })
@@ -754,6 +780,9 @@ impl<'a> Publisher<'a> {
             accept_loss: false,
         };
         let found = connector.find(tries, &mut self.said)?;
+        if let Some(subject) = self.unrouted.take() {
+            connector.check_home(&found.link, &subject)?;
+        }
         let (core, store) = match (&mut self.core, &mut self.store) {
             (Core::AtLeastOnce(core), store) => {
                 if let Some(it) = store

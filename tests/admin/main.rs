@@ -12,6 +12,7 @@ mod preflight;
 #[path = "../it/rig.rs"]
 #[allow(dead_code, reason = "it is shared with the relay's own tests")]
 mod rig;
+mod routes;
 mod setup;
 mod status;
 #[path = "../support/mod.rs"]

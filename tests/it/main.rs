@@ -20,6 +20,8 @@ mod internal;
 mod large;
 mod mapping;
 mod nats_limits;
+mod nats_poison;
+mod nats_routes;
 mod observe;
 mod one_connection;
 mod operation;

@@ -7,7 +7,6 @@ use crate::operators::{
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::nats::{Nats, NatsCluster};
 use crate::support::natsclient::{NatsClient, StreamMessage};
-use crate::support::ports::free_port;
 use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
 use crate::support::wait::{eventually, pause, secs, throughout};
@@ -173,27 +172,14 @@ fn an_answer_of_another_stream_halts_the_relay_and_confirms_nothing() {
     assert_eq!(stored, count, "nothing came twice");
 }
 
-/// A hub and a leaf node of it, which the rig's relay connects to, each with a JetStream domain of its own.
+/// A hub, and a leaf node of it that the rig's relay connects to.
 fn hub_and_leaf() -> (Nats, Rig) {
-    let port = free_port();
-    let jetstream =
-        |domain: &str| format!("jetstream {{ store_dir: \"{{dir}}/store\", domain: {domain} }}");
-    let server = |domain: &str, leafnodes: &str| {
-        let config = format!("{}\nleafnodes {{ {leafnodes} }}", jetstream(domain));
-        Nats::builder().without_jetstream().config(&config).build()
-    };
-    let hub = server("hub", &format!("listen: \"127.0.0.1:{port}\""));
-    let remote = format!("remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}]");
-    let leaf = server("leaf", &format!("reconnect: \"1s\", {remote}"));
+    let (hub, nats) = Nats::hub_and_leaf("", &json!({}));
     let rig = Rig {
         pg: Postgres::start(),
-        nats: leaf,
+        nats,
     };
     rig.pg.seed_setup();
-    let mut client = rig.nats.client();
-    eventually("the hub to be reached from the leaf", DEADLINE, || {
-        client.try_request("$JS.hub.API.INFO", &[], b"").map(drop)
-    });
     (hub, rig)
 }
 

@@ -317,14 +317,14 @@ fn a_limit_that_is_lowered_while_the_relay_runs_is_noticed_by_the_refusal() {
     );
     assert_eq!(ids(&rig.nats.client().read_all(PARKED)), ["5", "9"]);
     let log = relay.log();
-    let refused = "JetStream refused row 5 of public.outbox at ";
+    let refused = "publish row 5 of public.outbox at ";
     assert!(
         log.iter().any(|line| line.contains(refused)),
         "{}",
         log.join("\n")
     );
     assert!(
-        !log.iter().any(|line| line.contains("refused row 9")),
+        !log.iter().any(|line| line.contains("publish row 9")),
         "the limit is known by then"
     );
 }

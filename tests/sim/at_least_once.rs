@@ -154,6 +154,8 @@ impl World {
             topic: rng.usize(..TOPICS),
             fate: Fate::Publish,
             is_large: false,
+            ends: None,
+            is_mystery: false,
             reuses_id: false,
             position: Position::default(),
             committed: self.now,

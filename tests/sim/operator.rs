@@ -2,7 +2,9 @@
 
 use crate::nats::{SYNC_INTERVAL, Stream};
 use crate::postgres::{PARKED, SLOT, TOPICS};
+use crate::relay::Wire;
 use crate::world::{Env, State, World, trace};
+use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::position::{Position, Source, SourcePosition};
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::core::evidence::Message;
@@ -45,6 +47,7 @@ pub enum Fault {
     ReuseIds,
     Park,
     Lose,
+    HangUp,
     // after these a halt is due
     Restore,
     Clone,
@@ -243,15 +246,25 @@ impl World {
             | Fault::SlotMoved => {
                 self.strike_postgres(fault);
             }
-            Fault::ReuseIds | Fault::Park | Fault::Lose => {}
+            Fault::ReuseIds | Fault::Park | Fault::Lose | Fault::HangUp => {}
             _ => self.strike_streams(fault),
         }
     }
 
     fn disconnect(&mut self, why: &str) {
-        if let Some(relay) = &mut self.relay {
-            relay.disconnect(&mut self.env, why);
+        let Some(relay) = &mut self.relay else {
+            return;
+        };
+        if !self.faults.contains(&Fault::HangUp) {
+            return relay.disconnect(&mut self.env, why);
         }
+        // no event is to blame for it
+        trace!(self.env, "relay {}: {why}", relay.name);
+        relay.hang_up(&mut self.env);
+        relay.ended = Some(match self.env.rng.bool() {
+            true => EndedBy::Silence,
+            false => EndedBy::Other,
+        });
     }
 
     fn strike_relay(&mut self, fault: Fault) {
@@ -442,11 +455,9 @@ impl World {
                 if let Some(relay) = &mut self.relay {
                     let name = &env.streams[index].topics;
                     let lost = env.rng.usize(..3);
-                    let of_it = relay
-                        .out
-                        .iter()
-                        .enumerate()
-                        .filter(|(_, it)| name.contains(&it.topic));
+                    let of_it = relay.out.iter().enumerate().filter(
+                        |(_, it)| matches!(it, Wire::Publish(it) if name.contains(&it.topic)),
+                    );
                     let of_it: Vec<usize> = of_it.map(|(at, _)| at).take(lost).collect();
                     for at in of_it.into_iter().rev() {
                         relay.out.remove(at);

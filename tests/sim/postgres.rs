@@ -1,6 +1,7 @@
 //! Postgres, as far as the relay can tell it from the real one: WAL that a slot replays by whole transactions, and what
 //! crashes, fail-overs, restored snapshots and promoted clones make of it.
 
+use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::{Batch, Change, Fate};
 use jetstream_outbox::outbox::lineage::Lineage;
 use jetstream_outbox::outbox::position::{Position, Source};
@@ -23,6 +24,10 @@ pub struct Event {
     pub topic: usize,
     pub fate: Fate,
     pub is_large: bool,
+    /// The server ends the connection over it: with a complaint, or without a word.
+    pub ends: Option<EndedBy>,
+    /// Its stream refuses it each time, with an error that nobody knows.
+    pub is_mystery: bool,
     /// An earlier event had the id already: this one may be dropped.
     pub reuses_id: bool,
     pub position: Position,

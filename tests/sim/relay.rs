@@ -7,6 +7,7 @@ use crate::world::{Env, trace};
 use jetstream_outbox::jetstream::Delivery;
 use jetstream_outbox::jetstream::ack::{AckError, PubAck};
 use jetstream_outbox::jetstream::streams::Routes;
+use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::lineage::Lineage;
 use jetstream_outbox::outbox::park;
@@ -89,6 +90,12 @@ struct Session {
     channel: VecDeque<Arc<Batch>>,
 }
 
+/// On its way to the server.
+pub enum Wire {
+    Publish(Flight),
+    Ping,
+}
+
 /// A process, and the connections it has.
 pub struct Relay {
     pub name: u64,
@@ -98,12 +105,18 @@ pub struct Relay {
     retry_at: Instant,
     next_look: Instant,
     /// On their way to the server.
-    pub out: VecDeque<Flight>,
+    pub out: VecDeque<Wire>,
     pub writes: VecDeque<Write>,
     looks: VecDeque<(u64, Look)>,
     /// On their way back.
     pub answers: VecDeque<(u64, Answer)>,
     pub written: VecDeque<(u64, Result<PubAck, AckError>)>,
+    /// PINGs that were sent over this connection, and answers to them; how many of these were taken.
+    pings: u64,
+    pub pongs: u64,
+    ponged: u64,
+    /// The connection is over.
+    pub ended: Option<EndedBy>,
     /// It was frozen and revived; its Postgres session is another's by now.
     pub zombie_since: Option<Instant>,
     /// Since when there are publishes that the record lacks.
@@ -142,6 +155,10 @@ impl Relay {
             looks: VecDeque::new(),
             answers: VecDeque::new(),
             written: VecDeque::new(),
+            pings: 0,
+            pongs: 0,
+            ponged: 0,
+            ended: None,
             zombie_since: None,
             unrecorded: None,
         }
@@ -192,10 +209,14 @@ impl Relay {
 
     /// What was on its way may still arrive.
     pub fn hang_up(&mut self, env: &mut Env) {
-        env.leave_behind(
-            std::mem::take(&mut self.out),
-            std::mem::take(&mut self.writes),
-        );
+        let out = std::mem::take(&mut self.out).into_iter();
+        let flights = out.filter_map(|it| match it {
+            Wire::Publish(flight) => Some(flight),
+            Wire::Ping => None,
+        });
+        env.leave_behind(flights.collect(), std::mem::take(&mut self.writes));
+        (self.pings, self.pongs, self.ponged) = (0, 0, 0);
+        self.ended = None;
         self.answers.clear();
         self.written.clear();
         self.looks.clear();
@@ -215,6 +236,14 @@ impl Relay {
             && !is_zombie
         {
             return Err(End::Session("Postgres has closed the connection".into()));
+        }
+        if let Some(ended) = self.ended.take() {
+            let core = self.session.as_mut().and_then(|it| it.core.as_mut());
+            let outcome = core.map_or(Ok(()), |core| core.on_end(ended, "a complaint"));
+            return match outcome {
+                Ok(()) => Err(End::Connection(format!("ended: {ended:?}"))),
+                Err(trouble) => self.on_trouble(env, trouble),
+            };
         }
         match &mut self.stage {
             Stage::Down if env.now >= self.retry_at => self.read_key(env),
@@ -598,6 +627,12 @@ impl Relay {
                 self.on_answer(env, reply, answer)?;
             }
         }
+        if self.pongs > self.ponged && self.pongs == self.pings {
+            self.ponged = self.pongs;
+            if let Some(core) = self.session.as_mut().and_then(|it| it.core.as_mut()) {
+                core.on_pong();
+            }
+        }
         self.on_written(env)?;
         self.on_looks(env)?;
         let now = env.now;
@@ -691,7 +726,11 @@ impl Relay {
                         let why = "much is published that the record lacks";
                         return Err(End::Broken(why.into()));
                     }
-                    self.out.push_back(flight);
+                    self.out.push_back(Wire::Publish(flight));
+                }
+                Ok(Next::Ping) => {
+                    self.pings += 1;
+                    self.out.push_back(Wire::Ping);
                 }
                 Ok(Next::Read { stream, from, to }) => {
                     let read = |seq| Ok((seq, env.message(&stream, seq)?));
@@ -737,7 +776,7 @@ impl Relay {
                 }
                 Err(End::Connection(cause.to_string()))
             }
-            Trouble::Refused { token, error } => {
+            Trouble::Refused { token, why } => {
                 let Some(core) = self.session.as_mut().and_then(|it| it.core.as_mut()) else {
                     return Ok(());
                 };
@@ -747,7 +786,7 @@ impl Relay {
                 // before an event changes its subject, connect again
                 core.on_disconnect();
                 core.replace(token, parked);
-                Err(End::Connection(error.to_string()))
+                Err(End::Connection(why.to_string()))
             }
             Trouble::Halt(halt) => Err(End::Halt(format!("{halt:?}"))),
             Trouble::OutOfOrder(position) => {
@@ -759,8 +798,8 @@ impl Relay {
     /// Writes the record if there is news.
     fn record(&mut self, env: &mut Env, urgent: bool) {
         let now = env.now;
-        let Some(Core::ExactlyOnce(core)) = self.session.as_mut().and_then(|it| it.core.as_mut())
-        else {
+        let core = self.session.as_mut().and_then(|it| it.core.as_mut());
+        let Some(Core::ExactlyOnce(core)) = core.filter(|it| !it.is_probing()) else {
             return;
         };
         let urgent = urgent || core.wants_record();
@@ -790,7 +829,8 @@ impl Relay {
     }
 
     fn look(&mut self, env: &mut Env) {
-        if env.now < self.next_look {
+        let core = self.session.as_ref().and_then(|it| it.core.as_ref());
+        if env.now < self.next_look || core.is_some_and(Core::is_probing) {
             return;
         }
         self.next_look = env.now + LOOK_INTERVAL;

@@ -3,8 +3,9 @@
 use crate::nats::{Answer, Flight, Key, Stream, refused};
 use crate::operator::Fault;
 use crate::postgres::{Event, PARKED, Postgres, TOPICS, Transaction};
-use crate::relay::{End, HOLD_BACK, Relay};
+use crate::relay::{End, HOLD_BACK, Relay, Wire};
 use jetstream_outbox::jetstream::ack::{AckError, Origin, PubAck};
+use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::Fate;
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
@@ -92,6 +93,7 @@ pub struct Env {
     /// Events of this topic go elsewhere.
     pub leaf: Option<usize>,
     was_elsewhere: bool,
+    was_doubtful: bool,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
     /// The record is not what it was.
@@ -226,8 +228,19 @@ impl Env {
 
     // the promises
 
+    /// How the server ends the connection over a publish, if it does.
+    pub fn ends_over(&self, flight: &Flight) -> Option<EndedBy> {
+        let story = self.stories.get(&flight.uid)?;
+        story.event.ends.filter(|_| flight.topic != PARKED)
+    }
+
     /// A publish reaches the server.
     pub fn arrive(&mut self, flight: &Flight, is_late_copy: bool) -> Result<Option<Answer>, End> {
+        let story = self.stories.get(&flight.uid);
+        let is_mystery = story.is_some_and(|it| it.event.is_mystery) && flight.topic != PARKED;
+        if is_mystery || self.ends_over(flight).is_some() {
+            return Ok(None);
+        }
         if self.leaf == Some(flight.topic) {
             self.was_elsewhere = true;
             let origin = Origin {
@@ -326,9 +339,13 @@ impl Env {
             at,
             state: State::There,
         });
-        if (flight.topic == PARKED) != (event.topic == PARKED || event.is_large) {
-            // refused for good
-            trace!(self, "{} is parked", flight.id);
+        let is_refused = event.is_large || event.is_mystery || event.ends.is_some();
+        let is_poison = event.topic == PARKED || is_refused;
+        if flight.topic == PARKED && !is_poison {
+            return broken(format!(
+                "{} is put aside, and nothing is wrong with it",
+                flight.id
+            ));
         }
         if !is_late_copy
             && !self.key_was_touched
@@ -525,7 +542,10 @@ impl World {
     fn new(seed: u64, off: Option<Rule>, traced: bool) -> World {
         let mut rng = fastrand::Rng::with_seed(seed);
         let now = Instant::now();
-        let faults = Fault::choose(&mut rng);
+        let mut faults = Fault::choose(&mut rng);
+        if seed % 4 == 3 {
+            faults.push(Fault::HangUp);
+        }
         let mut env = Env {
             off,
             moved_slot: false,
@@ -546,6 +566,7 @@ impl World {
             due: None,
             leaf: None,
             was_elsewhere: false,
+            was_doubtful: false,
             moved: [None; TOPICS + 1],
             key_was_touched: false,
             has_bare_copies: false,
@@ -722,6 +743,7 @@ impl World {
     fn event(&mut self) -> Event {
         let has = |fault| self.faults.contains(&fault);
         let (parks, reuses, loses) = (has(Fault::Park), has(Fault::ReuseIds), has(Fault::Lose));
+        let hangs_up = has(Fault::HangUp);
         let env = &mut self.env;
         let uid = env.next_uid;
         env.next_uid += 1;
@@ -731,6 +753,8 @@ impl World {
             topic: env.rng.usize(..TOPICS),
             fate: Fate::Publish,
             is_large: false,
+            ends: None,
+            is_mystery: false,
             reuses_id: false,
             position: Position::default(),
             committed: env.now,
@@ -742,6 +766,15 @@ impl World {
             }
         } else if loses && env.one_in(10) {
             event.fate = Fate::Lose;
+        }
+        if hangs_up && event.topic != PARKED && event.fate == Fate::Publish && env.one_in(12) {
+            // of two in a row that are put aside in doubt, the second is a halt
+            let is_doubtful = !std::mem::replace(&mut env.was_doubtful, true);
+            match (is_doubtful, uid % 2) {
+                (true, 0) => event.is_mystery = true,
+                (true, _) => event.ends = Some(EndedBy::Silence),
+                (false, _) => event.ends = Some(EndedBy::Complaint),
+            }
         }
         if reuses && uid > 0 && env.one_in(8) {
             let other = uid - env.rng.u64(1..=uid.min(5));
@@ -757,14 +790,31 @@ impl World {
 /// The server takes what came from a relay, and answers.
 pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
     for _ in 0..env.rng.usize(..8) {
-        let Some(flight) = relay.out.pop_front() else {
-            break;
+        let flight = match relay.out.pop_front() {
+            Some(Wire::Publish(flight)) => flight,
+            Some(Wire::Ping) => {
+                relay.pongs += 1;
+                continue;
+            }
+            None => break,
         };
+        if let Some(by) = env.ends_over(&flight) {
+            trace!(env, "the server ends the connection over {}", flight.id);
+            relay.out.clear();
+            if env.rng.bool() {
+                relay.answers.clear();
+            }
+            relay.ended = Some(by);
+            break;
+        }
         let refuses = match env.one_in(60) {
             true => env.rng.usize(..4),
             false => 9,
         };
+        let story = env.stories.get(&flight.uid);
+        let is_mystery = story.is_some_and(|it| it.event.is_mystery) && flight.topic != PARKED;
         let answer = match refuses {
+            _ if is_mystery => Err(refused(400, 19999, "nobody knows")),
             0 => Err(AckError::NoResponders),
             1 => Err(refused(503, 10077, "no space left on device")),
             2 => Err(refused(429, 10167, "too many requests")),

@@ -150,6 +150,31 @@ impl Nats {
         }
     }
 
+    /// A hub and a leaf node of it, each with a JetStream domain of its own, `hub` and `leaf`; with these lines in the leaf
+    /// node's configuration.
+    pub fn hub_and_leaf(of_leaf: &str, client_options: &Value) -> (Nats, Nats) {
+        let port = free_port();
+        let server = |domain: &str, leafnodes: &str, config: &str, options: &Value| {
+            let jetstream =
+                format!("jetstream {{ store_dir: \"{{dir}}/store\", domain: {domain} }}");
+            let config = format!("{jetstream}\nleafnodes {{ {leafnodes} }}\n{config}");
+            let builder = Nats::builder().without_jetstream().config(&config);
+            builder.client_options(options.clone()).build()
+        };
+        let listen = format!("listen: \"127.0.0.1:{port}\"");
+        let hub = server("hub", &listen, "", &json!({}));
+        let remote = format!("remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}]");
+        let remote = format!("reconnect: \"1s\", {remote}");
+        let leaf = server("leaf", &remote, of_leaf, client_options);
+        let mut client = leaf.client();
+        eventually(
+            "the hub to be reached from the leaf",
+            START_DEADLINE,
+            || client.try_request("$JS.hub.API.INFO", &[], b"").map(drop),
+        );
+        (hub, leaf)
+    }
+
     /// The port on 127.0.0.1; it stays the same over restarts.
     pub fn port(&self) -> u16 {
         *lock(&self.port)

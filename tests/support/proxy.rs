@@ -49,6 +49,8 @@ pub enum Mode {
     Trickle(u64),
     /// Connections end with a reset, also new ones: nobody listens there.
     Refuse,
+    /// A connection ends in order where the client sends this word; what it sent before passes.
+    EndAt(&'static str),
 }
 
 /// A listening proxy; it ends, with all its connections, when dropped.
@@ -296,6 +298,21 @@ impl Shared {
             let part = match *mode {
                 _ if swallowed.load(Ordering::Relaxed) => return Some(()),
                 Mode::Pass | Mode::FreezeAt(_) | Mode::Refuse => chunk.len(),
+                Mode::EndAt(word) => {
+                    let at = chunk
+                        .windows(word.len())
+                        .position(|it| it == word.as_bytes());
+                    match at.filter(|_| direction == Direction::ToServer) {
+                        None => chunk.len(),
+                        Some(0) => {
+                            link.ending.store(true, Ordering::SeqCst);
+                            let _ = link.client.shutdown(Shutdown::Both);
+                            let _ = link.server.shutdown(Shutdown::Both);
+                            return None;
+                        }
+                        Some(at) => at,
+                    }
+                }
                 Mode::Swallow(its) if its == direction => {
                     swallowed.store(true, Ordering::Relaxed);
                     return Some(());

@@ -4,6 +4,7 @@
 //! subject to have been stored last at a sequence that no stream reaches.
 
 mod account;
+mod routes;
 mod versions;
 
 use super::finding::{Finding, fail, ok, warn};
@@ -14,7 +15,9 @@ use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{Preflight, preflight};
-use crate::jetstream::streams::{StreamInfo, key_write_subject, last_message_request, matches};
+use crate::jetstream::streams::{
+    self, StreamInfo, key_write_subject, last_message_request, matches,
+};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
@@ -22,8 +25,6 @@ use crate::relay::checkpoint::record::Record;
 use crate::relay::checkpoint::store::key_subject;
 use account::Account;
 
-/// No stream reaches it, and every JSON reader and server holds it.
-const NEVER: u64 = 1 << 53;
 /// With at-least-once a repeat that comes later than this stands in the stream twice, in seconds. nats-server's default.
 const SHORT_WINDOW: i64 = 120;
 
@@ -59,6 +60,10 @@ struct Facts {
     tls: bool,
     /// `Err`: what the API said.
     streams: Result<Vec<Stream>, String>,
+    /// Where no stream captures the prefix: the one that answers there all the same.
+    answers: Option<String>,
+    /// Streams of the prefix in the server's own domain, where the API of another is asked.
+    own: Vec<String>,
     bucket: Bucket,
     /// `None`: nothing is ever parked.
     park: Option<Park>,
@@ -88,6 +93,8 @@ struct Stream {
     info: StreamInfo,
     /// `None`: not tried, as the stream never answers or captures no subject of ours.
     publish: Option<Tried>,
+    /// Another stream that has answered, and the subject of ours where it did, which this one captures.
+    elsewhere: Option<(String, String)>,
     read: Tried,
 }
 
@@ -196,6 +203,10 @@ fn streams(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("{} ({})", config.name, config.subjects.join(", "))
         })
         .collect();
+    let elsewhere = routes::findings(facts, config);
+    if !elsewhere.is_empty() {
+        return elsewhere;
+    }
     vec![match names.as_slice() {
         [] => fail(
             NAME,
@@ -495,7 +506,7 @@ fn read(
         let each = infos
             .into_iter()
             .map(|info| read_stream(bus, config, info, past));
-        each.collect()
+        each.collect::<Vec<Stream>>()
     });
     let tls = bus.info.tls_required
         || (config.nats.servers.iter())
@@ -508,6 +519,14 @@ fn read(
             true => read_bucket(bus, config, system_id, past),
             false => Bucket::Unknown,
         },
+        answers: match &streams {
+            Ok(streams) if streams.is_empty() => {
+                let subject = probe_subject(std::slice::from_ref(&wanted), &config.prefix);
+                subject.and_then(|subject| routes::refuser(bus, &subject))
+            }
+            _ => None,
+        },
+        own: routes::own(config, streams.as_deref().unwrap_or_default()),
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
         account: streams.is_ok().then(|| read_account(bus)),
@@ -541,11 +560,14 @@ fn read_stream(
         });
     }
     let subject = probe_subject(&info.config.subjects, &config.prefix);
-    let publish = subject
-        .filter(|_| !info.config.no_ack)
-        .map(|subject| try_write(bus, &subject));
+    let subject = subject.filter(|_| !info.config.no_ack);
+    let publish = subject.as_ref().map(|subject| try_write(bus, subject));
+    let elsewhere = subject
+        .filter(|_| publish == Some(Ok(())))
+        .and_then(|subject| Some((routes::other(bus, &subject, name)?, subject)));
     Stream {
         publish,
+        elsewhere,
         read: last.map(drop).map_err(|error| error.to_string()),
         info,
     }
@@ -578,7 +600,7 @@ fn probe_subject(patterns: &[String], prefix: &str) -> Option<String> {
 
 /// Publishes what must be refused.
 fn try_write(bus: &mut Bus<'_, Link>, subject: &str) -> Tried {
-    let answer = bus.ask(|link, timeout| link.put_now(subject, NEVER, &[], timeout));
+    let answer = bus.ask(|link, timeout| streams::probe(link, subject, timeout));
     let answer = answer.map_err(|error| error.to_string())?;
     match parse_ack(&answer, None) {
         Err(error) if matches!(error.kind(), AckErrorKind::WrongLastSequence(_)) => Ok(()),

@@ -3,7 +3,7 @@
 
 use super::record::{Anchor, Cut, Record};
 use super::store::{Store, Value, Write};
-use crate::jetstream::ack::{AckErrorKind, PubAck, parse_ack};
+use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::{self, streams};
 use crate::nats;
@@ -47,7 +47,7 @@ pub fn write(
 ) -> Result<PubAck, Error> {
     put(link, subject, write.revision, &write.body, timeout).map_err(|error| match error {
         jetstream::Error::Api { source, .. }
-            if source.kind() == AckErrorKind::NoResponders && write.revision == 0 =>
+            if source == AckError::NoResponders && write.revision == 0 =>
         {
             Error::Lasting(format!("nobody answers on {subject}"))
         }
@@ -145,11 +145,8 @@ fn sort(error: jetstream::Error) -> Error {
         jetstream::Error::Nats(error) => !matches!(error, nats::Error::Permission { .. }),
         jetstream::Error::Api { source, .. } => matches!(
             source.kind(),
-            AckErrorKind::WrongLastSequence(_)
-                | AckErrorKind::Busy
-                | AckErrorKind::NoAnswer
-                // where it was read before, its leader is being chosen
-                | AckErrorKind::NoResponders
+            // without responders: where it was read before, its leader is being chosen
+            AckErrorKind::WrongLastSequence(_) | AckErrorKind::Busy
         ),
     };
     match passes {

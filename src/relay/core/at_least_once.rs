@@ -2,10 +2,11 @@
 //! is on its way at a time, so that order is kept within a subject. Pure.
 
 use super::capacity::Capacity;
-use super::trouble::{Cause, Trouble};
+use super::culprit::{self, Alone, Culprit};
+use super::trouble::{Cause, Halt, Refusal, Trouble};
 use super::window::{Limits, Resolved, State, Window};
 use super::{Next, Tally};
-use crate::jetstream::ack::{AckError, Origin, PubAck};
+use crate::jetstream::ack::{AckError, AckErrorKind, Origin, PubAck};
 use crate::jetstream::wire::Publish;
 use crate::outbox::batch::{Batch, Event, Fate};
 use crate::postgres::Lsn;
@@ -20,6 +21,7 @@ pub struct AtLeastOnce {
     capacity: Option<Capacity>,
     /// Those that a publish is on its way to.
     subjects: HashSet<Box<str>>,
+    pub(super) culprit: Culprit,
     stored_lsn: Lsn,
     tally: Tally,
 }
@@ -31,6 +33,7 @@ impl AtLeastOnce {
             window: Window::new(limits),
             capacity: Some(capacity),
             subjects: HashSet::new(),
+            culprit: Culprit::default(),
             stored_lsn: Lsn::INVALID,
             tally: Tally::default(),
         }
@@ -43,6 +46,7 @@ impl AtLeastOnce {
 
     /// The connection is gone: what was not acknowledged is published again.
     pub fn on_disconnect(&mut self) {
+        self.culprit.on_disconnect();
         self.capacity = None;
         self.window.on_disconnect();
         self.subjects.clear();
@@ -62,10 +66,16 @@ impl AtLeastOnce {
 
     /// The next thing to do; to be called until it says [`Next::Nothing`].
     pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
+        if self.culprit.pings_after(now) {
+            return Ok(Next::Ping);
+        }
         loop {
             let Some(capacity) = &self.capacity else {
                 return Ok(Next::Nothing);
             };
+            if self.culprit.is_out() {
+                break;
+            }
             let Some((token, pending)) = self.window.at_cursor() else {
                 break;
             };
@@ -89,8 +99,19 @@ impl AtLeastOnce {
             if capacity.routes.route(subject).is_none() {
                 return Err(Trouble::Reconnect(Cause::NoStream(subject.to_string())));
             }
+            if self.culprit.is_suspect(token) {
+                if self.window.waiting() > 0 {
+                    break;
+                }
+                match self.culprit.before(now) {
+                    Alone::Ping => return Ok(Next::Ping),
+                    Alone::Wait => break,
+                    Alone::Publish => {}
+                }
+            }
             self.subjects.insert(subject.into());
             self.window.send_at_cursor(0, 0, now);
+            self.culprit.on_published(token);
             return Ok(Next::Publish(Publish {
                 event,
                 token,
@@ -116,22 +137,70 @@ impl AtLeastOnce {
         let Some(pending) = self.window.get(token).filter(|it| sent(it.state)) else {
             return Ok(None);
         };
-        let (ack, _) = answer.map_err(|error| match error.kind().is_for_good() {
-            true => Trouble::Refused { token, error },
-            false => Trouble::Reconnect(Cause::Refused(error)),
-        })?;
+        let is_parked = pending.event.fate() == Fate::Park;
+        let subject: Box<str> = pending.event.subject().into();
+        let bytes = pending.event.spans().body_len() as u64;
+        self.culprit.on_answer();
+        let (ack, origin) = match answer {
+            Ok(ack) => ack,
+            Err(error) => return Err(self.on_refusal(token, error)),
+        };
         // a duplicate is stored too, unless it is the false answer of nats-server 2.10, which names no sequence
         if ack.seq == 0 {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: 0 }));
         }
-        self.subjects.remove(pending.event.subject());
+        self.subjects.remove(&subject);
         self.tally.published += 1;
-        self.tally.published_bytes += pending.event.spans().body_len() as u64;
-        self.tally.parked += u64::from(pending.event.fate() == Fate::Park);
+        self.tally.published_bytes += bytes;
+        self.tally.parked += u64::from(is_parked);
+        if !is_parked {
+            self.culprit.on_stored(token, &origin.stream);
+        }
         // what is acknowledged stays so: nothing is read back
         self.window.on_stored(token, None, now);
         self.settle();
         Ok(Some(token))
+    }
+
+    fn on_refusal(&mut self, token: u64, error: AckError) -> Trouble {
+        let kind = error.kind();
+        match kind {
+            AckErrorKind::Poison => self.refused(token, Refusal::ByStream(error)),
+            AckErrorKind::Closed | AckErrorKind::Unknown
+                if self.culprit.on_refusal(token, kind) == culprit::Next::Never =>
+            {
+                let stream = self.stream_of(token);
+                match kind {
+                    AckErrorKind::Closed => Trouble::Halt(Halt::Closed { stream, error }),
+                    _ => self.refused(token, Refusal::Unknown(error)),
+                }
+            }
+            _ => Trouble::Reconnect(Cause::Refused(error)),
+        }
+    }
+
+    /// The event under this token can never be published as it is.
+    pub(super) fn refused(&mut self, token: u64, why: Refusal) -> Trouble {
+        let stream = self.stream_of(token);
+        match self.window.get(token) {
+            Some(pending) if why.is_doubtful() && !self.culprit.may_put_aside(&stream) => {
+                Trouble::Halt(Halt::EachRefused {
+                    stream,
+                    position: pending.event.position(),
+                    id: pending.event.id().to_string(),
+                    why,
+                })
+            }
+            _ => Trouble::Refused { token, why },
+        }
+    }
+
+    /// The name of the stream that the event under this token goes to.
+    fn stream_of(&self, token: u64) -> String {
+        let pending = self.window.get(token);
+        let routes = self.capacity.as_ref().map(|it| &it.routes);
+        let stream = pending.and_then(|it| routes?.name(it.event.subject()));
+        stream.unwrap_or_default().to_string()
     }
 
     fn settle(&mut self) {

@@ -6,13 +6,14 @@
 
 use super::capacity::Capacity;
 use super::continuity::Continuity;
+use super::culprit::{self, Alone, Culprit};
 use super::doubt::Doubt;
 use super::evidence::{Evidence, Message, Verdict};
 use super::fence::AnswerFor;
 use super::gate::Gate;
 use super::resume::{Resumed, StreamFacts};
 use super::stream::Stream;
-use super::trouble::{Cause, Halt, Trouble};
+use super::trouble::{Cause, Halt, Refusal, Trouble};
 use super::window::{Commit, Limits, Resolved, State, Window};
 use super::{Next, Tally};
 use crate::jetstream::ack::{AckError, AckErrorKind, Origin, PubAck};
@@ -58,6 +59,7 @@ pub struct ExactlyOnce {
     connection: Option<Connected>,
     gate: Gate,
     doubt: Doubt,
+    pub(super) culprit: Culprit,
     /// What was true when the connection was lost.
     cut_at_disconnect: Option<Cut>,
     /// So many connections in a row ended with an answer from elsewhere.
@@ -159,6 +161,7 @@ impl ExactlyOnce {
             connection: None,
             gate: Gate::default(),
             doubt: Doubt::new(resumed.anchor.position, resumed.quiescent, wal_end),
+            culprit: Culprit::default(),
             cut_at_disconnect: None,
             elsewhere: 0,
             is_quiescent: false,
@@ -229,6 +232,7 @@ impl ExactlyOnce {
             Some(cut) => cut,
             None => self.cut(),
         };
+        self.culprit.on_disconnect();
         self.connection = None;
         self.window.on_disconnect();
         self.cut_at_disconnect.insert(cut).clone()
@@ -250,12 +254,15 @@ impl ExactlyOnce {
 
     /// The next thing to do; to be called until it says [`Next::Nothing`].
     pub fn next(&mut self, now: Instant) -> Result<Next, Trouble> {
+        if self.culprit.pings_after(now) {
+            return Ok(Next::Ping);
+        }
         loop {
             if let Some(read) = self.next_read() {
                 return Ok(read);
             }
             let judged = self.judge(now)?;
-            match judged {
+            match self.alone(judged, now) {
                 Judged::Resolved(stored) => self.window.resolve_at_cursor(stored),
                 Judged::Publish { stream, has_room } => {
                     let publish = self.publish(stream, has_room, now);
@@ -268,6 +275,23 @@ impl ExactlyOnce {
                 }
             }
             self.settle();
+        }
+    }
+
+    /// A suspect goes only over a connection that is seen to be well.
+    fn alone(&mut self, judged: Judged, now: Instant) -> Judged {
+        let Judged::Publish { .. } = judged else {
+            self.culprit.postpone();
+            return judged;
+        };
+        let token = self.window.at_cursor().map(|(token, _)| token);
+        if !token.is_some_and(|token| self.culprit.is_suspect(token)) {
+            return judged;
+        }
+        match self.culprit.before(now) {
+            Alone::Ping => Judged::Other(Next::Ping),
+            Alone::Wait => Judged::Wait,
+            Alone::Publish => judged,
         }
     }
 
@@ -309,7 +333,8 @@ impl ExactlyOnce {
         let Some(connected) = &mut self.connection else {
             return Ok(Judged::Wait);
         };
-        if connected.asked.is_some() || connected.is_parking && self.window.waiting() > 0 {
+        let is_parking = connected.is_parking && self.window.waiting() > 0;
+        if connected.asked.is_some() || is_parking || self.culprit.is_out() {
             return Ok(Judged::Wait);
         }
         connected.is_parking = false;
@@ -335,8 +360,10 @@ impl ExactlyOnce {
             self.tally.lost += 1;
             return Ok(Judged::Resolved(None));
         }
-        let must_be_alone =
-            event.fate() == Fate::Park || suspect.is_some() || self.doubt.is_about(position);
+        let must_be_alone = event.fate() == Fate::Park
+            || suspect.is_some()
+            || self.doubt.is_about(position)
+            || self.culprit.is_suspect(token);
         if must_be_alone && waiting > 0 {
             return Ok(Judged::Wait);
         }
@@ -471,6 +498,7 @@ impl ExactlyOnce {
         self.tally.late += u64::from(is_late);
         connected.is_parking = event.fate() == Fate::Park;
         self.window.send_at_cursor(index, expected, now);
+        self.culprit.on_published(token);
         self.gate.on_publish(now);
         self.doubt.on_publish(event.position());
         Some(Publish {
@@ -491,6 +519,7 @@ impl ExactlyOnce {
         answer: Result<(PubAck, Arc<Origin>), AckError>,
         now: Instant,
     ) -> Result<Option<u64>, Trouble> {
+        self.culprit.on_answer();
         let (index, name) = ((reply / self.replies) as usize, reply % self.replies);
         let connected = self.connection.as_mut();
         let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) else {
@@ -531,6 +560,9 @@ impl ExactlyOnce {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         }
         stream.on_ack(expected, pending.event.position());
+        if pending.event.fate() != Fate::Park {
+            self.culprit.on_stored(token, &stream.name);
+        }
         self.window.on_stored(token, Some((index, ack.seq)), now);
         self.count(token);
         self.settle();
@@ -574,17 +606,58 @@ impl ExactlyOnce {
                 let stream = stream.name.clone();
                 return Err(self.on_elsewhere(stream, error.to_string()));
             }
-            kind if kind.is_for_good() => match found {
-                AnswerFor::One(token) => return Err(Trouble::Refused { token, error }),
+            AckErrorKind::Poison => match found {
+                AnswerFor::One(token) => {
+                    return Err(self.refused(token, Refusal::ByStream(error)));
+                }
                 // it is published again, under a name of its own
                 _ => {
                     stream.on_refusal(None);
                     self.window.name_each();
                 }
             },
-            _ => return Err(Trouble::Reconnect(Cause::Refused(error))),
+            kind @ (AckErrorKind::Closed | AckErrorKind::Unknown) => {
+                // the next connection begins with one publish to each stream
+                if let AnswerFor::One(token) = found
+                    && self.culprit.on_refusal(token, kind) == culprit::Next::Never
+                {
+                    let stream = stream.name.clone();
+                    return Err(match kind {
+                        AckErrorKind::Closed => Trouble::Halt(Halt::Closed { stream, error }),
+                        _ => self.refused(token, Refusal::Unknown(error)),
+                    });
+                }
+                return Err(Trouble::Reconnect(Cause::Refused(error)));
+            }
+            AckErrorKind::Busy | AckErrorKind::NoRoom => {
+                return Err(Trouble::Reconnect(Cause::Refused(error)));
+            }
         }
         Ok(())
+    }
+
+    /// The event under this token can never be published as it is.
+    pub(super) fn refused(&mut self, token: u64, why: Refusal) -> Trouble {
+        let Some(pending) = self.window.get(token) else {
+            return Trouble::Refused { token, why };
+        };
+        let (event, state) = (&pending.event, pending.state);
+        let stream = match state {
+            State::Sent { stream, .. } => Some(stream),
+            State::Unsent | State::Resolved(_) => None,
+        };
+        let streams = self.connection.as_ref().map(|it| &it.streams);
+        let stream = stream.and_then(|index| streams?.get(index));
+        let stream = stream.map(|it| it.name.clone()).unwrap_or_default();
+        match why.is_doubtful() && !self.culprit.may_put_aside(&stream) {
+            true => Trouble::Halt(Halt::EachRefused {
+                stream,
+                position: event.position(),
+                id: event.id().to_string(),
+                why,
+            }),
+            false => Trouble::Refused { token, why },
+        }
     }
 
     /// The server has the id already, as that of the message at `seq`; the publish is not stored.

@@ -5,11 +5,12 @@
 //! Exactly-once has a [`fence`] for each [`stream`], and publishes what [`evidence`] does not show to be stored; [`resume`]
 //! finds out where to go on, [`continuity`] proves that the WAL is the one that the streams were written from, [`doubt`] is
 //! about messages that are gone, and the [`gate`] bounds what the record lacks. [`capacity`] is how large an event may be,
-//! [`trouble`] why things cannot go on. [`rules`] lists the rules that are cited as R1, R2 …
+//! [`culprit`] which one the server ends the connection over, [`trouble`] why things cannot go on. [`rules`] lists the rules that are cited as R1, R2 …
 
 pub mod at_least_once;
 pub mod capacity;
 pub mod continuity;
+pub mod culprit;
 pub mod doubt;
 pub mod evidence;
 pub mod exactly_once;
@@ -23,6 +24,7 @@ pub mod window;
 
 use crate::jetstream::ack::{AckError, Origin, PubAck};
 use crate::jetstream::wire::Publish;
+use crate::nats::EndedBy;
 use crate::outbox::batch::{Batch, Event, OutboxEvent};
 use crate::postgres::Lsn;
 use at_least_once::AtLeastOnce;
@@ -30,7 +32,7 @@ use capacity::TooLarge;
 use exactly_once::ExactlyOnce;
 use std::sync::Arc;
 use std::time::Instant;
-use trouble::{Cause, Trouble};
+use trouble::{Cause, Refusal, Trouble};
 use window::Window;
 
 /// What to do next.
@@ -38,6 +40,8 @@ use window::Window;
 pub enum Next {
     /// Publish this.
     Publish(Publish),
+    /// Send a PING behind what was published, and report its answer.
+    Ping,
     /// Read these sequences of the stream of that name, and hand over what is there.
     Read {
         /// The stream.
@@ -124,9 +128,40 @@ impl Core {
         either!(self, it => it.answer(reply, answer, now))
     }
 
+    /// The last [`Next::Ping`] is answered.
+    pub fn on_pong(&mut self) {
+        either!(self, it => it.culprit.on_pong());
+    }
+
+    /// Only what [`Core::next`] says may be sent now.
+    pub fn is_probing(&self) -> bool {
+        either!(self, it => it.culprit.is_probing())
+    }
+
+    /// The connection is over; `words`: what is said of it. To be followed by [`Core::on_disconnect`].
+    pub fn on_end(&mut self, by: EndedBy, words: &str) -> Result<(), Trouble> {
+        let out = self.window().sent();
+        let Some(token) = either!(self, it => it.culprit.on_end(by, out)) else {
+            return Ok(());
+        };
+        let why = match by {
+            EndedBy::Complaint => Refusal::ByServer(words.into()),
+            EndedBy::Silence | EndedBy::Other => Refusal::Silence,
+        };
+        Err(either!(self, it => it.refused(token, why)))
+    }
+
+    /// When something that is due has not come in time.
+    pub fn deadline(&self) -> Option<Instant> {
+        let ack_timeout = self.window().limits().ack_timeout;
+        let pinged_at = either!(self, it => it.culprit.pinged_at());
+        let pong = pinged_at.map(|at| at + ack_timeout);
+        self.window().deadline().into_iter().chain(pong).min()
+    }
+
     /// Time has passed. R12.
     pub fn tick(&self, now: Instant) -> Result<(), Trouble> {
-        match self.window().deadline() {
+        match self.deadline() {
             Some(deadline) if now >= deadline => Err(Trouble::Reconnect(Cause::AckTimeout)),
             _ => Ok(()),
         }

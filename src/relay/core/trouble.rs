@@ -11,17 +11,37 @@ use std::fmt;
 pub enum Trouble {
     /// Throw the connection to NATS away, connect, resume.
     Reconnect(Cause),
-    /// The same; and the stream will never take the event under this token as it is.
+    /// The same; and the event under this token can never be published as it is.
     Refused {
         /// Names the event.
         token: u64,
-        /// What the stream says.
-        error: AckError,
+        /// Why.
+        why: Refusal,
     },
     /// It cannot be repaired.
     Halt(Halt),
     /// Postgres sent what it cannot send: an event at this position, after a later one.
     OutOfOrder(Position),
+}
+
+/// Why an event can never be published as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its stream refuses it, and this error is about the event itself.
+    ByStream(AckError),
+    /// The server refuses it, in these words, and ends the connection or leaves it without an answer.
+    ByServer(String),
+    /// Its stream refuses it each time, with an error that is not known.
+    Unknown(AckError),
+    /// The server ends the connection at it each time, without a word.
+    Silence,
+}
+
+impl Refusal {
+    /// It may be no matter of this event.
+    pub fn is_doubtful(&self) -> bool {
+        matches!(self, Refusal::Unknown(_) | Refusal::Silence)
+    }
 }
 
 /// Why a connection's window ended.
@@ -70,6 +90,24 @@ pub enum Halt {
     },
     /// This is not the WAL that the streams were written from.
     Discontinuous(continuity::Broken),
+    /// A stream takes no event at all.
+    Closed {
+        /// The stream's name.
+        stream: String,
+        /// What it says.
+        error: AckError,
+    },
+    /// What seemed to be the matter of an event is that of the next one, too, and its stream has taken nothing in between.
+    EachRefused {
+        /// The stream's name.
+        stream: String,
+        /// The event's position.
+        position: Position,
+        /// Its id.
+        id: String,
+        /// What is the matter.
+        why: Refusal,
+    },
     /// The subject is captured elsewhere, too, or instead: another stream answers.
     Elsewhere {
         /// The stream that captures the subject for all that the JetStream API reports.
@@ -77,6 +115,19 @@ pub enum Halt {
         /// The stream that has answered, and its domain, if that is another.
         answered: String,
     },
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::ByStream(error) => write!(f, "the stream will never take it: {error}"),
+            Refusal::ByServer(words) => write!(f, "the server will never take it: {words}"),
+            Refusal::Unknown(error) => write!(f, "the stream refuses it each time: {error}"),
+            Refusal::Silence => {
+                f.write_str("the server closes the connection at it each time, without a word")
+            }
+        }
+    }
 }
 
 impl fmt::Display for Cause {
@@ -120,6 +171,21 @@ impl fmt::Display for Halt {
                 found.position, found.seq
             ),
             Halt::Discontinuous(broken) => write!(f, "check the WAL: {broken}; {RESTORED}"),
+            Halt::Closed { stream, error } => write!(
+                f,
+                "publish to stream {stream}: it takes no event: {error}: give the subjects to a stream that does, then start the \
+                 relay again"
+            ),
+            Halt::EachRefused {
+                stream,
+                position,
+                id,
+                why,
+            } => write!(
+                f,
+                "publish the event {id} at {position} to stream {stream}: {why}; it was the same with the event before, so it is \
+                 not put aside as well: look at the stream and at the log of nats-server, then start the relay again"
+            ),
             Halt::Elsewhere { stream, answered } => write!(
                 f,
                 "publish to stream {stream}: another stream answers ({answered}): a leaf node, an import or a mapping takes the subject \

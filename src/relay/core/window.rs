@@ -394,6 +394,20 @@ impl Window {
         })
     }
 
+    /// The first and the last of the publishes whose answers are due.
+    pub fn sent(&self) -> Option<(u64, u64)> {
+        let is_sent = |entry: &Entry| match entry {
+            Entry::Event(pending) => matches!(pending.state, State::Sent { .. }),
+            Entry::Boundary(_) => false,
+        };
+        let first = self.entries.iter().position(is_sent)?;
+        let last = self.entries.iter().rposition(is_sent)?;
+        Some((
+            self.first_token + first as u64,
+            self.first_token + last as u64,
+        ))
+    }
+
     /// Publishes whose answers are due.
     pub fn waiting(&self) -> usize {
         self.waiting

@@ -45,8 +45,11 @@ pub(super) fn good() -> Facts {
         streams: Ok(vec![Stream {
             info: stream,
             publish: Some(Ok(())),
+            elsewhere: None,
             read: Ok(()),
         }]),
+        answers: None,
+        own: Vec::new(),
         bucket: Bucket::Found {
             memory: false,
             write: Ok(()),
@@ -391,4 +394,25 @@ fn a_publish_is_tried_under_the_prefix_alone() {
             "{patterns:?}"
         );
     }
+}
+
+#[test]
+fn a_subject_that_leads_elsewhere_is_a_failure() {
+    let streams = "nats.streams";
+    check(Level::Fail, streams, &["OTHER", "events.a.b"], |facts| {
+        for stream in facts.streams.as_mut().unwrap() {
+            stream.elsewhere = Some(("OTHER".into(), "events.a.b".into()));
+        }
+    });
+    // both answer: one finding is enough
+    check(Level::Fail, streams, &["LOCAL", "domain"], |facts| {
+        facts.own = vec!["LOCAL".into()];
+        for stream in facts.streams.as_mut().unwrap() {
+            stream.elsewhere = Some(("LOCAL".into(), "events.a.b".into()));
+        }
+    });
+    check(Level::Fail, streams, &["EVT stores", "mapping"], |facts| {
+        facts.streams = Ok(Vec::new());
+        facts.answers = Some("EVT".into());
+    });
 }
