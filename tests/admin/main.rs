@@ -6,6 +6,7 @@ mod check_nats;
 mod check_postgres;
 mod check_publication;
 mod command;
+mod faults;
 mod handover;
 mod preflight;
 #[path = "../it/rig.rs"]
