@@ -7,6 +7,7 @@ mod check_past;
 mod check_postgres;
 mod check_publication;
 mod command;
+mod faults;
 mod handover;
 mod preflight;
 #[path = "../it/rig.rs"]

@@ -303,7 +303,10 @@ fn a_two_phase_slot_is_mended_without_loss() {
     assert!(last.contains("two_phase"), "{last}");
     let report = on(&rig, &["check", "-json"]).json(2);
     let found = finding(&report["findings"], "postgres.slot");
-    crate::check_faults::apply(&rig, found);
+    let fix = found["fix"]
+        .as_str()
+        .and_then(|fix| fix.split(" -- ").next());
+    crate::check_faults::apply(&rig, "postgres", fix.expect("a fix"));
     rig.pg.execute("COMMIT PREPARED 'q'");
     // the slot is another than the relay has left
     rig.drain(&["--resume-anyway"]);

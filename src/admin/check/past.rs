@@ -23,7 +23,9 @@ const DECODE_LIMIT: Duration = Duration::from_secs(20);
 /// Postgres is told.
 pub fn findings(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     let tails = past.tails.iter();
-    let mut findings: Vec<Finding> = tails.filter_map(|tail| system(config, log, tail)).collect();
+    let has_record = past.record.is_some();
+    let system = |tail| system(config, log, tail, has_record);
+    let mut findings: Vec<Finding> = tails.filter_map(system).collect();
     let mut record = None;
     if let Some(found) = &past.record {
         let (rebased, finding) = history(config, found.clone());
@@ -38,26 +40,35 @@ pub fn findings(config: &Config, log: Log, past: &Past) -> Vec<Finding> {
     findings
 }
 
-/// Whether a stream was written from this Postgres, if the slot wrote its last event.
-fn system(config: &Config, log: Log, tail: &Tail) -> Option<Finding> {
+/// Whether a stream was written from this Postgres, if the slot wrote its last event. As at its start, the relay looks no
+/// further where it has a record of this system: it has accepted it.
+fn system(config: &Config, log: Log, tail: &Tail, has_record: bool) -> Option<Finding> {
     const NAME: &str = "both.history";
     let (stream, at, system_id) = (&tail.stream, &tail.position, log.system_id);
     if at.source.slot != config.slot {
         return None;
     }
-    Some(match at.source.system_id == system_id {
-        true => ok(
+    let of_another = format!(
+        "the last event of stream {stream} ({at}) was written from another Postgres system, this one is {system_id}"
+    );
+    Some(match (at.source.system_id == system_id, config.delivery) {
+        (true, _) => ok(
             NAME,
             format!(
                 "stream {stream} was last written from this Postgres, at {}",
                 at.position
             ),
         ),
-        false => fail(
+        (false, _) if has_record => ok(NAME, format!("{of_another}, which a relay has accepted")),
+        (false, Delivery::AtLeastOnce) => warn(
             NAME,
-            format!(
-                "the last event of stream {stream} ({at}) was written from another Postgres system, this one is {system_id}"
-            ),
+            of_another,
+            "the relay goes on, and the stream holds the events of two databases",
+            "correct -db, unless this database replaces the other",
+        ),
+        (false, Delivery::ExactlyOnce) => fail(
+            NAME,
+            of_another,
             "the relay halts rather than mix the histories of two databases",
             "correct -db, or, if this database replaces the other, start the relay once with -accept-new-system",
         ),
@@ -302,8 +313,22 @@ mod tests {
             ("jetstream_outbox 8 1 0/1FF 1", Some(Level::Fail)),
             ("other 8 1 0/100 1", None),
         ] {
-            let found = system(&config(&[]), LOG, &tail(position, true));
+            let found = system(&config(&[]), LOG, &tail(position, true), false);
             assert_eq!(found.map(|finding| finding.level), level, "{position}");
+        }
+    }
+
+    /// What starts the relay passes `check`.
+    #[test]
+    fn another_system_that_a_relay_has_accepted_is_well() {
+        let other = tail("jetstream_outbox 8 1 0/1FF 1", true);
+        for (args, has_record, level) in [
+            (&[][..], true, Level::Ok),
+            (&["-delivery", "at-least-once"], true, Level::Ok),
+            (&["-delivery", "at-least-once"], false, Level::Warn),
+        ] {
+            let found = system(&config(args), LOG, &other, has_record);
+            assert_eq!(found.map(|finding| finding.level), Some(level), "{args:?}");
         }
     }
 

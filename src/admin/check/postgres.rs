@@ -160,7 +160,8 @@ fn encryption(facts: &Facts, _: &Config) -> Vec<Finding> {
             NAME,
             "not used",
             "everybody on the way can read and change what the relay reads",
-            "set ssl = on in postgresql.conf, and add sslmode=verify-full to -db",
+            facts.shared.server.set("ssl", "on", false)
+                + " -- with server.crt and server.key in its data directory; then add sslmode=verify-full to -db",
         ),
     }]
 }

@@ -207,6 +207,31 @@ fn a_role_replicates_by_attribute_by_membership_or_because_the_server_lets_it() 
     });
 }
 
+/// What no catalog shows: a pooler on the way, or a server that refuses for a reason that has no finding of its own.
+#[test]
+fn the_relays_own_kind_of_connection_is_refused() {
+    let refused = |code: &str, message: &str| {
+        let error = postgres::error::ServerError {
+            severity: "FATAL".into(),
+            code: code.into(),
+            message: message.into(),
+            ..Default::default()
+        };
+        let error = postgres::Error::Server(error.into()).into();
+        move |f: &mut Facts| f.probe = Some(probe::Probe::Refused { error })
+    };
+    let name = "postgres.replication";
+    let pooler = refused("08P01", "unsupported startup parameter: replication");
+    check(Level::Fail, name, &["to a connection pooler"], pooler);
+    let other = refused("28000", "no pg_hba.conf entry");
+    check(Level::Fail, name, &["check pg_hba.conf"], other);
+    // the role's, and the walsenders'
+    let role = refused("42501", "must be superuser or replication role");
+    check(Level::Fail, "postgres.role", &["may not replicate"], role);
+    let busy = refused("53300", "too many walsenders");
+    check(Level::Ok, "", &["relay may replicate"], busy);
+}
+
 #[test]
 fn a_managed_server_has_no_alter_system() {
     for (marker, part) in [

@@ -3,7 +3,7 @@
 //! Postgres says nothing of free space to SQL, so this looks at the file system itself, which it can on the server's own
 //! machine alone. What cannot be looked at is no finding: most relays run on another one.
 
-use super::{Facts, Finding, is_local, ok, warn};
+use super::{Facts, Finding, KEEP_SIZE, is_local, ok, warn};
 use crate::admin::bytes;
 use crate::config::Config;
 use std::fs;
@@ -61,6 +61,10 @@ pub fn judge(facts: &Facts, config: &Config) -> Vec<Finding> {
         .as_ref()
         .and_then(|slot| slot.retained_bytes);
     let held = held.unwrap_or_default().max(0) as u64;
+    let (server, room_mb) = (
+        &facts.shared.server,
+        (held.saturating_add(free / 2) >> 20).max(1),
+    );
     let catch_up = "start the relay and see with status that it catches up, or give the disk room; if the relay is given up \
                     for good, run teardown";
     vec![match facts.log_bound() {
@@ -71,11 +75,8 @@ pub fn judge(facts: &Facts, config: &Config) -> Vec<Finding> {
                 bytes(bound - held)
             ),
             format!("max_slot_wal_keep_size is {}; {WHY}", bytes(bound)),
-            format!(
-                "give the disk room, or: ALTER SYSTEM SET max_slot_wal_keep_size = '{}MB'; SELECT pg_reload_conf(); -- a slot \
-                 that needs more loses events",
-                (held.saturating_add(free / 2) >> 20).max(1)
-            ),
+            server.set(KEEP_SIZE, &format!("'{room_mb}MB'"), false)
+                + " -- or give the disk room; a slot that needs more loses events",
         ),
         None if free < held => warn(
             NAME,
