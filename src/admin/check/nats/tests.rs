@@ -53,6 +53,7 @@ pub(super) fn good() -> Facts {
         },
         park: None,
         account: Some(Ok(Account::default())),
+        aggregate: None,
     }
 }
 
