@@ -4,6 +4,7 @@
 use super::client::Client;
 use crate::jetstream::Error;
 use crate::jetstream::client::{Api, Link};
+use crate::jetstream::sources::Aggregate;
 use crate::jetstream::streams::{self, Request, StoredMessage, StreamInfo};
 use crate::nats;
 use crate::nats::info::ServerInfo;
@@ -96,12 +97,21 @@ impl<C: Connect> Bus<'_, C> {
         self.ask(|link, timeout| streams::info(link, name, timeout))
     }
 
+    /// A stream that copies from others, or `None`.
+    pub fn aggregate(&mut self, name: &str) -> Result<Option<Aggregate>, Error> {
+        let (api, body) = streams::info_request(name);
+        self.ask(|link, timeout| {
+            let answer = link.call(&api, &body, timeout)?;
+            Aggregate::parse(&answer).map_err(|source| Error::Api { api, source })
+        })
+    }
+
     /// A stored message, or `None`.
     pub fn message(&mut self, request: Request) -> Result<Option<StoredMessage>, Error> {
         self.ask(|link, timeout| streams::message(link, request, timeout))
     }
 
-    /// Creates a stream; the request is [`streams::create_bucket_request`] or of its kind.
+    /// Creates or changes a stream; the request is [`streams::create_bucket_request`] or of its kind.
     pub fn create(&mut self, (api, body): Request) -> Result<(), Error> {
         self.ask(|link, timeout| {
             let answer = link.call(&api, &body, timeout)?;

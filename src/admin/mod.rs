@@ -31,7 +31,11 @@ pub fn run(config: &Config, operation: Operation) -> Result<Exit, Error> {
             Ok(Exit::Done)
         }
         Operation::Teardown { yes } => teardown::run(config, yes),
-        Operation::Check { json, strict } => check::run(config, json, strict),
+        Operation::Check {
+            json,
+            strict,
+            aggregate,
+        } => check::run(config, json, strict, aggregate.as_deref()),
         Operation::Status(how) => status::run(config, &how),
         Operation::Tail(how) => tail::run(config, &how),
     }

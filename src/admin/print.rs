@@ -2,12 +2,13 @@
 //! with. A test runs the relay under exactly these.
 
 use super::statements::{
-    create_bucket, create_park_stream, create_publication, create_slot, create_stream,
-    create_table, park_stream, tables,
+    create_aggregate, create_bucket, create_park_stream, create_publication, create_slot,
+    create_stream, create_table, park_stream, tables,
 };
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
-use crate::jetstream::streams::key_write_subject;
+use crate::jetstream::sources::source;
+use crate::jetstream::streams::{Request, key_write_subject};
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::publish_function;
 use crate::postgres::connection::quote_literal;
@@ -129,6 +130,8 @@ fn nats(config: &Config, how: &Setup) -> String {
     let key = format!("$KV.{}.*", config.checkpoint);
     allowed.push(key_write_subject(&config.nats.api_prefix, &key));
     streams.push(format!("KV_{}", config.checkpoint));
+    // the relay does without, `check -aggregate` does not
+    streams.extend(how.aggregate.iter().map(|(name, _)| name.clone()));
     for stream in &streams {
         allowed.push(format!("{api}.STREAM.INFO.{stream}"));
         allowed.push(format!("{api}.STREAM.MSG.GET.{stream}"));
@@ -147,11 +150,33 @@ fn nats(config: &Config, how: &Setup) -> String {
     );
     let requests = std::iter::once(create_stream(config, how))
         .chain(create_park_stream(config, how))
-        .chain([create_bucket(config, how.replicas)]);
+        .chain([create_bucket(config, how.replicas)])
+        .chain(aggregate(config, how));
     for (subject, body) in requests {
         // what is asked for is JSON, and JSON of ours has no single quote
         let body = String::from_utf8_lossy(&body);
         let _ = writeln!(text, "nats request '{api}.{subject}' '{body}'");
     }
+    if let Some((name, _)) = &how.aggregate {
+        let _ = writeln!(
+            text,
+            "# Where {name} is there already, add the source to it instead: nats stream edit {name} --config=FILE.\n\
+             # Before nats-server 2.15 give it \"duplicate_window\":100000000, or it drops events that have an id of another relay's."
+        );
+    }
     text
+}
+
+/// Asks for an aggregate of the stream that is asked for.
+fn aggregate(config: &Config, how: &Setup) -> Option<Request> {
+    const NEWEST: &str = "2.15";
+    let (name, other_prefix) = how.aggregate.as_ref()?;
+    let subjects = [format!("{}.>", config.prefix)];
+    let source = source(
+        &how.stream,
+        &subjects,
+        &config.prefix,
+        other_prefix.as_deref(),
+    );
+    Some(create_aggregate(how, name, &[source], NEWEST))
 }

@@ -1,6 +1,9 @@
-//! `setup`: creates what is missing, and says what is there and where it differs. It never alters or drops anything.
+//! `setup`: creates what is missing, and says what is there and where it differs. It never drops anything, and alters nothing
+//! but an [`aggregate`] that it made.
 //!
 //! Postgres is last and the slot the very last: a slot that is left behind by a failure further on would fill a disk.
+
+mod aggregate;
 
 use super::bus::Bus;
 use super::database::{Access, Database};
@@ -13,7 +16,8 @@ use crate::config::Config;
 use crate::config::operation::Setup;
 use crate::exit::Exit;
 use crate::jetstream::preflight::{Wanted, preflight as judge_stream};
-use crate::jetstream::streams::{StreamInfo, matches};
+use crate::jetstream::sources::captures_all;
+use crate::jetstream::streams::StreamInfo;
 use crate::nats::info::ServerInfo;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
@@ -82,6 +86,7 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
     }
     let mut report = Report { differs: false };
     streams(&mut bus, config, how, &mut report)?;
+    aggregate::extend(&mut bus, config, how, &mut report)?;
     parked(&mut bus, config, how, &mut report)?;
     bucket(&mut bus, config, how, &mut report)?;
     let mut known = Vec::new();
@@ -135,7 +140,9 @@ fn streams(
         bus.create(create_stream(config, how))?;
         return report.tell(&what, Outcome::Created);
     }
-    let whole = |stream: &StreamInfo| captures_all(&stream.config.subjects, &wanted);
+    let whole = |stream: &StreamInfo| {
+        (stream.config.subjects.iter()).any(|pattern| captures_all(pattern, &wanted))
+    };
     for stream in &found {
         let subjects = stream.config.subjects.join(", ");
         let what = format!("stream {} of {subjects}", stream.config.name);
@@ -148,17 +155,6 @@ fn streams(
         report.tell(&what, Outcome::Found(differences))?;
     }
     Ok(())
-}
-
-/// One of the patterns stands for every subject that `wanted`, of the form `prefix.>`, stands for.
-fn captures_all(patterns: &[String], wanted: &str) -> bool {
-    // a pattern that takes a subject of two further unheard-of tokens takes all of them, or ends in a fixed number
-    let probe = wanted.replace('>', "\u{1}.\u{1}");
-    patterns.iter().any(|pattern| {
-        pattern.ends_with('>')
-            && matches(pattern, &probe)
-            && matches(pattern, &wanted.replace('>', "\u{1}"))
-    })
 }
 
 fn stream_differences(
@@ -480,29 +476,5 @@ fn blocked(
             format!("{}; run this, then setup again: {}", advice.why, advice.fix)
         }),
         exit: Exit::Configuration,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_stream_of_everything_captures_everything() {
-        for (pattern, all) in [
-            ("events.>", true),
-            (">", true),
-            ("*.>", true),
-            ("events.*.>", false),
-            ("events.*", false),
-            ("events.account.>", false),
-            ("other.>", false),
-        ] {
-            assert_eq!(
-                captures_all(&[pattern.into()], "events.>"),
-                all,
-                "{pattern}"
-            );
-        }
     }
 }

@@ -3,17 +3,21 @@
 
 use crate::config::Config;
 use crate::config::operation::{DEFAULT_WINDOW, Setup};
+use crate::jetstream::sources;
 use crate::jetstream::streams::{Request, create_bucket_request, matches};
 pub use crate::relay::preflight::outbox_sql::{
     create_publication, create_table, mapping_of, tables,
 };
 pub use crate::relay::preflight::slot::create_slot;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
+
+fn nanos(span: Duration) -> i64 {
+    i64::try_from(span.as_nanos()).unwrap_or(i64::MAX)
+}
 
 /// Asks for the stream of the prefix.
 pub fn create_stream(config: &Config, how: &Setup) -> Request {
-    let nanos = |span: Duration| u64::try_from(span.as_nanos()).unwrap_or(i64::MAX as u64);
     let body = json!({
         "name": how.stream, "subjects": [format!("{}.>", config.prefix)], "retention": "limits", "storage": "file",
         "discard": "old", "num_replicas": how.replicas.unwrap_or(1), "max_age": how.max_age.map_or(0, nanos),
@@ -22,6 +26,24 @@ pub fn create_stream(config: &Config, how: &Setup) -> Request {
     (
         format!("STREAM.CREATE.{}", how.stream),
         body.to_string().into(),
+    )
+}
+
+/// Asks for the stream that copies from those of the relays. It has the same age and copies; it remembers no ids, as those of
+/// other relays may be the same.
+pub fn create_aggregate(
+    how: &Setup,
+    name: &str,
+    sources: &[Value],
+    server_version: &str,
+) -> Request {
+    let max_age = how.max_age.map_or(0, nanos);
+    sources::create_request(
+        name,
+        sources,
+        how.replicas.unwrap_or(1),
+        max_age,
+        server_version,
     )
 }
 

@@ -84,7 +84,7 @@ impl Word {
 }
 
 /// Creates what the relay needs and says what it created or found: table, publication, slot, stream, checkpoint
-/// bucket. What is there is neither altered nor dropped.
+/// bucket. What is there is neither altered nor dropped; only an aggregate that setup made gets another source.
 #[derive(FromArgs, ArgsInfo, Default)]
 #[argh(
     help_triggers("--help", "-h"),
@@ -110,6 +110,12 @@ pub struct Setup {
     /// how long a stream that has to be created remembers message ids, from 100ms on (default 2m)
     #[argh(option)]
     pub duplicate_window: Option<String>,
+    /// name of a stream that copies from the relay's, and from those of other relays; created or extended (default none)
+    #[argh(option)]
+    pub aggregate: Option<String>,
+    /// prefix that the relay's events have in the aggregate in place of their own (default their own)
+    #[argh(option)]
+    pub aggregate_prefix: Option<String>,
     /// the relay's role in Postgres, for --print-sql (default relay)
     #[argh(option)]
     pub role: Option<String>,
@@ -153,6 +159,9 @@ pub struct Check {
     /// exit 1 when there are warnings (default off)
     #[argh(switch)]
     pub strict: bool,
+    /// look at this stream, too, which copies from the relay's (default none)
+    #[argh(option)]
+    pub aggregate: Option<String>,
 }
 
 /// Tells where the slot and the streams stand, whether a relay runs or not. Changes nothing.

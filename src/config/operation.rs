@@ -5,6 +5,7 @@ use super::source::{Origin, Setting};
 use super::value::{check_publication, parse_duration, parse_duration_within};
 use super::{Config, ConfigError};
 use crate::cli::commands::{self, Command};
+use crate::outbox::subject::validate_prefix;
 use jiff::Timestamp;
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub enum Operation {
         json: bool,
         /// Warnings count.
         strict: bool,
+        /// A stream that copies from the relay's.
+        aggregate: Option<String>,
     },
     /// Tell where things stand.
     Status(Status),
@@ -63,6 +66,8 @@ pub struct Setup {
     pub max_age: Option<Duration>,
     /// How long the stream remembers message ids; `None`: two minutes, and any is right.
     pub duplicate_window: Option<Duration>,
+    /// The stream that copies from the relay's, and the prefix of the copies, if it is to be another.
+    pub aggregate: Option<(String, Option<String>)>,
     /// The relay's role.
     pub role: String,
 }
@@ -130,6 +135,7 @@ impl Operation {
             Command::Check(flags) => Ok(Operation::Check {
                 json: flags.json,
                 strict: flags.strict,
+                aggregate: optional("aggregate", flags.aggregate, parse_stream)?,
             }),
             Command::Status(flags) => Ok(Operation::Status(Status {
                 json: flags.json,
@@ -171,6 +177,7 @@ fn setup(flags: commands::Setup, config: &Config) -> Result<Operation, ConfigErr
         duplicate_window: optional("duplicate-window", flags.duplicate_window, |text| {
             parse_duration_within(text, WINDOW)
         })?,
+        aggregate: aggregate(flags.aggregate, flags.aggregate_prefix)?,
         role: optional("role", flags.role, |text| {
             check_publication(text)
                 .map(|()| text.to_string())
@@ -184,10 +191,32 @@ fn setup(flags: commands::Setup, config: &Config) -> Result<Operation, ConfigErr
             "-duplicate-window is longer than -max-age, which nats-server does not allow",
         ));
     }
+    if (setup.aggregate.as_ref()).is_some_and(|(name, _)| *name == setup.stream) {
+        return Err(ConfigError::Together(
+            "-aggregate has the name of the relay's own stream, from which it copies; give it another",
+        ));
+    }
     Ok(match side {
         Some(side) => Operation::Print(setup, side),
         None => Operation::Setup(setup),
     })
+}
+
+fn aggregate(
+    name: Option<String>,
+    prefix: Option<String>,
+) -> Result<Option<(String, Option<String>)>, ConfigError> {
+    let name = optional("aggregate", name, parse_stream)?;
+    let prefix = optional("aggregate-prefix", prefix, |text| {
+        let prefix = text.to_string();
+        (validate_prefix(text).map(|()| prefix)).map_err(|error| error.to_string())
+    })?;
+    match (name, prefix) {
+        (None, Some(_)) => Err(ConfigError::Together(
+            "-aggregate-prefix is for the stream that -aggregate names; give that as well",
+        )),
+        (name, prefix) => Ok(name.map(|name| (name, prefix))),
+    }
 }
 
 fn optional<T>(
@@ -288,6 +317,7 @@ mod tests {
             replicas: None,
             max_age: None,
             duplicate_window: None,
+            aggregate: None,
             role: "relay".into(),
         };
         assert_eq!(load(&["setup"]).unwrap(), Operation::Setup(setup));
@@ -343,6 +373,11 @@ mod tests {
             &["setup", "-duplicate-window", "1ms"],
             &["setup", "-max-age", "1m"],
             &["setup", "-print-sql", "-print-nats"],
+            &["setup", "-aggregate", "a.b"],
+            &["setup", "-aggregate", "s"],
+            &["setup", "-aggregate-prefix", "all"],
+            &["setup", "-aggregate-prefix", "a..b", "-aggregate", "ALL"],
+            &["check", "-aggregate", "a.b"],
         ] {
             let error = load(args).expect_err(&args.join(" ")).to_string();
             let flag = args[1];

@@ -132,7 +132,7 @@ fn warnings(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> V
 }
 
 /// Major and minor; 0 where the text has none.
-fn release(version: &str) -> (u32, u32) {
+pub(super) fn release(version: &str) -> (u32, u32) {
     let mut numbers = version.split('.').map(|word| word.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
@@ -214,7 +214,10 @@ mod tests {
             refuses(fast, "2.15.1", delivery, Some("async"));
         }
         let transformed = |dest: &str| StreamConfig {
-            subject_transform: Some(SubjectTransform { dest: dest.into() }),
+            subject_transform: Some(SubjectTransform {
+                dest: dest.into(),
+                ..SubjectTransform::default()
+            }),
             ..stream()
         };
         refuses(transformed("x.>"), "2.15.1", ExactlyOnce, Some("transform"));

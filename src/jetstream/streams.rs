@@ -99,6 +99,8 @@ impl StreamConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct SubjectTransform {
+    /// Which subjects it is for.
+    pub src: String,
     /// What the stored subject is made of; empty: it stays as it is.
     pub dest: String,
 }
@@ -158,7 +160,7 @@ impl StoredMessage {
     }
 }
 
-fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+pub(super) fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
@@ -295,7 +297,7 @@ fn parse_headers(block: &[u8]) -> Vec<(String, String)> {
     text.split("\r\n").skip(1).filter_map(pair).collect()
 }
 
-fn parse<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, AckError> {
+pub(super) fn parse<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, AckError> {
     #[derive(Deserialize)]
     struct Failure {
         error: ApiError,

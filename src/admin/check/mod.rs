@@ -18,8 +18,13 @@ use finding::{Finding, Level};
 use serde_json::json;
 
 /// Looks at both sides and prints what it found.
-pub fn run(config: &Config, json: bool, strict: bool) -> Result<Exit, Error> {
-    let (nats, past) = nats::findings(config, postgres::system_id(config));
+pub fn run(
+    config: &Config,
+    json: bool,
+    strict: bool,
+    aggregate: Option<&str>,
+) -> Result<Exit, Error> {
+    let (nats, past) = nats::findings(config, postgres::system_id(config), aggregate);
     let seen = past
         .record
         .as_ref()

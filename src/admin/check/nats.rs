@@ -4,6 +4,7 @@
 //! subject to have been stored last at a sequence that no stream reaches.
 
 mod account;
+mod aggregate;
 mod routes;
 mod versions;
 
@@ -69,6 +70,8 @@ struct Facts {
     park: Option<Park>,
     /// `None`: not asked, as the API does not answer.
     account: Option<Result<Account, String>>,
+    /// `None`: not asked for.
+    aggregate: Option<aggregate::Seen>,
 }
 
 /// Where events are parked.
@@ -111,10 +114,20 @@ enum Bucket {
 }
 
 /// Everything that can be said, and what is told of Postgres.
-pub fn findings(config: &Config, system_id: Option<u64>) -> (Vec<Finding>, Past) {
+pub fn findings(
+    config: &Config,
+    system_id: Option<u64>,
+    aggregate: Option<&str>,
+) -> (Vec<Finding>, Past) {
     let mut past = Past::default();
     let facts = match Bus::connect(&config.nats) {
-        Ok(mut bus) => read(&mut bus, config, system_id, &mut past),
+        Ok(mut bus) => {
+            let mut facts = read(&mut bus, config, system_id, &mut past);
+            if let (Some(name), Ok(streams)) = (aggregate, &facts.streams) {
+                facts.aggregate = Some(aggregate::read(&mut bus, config, name, streams));
+            }
+            facts
+        }
         Err(error) => {
             let error = crate::admin::Error::Nats(error);
             let finding = fail(
@@ -133,7 +146,7 @@ pub fn findings(config: &Config, system_id: Option<u64>) -> (Vec<Finding>, Past)
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 12] = [
+const JUDGES: [Judge; 13] = [
     connection,
     versions::judge,
     encryption,
@@ -146,6 +159,7 @@ const JUDGES: [Judge; 12] = [
     read_tail,
     checkpoint,
     parking,
+    aggregate::judge,
 ];
 
 fn connection(facts: &Facts, _: &Config) -> Vec<Finding> {
@@ -530,6 +544,7 @@ fn read(
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),
         account: streams.is_ok().then(|| read_account(bus)),
+        aggregate: None,
         streams: streams.map_err(|error: Error| error.to_string()),
     }
 }

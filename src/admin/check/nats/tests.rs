@@ -56,6 +56,7 @@ pub(super) fn good() -> Facts {
         },
         park: None,
         account: Some(Ok(Account::default())),
+        aggregate: None,
     }
 }
 
