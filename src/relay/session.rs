@@ -301,6 +301,7 @@ impl<'a> Session<'a> {
     ) -> Result<(Link, ExactlyOnce), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
         let held = self.store.held();
+        // R20
         if let Some(record) = held.filter(|record| record.is_exceeded(confirmed_lsn))
             && self.accepted == Accepted::Nothing
         {

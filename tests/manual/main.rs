@@ -2,6 +2,7 @@
 #![cfg(feature = "admin")]
 
 mod blocks;
+mod consumers;
 mod document;
 mod links;
 #[path = "../support/mod.rs"]

@@ -195,6 +195,15 @@ fn the_rules_are_those_of_the_code() {
         .map(|row| (row[0].clone(), row[1].clone()))
         .collect();
     assert_eq!(found, expected);
+    // and each file cites its rule
+    for row in rows {
+        let number = row[0].split(' ').next().expect("a number");
+        let file = quoted(&row[2]).next().expect("a file");
+        let source = fs::read_to_string(root().join(file)).expect("read the file");
+        let cites = |word: &str| word == number;
+        let mut words = source.split(|c: char| !c.is_ascii_alphanumeric());
+        assert!(words.any(cites), "{file} does not cite {number}");
+    }
 }
 
 /// All of the program's source, with strings that go over several lines made one.
