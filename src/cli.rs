@@ -14,6 +14,8 @@ use std::fmt;
 pub mod commands;
 #[cfg(feature = "admin")]
 mod completions;
+#[cfg(feature = "admin")]
+mod man;
 
 /// The program's name, as help and errors print it.
 pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
@@ -24,7 +26,7 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 #[argh(
     help_triggers("--help", "-h"),
     usage = "[command] [flags]",
-    note = "Commands: setup, teardown, check, status, tail, completions. Without one, the relay runs. COMMAND --help lists more.",
+    note = "Commands: setup, teardown, check, status, tail, completions, man. Without one, the relay runs. COMMAND --help lists more.",
     note = "Flags may also be spelled -flag VALUE and -flag=VALUE.",
     note = "Each can come from the environment: --ack-timeout from JETSTREAM_OUTBOX_ACK_TIMEOUT.",
     note = "A flag beats the environment, the environment beats the default.",
@@ -270,8 +272,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         })
         .collect::<Result<Vec<String>, UsageError>>()?;
     #[cfg(feature = "admin")]
-    if let Some(script) = completions::asked_for(&args) {
-        return Ok(Invocation::Print(script?));
+    if let Some(text) = completions::asked_for(&args).or_else(|| man::asked_for(&args)) {
+        return Ok(Invocation::Print(text?));
     }
     let typed = read(&args)?;
     if typed.help {

@@ -231,3 +231,24 @@ fn bash_completes_commands_and_their_flags() {
         ended.stderr
     );
 }
+
+/// Where groff is installed, which warns of what is no macro.
+#[test]
+fn the_manual_page_is_one() {
+    let page = run(&["man"], &[]);
+    assert_eq!((page.code, page.stderr.as_str()), (0, ""));
+    assert!(page.stdout.starts_with(".TH JETSTREAM\\-OUTBOX 1 "));
+    assert_eq!(run(&["man", "-x"], &[]).code, 64);
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("page");
+    std::fs::write(&path, &page.stdout).expect("write the page");
+    let output = Command::new("groff")
+        .args(["-man", "-Tascii", "-ww", "-z"])
+        .arg(&path)
+        .output();
+    let Ok(output) = output else {
+        return eprintln!("skipped: groff is not installed");
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
+}
