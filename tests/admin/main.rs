@@ -1,6 +1,7 @@
 //! The operator's commands, run as an operator runs them, against a real Postgres and a real nats-server.
 #![cfg(feature = "admin")]
 
+mod catalog;
 mod check_faults;
 mod check_nats;
 mod check_postgres;
