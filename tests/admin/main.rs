@@ -2,6 +2,7 @@
 #![cfg(feature = "admin")]
 
 mod aggregate;
+mod catalog;
 mod check_faults;
 mod check_nats;
 mod check_past;

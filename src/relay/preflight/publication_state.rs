@@ -366,3 +366,6 @@ fn renamed(was: &str, now: &str) -> Finding {
          the relay once with -resume-anyway",
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,10 @@
 //! Each rule, from facts as a catalog may have them.
 
 use super::super::outboxes::Publication;
-use super::super::publication_state::PublicationState;
 use super::super::tests::{config, good};
 use super::*;
 
-const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
+pub const COLUMNS: [&str; 4] = ["id", "aggregatetype", "aggregateid", "payload"];
 
 /// A table that is sent by its own name.
 pub fn table(oid: u32, name: &str, columns: &[&str]) -> Table {
@@ -29,12 +28,12 @@ pub fn table(oid: u32, name: &str, columns: &[&str]) -> Table {
     }
 }
 
-fn outbox() -> Table {
+pub fn outbox() -> Table {
     table(10, "outbox", &COLUMNS)
 }
 
 /// One that is not published.
-fn apart(table: Table) -> Table {
+pub fn apart(table: Table) -> Table {
     Table {
         via: None,
         member: false,
@@ -43,7 +42,7 @@ fn apart(table: Table) -> Table {
 }
 
 /// A member of the tree of 1.
-fn below(table: Table, partition: bool) -> Table {
+pub fn below(table: Table, partition: bool) -> Table {
     Table {
         root: 1,
         partition,
@@ -52,14 +51,14 @@ fn below(table: Table, partition: bool) -> Table {
 }
 
 /// The partitioned table of that tree.
-fn parent() -> Table {
+pub fn parent() -> Table {
     Table {
         kind: 'p',
         ..table(1, "outbox", &COLUMNS)
     }
 }
 
-fn facts(tables: &[Table]) -> Facts {
+pub fn facts(tables: &[Table]) -> Facts {
     let mut facts = good();
     facts.outboxes.tables = tables.to_vec();
     facts
@@ -81,7 +80,7 @@ fn check(args: &[&str], facts: &Facts, expected: &[(Level, &str, &[&str])]) {
     }
 }
 
-fn publication(facts: &mut Facts) -> &mut Publication {
+pub fn publication(facts: &mut Facts) -> &mut Publication {
     facts.outboxes.publication.as_mut().unwrap()
 }
 
@@ -479,173 +478,6 @@ fn copies_ids_and_partitions_that_rows_leave() {
         &with(&|key| key.columns = vec!["aggregatetype".into()]),
         &[],
     );
-}
-
-/// What is lost from one look to the next, in the same process and after a restart.
-#[track_caller]
-fn check_change(args: &[&str], before: &Facts, now: &Facts, lost: Option<&str>) {
-    let config = config(args);
-    let state = PublicationState::of(&before.outboxes, &config).unwrap();
-    for state in [
-        PublicationState::from_text(&state.to_text()).unwrap(),
-        state,
-    ] {
-        let found = state.lost(now, &config).map(|finding| finding.sentence());
-        match (&found, lost) {
-            (None, None) => {}
-            (Some(found), Some(lost)) if found.contains(lost) => {}
-            _ => panic!("{lost:?}: {found:?}"),
-        }
-    }
-}
-
-#[test]
-fn what_is_lost_since_the_last_look_is_named() {
-    let one = facts(&[outbox()]);
-    check_change(&[], &one, &one, None);
-    check_change(
-        &[],
-        &one,
-        &facts(&[table(9, "new", &COLUMNS), outbox()]),
-        None,
-    );
-    check_change(&[], &one, &facts(&[]), None);
-    let mut none = one.clone();
-    none.outboxes.publication = None;
-    check_change(&[], &one, &none, Some("was dropped:"));
-    let mut again = one.clone();
-    publication(&mut again).oid += 1;
-    check_change(&[], &one, &again, Some("was dropped and created again"));
-
-    let hole = Some("does not reach the relay any more: public.outbox is not in the publication");
-    check_change(&[], &one, &facts(&[apart(outbox())]), hole);
-    check_change(&[], &facts(&[apart(outbox())]), &one, None);
-    let again = Table {
-        oid: 11,
-        root: 11,
-        ..outbox()
-    };
-    let there = |table: Table| {
-        facts(&[Table {
-            via: Some(table.oid),
-            ..table
-        }])
-    };
-    check_change(
-        &[],
-        &one,
-        &there(again.clone()),
-        Some("was not in publication"),
-    );
-    let automatic = Table {
-        automatic: true,
-        ..again.clone()
-    };
-    check_change(&[], &one, &there(automatic), None);
-    check_change(
-        &[],
-        &one,
-        &facts(&[apart(again.clone())]),
-        Some("and publication jetstream_outbox does not hold it"),
-    );
-    let old = table(10, "outbox_old", &COLUMNS);
-    let renamed = "was renamed to public.outbox_old and created again";
-    check_change(
-        &[],
-        &one,
-        &facts(&[old.clone(), apart(again)]),
-        Some(renamed),
-    );
-    check_change(&[], &one, &facts(std::slice::from_ref(&old)), None);
-    let both = Some("table public.outbox is called public.outbox_old now");
-    check_change(
-        &["-table", "outbox"],
-        &one,
-        &facts(std::slice::from_ref(&old)),
-        both,
-    );
-    check_change(&["-table", "outbox,outbox_old"], &one, &facts(&[old]), None);
-
-    let filtered = |filter: &str| {
-        facts(&[Table {
-            filter: Some(filter.into()),
-            ..outbox()
-        }])
-    };
-    check_change(
-        &[],
-        &one,
-        &filtered("n > 0"),
-        Some("row filter for public.outbox"),
-    );
-    check_change(&[], &filtered("n > 0"), &filtered("n > 0"), None);
-    check_change(
-        &[],
-        &filtered("n > 0"),
-        &filtered("n > 1"),
-        Some("row filter"),
-    );
-    check_change(&[], &filtered("n > 0"), &one, None);
-    let mut cut = one.clone();
-    cut.outboxes.tables[0].columns[3].sent = false;
-    check_change(&[], &one, &cut, Some("leaves out column payload"));
-    check_change(&[], &cut, &one, None);
-}
-
-#[test]
-fn a_tree_may_grow_and_shrink_where_nothing_is_lost() {
-    let leaf = |oid, name: &str| below(table(oid, name, &COLUMNS), true);
-    let tree = |members: &[Table]| facts(&[&[apart(parent())], members].concat());
-    let one = tree(&[leaf(2, "p1")]);
-    check_change(&[], &one, &tree(&[leaf(2, "p1"), leaf(3, "p2")]), None);
-    let hole = "does not reach the relay any more: public.p2";
-    let holed = tree(&[leaf(2, "p1"), apart(leaf(3, "p2"))]);
-    check_change(&[], &one, &holed, Some(hole));
-    // it was so before
-    check_change(&[], &holed, &holed, None);
-    // detached, and nothing of ours
-    let mut detached = apart(leaf(2, "p1"));
-    detached.root = 2;
-    detached.partition = false;
-    check_change(
-        &[],
-        &tree(&[leaf(2, "p1"), leaf(3, "p2")]),
-        &facts(&[apart(parent()), leaf(3, "p2"), detached]),
-        None,
-    );
-
-    // by the names of the partitions, or by that of the root: it matters to -table alone
-    let via = Table {
-        via: Some(1),
-        ..leaf(2, "p1")
-    };
-    let mut root = facts(&[parent(), via]);
-    publication(&mut root).via_root = true;
-    check_change(&[], &one, &root, None);
-    check_change(&["-table", "outbox,p1"], &one, &root, None);
-    let other = Some("by other names than before");
-    check_change(&["-table", "outbox"], &root, &one, other);
-    check_change(&["-table", "p1"], &one, &root, other);
-}
-
-/// Above 500 a digest stands for them; those that were created since do not count.
-#[test]
-fn very_many_outboxes_are_remembered_by_a_digest() {
-    let many = |count: u32| {
-        let each = (0..count).map(|n| table(100 + n, &format!("outbox_{n}_"), &COLUMNS));
-        facts(&each.collect::<Vec<_>>())
-    };
-    let config = config(&["-table", "outbox_*"]);
-    let state = PublicationState::of(&many(20_000).outboxes, &config).unwrap();
-    assert!(state.to_text().len() < 200, "{}", state.to_text());
-    let state = PublicationState::from_text(&state.to_text()).unwrap();
-    let lost = |facts: &Facts| state.lost(facts, &config).is_some();
-    assert!(!lost(&many(20_000)));
-    assert!(!lost(&many(20_001)));
-    assert!(lost(&many(19_999)));
-    let mut hole = many(20_000);
-    hole.outboxes.tables[7] = apart(hole.outboxes.tables[7].clone());
-    assert!(lost(&hole));
 }
 
 #[test]
