@@ -59,6 +59,8 @@ pub enum From {
         confirmed_lsn: Lsn,
         /// The slot was moved to there by somebody else, which is accepted.
         is_moved: bool,
+        /// Streams to be read beside those of the cuts.
+        also: Vec<String>,
     },
     /// The core: the copy stream goes on.
     Core(Cut),
@@ -185,11 +187,12 @@ impl Connector<'_> {
         from: From,
     ) -> Result<(Link, Connection), Error> {
         let goes_on = matches!(from, From::Core(_));
-        let (cuts, oldest_is_matured, confirmed_lsn) = match from {
-            From::Core(cut) => (vec![cut], true, Lsn::INVALID),
+        let (cuts, oldest_is_matured, confirmed_lsn, also) = match from {
+            From::Core(cut) => (vec![cut], true, Lsn::INVALID, Vec::new()),
             From::Record {
                 confirmed_lsn,
                 is_moved,
+                also,
             } => {
                 if store.is_new() {
                     self.check_system(&found)?;
@@ -198,13 +201,13 @@ impl Connector<'_> {
                 for cut in cuts.iter_mut().filter(|_| is_moved) {
                     cut.move_to(confirmed_lsn);
                 }
-                (cuts, is_matured, confirmed_lsn)
+                (cuts, is_matured, confirmed_lsn, also)
             }
         };
         let held = store.held();
         let maybe_unfenced =
             confirmed_lsn > Lsn::INVALID && held.is_none_or(|record| record.told_lsn == ANYTHING);
-        let mut missing = self.find_named(&mut found, &cuts)?;
+        let mut missing = self.find_named(&mut found, &cuts, &also)?;
         let mut facts = Facts {
             lineage: self.lineage.clone(),
             streams: self.facts(&found),
@@ -247,20 +250,34 @@ impl Connector<'_> {
         Ok((found.link, connection))
     }
 
-    /// The streams that a cut names and that capture nothing of ours now, and what the youngest cut says of those that
+    /// Looks for a stream that may capture nothing of ours; whether it is there.
+    fn add_named(&self, found: &mut Found, name: &str) -> Result<bool, Error> {
+        if found.infos.iter().any(|it| it.config.name == name) {
+            return Ok(true);
+        }
+        let info = streams::info(&found.link, name, self.config.nats.request_timeout)?;
+        let is_there = info.is_some();
+        found.infos.extend(info);
+        Ok(is_there)
+    }
+
+    /// The streams that a cut names, and others, that capture nothing of ours now; and what the youngest cut says of those that
     /// are gone.
-    fn find_named(&self, found: &mut Found, cuts: &[Cut]) -> Result<Vec<StreamCut>, Error> {
-        let timeout = self.config.nats.request_timeout;
+    fn find_named(
+        &self,
+        found: &mut Found,
+        cuts: &[Cut],
+        also: &[String],
+    ) -> Result<Vec<StreamCut>, Error> {
+        for name in also {
+            self.add_named(found, name)?;
+        }
         let mut missing: Vec<StreamCut> = Vec::new();
         for stream in cuts.iter().flat_map(|cut| &cut.streams) {
-            let is_known = found.infos.iter().any(|it| it.config.name == stream.name)
-                || missing.iter().any(|it| it.name == stream.name);
-            if is_known {
-                continue;
-            }
-            match streams::info(&found.link, &stream.name, timeout)? {
-                Some(info) => found.infos.push(info),
-                None => missing.push(stream.clone()),
+            if missing.iter().all(|it| it.name != stream.name)
+                && !self.add_named(found, &stream.name)?
+            {
+                missing.push(stream.clone());
             }
         }
         for info in &mut found.infos {

@@ -311,14 +311,16 @@ impl<'a> Session<'a> {
                 told: record.told_lsn,
             });
         }
-        if self.accepted == Accepted::OtherWal {
-            self.store.disown();
-        }
+        let also = match self.accepted {
+            Accepted::OtherWal => self.store.disown(),
+            Accepted::Nothing | Accepted::Loss => Vec::new(),
+        };
         let held = self.store.held();
         let from = From::Record {
             confirmed_lsn,
             // what the slot does not send any more is accepted as it is
             is_moved: held.is_some_and(|record| record.is_exceeded(confirmed_lsn)),
+            also,
         };
         let (link, found) = connector.resume(found, &self.store, from)?;
         // another relay may have published while this one read: the WAL that it did so from ends behind all that was read

@@ -3,7 +3,7 @@
 //! The relay halts by name, and goes on with `--resume-anyway`, once: what was committed since is then published, each event
 //! once; and what the lost history had published stays in the stream.
 
-use crate::operators::{edit, halts, ids, stop, wait_for_confirmation};
+use crate::operators::{capture, edit, halts, ids, stop, wait_for_confirmation};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::command;
 use crate::support::postgres::Postgres;
@@ -299,4 +299,28 @@ fn after_a_restore_that_is_accepted_nothing_is_confirmed_before_it_is_stored() {
     edit(&mut client, STREAM, &json!({ "max_msgs": -1 }));
     rig.drain(HoldBack::Zero.args());
     holds(&rig, &(1..=203).chain(NEW).collect::<Vec<_>>());
+}
+
+/// The slot sends again what a stream holds that captures nothing any more.
+#[test]
+fn after_a_restore_that_is_accepted_a_stream_that_left_the_prefix_proves_what_it_holds() {
+    let rig = begun(HoldBack::Default);
+    let mut client = rig.nats.client();
+    capture(&mut client, STREAM, &["unused"]);
+    client.add_stream("B", &["events.>"]);
+    let copy = snapshot(&rig);
+    commit(&rig.pg, 4..=9);
+    rig.drain(&[]);
+    put_back(&rig, &copy, Slot::Kept);
+    commit(&rig.pg, NEW);
+    halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
+    let relay = rig.relay(&["--resume-anyway"]);
+    let expected: Vec<String> = (4..=9).chain(NEW).map(uuid).collect();
+    eventually("the new events", DEADLINE, || {
+        ids(&mut client, "B").last() == expected.last()
+    });
+    stop(relay);
+    rig.drain(&[]);
+    assert_eq!(ids(&mut client, "B"), expected);
+    assert_eq!(ids(&mut client, STREAM), [1, 2, 3].map(uuid));
 }

@@ -323,13 +323,41 @@ impl NatsClient {
             .expect("a sequence")
     }
 
-    /// The checkpoint of the slot that tests use, once there is one. A consumer that reads a bucket to its end can miss a
-    /// value that is replaced meanwhile.
+    /// The checkpoint of the slot that tests use, once there is one.
     pub fn checkpoint(&mut self) -> Option<Value> {
-        let last = json!({ "last_by_subj": "$KV.jetstream_outbox.>" });
-        let found = self.try_api("STREAM.MSG.GET.KV_jetstream_outbox", &last);
-        let value = BASE64_STANDARD.decode(found.ok()?["message"]["data"].as_str()?);
-        serde_json::from_slice(&value.expect("base64")).expect("JSON")
+        self.try_value("jetstream_outbox", ">").ok()
+    }
+
+    /// The value of a key that is JSON, the last one written of those that match. A consumer that reads a bucket to its end
+    /// can miss a value that is replaced meanwhile.
+    pub fn try_value(&mut self, bucket: &str, key: &str) -> io::Result<Value> {
+        let last = json!({ "last_by_subj": format!("$KV.{bucket}.{key}") });
+        let found = self.try_api(&format!("STREAM.MSG.GET.KV_{bucket}"), &last)?;
+        let data = found["message"]["data"].as_str().unwrap_or_default();
+        let value = BASE64_STANDARD.decode(data).map_err(io::Error::other)?;
+        Ok(serde_json::from_slice(&value)?)
+    }
+
+    /// The message at a sequence of a stream, by MSG.GET.
+    pub fn try_message(&mut self, stream: &str, seq: u64) -> io::Result<StreamMessage> {
+        let found = self.try_api(&format!("STREAM.MSG.GET.{stream}"), &json!({ "seq": seq }))?;
+        let found = &found["message"];
+        let decode = |field: &str| {
+            let text = found[field].as_str().unwrap_or_default();
+            BASE64_STANDARD.decode(text).map_err(io::Error::other)
+        };
+        let headers = String::from_utf8(decode("hdrs")?).map_err(io::Error::other)?;
+        let pairs = headers.trim_end().split("\r\n").skip(1);
+        let pairs = pairs.filter_map(|line| line.split_once(':'));
+        Ok(StreamMessage {
+            seq,
+            time_ns: 0,
+            subject: found["subject"].as_str().unwrap_or_default().to_string(),
+            headers: pairs
+                .map(|(name, value)| (name.to_string(), value.trim().to_string()))
+                .collect(),
+            body: decode("data")?,
+        })
     }
 
     /// Publishes into a stream and answers the acknowledgement (`stream`, `seq`, `duplicate`) or its `error`.

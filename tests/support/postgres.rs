@@ -519,6 +519,23 @@ impl Postgres {
         copy_folder(&snapshot.path().join("data"), &self.data_dir());
     }
 
+    /// Puts the disk of a stopped server back to a snapshot, starts it as a standby, and promotes it: a clone of that snapshot in
+    /// this server's place.
+    pub fn restore_promoted(&self, snapshot: &TempDir) {
+        self.restore(snapshot);
+        write_private(&self.data_dir().join("standby.signal"), b"");
+        self.start_again();
+        self.promote();
+    }
+
+    /// What initdb has called this system.
+    #[track_caller]
+    pub fn system_id(&self) -> u64 {
+        let id: Option<String> =
+            self.scalar("SELECT system_identifier::text FROM pg_control_system()");
+        id.expect("one row").parse().expect("it is a number")
+    }
+
     fn assert_stopped(&self) {
         assert!(lock(&self.server).is_none(), "stop the server first");
     }

@@ -6,6 +6,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EventId(u64);
 
+/// Which an event's subject has behind the prefix.
+pub const AGGREGATE_TYPES: [&str; 3] = ["account", "order", "invoice"];
+
 const ROW_BITS: u32 = 14;
 const TRANSACTION_BITS: u32 = 32;
 
@@ -52,15 +55,15 @@ impl EventId {
     }
 
     pub fn aggregate_type(self) -> &'static str {
-        ["account", "order", "invoice"][(self.hash() % 3) as usize]
+        AGGREGATE_TYPES[(self.hash() % 3) as usize]
     }
 
     pub fn aggregate_id(self) -> u64 {
         self.hash() / 3 % 200
     }
 
-    pub fn subject(self) -> String {
-        format!("events.{}.{}", self.aggregate_type(), self.aggregate_id())
+    pub fn subject(self, prefix: &str) -> String {
+        format!("{prefix}.{}.{}", self.aggregate_type(), self.aggregate_id())
     }
 
     /// Compact, and with the keys in jsonb's order (short ones first): as it is to arrive. Most are small, one in

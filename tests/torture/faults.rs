@@ -1,29 +1,37 @@
-//! The faults, and which come when: by seed.
+//! The faults, and which come when: by seed. What operators do is dealt with them, see [`operators`](crate::operators).
 //!
 //! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and
 //! heals itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
 
+use crate::Setup;
 use crate::fleet::{Fleet, Settings};
+use crate::ledger::Ledger;
+use crate::operators::{ACTS, Act};
 use crate::support::nats::Nats;
 use crate::support::process::{Signal, lock};
 use crate::support::proxy::{Direction, Mode, Proxy};
 use crate::support::wait::{poll, secs};
 use crate::world::{Copy, DUPLICATE_WINDOW, JetStream, NAME, World};
-use crate::writers::Bursts;
+use crate::writers::{Bursts, Written};
 use fastrand::Rng;
 use jetstream_outbox::postgres::replication::start_replication;
 use jetstream_outbox::postgres::{ConnInfo, Connection, Lsn};
 use serde_json::Value;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// What a fault breaks; faults of one round break different parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
+pub enum Part {
     Relay,
     JetStream,
     Postgres,
     ToPostgres,
     ToJetStream,
+    /// What the streams capture, and whether they take it.
+    Streams,
+    /// The service beside.
+    Beside,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +52,7 @@ pub enum Fault {
     WalsenderTerminated,
     Checkpoint,
     Network(Side, Trouble),
+    Operator(Act),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +85,7 @@ const TROUBLES: [Trouble; 7] = [
 ];
 
 /// Each as often as it is in a deck.
-fn deck(cluster: bool) -> Vec<Fault> {
+fn deck(setup: Setup) -> Vec<Fault> {
     let mut deck = vec![
         RelayKilled,
         RelayKilled,
@@ -96,7 +105,7 @@ fn deck(cluster: bool) -> Vec<Fault> {
         WalsenderTerminated,
         Checkpoint,
     ];
-    deck.extend(match cluster {
+    deck.extend(match setup.cluster {
         true => [
             StreamLeaderStepsDown,
             StreamLeaderStepsDown,
@@ -110,6 +119,11 @@ fn deck(cluster: bool) -> Vec<Fault> {
             Network(Side::Postgres, trouble),
             Network(Side::Nats, trouble),
         ]);
+    }
+    if setup.operators {
+        // what was configured since would go back too
+        deck.retain(|fault| *fault != StoreRolledBack);
+        deck.extend(ACTS.map(Operator));
     }
     deck
 }
@@ -131,8 +145,8 @@ const SPARING_ROUNDS: u64 = 8;
 
 impl Dealer {
     /// Of all faults, or of those whose name contains `only`.
-    pub fn new(seed: u64, cluster: bool, only: &str) -> Dealer {
-        let mut all = deck(cluster);
+    pub fn new(seed: u64, setup: Setup, only: &str) -> Dealer {
+        let mut all = deck(setup);
         all.retain(|fault| fault.name().contains(only));
         assert!(!all.is_empty(), "no fault is named {only:?}");
         Dealer {
@@ -212,12 +226,13 @@ impl Fault {
             }
             Network(Side::Postgres, _) => &[Part::ToPostgres],
             Network(Side::Nats, _) => &[Part::ToJetStream],
+            Operator(act) => act.parts(),
         }
     }
 
     /// The session between the relay and Postgres outlives it.
     fn spares_the_session(self) -> bool {
-        let spared = |part: &Part| matches!(part, Part::JetStream | Part::ToJetStream);
+        let spared = |part: &Part| !matches!(part, Part::Relay | Part::Postgres | Part::ToPostgres);
         self == Checkpoint || self.parts().iter().all(spared) && self != StoreRolledBack
     }
 
@@ -239,6 +254,7 @@ impl Fault {
             WalsenderTerminated => "walsender terminated".into(),
             Checkpoint => "CHECKPOINT".into(),
             Network(side, trouble) => format!("network to {side:?} {trouble:?}").to_lowercase(),
+            Operator(act) => act.name().into(),
         }
     }
 
@@ -262,7 +278,8 @@ impl Fault {
                 on.burst(random);
                 for _ in 0..random.u32(1..4) {
                     on.pause(random, 0..200);
-                    on.step_down(&format!("STREAM.LEADER.STEPDOWN.{NAME}"));
+                    let stream = on.stream(random);
+                    on.step_down(&format!("STREAM.LEADER.STEPDOWN.{stream}"));
                 }
             }
             MetaLeaderStepsDown => on.step_down("META.LEADER.STEPDOWN"),
@@ -280,6 +297,7 @@ impl Fault {
             }
             Checkpoint => world.pg.execute("CHECKPOINT"),
             Network(side, trouble) => on.network(side, trouble, random),
+            Operator(act) => on.operate(act, random),
         }
         world.note(&format!("{}: healed", self.name()));
     }
@@ -290,27 +308,39 @@ pub struct On<'a> {
     pub world: &'a World,
     pub fleet: &'a Fleet<'a>,
     pub bursts: &'a Bursts<'a>,
-    /// A copy of the store this old may be put back: what came later is all within the hold-back, also when the
-    /// relay does not see it at once.
-    pub oldest_copy: Duration,
+    pub written: &'a Written,
+    pub ledger: &'a Mutex<Ledger>,
+    /// The relays of the service beside, where there is one.
+    pub beside: Option<&'a Fleet<'a>>,
+    pub hold_back: Duration,
 }
 
 impl On<'_> {
-    fn pause(&self, random: &mut Rng, ms: std::ops::Range<u64>) {
+    /// A copy of the store this old may be put back: what came later is all within the hold-back, also when the
+    /// relay does not see it at once.
+    fn oldest_copy(&self) -> Duration {
+        self.hold_back / 3
+    }
+
+    pub fn pause(&self, random: &mut Rng, ms: std::ops::Range<u64>) {
         crate::support::wait::pause(Duration::from_millis(random.u64(ms)));
     }
 
     /// Right before what it is to meet.
-    fn burst(&self, random: &mut Rng) {
+    pub fn burst(&self, random: &mut Rng) {
         self.bursts.commit(random.u16(BURST));
     }
 
     fn relay_away(&self, random: &mut Rng, end: fn(&Fleet, u32)) {
-        if let Some(relay) = self.fleet.oldest() {
-            end(self.fleet, relay);
+        self.away(self.fleet, random, end);
+    }
+
+    pub fn away(&self, fleet: &Fleet, random: &mut Rng, end: fn(&Fleet, u32)) {
+        if let Some(relay) = fleet.oldest() {
+            end(fleet, relay);
             let longest = if random.bool() { 100 } else { 3_000 };
             self.pause(random, 0..longest);
-            self.fleet.start(Settings::any(random));
+            fleet.start(Settings::any(random));
         }
     }
 
@@ -379,11 +409,23 @@ impl On<'_> {
         }
     }
 
+    /// One that events go to.
+    fn stream(&self, random: &mut Rng) -> &'static str {
+        let Some(streams) = &self.world.streams else {
+            return NAME;
+        };
+        let mut all = streams.all();
+        all.retain(|(_, kinds)| !kinds.is_empty());
+        all[random.usize(0..all.len())].0
+    }
+
     fn node(&self, random: &mut Rng) -> &Nats {
         let nodes = self.world.jetstream.nodes();
-        let index = match &self.world.jetstream {
+        let index = match &*self.world.jetstream {
             // more often than not the one that matters
-            JetStream::Cluster(cluster) if random.u32(0..3) > 0 => cluster.leader(NAME),
+            JetStream::Cluster(cluster) if random.u32(0..3) > 0 => {
+                cluster.leader(self.stream(random))
+            }
             _ => None,
         };
         &nodes[index.unwrap_or_else(|| random.usize(0..nodes.len()))]
@@ -409,7 +451,7 @@ impl On<'_> {
 
     /// Of a single server, for later.
     fn maybe_copy(&self, random: &mut Rng, copy: impl FnOnce() -> tempfile::TempDir) {
-        if matches!(self.world.jetstream, JetStream::Single(_)) && random.bool() {
+        if matches!(*self.world.jetstream, JetStream::Single(_)) && random.bool() {
             let taken = Instant::now();
             let store = copy();
             *lock(&self.world.copy) = Some(Copy { store, taken });
@@ -420,12 +462,12 @@ impl On<'_> {
     fn store_rolled_back(&self, random: &mut Rng) {
         let node = self.node(random);
         let recent = lock(&self.world.copy).take();
-        let recent = recent.filter(|copy| copy.taken.elapsed() < self.oldest_copy);
+        let recent = recent.filter(|copy| copy.taken.elapsed() < self.oldest_copy());
         let copy = recent.unwrap_or_else(|| {
             let taken = Instant::now();
             let store = node.snapshot_store_frozen();
             self.world.note("the store is copied");
-            self.pause(random, 500..self.oldest_copy.as_millis() as u64 / 2);
+            self.pause(random, 500..self.oldest_copy().as_millis() as u64 / 2);
             Copy { store, taken }
         });
         if random.bool() {

@@ -1,4 +1,5 @@
-//! The relays that run: one as a rule, two around a takeover. They may end by our signals only.
+//! The relays that run: one as a rule, two around a takeover. They may end by our signals only, and by the halt that an
+//! operator's act makes due.
 
 use crate::support::process::{Signal, lock};
 use crate::support::relay::Relay;
@@ -41,19 +42,26 @@ impl Settings {
 
 pub struct Fleet<'a> {
     world: &'a World,
+    shares_its_names: bool,
     hold_back: String,
     relays: Mutex<Vec<(u32, Relay)>>,
     started: AtomicU32,
 }
 
 impl<'a> Fleet<'a> {
-    pub fn new(world: &'a World, hold_back: Duration) -> Fleet<'a> {
+    /// `shares_its_names`: another system has the same prefix and the same names.
+    pub fn new(world: &'a World, hold_back: Duration, shares_its_names: bool) -> Fleet<'a> {
         Fleet {
             world,
+            shares_its_names,
             hold_back: format!("{}ms", hold_back.as_millis()),
             relays: Mutex::default(),
             started: AtomicU32::new(0),
         }
+    }
+
+    pub fn world(&self) -> &'a World {
+        self.world
     }
 
     pub fn started(&self) -> u32 {
@@ -62,6 +70,11 @@ impl<'a> Fleet<'a> {
 
     /// Starts one and returns its number.
     pub fn start(&self, settings: Settings) -> u32 {
+        self.start_with(settings, &[])
+    }
+
+    /// The same with more flags.
+    pub fn start_with(&self, settings: Settings, flags: &[&str]) -> u32 {
         let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
         let db = format!(
             "postgres://postgres@127.0.0.1:{}/postgres",
@@ -80,10 +93,18 @@ impl<'a> Fleet<'a> {
         } = settings;
         let args = ["-db", &db, "-nats", &servers, "-hold-back", &self.hold_back];
         let more = ["-ack-timeout", ack_timeout, "-inflight", inflight];
-        let relay = Relay::run(&[&args[..], &more].concat(), &[]);
+        let prefix = ["-prefix", self.world.prefix];
+        // without a record, events of another system under its prefix and its slot's name halt a relay
+        let shared: &[&str] = match self.shares_its_names {
+            true => &["-accept-new-system"],
+            false => &[],
+        };
+        let args = [&args[..], &more, &prefix, shared, flags].concat();
+        let relay = Relay::run(&args, &[]);
         let id = relay.id();
         self.world.note(&format!(
-            "relay {number} started as process {id} with -inflight {inflight} -ack-timeout {ack_timeout}"
+            "relay {number} started as process {id} with -inflight {inflight} -ack-timeout {ack_timeout} {}",
+            flags.join(" ")
         ));
         lock(&self.relays).push((number, relay));
         number
@@ -156,6 +177,28 @@ impl<'a> Fleet<'a> {
             self.world.give_up();
             self.save_log(number, relay, "ended by itself");
         }
+    }
+
+    /// Waits until a relay halts by itself with this code, and with this in its last line.
+    pub fn wait_for_halt(&self, number: u32, code: i32, text: &str, limit: Duration) -> bool {
+        let has_ended = |(n, relay): &(u32, Relay)| *n == number && !relay.is_running();
+        let ended = poll(limit, || lock(&self.relays).iter().any(has_ended));
+        let Some(mut relay) = self.take(number) else {
+            return false;
+        };
+        if ended.is_err() {
+            let example = format!("relay {number} in {limit:?}\n{}", tail(&relay));
+            self.world.violation("did not halt", example);
+        } else {
+            let found = relay.wait_exit(secs(10));
+            let last = relay.log().last().cloned().unwrap_or_default();
+            if found != code || !last.contains(text) {
+                let example = format!("relay {number} with {found}\n{}", tail(&relay));
+                self.world.violation("ended by itself", example);
+            }
+        }
+        self.save_log(number, relay, "waited for to halt");
+        !self.world.is_broken()
     }
 
     /// SIGTERM to all, at the end.

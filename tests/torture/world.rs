@@ -1,6 +1,8 @@
 //! The servers under torture, the proxies between them and the relay, and what is noted on the way.
 
+use crate::Setup;
 use crate::ledger::Violations;
+use crate::streams::{self, Streams};
 use crate::support::files::temp_dir;
 use crate::support::nats::{Nats, NatsCluster};
 use crate::support::natsclient::NatsClient;
@@ -10,18 +12,22 @@ use crate::support::proxy::Proxy;
 use crate::support::truth::Confirmed;
 use crate::support::wait::secs;
 use jetstream_outbox::postgres::Lsn;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// The relay's slot, and the stream.
 pub const NAME: &str = "jetstream_outbox";
+
+/// What the events' subjects begin with, and those of the service beside when it has a prefix of its own.
+pub const PREFIX: &str = "events";
+pub const PREFIX_BESIDE: &str = "beside";
 
 /// JetStream's own deduplication forgets so soon that it hides nothing.
 pub const DUPLICATE_WINDOW: Duration = Duration::from_millis(200);
@@ -68,7 +74,11 @@ pub struct Copy {
 
 pub struct World {
     pub pg: Postgres,
-    pub jetstream: JetStream,
+    pub jetstream: Arc<JetStream>,
+    /// Where operators are at work.
+    pub streams: Option<Arc<Streams>>,
+    pub prefix: &'static str,
+    pub system_id: u64,
     pub to_pg: Proxy,
     pub to_nats: Vec<Proxy>,
     pub copy: Mutex<Option<Copy>>,
@@ -81,29 +91,47 @@ pub struct World {
 }
 
 impl World {
-    pub fn start(cluster: bool) -> World {
-        // a walsender gives up a dead connection before the relay is back
-        let pg = Postgres::builder()
-            .setting("wal_sender_timeout", "10s")
-            .build();
-        pg.seed_setup();
-        crate::ledger::Ledger::set_up(&pg);
-        let mut stream = json!({
-            "name": NAME, "subjects": ["events.>"], "duplicate_window": DUPLICATE_WINDOW.as_nanos() as u64,
-        });
-        let jetstream = if cluster {
-            let cluster = NatsCluster::start();
-            stream["num_replicas"] = json!(3);
-            cluster.nodes[0].client().add_stream_with(stream);
-            JetStream::Cluster(Box::new(cluster))
-        } else {
-            let nats = Nats::start();
-            nats.client().add_stream_with(stream);
-            JetStream::Single(Box::new(nats))
+    pub fn start(setup: Setup) -> World {
+        let jetstream = match setup.cluster {
+            true => JetStream::Cluster(Box::new(NatsCluster::start())),
+            false => JetStream::Single(Box::new(Nats::start())),
         };
         // goes with this program when that is interrupted, unless something was wrong by then
         let folder = temp_dir("torture-").keep();
+        if setup.operators {
+            let streams = Streams::create(&jetstream);
+            return World::with(jetstream.into(), Some(streams.into()), PREFIX, folder);
+        }
+        let mut stream = json!({
+            "name": NAME, "subjects": ["events.>"], "duplicate_window": DUPLICATE_WINDOW.as_nanos() as u64,
+        });
+        stream["num_replicas"] = json!(jetstream.nodes().len());
+        jetstream.nodes()[0].client().add_stream_with(stream);
+        World::with(jetstream.into(), None, PREFIX, folder)
+    }
+
+    /// Another service with the default names in the same account: with a prefix of its own, or the same one.
+    pub fn beside(&self, prefix: &'static str) -> World {
+        let folder = self.folder.join("beside");
+        std::fs::create_dir(&folder).expect("create a folder");
+        World::with(self.jetstream.clone(), self.streams.clone(), prefix, folder)
+    }
+
+    fn with(
+        jetstream: Arc<JetStream>,
+        streams: Option<Arc<Streams>>,
+        prefix: &'static str,
+        folder: PathBuf,
+    ) -> World {
+        // a walsender gives up a dead connection before the relay is back
+        let pg = Postgres::builder()
+            .setting("wal_sender_timeout", "10s")
+            .own_system_id()
+            .build();
+        pg.seed_setup();
+        crate::ledger::Ledger::set_up(&pg);
         World {
+            system_id: pg.system_id(),
             to_pg: Proxy::start(pg.port()),
             to_nats: jetstream
                 .nodes()
@@ -112,6 +140,8 @@ impl World {
                 .collect(),
             pg,
             jetstream,
+            streams,
+            prefix,
             copy: Mutex::new(None),
             violations: Mutex::default(),
             broken: AtomicBool::new(false),
@@ -141,9 +171,7 @@ impl World {
 
     /// How many messages the stream has ever stored.
     pub fn stored(&self) -> io::Result<u64> {
-        let mut client = self.jetstream.client()?;
-        let info = client.try_api(&format!("STREAM.INFO.{NAME}"), &Value::Null)?;
-        Ok(info["state"]["last_seq"].as_u64().unwrap_or(0))
+        streams::last_seq(&mut self.jetstream.client()?, NAME)
     }
 
     /// The sequence and the id of the last message.

@@ -5,11 +5,13 @@ use crate::support::postgres::Postgres;
 use crate::support::process::lock;
 use crate::world::Stop;
 use std::fmt::Write;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
+/// Writers of the service that is tortured, and of the one beside it; [`Bursts`] are one more.
 pub const WRITERS: u8 = 6;
+pub const WRITERS_BESIDE: std::ops::Range<u8> = 100..102;
 
 /// Rows of one INSERT.
 const ROWS_A_STATEMENT: usize = 500;
@@ -24,10 +26,25 @@ pub struct Written {
     pub rolled_back_rows: AtomicU64,
     /// Transactions whose end nobody knows: the session was lost.
     pub uncertain: AtomicU64,
+    /// Held by each transaction for reading; by an operator who needs a moment without one, for writing.
+    gate: RwLock<()>,
 }
 
-/// Writes until stopped, through a new session whenever the old one is lost. Returns the numbers of the
-/// transactions with events whose COMMIT was answered.
+impl Written {
+    fn enter(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No transaction is open while this is held.
+    pub fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A writer's number, and the numbers of its transactions with events whose COMMIT was answered.
+pub type Answered = (u8, Vec<u32>);
+
+/// Writes until stopped, through a new session whenever the old one is lost.
 pub fn write_until(
     stop: &Stop,
     pg: &Postgres,
@@ -35,7 +52,7 @@ pub fn write_until(
     seed: u64,
     events_per_second: u64,
     written: &Written,
-) -> Vec<u32> {
+) -> Answered {
     let mut random = fastrand::Rng::with_seed(seed ^ u64::from(writer) << 56);
     let mut answered = Vec::new();
     let mut number = 0;
@@ -48,6 +65,7 @@ pub fn write_until(
             session = pg.try_client().ok();
             continue;
         };
+        let entered = written.enter();
         number += 1;
         let transaction = Transaction::new(writer, number, &mut random);
         let begun = client
@@ -85,11 +103,12 @@ pub fn write_until(
                 session = None;
             }
         }
+        drop(entered);
         let rows = transaction.rows + transaction.doomed_rows;
         let pause_us = rows * u64::from(WRITERS) * 1_000_000 / events_per_second;
         stop.pause(Duration::from_micros(random.u64(0..=2 * pause_us)));
     }
-    answered
+    (writer, answered)
 }
 
 /// A writer that commits many rows at the very moment when something breaks, so that it meets a relay with its window
@@ -116,6 +135,7 @@ impl<'a> Bursts<'a> {
 
     /// Commits so many rows, if Postgres is up.
     pub fn commit(&self, rows: u16) {
+        let _entered = self.written.enter();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let ids: Vec<EventId> = (0..rows)
             .map(|row| EventId::new(Bursts::WRITER, number, row, false))
@@ -139,9 +159,8 @@ impl<'a> Bursts<'a> {
         }
     }
 
-    /// The numbers of the transactions whose COMMIT was answered.
-    pub fn answered(&self) -> Vec<u32> {
-        lock(&self.answered).clone()
+    pub fn answered(&self) -> Answered {
+        (Bursts::WRITER, lock(&self.answered).clone())
     }
 }
 

@@ -185,9 +185,13 @@ impl Store {
         self.held.as_ref()
     }
 
-    /// The record is of another WAL, which is accepted: neither its cuts nor what Postgres was told count for this one.
-    pub fn disown(&mut self) {
-        self.held = None;
+    /// The record is of another WAL, which is accepted: neither its cuts nor what Postgres was told count for this one. Returns
+    /// the streams that it names: what they hold is evidence as before, also where it captures nothing of ours any more.
+    pub fn disown(&mut self) -> Vec<String> {
+        let held = self.held.take();
+        let cuts = held.iter().flat_map(Record::cuts);
+        let names = cuts.flat_map(|cut| cut.streams.iter().map(|stream| stream.name.clone()));
+        names.collect()
     }
 
     /// The key was never written.
