@@ -226,8 +226,8 @@ get_pgbouncer() {
   export PGBOUNCER_BIN=$folder/run
 }
 
-# Sets CONSUMERS: the folder of the libraries that the manual's consumers use, from PyPI and npm; where node is missing and
-# cannot be installed, nothing: their tests are left out then.
+# Sets CONSUMERS: the folder of the libraries that the manual's consumers use, from PyPI and npm. Where they cannot be had it is
+# not set, and the consumers are not run.
 get_consumers() {
   local folder=$tools/consumers new=$tools/consumers.new
   if [ ! -e "$folder/.complete" ]; then
@@ -240,14 +240,23 @@ get_consumers() {
     say "getting the consumers' libraries from PyPI and npm"
     rm -rf "$new" "$folder"
     mkdir -p "$new"
-    quietly "$tools/pip.log" python3 -m pip install --quiet --target "$new/python" \
-      "nats-py==$nats_py_version" "psycopg[binary]==$psycopg_version"
-    quietly "$tools/npm.log" npm install --silent --no-audit --no-fund --prefix "$new" \
-      "@nats-io/transport-node@$nats_js_version" "@nats-io/jetstream@$nats_js_version" "pg@$node_pg_version"
+    if ! install_consumers "$new" >"$tools/consumers.log" 2>&1 </dev/null; then
+      tail -n 3 "$tools/consumers.log" >&2
+      say "they cannot be had: the manual's consumers are not run"
+      return 0
+    fi
     : >"$new/.complete"
     mv "$new" "$folder"
   fi
   export CONSUMERS=$folder
+}
+
+# install_consumers FOLDER
+install_consumers() {
+  python3 -m pip install --quiet --target "$1/python" \
+    "nats-py==$nats_py_version" "psycopg[binary]==$psycopg_version" &&
+    npm install --silent --no-audit --no-fund --prefix "$1" \
+      "@nats-io/transport-node@$nats_js_version" "@nats-io/jetstream@$nats_js_version" "pg@$node_pg_version"
 }
 
 # Sets postgres_19_bin, or fails where there is no apt: the release candidate in Debian's experimental. It needs a newer
