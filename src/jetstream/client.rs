@@ -200,7 +200,7 @@ impl Link {
         Ok(())
     }
 
-    /// Asks the server for a sign of life, after what was sent before. Never blocks. [`Answer::Pong`] names this PING by the
+    /// Asks the server for a sign of life, after what was sent before. Never blocks. [`connection::Answer::Pong`] names this PING by the
     /// number that is returned.
     pub fn ping(&self) -> u64 {
         self.connection.ping()

@@ -128,3 +128,23 @@ fn a_mapping_that_leads_elsewhere_is_found() {
         }
     }
 }
+
+/// `max_control_line` is in no INFO: it is found by trying.
+#[test]
+fn a_server_whose_lines_are_too_short_for_long_subjects_is_found() {
+    for (limit, expected) in [(1024, &[("nats.publish", "warn")][..]), (4096, &[])] {
+        let rig = Rig {
+            pg: Postgres::start(),
+            nats: Nats::builder()
+                .config(&format!("max_control_line: {limit}"))
+                .build(),
+        };
+        at(&rig.pg, &rig.nats, &["setup"]).with(0);
+        let findings = check(&rig, &[], expected);
+        if limit == 1024 {
+            let found = finding(&findings, "nats.publish").to_string();
+            assert!(found.contains("maximum control line exceeded"), "{found}");
+        }
+        assert_eq!(rig.nats.client().last_seq(STREAM), 0);
+    }
+}

@@ -22,6 +22,7 @@ use crate::jetstream::streams::{
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
+use crate::outbox::subject::MAX_SUBJECT_LEN;
 use crate::relay::checkpoint::record::Record;
 use crate::relay::checkpoint::store::key_subject;
 use account::Account;
@@ -63,6 +64,8 @@ struct Facts {
     streams: Result<Vec<Stream>, String>,
     /// Where no stream captures the prefix: the one that answers there all the same.
     answers: Option<String>,
+    /// What the server says of a subject as long as the mapping makes it, if it ends the connection over it.
+    long_subject: Option<String>,
     /// Streams of the prefix in the server's own domain, where the API of another is asked.
     own: Vec<String>,
     bucket: Bucket,
@@ -316,6 +319,14 @@ fn window(facts: &Facts, config: &Config) -> Vec<Finding> {
 
 fn publish(facts: &Facts, config: &Config) -> Vec<Finding> {
     const NAME: &str = "nats.publish";
+    if let Some(words) = &facts.long_subject {
+        return vec![warn(
+            NAME,
+            format!("a subject of {MAX_SUBJECT_LEN} bytes ends the connection: {words}"),
+            "an event with a long aggregate type and id would be such a one, and can then not be published",
+            "raise max_control_line in nats-server.conf (4 KB unless it is set)",
+        )];
+    }
     each(facts, NAME, "permitted", |stream| match &stream.publish {
         Some(Err(error)) => vec![fail(
             NAME,
@@ -540,6 +551,7 @@ fn read(
             }
             _ => None,
         },
+        long_subject: routes::long_subject(bus, config, streams.as_deref().unwrap_or_default()),
         own: routes::own(config, streams.as_deref().unwrap_or_default()),
         // without an API that answers there is one finding, not two
         park: streams.is_ok().then(|| read_park(bus, config)).flatten(),

@@ -5,9 +5,12 @@ use super::{Facts, Stream};
 use crate::admin::bus::Bus;
 use crate::admin::check::finding::{Finding, fail};
 use crate::config::Config;
+use crate::jetstream::Error;
 use crate::jetstream::ack::parse_refusal;
 use crate::jetstream::client::Link;
 use crate::jetstream::streams::{self, StreamInfo};
+use crate::nats::{self, EndedBy};
+use crate::outbox::subject::MAX_SUBJECT_LEN;
 
 /// So often a subject is tried: a weighted mapping leads to several places.
 const PROBES: usize = 12;
@@ -60,6 +63,34 @@ pub(super) fn findings(facts: &Facts, config: &Config) -> Vec<Finding> {
         ))
     });
     found.collect()
+}
+
+/// Publishes to as long a subject as the mapping makes of any row, which must be refused. Returns the server's words if it ends the
+/// connection over that: `max_control_line` is in no INFO.
+pub(super) fn long_subject(
+    bus: &mut Bus<'_, Link>,
+    config: &Config,
+    streams: &[Stream],
+) -> Option<String> {
+    let mut subject = format!("{}.outbox-check.", config.prefix);
+    subject.extend(std::iter::repeat_n(
+        'x',
+        MAX_SUBJECT_LEN.saturating_sub(subject.len()),
+    ));
+    let captures = |it: &Stream| {
+        let mut patterns = it.info.config.subjects.iter();
+        it.publish == Some(Ok(())) && patterns.any(|pattern| streams::matches(pattern, &subject))
+    };
+    streams.iter().find(|it| captures(it))?;
+    let answer = bus.ask(|link, timeout| streams::probe(link, &subject, timeout));
+    match answer {
+        Err(Error::Nats(nats::Error::Lost {
+            by: EndedBy::Complaint,
+            reason,
+            ..
+        })) => Some(reason),
+        _ => None,
+    }
 }
 
 /// The stream that what is published to `subject` reaches.

@@ -49,6 +49,7 @@ pub(super) fn good() -> Facts {
             read: Ok(()),
         }]),
         answers: None,
+        long_subject: None,
         own: Vec::new(),
         bucket: Bucket::Found {
             memory: false,
