@@ -48,7 +48,7 @@ pub(super) fn good() -> Facts {
             read: Ok(()),
         }]),
         bucket: Bucket::Found {
-            memory: false,
+            config: Box::default(),
             write: Ok(()),
         },
         park: None,
@@ -352,14 +352,17 @@ fn permissions() {
         &["publish to $KV.jetstream_outbox.*"],
         |f| {
             f.bucket = Bucket::Found {
-                memory: false,
+                config: Box::default(),
                 write: denied(),
             };
         },
     );
     check(Warn, "nats.checkpoint", &["in memory"], |f| {
         f.bucket = Bucket::Found {
-            memory: true,
+            config: Box::new(StreamConfig {
+                storage: "memory".into(),
+                ..StreamConfig::default()
+            }),
             write: Result::Ok(()),
         }
     });
