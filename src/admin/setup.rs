@@ -1,5 +1,5 @@
 //! `setup`: creates what is missing, and says what is there and where it differs. It never drops anything, and alters nothing
-//! but an [`aggregate`] that it made.
+//! but an aggregate that it made.
 //!
 //! Postgres is last and the slot the very last: a slot that is left behind by a failure further on would fill a disk.
 
