@@ -1,5 +1,5 @@
 //! `setup`: creates what is missing, and says what is there and where it differs. It never drops anything, and alters nothing
-//! but an [`aggregate`] that it made.
+//! but an aggregate that it made.
 //!
 //! Postgres is last and the slot the very last: a slot that is left behind by a failure further on would fill a disk.
 
@@ -15,9 +15,10 @@ use super::{Error, say};
 use crate::config::Config;
 use crate::config::operation::Setup;
 use crate::exit::Exit;
-use crate::jetstream::preflight::{Wanted, preflight as judge_stream};
+use crate::jetstream;
+use crate::jetstream::preflight::{Wanted, bucket_faults, preflight as judge_stream};
 use crate::jetstream::sources::captures_all;
-use crate::jetstream::streams::StreamInfo;
+use crate::jetstream::streams::{BUCKET_BYTES, MAX_BYTES_REQUIRED, Request, StreamInfo};
 use crate::nats::info::ServerInfo;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
@@ -137,7 +138,7 @@ fn streams(
             );
             return report.tell(&what, Outcome::Found(vec![difference]));
         }
-        bus.create(create_stream(config, how))?;
+        create(bus, &how.stream, create_stream(config, how))?;
         return report.tell(&what, Outcome::Created);
     }
     let whole = |stream: &StreamInfo| {
@@ -163,7 +164,12 @@ fn stream_differences(
     wanted: Wanted,
     how: &Setup,
 ) -> Vec<String> {
-    let found = judge_stream(stream, server, wanted);
+    // a limit that was asked for is none to warn of
+    let mut judged = stream.clone();
+    if judged.config.max_bytes == how.max_bytes {
+        judged.config.max_bytes = -1;
+    }
+    let found = judge_stream(&judged, server, wanted);
     let mut differences: Vec<String> = found.refused.into_iter().chain(found.warnings).collect();
     let config = &stream.config;
     let seconds = |nanos: i64| format!("{}s", nanos as f64 / 1e9);
@@ -182,6 +188,11 @@ fn stream_differences(
     );
     differs("max_age", seconds(config.max_age), given(how.max_age));
     differs(
+        "max_bytes",
+        config.max_bytes.to_string(),
+        (how.max_bytes > 0).then(|| how.max_bytes.to_string()),
+    );
+    differs(
         "duplicate_window",
         seconds(config.duplicate_window),
         given(how.duplicate_window),
@@ -195,19 +206,47 @@ fn bucket(
     how: &Setup,
     report: &mut Report,
 ) -> Result<(), Error> {
-    let request = create_bucket(config, how.replicas);
     let what = format!("checkpoint bucket {}", config.checkpoint);
     let outcome = match bus.stream(&format!("KV_{}", config.checkpoint))? {
         None => {
-            bus.create(request)?;
+            let made = bus.create(create_bucket(config, how.replicas, None));
+            match made.err() {
+                Some(error) if asks_for_max_bytes(&error) => {
+                    bus.create(create_bucket(config, how.replicas, Some(BUCKET_BYTES)))?;
+                }
+                Some(error) => return Err(error.into()),
+                None => {}
+            }
             Outcome::Created
         }
-        Some(found) if found.config.storage == "memory" => {
-            Outcome::Found(vec!["it is kept in memory, not in a file".into()])
+        Some(found) => {
+            let faults = bucket_faults(&found.config).into_iter();
+            Outcome::Found(
+                faults
+                    .map(|(what, why, _)| format!("it {what}: {why}"))
+                    .collect(),
+            )
         }
-        Some(_) => Outcome::Found(Vec::new()),
     };
     report.tell(&what, outcome)
+}
+
+fn asks_for_max_bytes(error: &jetstream::Error) -> bool {
+    error
+        .api_error()
+        .is_some_and(|it| it.err_code == MAX_BYTES_REQUIRED)
+}
+
+/// Creates a stream for which a size may be needed, which is the operator's to choose.
+fn create(bus: &mut Bus<'_>, name: &str, request: Request) -> Result<(), Error> {
+    bus.create(request).map_err(|error| match asks_for_max_bytes(&error) {
+        true => Error::Wrong {
+            what: format!("create stream {name}: the account asks for max_bytes of each stream (max_bytes_required)"),
+            remedy: "pass -max-bytes with what it may hold, such as 10GB".into(),
+            exit: Exit::Configuration,
+        },
+        false => error.into(),
+    })
 }
 
 fn parked(
@@ -237,7 +276,7 @@ fn parked(
         let difference = "it does not capture the subject; add it, or name a subject that a stream captures with -park-subject";
         return report.tell(&what, Outcome::Found(vec![difference.into()]));
     }
-    bus.create(request)?;
+    create(bus, &name, request)?;
     report.tell(&what, Outcome::Created)
 }
 

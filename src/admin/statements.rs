@@ -2,7 +2,7 @@
 //! them, `check` recommends them: they are the same text.
 
 use crate::config::Config;
-use crate::config::operation::{DEFAULT_WINDOW, Setup};
+use crate::config::operation::Setup;
 use crate::jetstream::sources;
 use crate::jetstream::streams::{Request, create_bucket_request, matches};
 pub use crate::relay::preflight::outbox_sql::{
@@ -18,11 +18,15 @@ fn nanos(span: Duration) -> i64 {
 
 /// Asks for the stream of the prefix.
 pub fn create_stream(config: &Config, how: &Setup) -> Request {
-    let body = json!({
+    let mut body = json!({
         "name": how.stream, "subjects": [format!("{}.>", config.prefix)], "retention": "limits", "storage": "file",
         "discard": "old", "num_replicas": how.replicas.unwrap_or(1), "max_age": how.max_age.map_or(0, nanos),
-        "duplicate_window": nanos(how.duplicate_window.unwrap_or(DEFAULT_WINDOW)), "allow_direct": true,
+        "max_bytes": how.max_bytes, "allow_direct": true,
     });
+    // otherwise the server's default, for which it may have a limit
+    if let Some(window) = how.duplicate_window {
+        body["duplicate_window"] = nanos(window).into();
+    }
     (
         format!("STREAM.CREATE.{}", how.stream),
         body.to_string().into(),
@@ -37,14 +41,10 @@ pub fn create_aggregate(
     sources: &[Value],
     server_version: &str,
 ) -> Request {
-    let max_age = how.max_age.map_or(0, nanos);
-    sources::create_request(
-        name,
-        sources,
-        how.replicas.unwrap_or(1),
-        max_age,
-        server_version,
-    )
+    let limits = json!({
+        "num_replicas": how.replicas.unwrap_or(1), "max_age": how.max_age.map_or(0, nanos), "max_bytes": how.max_bytes,
+    });
+    sources::create_request(name, sources, limits, server_version)
 }
 
 /// Asks for the stream of the events that are parked; `None` if none are, or the stream of the prefix takes them.
@@ -58,7 +58,7 @@ pub fn create_park_stream(config: &Config, how: &Setup) -> Option<Request> {
     let name = park_stream(how);
     let body = json!({
         "name": name, "subjects": [subject], "retention": "limits", "storage": "file", "discard": "old",
-        "num_replicas": how.replicas.unwrap_or(1), "allow_direct": true,
+        "num_replicas": how.replicas.unwrap_or(1), "max_bytes": how.max_bytes, "allow_direct": true,
     });
     Some((format!("STREAM.CREATE.{name}"), body.to_string().into()))
 }
@@ -69,6 +69,6 @@ pub fn park_stream(how: &Setup) -> String {
 }
 
 /// Asks for the bucket of the checkpoint.
-pub fn create_bucket(config: &Config, replicas: Option<u32>) -> Request {
-    create_bucket_request(&config.checkpoint, replicas.unwrap_or(1))
+pub fn create_bucket(config: &Config, replicas: Option<u32>, max_bytes: Option<u64>) -> Request {
+    create_bucket_request(&config.checkpoint, replicas.unwrap_or(1), max_bytes)
 }

@@ -1,7 +1,8 @@
 //! `status`: where the slot and the streams stand, asked of both servers and not of a relay.
 //!
 //! The stream tells the last event that was published ([`OUTBOX_POSITION`]), the slot what was confirmed: what lies behind
-//! the later of the two waits, if it holds an event at all. (Of several streams each has its own end.) Whether it does, and
+//! the later of the two waits, if it holds an event at all. (Of several streams each has its own end; where events are
+//! consumed, no stream has one, and the record of the checkpoint tells.) Whether it does, and
 //! since when, only decoding can tell. It is done on a temporary copy of the slot (`pg_copy_logical_replication_slot`,
 //! Postgres 12 on), so that neither a relay that runs nor one that starts meanwhile is in its way.
 
@@ -19,6 +20,7 @@ use crate::jetstream::streams::{Routes, last_message_request};
 use crate::nats::options::Options;
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
+use crate::relay::checkpoint::record::Record;
 use crate::relay::checkpoint::store::key_subject;
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -241,7 +243,8 @@ fn look(
     // the streams first: what they lack by then is what is looked for in the slot
     let (streams, routes) = read_streams(bus, config)?;
     let (slot, system_id) = read_slot(database, config)?;
-    let published = Published::new(&slot, &streams, system_id);
+    let record = read_record(bus, config, system_id)?;
+    let published = Published::new(&slot, &streams, system_id, record.as_ref());
     let now = Instant::now();
     let known = decoded
         .take()
@@ -249,7 +252,7 @@ fn look(
     let found = match known {
         Some(found) => found,
         None => {
-            let halts = halts(bus, config, system_id, database.answer_limit)?;
+            let halts = record.and_then(|it| halts(config, it, database.answer_limit));
             let waiting = match &halts {
                 Some(_) => Waiting::Unknown,
                 None => decode::waiting(database, config, &slot, &published, &routes)?,
@@ -278,13 +281,12 @@ fn look(
     })
 }
 
-/// Why a relay halts here, if the record tells: this is not the WAL that the streams were written from.
-fn halts(
+/// What the slot's key of the checkpoint holds.
+fn read_record(
     bus: &mut Bus<'_>,
     config: &Config,
     system_id: Option<u64>,
-    limit: Duration,
-) -> Result<Option<String>, Error> {
+) -> Result<Option<Record>, Error> {
     let Some(system_id) = system_id else {
         return Ok(None);
     };
@@ -296,17 +298,18 @@ fn halts(
         Err(crate::jetstream::Error::Api { .. }) => None,
         Err(error) => return Err(error.into()),
     };
-    let record = message.and_then(|message| serde_json::from_slice(&message.data).ok());
-    let Some(record) = record else {
-        return Ok(None);
-    };
+    Ok(message.and_then(|message| serde_json::from_slice(&message.data).ok()))
+}
+
+/// Why a relay halts here, if the record tells: this is not the WAL that the streams were written from.
+fn halts(config: &Config, record: Record, limit: Duration) -> Option<String> {
     let db = config.db.connecting_within(limit);
     match compare(&db, config, record, limit) {
-        Ok(Compared::Other(reason)) => Ok(Some(reason)),
-        Ok(Compared::Same(_)) => Ok(None),
+        Ok(Compared::Other(reason)) => Some(reason),
+        Ok(Compared::Same(_)) => None,
         Err(error) => {
             log::info!(cause:% = error; "whether this is the WAL that the streams were written from is not known");
-            Ok(None)
+            None
         }
     }
 }
@@ -314,7 +317,7 @@ fn halts(
 /// What is known to be published.
 #[derive(Clone, Debug, Default)]
 struct Published {
-    /// All transactions before it.
+    /// All transactions before it: the slot says so, or the record of the checkpoint.
     confirmed: Option<Position>,
     /// By stream the last event in it, if that was written from this slot and system; with it all before it that the
     /// stream captures.
@@ -322,7 +325,17 @@ struct Published {
 }
 
 impl Published {
-    fn new(slot: &Slot, streams: &[Stream], system_id: Option<u64>) -> Published {
+    fn new(
+        slot: &Slot,
+        streams: &[Stream],
+        system_id: Option<u64>,
+        record: Option<&Record>,
+    ) -> Published {
+        // events that were consumed since are in no stream, and yet were stored. (What lies beyond the end of the WAL is of
+        // another history.)
+        let stored_lsn = record.map(|it| it.young.stored_lsn);
+        let stored_lsn = stored_lsn.filter(|lsn| *lsn <= slot.current);
+
         let tail = |stream: &Stream| {
             let at = stream.tail.as_ref()?.position.as_ref()?;
             let ours = at.source.slot == slot.name && Some(at.source.system_id) == system_id;
@@ -330,7 +343,7 @@ impl Published {
             (ours && at.position.commit_lsn <= slot.current).then_some(at.position)
         };
         Published {
-            confirmed: slot.confirmed.map(|commit_lsn| Position {
+            confirmed: slot.confirmed.max(stored_lsn).map(|commit_lsn| Position {
                 commit_lsn,
                 ordinal: 0,
             }),
@@ -557,158 +570,4 @@ fn sparkline(numbers: &[Option<u64>]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_history_is_drawn() {
-        assert_eq!(sparkline(&[]), "");
-        assert_eq!(sparkline(&[Some(0), Some(0)]), "▁▁");
-        assert_eq!(sparkline(&[Some(0), Some(50), Some(100)]), "▁▄█");
-        assert_eq!(sparkline(&[Some(u64::MAX), Some(0)]), "█▁");
-        assert_eq!(sparkline(&[Some(1), None, Some(1)]), "█·█");
-        assert_eq!(sparkline(&[None]), "·");
-    }
-
-    fn at(commit_lsn: u64, ordinal: u32) -> Position {
-        Position {
-            commit_lsn: Lsn(commit_lsn),
-            ordinal,
-        }
-    }
-
-    #[test]
-    fn the_later_of_slot_and_stream_is_what_is_published() {
-        let stream = |position: &str| Stream {
-            tail: Some(Tail {
-                position: position.parse().ok(),
-                ..Tail::default()
-            }),
-            ..Stream::default()
-        };
-        let slot = Slot {
-            name: "s".into(),
-            confirmed: Some(Lsn(0x100)),
-            current: Lsn(0x1000),
-            ..Slot::default()
-        };
-        for (position, expected) in [
-            ("s 1 1 0/200 1", at(0x200, 1)),
-            ("s 1 1 0/100 6", at(0x100, 6)),
-            ("s 1 1 0/50 1", at(0x100, 0)),
-            ("s 2 1 0/200 1", at(0x100, 0)),
-            ("other 1 1 0/200 1", at(0x100, 0)),
-            ("s 1 1 0/2000 1", at(0x100, 0)),
-            ("none", at(0x100, 0)),
-        ] {
-            let found = Published::new(&slot, &[stream(position)], Some(1));
-            let expected = Some(expected);
-            assert_eq!(
-                (found.least(), found.greatest()),
-                (expected, expected),
-                "{position}"
-            );
-        }
-        let nothing = Published::new(&Slot::default(), &[], None);
-        assert_eq!((nothing.least(), nothing.greatest()), (None, None));
-    }
-
-    #[test]
-    fn of_several_streams_each_has_its_own_end() {
-        let of = |tails: &[Option<Position>]| Published {
-            confirmed: Some(at(5, 0)),
-            tails: tails.to_vec(),
-        };
-        let (six, nine) = (Some(at(6, 2)), Some(at(9, 1)));
-        for (tails, least, greatest) in [
-            (&[six, nine][..], at(6, 2), at(9, 1)),
-            (&[nine, None], at(5, 0), at(9, 1)),
-            (&[None, None], at(5, 0), at(5, 0)),
-            (&[Some(at(1, 1)), nine], at(5, 0), at(9, 1)),
-        ] {
-            let found = (of(tails).least(), of(tails).greatest());
-            assert_eq!(found, (Some(least), Some(greatest)), "{tails:?}");
-        }
-        let published = of(&[six, nine, None]);
-        for (event, stream, expected) in [
-            (at(6, 2), Some(0), true),
-            (at(6, 3), Some(0), false),
-            (at(6, 3), Some(1), true),
-            (at(6, 3), Some(2), false),
-            (at(4, 9), Some(2), true),
-            // captured by none
-            (at(6, 1), Some(7), false),
-            (at(9, 1), None, true),
-            (at(9, 2), None, false),
-        ] {
-            assert_eq!(published.has(event, stream), expected, "{event} {stream:?}");
-        }
-    }
-
-    #[test]
-    fn what_was_decoded_holds_until_it_is_old_or_published() {
-        let start = Instant::now();
-        let later = start + DECODE_INTERVAL;
-        let upto = |confirmed| Published {
-            confirmed,
-            tails: Vec::new(),
-        };
-        let sixth = Waiting::Event {
-            at: at(5, 6),
-            stream: None,
-            time_s: 0,
-        };
-        let nothing = Waiting::Nothing;
-        for (waiting, now, known, expected) in [
-            (sixth, start, Some(at(4, 9)), Some(sixth)),
-            (sixth, start, Some(at(5, 0)), Some(sixth)),
-            (sixth, start, Some(at(5, 5)), Some(sixth)),
-            (sixth, start, None, Some(sixth)),
-            (sixth, start, Some(at(5, 6)), None),
-            (sixth, start, Some(at(6, 0)), None),
-            (sixth, later, Some(at(4, 1)), None),
-            (nothing, start, Some(at(9, 0)), Some(nothing)),
-            (nothing, later, Some(at(9, 0)), None),
-        ] {
-            let found = Decoded {
-                at: start,
-                waiting,
-                halts: None,
-            }
-            .still(now, &upto(known));
-            assert_eq!(found, expected, "{waiting:?} {known:?}");
-        }
-    }
-
-    #[test]
-    fn a_lag_above_its_limit_or_unknown_exceeds() {
-        let waits = Waiting::Event {
-            at: at(1, 1),
-            stream: None,
-            time_s: Timestamp::now().as_second() - 1000,
-        };
-        for (lag_bytes, waiting, limits, expected) in [
-            (Some(10), waits, (None, None), false),
-            (Some(10), waits, (Some(10), Some(2000)), false),
-            (Some(10), waits, (Some(9), None), true),
-            (Some(10), waits, (None, Some(999)), true),
-            (Some(0), Waiting::Nothing, (Some(0), Some(0)), false),
-            (Some(10), Waiting::Unknown, (Some(10), None), false),
-            (Some(10), Waiting::Unknown, (None, Some(100)), true),
-            (None, Waiting::Unknown, (Some(100), None), true),
-        ] {
-            let standing = Standing {
-                lag_bytes,
-                waiting,
-                ..Standing::default()
-            };
-            let how = operation::Status {
-                json: false,
-                watch: false,
-                max_lag_bytes: limits.0,
-                max_lag_seconds: limits.1,
-            };
-            assert_eq!(exceeded(&standing, &how), expected, "{standing:?} {how:?}");
-        }
-    }
-}
+mod tests;

@@ -107,6 +107,9 @@ pub struct Setup {
     /// messages of a stream that has to be created are dropped at this age (default never)
     #[argh(option)]
     pub max_age: Option<String>,
+    /// most bytes that a stream that has to be created may hold, such as 10GB; its oldest messages are dropped (default no limit)
+    #[argh(option)]
+    pub max_bytes: Option<String>,
     /// how long a stream that has to be created remembers message ids, from 100ms on (default 2m)
     #[argh(option)]
     pub duplicate_window: Option<String>,

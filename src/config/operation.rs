@@ -64,6 +64,8 @@ pub struct Setup {
     pub replicas: Option<u32>,
     /// The age at which the stream drops a message; `None`: never, and any is right.
     pub max_age: Option<Duration>,
+    /// How much the stream may hold; −1: no limit.
+    pub max_bytes: i64,
     /// How long the stream remembers message ids; `None`: two minutes, and any is right.
     pub duplicate_window: Option<Duration>,
     /// The stream that copies from the relay's, and the prefix of the copies, if it is to be another.
@@ -174,6 +176,7 @@ fn setup(flags: commands::Setup, config: &Config) -> Result<Operation, ConfigErr
         max_age: optional("max-age", flags.max_age, |text| {
             parse_duration_within(text, WINDOW)
         })?,
+        max_bytes: optional("max-bytes", flags.max_bytes, parse_bytes)?.unwrap_or(-1),
         duplicate_window: optional("duplicate-window", flags.duplicate_window, |text| {
             parse_duration_within(text, WINDOW)
         })?,
@@ -240,6 +243,23 @@ fn optional<T>(
 fn parse_number(text: &str) -> Result<u64, String> {
     text.parse()
         .map_err(|_| "is not a whole number".to_string())
+}
+
+/// A number, or one of kB, MB, GB, TB, powers of 1000.
+fn parse_bytes(text: &str) -> Result<i64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let (number, unit) = text.split_at(digits.len());
+    let unit = match unit.to_ascii_uppercase().as_str() {
+        "" | "B" => 1,
+        "K" | "KB" => 1000,
+        "M" | "MB" => 1_000_000,
+        "G" | "GB" => 1_000_000_000,
+        "T" | "TB" => 1_000_000_000_000,
+        _ => 0,
+    };
+    let bytes = number.parse().ok().and_then(|it: i64| it.checked_mul(unit));
+    let bytes = bytes.filter(|it| *it > 0 && !number.starts_with('+'));
+    bytes.ok_or_else(|| "is not a size like 500MB or 10GB".to_string())
 }
 
 fn parse_replicas(text: &str) -> Result<u32, String> {
@@ -310,12 +330,26 @@ mod tests {
     }
 
     #[test]
+    fn a_size_is_read() {
+        for (text, bytes) in [
+            ("1", 1),
+            ("5kB", 5_000),
+            ("500MB", 500_000_000),
+            ("10g", 10_000_000_000),
+            ("2TB", 2_000_000_000_000),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
     fn what_is_not_given_depends_on_the_relays_flags() {
         let setup = Setup {
             failover: false,
             stream: "s".into(),
             replicas: None,
             max_age: None,
+            max_bytes: -1,
             duplicate_window: None,
             aggregate: None,
             role: "relay".into(),
@@ -370,6 +404,10 @@ mod tests {
             &["setup", "-stream", "a.b"],
             &["setup", "-role", ""],
             &["setup", "-max-age", "1d"],
+            &["setup", "-max-bytes", "0"],
+            &["setup", "-max-bytes", "10 GB"],
+            &["setup", "-max-bytes", "10XB"],
+            &["setup", "-max-bytes", "99999999TB"],
             &["setup", "-duplicate-window", "1ms"],
             &["setup", "-max-age", "1m"],
             &["setup", "-print-sql", "-print-nats"],

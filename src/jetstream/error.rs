@@ -51,7 +51,8 @@ impl fmt::Display for Error {
             Error::Nats(error) => error.fmt(f),
             Error::ApiTimeout { api, after } => write!(
                 f,
-                "ask JetStream for {api}: no answer within {:.1} s: check that it has a leader, and the API prefix",
+                "ask JetStream for {api}: no answer within {:.1} s: check that it has a leader, that the store can write (a full disk; see the log of \
+                 nats-server), and the API prefix",
                 after.as_secs_f32()
             ),
             Error::Api { api, source } => match source {

@@ -33,7 +33,7 @@ pub fn preflight(info: &StreamInfo, server: &ServerInfo, wanted: Wanted) -> Pref
     Preflight {
         refused: refusal(&info.config, server, wanted)
             .map(|why| format!("check the stream: {} {why}", info.config.name)),
-        warnings: warnings(&info.config, server, wanted.delivery),
+        warnings: warnings(info, server, wanted.delivery),
     }
 }
 
@@ -92,8 +92,14 @@ fn refusal(config: &StreamConfig, server: &ServerInfo, wanted: Wanted) -> Option
 }
 
 /// What an operator should know of a stream that can be used.
-fn warnings(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> Vec<String> {
+fn warnings(info: &StreamInfo, server: &ServerInfo, delivery: Delivery) -> Vec<String> {
+    let config = &info.config;
     let mut warnings = Vec::new();
+    if config.retention == "interest" && info.state.consumer_count == 0 {
+        warnings.push(
+            "it has interest retention and no consumer: it drops each event as soon as it is stored".into(),
+        );
+    }
     if config.storage == "memory" {
         warnings.push("it is kept in memory: a restart of the server loses it".into());
     }
@@ -131,6 +137,35 @@ fn warnings(config: &StreamConfig, server: &ServerInfo, delivery: Delivery) -> V
     warnings
 }
 
+/// What keeps a checkpoint bucket from holding the record for as long as it is needed: what it is, why that matters, and how
+/// `nats stream edit` changes it, where it can be changed.
+pub fn bucket_faults(config: &StreamConfig) -> Vec<(String, &'static str, Option<&'static str>)> {
+    /// The record of a relay with a hundred streams.
+    const ENOUGH: i64 = 64 << 10;
+    let mut faults = Vec::new();
+    if config.storage == "memory" {
+        let why = "a restart of nats-server loses it";
+        faults.push(("is kept in memory".into(), why, None));
+    }
+    if config.max_age > 0 {
+        let what = format!(
+            "drops what is in it after {} s (max_age)",
+            config.max_age as f64 / 1e9
+        );
+        let why = "when no relay has written for so long, nobody knows any more whether the slot was moved or the publication changed";
+        faults.push((what, why, Some("--max-age=0")));
+    }
+    if (1..ENOUGH).contains(&config.max_msg_size) {
+        let what = format!(
+            "takes values of up to {} bytes (max_msg_size)",
+            config.max_msg_size
+        );
+        let why = "a record that has grown over it cannot be written, and the relay waits";
+        faults.push((what, why, Some("--max-msg-size=-1")));
+    }
+    faults
+}
+
 /// Major and minor; 0 where the text has none.
 pub(super) fn release(version: &str) -> (u32, u32) {
     let mut numbers = version.split('.').map(|word| word.parse().unwrap_or(0));
@@ -159,9 +194,14 @@ mod tests {
     }
 
     fn judge(config: StreamConfig, version: &str, cluster: &str, delivery: Delivery) -> Preflight {
+        // a test's way to ask for a consumer
+        let consumer_count = u64::from(config.max_msgs_per_subject == 7);
         let info = StreamInfo {
             config,
-            state: StreamState::default(),
+            state: StreamState {
+                consumer_count,
+                ..StreamState::default()
+            },
             created: String::new(),
             ts: String::new(),
             domain: String::new(),
@@ -277,9 +317,17 @@ mod tests {
             storage: "memory".into(),
             ..stream()
         };
+        let interest = |max_msgs_per_subject| StreamConfig {
+            retention: "interest".into(),
+            max_msgs_per_subject,
+            ..stream()
+        };
         for (config, word) in [
             (stream(), None),
             (in_memory, Some("memory")),
+            (interest(-1), Some("no consumer")),
+            // see `judge`
+            (interest(7), None),
             (limit("new", 5, -1, -1), Some("discard new")),
             (limit("new", -1, 5, -1), Some("discard new")),
             (limit("new", -1, -1, 5), None),

@@ -339,18 +339,25 @@ pub fn source(name: &str, subjects: &[String], prefix: &str, other_prefix: Optio
     }
 }
 
-/// The least that [`Aggregate::faults`] has nothing against.
+/// Asks for one that [`Aggregate::faults`] has nothing against. `limits`: further fields of its configuration.
 pub fn create_request(
     name: &str,
     sources: &[Value],
-    replicas: u32,
-    max_age: i64,
+    limits: Value,
     server_version: &str,
 ) -> Request {
-    let mut body = json!({
-        "name": name, "sources": sources, "retention": "limits", "storage": "file", "discard": "old",
-        "num_replicas": replicas, "max_age": max_age, "allow_direct": true, "metadata": { MARK.0: MARK.1 },
-    });
+    let mut body = limits;
+    for (field, value) in [
+        ("name", json!(name)),
+        ("sources", json!(sources)),
+        ("retention", json!("limits")),
+        ("storage", json!("file")),
+        ("discard", json!("old")),
+        ("allow_direct", json!(true)),
+        ("metadata", json!({ MARK.0: MARK.1 })),
+    ] {
+        body[field] = value;
+    }
     if release(server_version) < WITHOUT_WINDOW {
         body["duplicate_window"] = LEAST_WINDOW.into();
     }

@@ -2,10 +2,11 @@
 
 use crate::check_postgres::{check, finding, set_up};
 use crate::command::{on, run};
-use crate::rig::{Rig, SLOT, STREAM};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::nats::Nats;
 use crate::support::operator::Operator;
 use crate::support::postgres::Postgres;
+use crate::support::relay::Relay;
 use serde_json::{Value, json};
 
 /// A Postgres that is well, and a server with these streams beside the checkpoint's bucket.
@@ -112,6 +113,12 @@ fn a_stream_that_cannot_carry_the_promises() {
             "warn",
         ),
         (
+            json!({ "retention": "interest" }),
+            &[],
+            "nats.stream_settings",
+            "warn",
+        ),
+        (
             json!({ "duplicate_window": second }),
             &["-delivery", "at-least-once"],
             "nats.duplicate_window",
@@ -121,6 +128,12 @@ fn a_stream_that_cannot_carry_the_promises() {
         replace(&rig, &[stream(&settings)]);
         check(&rig, args, &[(name, level)]);
     }
+    replace(&rig, &[stream(&json!({ "retention": "interest" }))]);
+    let consumer = json!({ "stream_name": STREAM, "config": { "durable_name": "c", "ack_policy": "explicit" } });
+    rig.nats
+        .client()
+        .api(&format!("CONSUMER.DURABLE.CREATE.{STREAM}.c"), &consumer);
+    check(&rig, &[], &[]);
     replace(&rig, &[stream(&json!({}))]);
     check(&rig, &[], &[]);
     let mut sealed = rig.nats.client().stream_info(STREAM)["config"].clone();
@@ -307,6 +320,70 @@ fn the_bucket_is_in_memory() {
     check(&rig, &[], &[("nats.checkpoint", "warn")]);
 }
 
+/// A bucket as people make it by hand, or as it was edited.
+#[test]
+fn the_bucket_does_not_keep_the_record() {
+    let rig = set_up(Postgres::builder());
+    let mut nats = rig.nats.client();
+    let name = "KV_jetstream_outbox";
+    let good = nats.stream_info(name)["config"].clone();
+    for (setting, value, told) in [
+        (
+            "max_age",
+            json!(3_600_000_000_000_u64),
+            "drops what is in it after 3600 s (max_age)",
+        ),
+        (
+            "max_msg_size",
+            json!(1000),
+            "takes values of up to 1000 bytes (max_msg_size)",
+        ),
+    ] {
+        let mut config = good.clone();
+        config[setting] = value;
+        nats.api(&format!("STREAM.UPDATE.{name}"), &config);
+        let findings = check(&rig, &[], &[("nats.checkpoint", "warn")]);
+        let found = finding(&findings, "nats.checkpoint")["found"].as_str();
+        assert_eq!(
+            found,
+            Some(format!("bucket jetstream_outbox {told}").as_str())
+        );
+        let ended = on(&rig, &["setup"]);
+        let line = format!("differs  checkpoint bucket jetstream_outbox: it {told}: ");
+        assert!(ended.with(78).contains(&line), "{ended:?}");
+    }
+    nats.api(&format!("STREAM.UPDATE.{name}"), &good);
+    check(&rig, &[], &[]);
+}
+
+/// nats-server's own limit is shorter than what setup would ask for: it takes what the server gives.
+#[test]
+fn the_server_limits_the_window_of_duplicates() {
+    let rig = set_up(Postgres::builder());
+    let block = "jetstream { store_dir: \"{dir}/store\", limits { duplicate_window: \"1m\" } }";
+    let rig = Rig {
+        nats: Nats::builder().without_jetstream().config(block).build(),
+        pg: rig.pg,
+    };
+    on(&rig, &["setup"]).with(0);
+    for stream in [STREAM, "KV_jetstream_outbox"] {
+        let config = rig.nats.client().stream_info(stream)["config"].clone();
+        assert_eq!(
+            config["duplicate_window"],
+            json!(60_000_000_000_u64),
+            "{stream}"
+        );
+    }
+    check(&rig, &[], &[]);
+    let at_least_once = ["-delivery", "at-least-once"];
+    let findings = check(&rig, &at_least_once, &[("nats.duplicate_window", "warn")]);
+    let fix = finding(&findings, "nats.duplicate_window")["fix"].as_str();
+    assert!(
+        fix.is_some_and(|fix| fix.contains("raise that first")),
+        "{fix:?}"
+    );
+}
+
 #[test]
 fn the_stream_is_of_another_postgres() {
     let rig = set_up(Postgres::builder());
@@ -410,8 +487,31 @@ fn the_account_is_nearly_full() {
     );
     let url = format!("nats://a:a@127.0.0.1:{}", nats.port());
     // as the finding says
-    let ended = run(&["setup", "-db", &db, "-nats", &url], &[]);
+    let setup = ["setup", "-db", &db, "-nats", &url, "-aggregate", "ALL"];
+    let ended = run(&setup, &[]);
     assert_eq!(ended.code, 78, "{ended:?}");
+    assert!(ended.stderr.contains("pass -max-bytes"), "{ended:?}");
+    for _ in 0..2 {
+        run(&[&setup[..], &["-max-bytes", "1GB"]].concat(), &[]).with(0);
+    }
+    for stream in [STREAM, "ALL"] {
+        let config = nats.client().stream_info(stream)["config"].clone();
+        assert_eq!(config["max_bytes"], 1_000_000_000, "{stream}");
+    }
+    // nor does the relay fail to create its bucket
+    let bucket = "KV_jetstream_outbox";
+    for by_relay in [false, true] {
+        if by_relay {
+            nats.client()
+                .api(&format!("STREAM.DELETE.{bucket}"), &Value::Null);
+            let mut relay = Relay::run(&["-db", &db, "-nats", &url, "-drain"], &[]);
+            assert_eq!(relay.wait_exit(DEADLINE), 0, "{:?}", relay.log());
+        }
+        let config = nats.client().stream_info(bucket)["config"].clone();
+        assert_eq!(config["max_bytes"], 16 << 20, "{by_relay}");
+    }
+    // the limit of the streams is worth a word
+    assert_eq!(bad(&nats, 1, &[]), ["warn nats.stream_settings"]);
 }
 
 /// Limits by number of replicas, which an account's token may set in place of the ones for all.

@@ -5,7 +5,7 @@ use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::process::Process;
-use crate::support::wait::{eventually, secs};
+use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -128,7 +128,10 @@ fn an_event_that_one_of_several_streams_lacks_is_lag() {
     let relay = rig.relay(&["--hold-back", "1h"]);
     relay.wait_for_log("connecting to NATS again", DEADLINE);
     let count = |stream: &str| rig.nats.client().message_count(stream);
-    assert_eq!((count("A"), count("O")), (1, 2));
+    // what was on its way behind the refused one
+    eventually("the fourth event", DEADLINE, || {
+        (count("A"), count("O")) == (1, 2)
+    });
     wait_for_lag(&rig, "the third event to wait");
     room_for(-1);
     eventually("the third event", DEADLINE, || count("A") == 2);
@@ -295,6 +298,96 @@ fn watching_prints_again_with_a_history() {
         assert_eq!(line, history);
     }
     watched.process.kill();
+}
+
+/// Takes all that a consumer has to give, and acknowledges it.
+fn consume(rig: &Rig) {
+    let mut nats = rig.nats.client();
+    nats.try_subscribe("taken", 2).expect("subscribe");
+    let info = nats.api("CONSUMER.INFO.jetstream_outbox.c", &Value::Null);
+    let pending = info["num_pending"].as_u64().expect("a count");
+    for _ in 0..pending {
+        let next = "$JS.API.CONSUMER.MSG.NEXT.jetstream_outbox.c";
+        nats.try_send(next, "taken", &[], b"1").expect("ask");
+        let message = loop {
+            let message = nats.try_next().expect("a message");
+            if message.reply.is_some() {
+                break message;
+            }
+        };
+        let reply = message.reply.expect("it is to be acknowledged");
+        nats.try_send(&reply, "", &[], b"+ACK")
+            .expect("acknowledge");
+    }
+}
+
+/// What was stored and is gone again does not wait: consumed, dropped for lack of a consumer, aged out, or purged.
+#[test]
+fn events_that_were_consumed_do_not_count_as_lag() {
+    for (settings, consumer) in [
+        (json!({ "retention": "workqueue" }), true),
+        (json!({ "retention": "interest" }), true),
+        (json!({ "retention": "interest" }), false),
+        (
+            json!({ "max_age": 1_000_000_000, "duplicate_window": 1_000_000_000 }),
+            false,
+        ),
+        (json!({ "retention": "limits" }), false),
+    ] {
+        let rig = Rig::start();
+        let mut nats = rig.nats.client();
+        nats.api(&format!("STREAM.DELETE.{STREAM}"), &Value::Null);
+        let mut config = settings.clone();
+        config["name"] = json!(STREAM);
+        config["subjects"] = json!(["events.>"]);
+        nats.add_stream_with(config);
+        if consumer {
+            let config = json!({ "durable_name": "c", "ack_policy": "explicit" });
+            let request = json!({ "stream_name": STREAM, "config": config });
+            nats.api(&format!("CONSUMER.DURABLE.CREATE.{STREAM}.c"), &request);
+        }
+        // nothing is confirmed in the time of the test
+        let mut relay = rig.relay(&["--hold-back", "1h"]);
+        for number in 1..=3 {
+            rig.commit_event(number, "a");
+        }
+        eventually("the events", DEADLINE, || nats.last_seq(STREAM) == 3);
+        match consumer {
+            true => consume(&rig),
+            false if settings["retention"] == "limits" => {
+                nats.api(&format!("STREAM.PURGE.{STREAM}"), &Value::Null);
+            }
+            false => {}
+        }
+        eventually("them to be gone", DEADLINE, || {
+            nats.message_count(STREAM) == 0
+        });
+        let none = |found: &Value| found["lag_bytes"] == 0 && found["lag_seconds"] == 0;
+        // within a second of the last event there is a record of it
+        eventually("the lag to be none", DEADLINE, || {
+            let found = status(&rig);
+            if none(&found) { Ok(()) } else { Err(found) }
+        });
+        throughout("no lag", secs(2), || none(&status(&rig)));
+        on(
+            &rig,
+            &["status", "--max-lag-seconds", "0", "--max-lag-bytes", "0"],
+        )
+        .with(0);
+        relay.term();
+        assert_eq!(relay.wait_exit(DEADLINE), 0);
+        // and what was never stored does
+        rig.commit_event(4, "a");
+        eventually("the lag of another", DEADLINE, || {
+            let found = status(&rig);
+            let seconds = found["lag_seconds"].as_u64();
+            if seconds > Some(0) {
+                Ok(())
+            } else {
+                Err(found)
+            }
+        });
+    }
 }
 
 /// What `status --watch` has printed since the last look.

@@ -27,6 +27,7 @@ mod one_connection;
 mod operation;
 mod operators;
 mod operators_bucket;
+mod operators_copies;
 mod operators_postgres;
 mod operators_shared;
 mod operators_streams;

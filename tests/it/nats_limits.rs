@@ -1,6 +1,6 @@
 //! What NATS allows may change while the relay runs: it is asked again before an event is called too large.
 
-use crate::rig::{Rig, STREAM, uuid};
+use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use serde_json::json;
@@ -95,4 +95,28 @@ fn a_raised_max_msg_size_is_found_before_an_event_is_called_too_large() {
         log.contains("reading max_msg_size of the stream again"),
         "{log}"
     );
+}
+
+/// A full disk: from 2.14 on nats-server says nothing to who publishes. The relay says what it may be, and nothing is lost.
+#[test]
+fn a_store_that_cannot_write_is_named() {
+    let rig = Rig::start();
+    let relay = rig.relay(&["--hold-back", "0", "--ack-timeout", "1s"]);
+    rig.commit_event(1, "a");
+    rig.wait_for_messages(1);
+    rig.nats.limit_files(Some(50_000));
+    let large = "INSERT INTO outbox SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, 'account', 'a', \
+                 jsonb_build_object('n', repeat('x', 3000)) FROM generate_series(2, 100) n";
+    rig.pg.execute(large);
+    relay.wait_for_log("store cannot write", DEADLINE);
+    rig.nats.limit_files(None);
+    // it may need to be told
+    rig.nats.restart();
+    rig.wait_for_messages(100);
+    let ids: Vec<String> = rig
+        .messages()
+        .iter()
+        .map(|it| it.id().to_string())
+        .collect();
+    assert_eq!(ids, (1..=100).map(uuid).collect::<Vec<_>>());
 }

@@ -263,6 +263,17 @@ impl Nats {
         self.signal(Signal::CONT);
     }
 
+    /// From now on it writes no file beyond this size, as if the disk were full; `None`: it may again.
+    pub fn limit_files(&self, bytes: Option<u64>) {
+        let server = lock(&self.server);
+        let id = server.as_ref().expect("the server is running").id();
+        let soft = bytes.map_or("unlimited".into(), |bytes| bytes.to_string());
+        let mut command = Command::new("prlimit");
+        command.args([&format!("--pid={id}"), &format!("--fsize={soft}:unlimited")]);
+        let status = command.status().expect("run prlimit, of util-linux");
+        assert!(status.success(), "prlimit: {status}");
+    }
+
     fn signal(&self, signal: Signal) {
         let mut server = lock(&self.server);
         let process = server.as_mut().expect("the server is running");

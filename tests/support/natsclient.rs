@@ -482,6 +482,60 @@ impl NatsClient {
     }
 }
 
+/// A backup of a stream, as `nats stream backup` makes it.
+pub struct Snapshot {
+    config: Value,
+    state: Value,
+    chunks: Vec<Vec<u8>>,
+}
+
+impl NatsClient {
+    /// Takes a backup of a stream (`STREAM.SNAPSHOT`).
+    #[track_caller]
+    pub fn snapshot(&mut self, stream: &str) -> Snapshot {
+        let inbox = self.new_inbox();
+        let request = json!({ "deliver_subject": inbox, "no_consumers": true });
+        let answer = self.api(&format!("STREAM.SNAPSHOT.{stream}"), &request);
+        let mut chunks = Vec::new();
+        loop {
+            let chunk = self.try_next().expect("a piece of the backup");
+            if chunk.subject != inbox {
+                continue;
+            }
+            if let Some(reply) = &chunk.reply {
+                self.try_send(reply, "", &[], b"").expect("ask for more");
+            }
+            match chunk.body.is_empty() {
+                true => break,
+                false => chunks.push(chunk.body),
+            }
+        }
+        Snapshot {
+            config: answer["config"].clone(),
+            state: answer["state"].clone(),
+            chunks,
+        }
+    }
+
+    /// Makes a stream of a backup, as `nats stream restore` does; there must be none of its name.
+    #[track_caller]
+    pub fn restore(&mut self, snapshot: &Snapshot) {
+        let name = snapshot.config["name"].as_str().expect("a name");
+        let request = json!({ "config": snapshot.config, "state": snapshot.state });
+        let answer = self.api(&format!("STREAM.RESTORE.{name}"), &request);
+        let to = answer["deliver_subject"]
+            .as_str()
+            .expect("where to")
+            .to_string();
+        for chunk in &snapshot.chunks {
+            self.try_request(&to, &[], chunk).expect("it takes a piece");
+        }
+        let end = self.try_request(&to, &[], b"").expect("it takes the end");
+        let end: Value = serde_json::from_slice(&end.body).expect("JSON");
+        assert!(end["error"].is_null(), "{end}");
+    }
+}
+
 /// Stream sequence, time and number of messages left, from
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>`, which may have the
 /// domain and the account's hash before the stream.

@@ -15,9 +15,9 @@ use crate::admin::bytes;
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::client::{Api, Link};
-use crate::jetstream::preflight::{Preflight, preflight};
+use crate::jetstream::preflight::{Preflight, bucket_faults, preflight};
 use crate::jetstream::streams::{
-    self, StreamInfo, key_write_subject, last_message_request, matches,
+    self, StreamConfig, StreamInfo, key_write_subject, last_message_request, matches,
 };
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
 use crate::nats::info::ServerInfo;
@@ -104,14 +104,14 @@ struct Stream {
     read: Tried,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 enum Bucket {
     /// As nobody could be asked.
     Unknown,
     Missing,
     Unreadable(String),
     Found {
-        memory: bool,
+        config: Box<StreamConfig>,
         write: Tried,
     },
 }
@@ -312,7 +312,11 @@ fn window(facts: &Facts, config: &Config) -> Vec<Finding> {
                 found.name
             ),
             "with -delivery at-least-once, what is repeated after a longer outage stands in it twice",
-            format!("nats stream edit {} --dupe-window=2m", found.name),
+            format!(
+                "nats stream edit {} --dupe-window=2m; where nats-server has a lower limit (jetstream {{ limits {{ \
+                 duplicate_window }} }}), raise that first",
+                found.name
+            ),
         )]
     })
 }
@@ -393,13 +397,22 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
                 key_write_subject(api, &format!("$KV.{bucket}.*"))
             ),
         ),
-        Bucket::Found { memory: true, .. } => warn(
-            NAME,
-            format!("bucket {bucket} is kept in memory"),
-            "a restart of nats-server loses it",
-            format!("with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"),
-        ),
-        Bucket::Found { .. } => ok(NAME, format!("bucket {bucket} can be written")),
+        Bucket::Found { config, .. } => {
+            let faults = bucket_faults(config).into_iter().map(|(what, why, edit)| {
+                let fix = match edit {
+                    Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
+                    None => format!(
+                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"
+                    ),
+                };
+                warn(NAME, format!("bucket {bucket} {what}"), why, fix)
+            });
+            let faults: Vec<Finding> = faults.collect();
+            if !faults.is_empty() {
+                return faults;
+            }
+            ok(NAME, format!("bucket {bucket} can be written"))
+        }
     };
     vec![finding]
 }
@@ -667,7 +680,7 @@ fn read_bucket(
         Some(Err(error)) => return Bucket::Unreadable(format!("{key} holds no record: {error}")),
     }
     Bucket::Found {
-        memory: info.config.storage == "memory",
+        config: Box::new(info.config),
         write: try_write(bus, &key_write_subject(&config.nats.api_prefix, &key)),
     }
 }

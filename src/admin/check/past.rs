@@ -264,13 +264,14 @@ fn unfenced(config: &Config, log: Log, record: Option<&Record>, tail: &Tail) -> 
         fail(
             "both.delivery",
             format!(
-                "the last event of stream {} was published with at-least-once, by a relay that left off in the middle",
+                "the last event of stream {} has no fence: a relay with at-least-once left off in the middle, or the stream is a \
+                 mirror that was promoted",
                 tail.stream
             ),
             format!(
                 "after {stored} one may be missing that exactly-once would take for stored, so the relay halts"
             ),
-            "run once with -delivery at-least-once -drain until that ends with 0",
+            "run once with -delivery at-least-once -drain until that ends with 0, or, where none is missing, with -resume-anyway",
         )
     })
 }

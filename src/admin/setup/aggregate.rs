@@ -4,7 +4,7 @@
 //! and change it, the later undoes what the earlier has done. So each sends its change at once after it has read, or reads
 //! again, and then looks for longer than that whether its source is still there.
 
-use super::{Outcome, Report};
+use super::{Outcome, Report, create};
 use crate::admin::Error;
 use crate::admin::bus::Bus;
 use crate::admin::statements::create_aggregate;
@@ -75,7 +75,11 @@ pub fn extend(
         sources: Vec::new(),
         changed: None,
     };
-    let found = settle(bus, config, how, name, &sources, &mut made)?;
+    let mut found = settle(bus, config, how, name, &sources, &mut made)?;
+    // a limit that was asked for is none to warn of
+    if found.info.config.max_bytes == how.max_bytes {
+        found.info.config.max_bytes = -1;
+    }
     let mut differences = differences(&found, &origins, &wanted, &bus.info.version);
     if let Some(prefix) = other_prefix {
         differences.extend(other_subjects(&found, &origins, &wanted, prefix));
@@ -110,16 +114,13 @@ fn settle(
         let read = Instant::now();
         let Some(found) = bus.aggregate(name)? else {
             let each: Vec<Value> = sources.iter().map(|(_, source)| source.clone()).collect();
-            match bus.create(create_aggregate(
-                how,
-                name,
-                &each,
-                &bus.info.version.clone(),
-            )) {
+            let request = create_aggregate(how, name, &each, &bus.info.version);
+            match create(bus, name, request) {
                 Ok(()) => made.is_new = true,
                 // another setup was faster
-                Err(error) if error.api_error().is_some_and(|it| it.err_code == IN_USE) => {}
-                Err(error) => return Err(error.into()),
+                Err(Error::Nats(error))
+                    if error.api_error().is_some_and(|it| it.err_code == IN_USE) => {}
+                Err(error) => return Err(error),
             }
             made.changed = Some(Instant::now());
             continue;

@@ -132,10 +132,23 @@ fn open(
     if info.is_some() {
         return Ok(info);
     }
-    let (api, body) = streams::create_bucket_request(bucket, replicas);
-    let answer = link.call(&api, &body, timeout).map_err(sort)?;
-    let info = streams::parse_info(&answer);
-    info.map_err(|source| sort(jetstream::Error::Api { api, source }))
+    let create = |max_bytes| {
+        let (api, body) = streams::create_bucket_request(bucket, replicas, max_bytes);
+        let answer = link.call(&api, &body, timeout)?;
+        let info = streams::parse_info(&answer);
+        info.map_err(|source| jetstream::Error::Api { api, source })
+    };
+    let made = match create(None) {
+        Err(error)
+            if error
+                .api_error()
+                .is_some_and(|it| it.err_code == streams::MAX_BYTES_REQUIRED) =>
+        {
+            create(Some(streams::BUCKET_BYTES))
+        }
+        made => made,
+    };
+    made.map_err(sort)
 }
 
 /// Whether another try may go better.

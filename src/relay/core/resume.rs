@@ -258,6 +258,12 @@ impl Resume {
             if stream.keeps_its_end && !stream.keeps_its_order && stream.last_seq > 0 {
                 reads.insert(Read::Message(index, stream.last_seq));
             }
+            // a backup that was restored, or a new stream? What is in it tells
+            let mut cuts = facts.cuts.iter().filter_map(|cut| cut.stream(&stream.name));
+            if stream.first_seq <= stream.last_seq && cuts.any(|it| it.created != stream.created) {
+                reads.insert(Read::Message(index, stream.first_seq));
+                reads.insert(Read::Message(index, stream.last_seq));
+            }
         }
         Resume {
             foreign: vec![0; facts.streams.len()],
@@ -424,6 +430,10 @@ impl Resume {
             return match stream.created != of_cut.created {
                 // the name of a stream that has left the prefix is used again
                 true if !stream.is_routed => None,
+                true if self.is_restored(index, stream) => Some(Disagreement::Regressed {
+                    last_seq: stream.last_seq,
+                    acked_seq: seq.max(of_cut.read_after),
+                }),
                 true => Some(Disagreement::Recreated),
                 false => Some(Disagreement::Refilled { seq }),
             };
@@ -458,6 +468,20 @@ impl Resume {
             && witness.seq <= stream.last_seq
             && !is_there(witness.seq)
             && (stream.keeps_its_order || !is_there(stream.last_seq))
+    }
+
+    /// A stream that was created again holds what nobody publishes again: an event of before the oldest cut, at its first
+    /// or its last sequence. (The API restores a backup as a new stream, with the sequences that its messages had.)
+    fn is_restored(&self, index: usize, stream: &StreamFacts) -> bool {
+        let Some(oldest) = self.facts.cuts.last() else {
+            return false;
+        };
+        let is_older = |seq| {
+            let message = self.witnesses.get(&(index, seq)).and_then(Option::as_ref);
+            let at = message.and_then(|it| it.ours(&self.facts.lineage));
+            at.is_some_and(|at| at <= oldest.anchor.position)
+        };
+        is_older(stream.first_seq) || is_older(stream.last_seq)
     }
 
     /// The stream is the one that the cut speaks of: its witness is there, or is gone and `created` is the same.

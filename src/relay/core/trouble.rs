@@ -139,7 +139,10 @@ impl fmt::Display for Cause {
                 "JetStream acknowledged an event at sequence {seq}, which is not its own"
             ),
             Cause::AckTimeout => {
-                f.write_str("JetStream has acknowledged nothing for the ack timeout")
+                f.write_str(
+                    "JetStream has acknowledged nothing for the ack timeout: the stream has no leader, or the store cannot write (a full \
+                     disk), which nats-server logs, and from 2.14 on does not answer",
+                )
             }
             Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
             Cause::Elsewhere { stream, answered } => write!(

@@ -100,8 +100,8 @@ pub fn judge(facts: &Facts, _: &Config) -> Vec<Finding> {
     if missing > 0 && (parts.iter()).all(|part| part.usage.limits.max_bytes_required) {
         findings.push(judge(
             "the account asks for max_bytes of each stream (max_bytes_required)".to_string(),
-            "setup and the relay create streams without it, which JetStream refuses",
-            "create them with the nats tool and --max-bytes, as setup -print-nats has them otherwise",
+            "JetStream refuses a stream without it",
+            "jetstream-outbox setup -max-bytes 10GB, or as much as the streams are to hold",
         ));
     }
     for part in &parts {

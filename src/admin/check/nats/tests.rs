@@ -52,7 +52,7 @@ pub(super) fn good() -> Facts {
         long_subject: None,
         own: Vec::new(),
         bucket: Bucket::Found {
-            memory: false,
+            config: Box::default(),
             write: Ok(()),
         },
         park: None,
@@ -356,14 +356,17 @@ fn permissions() {
         &["publish to $KV.jetstream_outbox.*"],
         |f| {
             f.bucket = Bucket::Found {
-                memory: false,
+                config: Box::default(),
                 write: denied(),
             };
         },
     );
     check(Warn, "nats.checkpoint", &["in memory"], |f| {
         f.bucket = Bucket::Found {
-            memory: true,
+            config: Box::new(StreamConfig {
+                storage: "memory".into(),
+                ..StreamConfig::default()
+            }),
             write: Result::Ok(()),
         }
     });

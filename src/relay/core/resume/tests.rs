@@ -130,6 +130,19 @@ fn the_youngest_cut_that_the_stream_agrees_with_is_taken() {
     check(|a| a.last_seq = 0, &[], Err(()));
     // `created` changes after an edit and two restarts: the witness decides
     check(|a| a.created = "2027".into(), &all, Ok(0));
+    // created again, and empty, or with what came since: an operator's doing, so what the slot has is published
+    let again = |last_seq| {
+        move |a: &mut StreamFacts| {
+            (a.created, a.last_seq) = ("2027".into(), last_seq);
+        }
+    };
+    check(again(0), &[], Ok(1));
+    check(again(1), &[foreign(1)], Ok(1));
+    check(again(1), &[ours(1, 20)], Ok(1));
+    // restored from a backup, which a new stream cannot hold: one that has all of the matured cut, and one that has not
+    let restored = [ours(1, 10), ours(2, 20)];
+    check(again(2), &restored, Ok(1));
+    check(again(1), &[ours(1, 5)], Err(()));
     // consumed, and still the same one
     let consumed = |a: &mut StreamFacts| {
         (a.keeps_its_end, a.keeps_its_order) = (false, false);
