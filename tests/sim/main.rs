@@ -4,7 +4,7 @@
 //!
 //! At each step: no event is in two places (but where it was deleted or lost before), in each unreplicated stream events
 //! come in order, what comes after a later event is marked late, nothing at or before the record's anchor is published, nothing
-//! is dropped whose id is its own; nothing is confirmed that was not received, is not stored, or that the record does not tell.
+//! is dropped whose id is its own, nothing is put aside that neither server nor stream refuses; nothing is confirmed that was not received, is not stored, or that the record does not tell.
 //! Once the faults are over everything committed is stored and confirmed within a bounded time. A run halts only if that is
 //! due: Postgres was restored or cloned, the slot was moved, another stream answers.
 //!
