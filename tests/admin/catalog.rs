@@ -207,7 +207,7 @@ fn line(table: &Table, all: &Outboxes) -> String {
     let published = table.via.is_some();
     let columns = table.columns.iter().map(|it| column(it, published));
     when(true, format!("[{}]", columns.collect::<Vec<_>>().join(" ")));
-    for key in &table.key {
+    if let Some(key) = &table.key {
         let mut text = format!("key={}/{}", key.text, key.columns.join(","));
         text += if key.moves { "/moves" } else { "" };
         text += if key.kept { "/kept" } else { "" };
@@ -226,7 +226,7 @@ fn column(column: &Column, published: bool) -> String {
     } else {
         ""
     };
-    for sequence in &column.sequence {
+    if let Some(sequence) = &column.sequence {
         text += &format!("={sequence}");
     }
     for generated in column.generated.chars() {
