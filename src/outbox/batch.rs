@@ -6,7 +6,12 @@
 
 use super::position::Position;
 use crate::postgres::Lsn;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use std::convert::Infallible;
 use std::sync::Arc;
+
+/// Nobody holds a batch of more bytes for an event's name alone.
+const LARGE_BYTES: usize = 256 * 1024;
 
 /// A stretch of the bytes of a [`Batch`]. 32 bits suffice: a field of Postgres is smaller than 1 GiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,6 +149,24 @@ impl Event {
         self.batch.text(self.spans().id)
     }
 
+    /// Itself, or, of a large batch, its id and position alone: for who names it long after it is stored.
+    pub fn named(&self) -> Event {
+        if self.batch.len_bytes() <= LARGE_BYTES {
+            return self.clone();
+        }
+        let mut batch = Batch::default();
+        let named = batch.draft(self.view().table, self.position(), self.fate, |draft| {
+            draft.id(|id| {
+                id.extend_from_slice(self.id().as_bytes());
+                Ok::<(), Infallible>(())
+            })
+        });
+        match (named, Event::new(&Arc::new(batch), 0)) {
+            (Ok(()), Some(named)) => named,
+            _ => self.clone(),
+        }
+    }
+
     /// All of it.
     pub fn view(&self) -> OutboxEvent<'_> {
         OutboxEvent {
@@ -203,6 +226,7 @@ pub struct Batch {
     bytes: Vec<u8>,
     changes: Vec<Change>,
     table: Span,
+    lease: Option<Sender<Infallible>>,
 }
 
 impl Batch {
@@ -212,7 +236,15 @@ impl Batch {
             bytes: Vec::with_capacity(bytes),
             changes: Vec::with_capacity(changes),
             table: Span::default(),
+            lease: None,
         }
+    }
+
+    /// Tells when it is gone: nothing is ever received, and the channel closes then.
+    pub fn lease(&mut self) -> Receiver<Infallible> {
+        let (lease, gone) = bounded(0);
+        self.lease = Some(lease);
+        gone
     }
 
     /// Gives back the room that is left.
@@ -457,6 +489,21 @@ mod tests {
             )
         };
         batch.changes().iter().filter_map(view).map(text).collect()
+    }
+
+    /// Whoever remembers an event for its id does not keep a large batch from going.
+    #[test]
+    fn an_event_of_a_large_batch_can_be_named_without_it() {
+        for (bytes, is_itself) in [(100, true), (LARGE_BYTES + 1, false)] {
+            let mut batch = Batch::default();
+            add(&mut batch, "t", 3, ["s", "id", &"x".repeat(bytes)]);
+            let gone = batch.lease();
+            let event = Event::new(&Arc::new(batch), 0).unwrap();
+            let named = event.named();
+            assert_eq!((named.id(), named.position()), ("id", event.position()));
+            drop(event);
+            assert_eq!(gone.try_recv().unwrap_err().is_empty(), is_itself);
+        }
     }
 
     #[test]

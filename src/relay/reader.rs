@@ -23,7 +23,7 @@ use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crate::postgres::sqlstate::Meaning;
 use crate::postgres::{self, Lsn};
-use crossbeam_channel::{SendError, Sender};
+use crossbeam_channel::{RecvTimeoutError, SendError, Sender, TrySendError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ const STOP_GRACE: Duration = Duration::from_millis(500);
 const BATCH_SLACK: usize = 4 * 1024;
 /// One that is larger than this has an event larger than NATS takes by default, and others.
 const LARGE_BATCH_BYTES: usize = (1 << 20) + 2 * BATCH_BYTES;
+/// How often the reader looks whether anybody still works on a large batch.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// How many batches may wait for the publisher; a large one counts for several.
 pub const CHANNEL_BATCHES: usize = 4;
 
@@ -175,19 +177,23 @@ fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
     }
 }
 
-/// A large batch takes several places in the channel, so that what waits there is bounded in bytes. One that is larger than an
-/// event is that NATS takes by default is waited for: the next may be as large.
-fn send(changes: &Sender<Batch>, batch: Batch) -> Result<(), SendError<Batch>> {
+/// A large batch takes several places in the channel, so that what waits there is bounded in bytes. Of those that are larger
+/// than an event is that NATS takes by default there is one at a time: the next row is read once it is stored or parked.
+fn send(changes: &Sender<Batch>, mut batch: Batch) -> Result<(), SendError<Batch>> {
     let bytes = batch.len_bytes();
+    let gone = (bytes > LARGE_BATCH_BYTES).then(|| batch.lease());
     let places = (bytes / BATCH_BYTES).min(CHANNEL_BATCHES);
     for _ in 1..places {
         changes.send(Batch::default())?;
     }
     changes.send(batch)?;
-    if bytes > LARGE_BATCH_BYTES {
-        // all of them are in the channel once it is not
-        for _ in 0..CHANNEL_BATCHES {
-            changes.send(Batch::default())?;
+    let Some(gone) = gone else {
+        return Ok(());
+    };
+    while gone.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        // whoever took it may have left it behind
+        if let Err(TrySendError::Disconnected(batch)) = changes.try_send(Batch::default()) {
+            return Err(SendError(batch));
         }
     }
     Ok(())
@@ -566,6 +572,26 @@ mod tests {
                 "{waiting} bytes of {bytes} each"
             );
         }
+    }
+
+    #[test]
+    fn of_large_batches_there_is_one_at_a_time() {
+        let (sender, receiver) = bounded(CHANNEL_BATCHES);
+        thread::scope(|scope| {
+            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1)));
+            let large = receiver.iter().find(|batch| !batch.is_empty());
+            // it looks whether anybody is there, and waits on
+            receiver.recv().unwrap();
+            assert!(large.is_some() && !sending.is_finished());
+            drop(large);
+            sending.join().unwrap().unwrap();
+            // or whoever took it is gone
+            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1)));
+            let large = receiver.iter().find(|batch| !batch.is_empty());
+            drop(receiver);
+            assert!(sending.join().unwrap().is_err());
+            drop(large);
+        });
     }
 
     #[test]

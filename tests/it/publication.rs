@@ -295,6 +295,18 @@ fn a_table_that_is_renamed_out_of_the_named_ones_halts_the_relay_until_both_name
     assert_eq!(ids, [1, 2, 3, 4].map(uuid));
 }
 
+/// Also where nothing is written: it is looked for by what it was, not by what it is called.
+#[test]
+fn a_table_that_is_renamed_out_of_the_named_ones_halts_the_relay_that_runs() {
+    let rig = start(&[]);
+    let relay = rig.relay(&["-table", "outbox"]);
+    insert(&rig, "outbox", 1);
+    rig.wait_for_messages(1);
+    rig.pg.execute("ALTER TABLE outbox RENAME TO letters");
+    let both = "table public.outbox is called public.letters now";
+    halts_for_the_name(relay, 78, both);
+}
+
 #[test]
 fn a_table_that_is_moved_to_another_schema_while_no_relay_runs_halts_the_next_one() {
     let rig = start(&[]);

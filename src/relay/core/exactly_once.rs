@@ -488,7 +488,7 @@ impl ExactlyOnce {
         let expected = stream.fence.extend(token);
         let expected_last = match stream.is_replicated {
             true => None,
-            false => stream.previous.replace(event.clone()),
+            false => stream.previous.replace(event.named()),
         };
         // R17: whoever reads the stream back stops at what is not late
         let position = event.position();

@@ -501,3 +501,15 @@ fn a_copy_is_known_by_its_name() {
         assert_eq!(is_copy_of(name, "outbox"), expected, "{name}");
     }
 }
+
+/// Partitions whose rows come by the name of the root are no outboxes of their own, whatever they are called.
+#[test]
+fn rows_are_relayed_by_the_name_by_which_they_come() {
+    let leaf = |via| Table {
+        via: Some(via),
+        ..below(table(2, "outbox_1", &COLUMNS), true)
+    };
+    let config = config(&["-table", "outbox*"]);
+    let count = |leaf: Table| relayed(&[parent(), leaf], &config).count();
+    assert_eq!((count(leaf(1)), count(leaf(2))), (1, 2));
+}
