@@ -260,7 +260,9 @@ impl Resume {
             }
             // a backup that was restored, or a new stream? What is in it tells
             let mut cuts = facts.cuts.iter().filter_map(|cut| cut.stream(&stream.name));
-            if stream.first_seq <= stream.last_seq && cuts.any(|it| it.created != stream.created) {
+            // (of one that never had a message nats-server says 0 for both)
+            let is_empty = stream.last_seq < stream.first_seq.max(1);
+            if !is_empty && cuts.any(|it| it.created != stream.created) {
                 reads.insert(Read::Message(index, stream.first_seq));
                 reads.insert(Read::Message(index, stream.last_seq));
             }
