@@ -3,12 +3,12 @@
 //! The relay halts by name, and goes on with `--resume-anyway`, once: what was committed since is then published, each event
 //! once; and what the lost history had published stays in the stream.
 
-use crate::operators::{capture, edit, halts, ids, stop, wait_for_confirmation};
+use crate::operators::{capture, edit, halts, ids, insert, stop, wait_for_confirmation};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::command;
 use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, secs, throughout};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::ops::RangeInclusive;
 use tempfile::TempDir;
 
@@ -323,4 +323,44 @@ fn after_a_restore_that_is_accepted_a_stream_that_left_the_prefix_proves_what_it
     rig.drain(&[]);
     assert_eq!(ids(&mut client, "B"), expected);
     assert_eq!(ids(&mut client, STREAM), [1, 2, 3].map(uuid));
+}
+
+/// Nothing was told to Postgres since, and no cut agrees with the streams: what the lost history has published is read again, and
+/// need not come from Postgres. The new events are at the positions of lost ones, or at others.
+#[test]
+fn after_a_restore_that_is_accepted_a_stream_may_be_deleted_and_created_again() {
+    for same_positions in [true, false] {
+        let rig = begun(HoldBack::Zero);
+        let mut client = rig.nats.client();
+        capture(&mut client, STREAM, &["events.account.>"]);
+        client.add_stream("B", &["events.order.>"]);
+        rig.pg.execute(&insert(501, "order"));
+        rig.drain(HoldBack::Zero.args());
+        // what a walsender has confirmed is not written out before Postgres 17; what is advanced to is
+        let confirmed = rig.pg.confirmed_flush_lsn(SLOT);
+        rig.pg.execute(&format!(
+            "SELECT pg_replication_slot_advance('{SLOT}', '{confirmed}')"
+        ));
+        let copy = snapshot(&rig);
+        commit(&rig.pg, 4..=9);
+        rig.drain(&[]);
+        put_back(&rig, &copy, Slot::Kept);
+        if !same_positions {
+            grow(&rig.pg);
+        }
+        commit(&rig.pg, NEW);
+        halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
+        let mut expected: Vec<String> = (1..=9).chain(NEW).map(uuid).collect();
+        let relay = rig.relay(&["--resume-anyway"]);
+        eventually("the new events", DEADLINE, || {
+            ids(&mut client, STREAM).last() == expected.last()
+        });
+        stop(relay);
+        client.api("STREAM.DELETE.B", &Value::Null);
+        client.add_stream("B", &["events.order.>"]);
+        commit(&rig.pg, 2001..=2003);
+        expected.extend((2001..=2003).map(uuid));
+        rig.drain(&[]);
+        assert_eq!(ids(&mut client, STREAM), expected);
+    }
 }

@@ -415,7 +415,10 @@ impl On<'_> {
             return NAME;
         };
         let mut all = streams.all();
-        all.retain(|(_, kinds)| !kinds.is_empty());
+        // while a subject moves there may be none
+        if all.iter().any(|(_, kinds)| !kinds.is_empty()) {
+            all.retain(|(_, kinds)| !kinds.is_empty());
+        }
         all[random.usize(0..all.len())].0
     }
 

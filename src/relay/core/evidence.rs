@@ -108,7 +108,8 @@ impl Evidence {
     }
 
     /// What it says of the event at `position`. Events are asked for in the order of their positions: what was found
-    /// before this one was asked for, or Postgres does not have it.
+    /// before this one was asked for, or Postgres does not have it. A WAL that was accepted in place of another one may have
+    /// events at positions of that one's: both are there then.
     pub fn verdict(&mut self, position: Position, id: &str) -> Verdict {
         self.sort();
         let Some(found) = self.found.last() else {
@@ -116,10 +117,14 @@ impl Evidence {
         };
         match found.position.cmp(&position) {
             std::cmp::Ordering::Less => Verdict::NotSent(*found),
-            std::cmp::Ordering::Equal if found.id_hash == hash(id) => {
-                Verdict::Stored(found.stream, found.seq)
+            std::cmp::Ordering::Equal => {
+                let next = self.found.iter().rev();
+                let mut at_it = next.take_while(|it| it.position == position);
+                match at_it.find(|it| it.id_hash == hash(id)) {
+                    Some(stored) => Verdict::Stored(stored.stream, stored.seq),
+                    None => Verdict::OtherId(found.stream, found.seq),
+                }
             }
-            std::cmp::Ordering::Equal => Verdict::OtherId(found.stream, found.seq),
             std::cmp::Ordering::Greater => Verdict::Publish,
         }
     }
@@ -160,7 +165,6 @@ impl Evidence {
     fn sort(&mut self) {
         if !std::mem::replace(&mut self.is_sorted, true) {
             self.found.sort_unstable();
-            self.found.dedup_by_key(|found| found.position);
             self.found.reverse();
         }
     }
@@ -254,5 +258,17 @@ mod tests {
         evidence.forget_upto(at(30, 1));
         assert!(evidence.is_empty());
         assert_eq!(evidence.verdict(at(40, 1), "e"), Verdict::Publish);
+    }
+
+    #[test]
+    fn an_event_is_stored_also_where_one_of_another_wal_has_its_position() {
+        let mut evidence = Evidence::default();
+        evidence.add(at(10, 1), 0, 1, "undone");
+        evidence.add(at(10, 1), 0, 5, "a");
+        assert_eq!(evidence.verdict(at(10, 1), "a"), Verdict::Stored(0, 5));
+        assert_eq!(evidence.verdict(at(10, 1), "undone"), Verdict::Stored(0, 1));
+        assert_eq!(evidence.verdict(at(10, 1), "b"), Verdict::OtherId(0, 1));
+        evidence.forget_upto(at(10, 1));
+        assert!(evidence.is_empty());
     }
 }

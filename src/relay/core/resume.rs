@@ -359,7 +359,8 @@ impl Resume {
             stored_lsn,
             cut: self.chosen,
             quiescent: self.cut().is_some_and(|cut| cut.quiescent),
-            is_lenient: self.cut().is_some_and(|cut| cut.lenient),
+            // without a cut that agrees it is as with the oldest
+            is_lenient: (self.cut().or(self.facts.cuts.last())).is_some_and(|cut| cut.lenient),
             streams: streams.collect(),
             anchor,
             evidence: self.evidence,

@@ -180,6 +180,11 @@ fn what_postgres_was_not_told_is_taken_from_the_slot_again() {
     };
     let resumed = resume(told_nothing.clone(), &[&[]]).unwrap();
     assert_eq!((resumed.cut, resumed.anchor), (None, Anchor::bare(Lsn(1))));
+    assert!(!resumed.is_lenient);
+    let mut other_wal = told_nothing.clone();
+    other_wal.cuts[0].lenient = true;
+    let resumed = resume(other_wal, &[&[]]).unwrap();
+    assert!(resumed.is_lenient, "events of another WAL may be there");
     let goes_on = Facts {
         goes_on: true,
         ..told_nothing
