@@ -199,6 +199,11 @@ fn send(changes: &Sender<Batch>, mut batch: Batch) -> Result<(), SendError<Batch
     Ok(())
 }
 
+/// It says where Postgres is, and nothing else.
+fn is_place(batch: &Batch) -> bool {
+    matches!(batch.changes(), [Change::Keepalive { .. }])
+}
+
 /// What has been read so far.
 struct State {
     batch: Batch,
@@ -259,6 +264,10 @@ impl Reader<'_> {
             || batch.len_bytes() >= BATCH_BYTES
             || batch.changes().len() >= BATCH_CHANGES
         {
+            // while NATS is away, places of Postgres alone do not keep out the events behind them: the next one stands for this too
+            if is_place(batch) && self.changes.is_full() {
+                return self.stops(state);
+            }
             if !batch.is_empty() {
                 end_open(batch, state.transaction.as_ref());
                 let unfinished = state.transaction.as_ref().filter(|it| it.events > 0);
@@ -283,6 +292,11 @@ impl Reader<'_> {
                 return Some(Ended::Drained);
             }
         }
+        self.stops(state)
+    }
+
+    /// Sends what there is when the relay is to stop, and says whether that was the end.
+    fn stops(&self, state: &mut State) -> Option<Ended> {
         if self.stop.is_stopping() {
             let since = *state.stopping.get_or_insert_with(Instant::now);
             if state.transaction.is_none() || since.elapsed() > STOP_GRACE {

@@ -201,6 +201,8 @@ impl Relay {
         if let Some(core) = self.core() {
             core.on_disconnect();
         }
+        // at a start that is the end of the session
+        self.session.take_if(|it| !it.is_streaming);
         self.store.on_disconnect();
         self.stage = Stage::Down;
         self.retry_at = env.now + Duration::from_millis(env.rng.u64(..1500));
