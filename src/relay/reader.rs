@@ -199,8 +199,8 @@ fn send(changes: &Sender<Batch>, mut batch: Batch) -> Result<(), SendError<Batch
     Ok(())
 }
 
-/// It says where Postgres is, and nothing else.
-fn is_place(batch: &Batch) -> bool {
+/// It has no event: it says how far Postgres is.
+fn is_boundary(batch: &Batch) -> bool {
     matches!(batch.changes(), [Change::Keepalive { .. }])
 }
 
@@ -264,8 +264,8 @@ impl Reader<'_> {
             || batch.len_bytes() >= BATCH_BYTES
             || batch.changes().len() >= BATCH_CHANGES
         {
-            // while NATS is away, places of Postgres alone do not keep out the events behind them: the next one stands for this too
-            if is_place(batch) && self.changes.is_full() {
+            // while NATS is away it would keep out the events behind it; the next keepalive stands for this one too
+            if is_boundary(batch) && self.changes.is_full() {
                 return self.stops(state);
             }
             if !batch.is_empty() {

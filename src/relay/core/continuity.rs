@@ -276,6 +276,18 @@ mod tests {
     use crate::relay::checkpoint::record::AnchorEvent;
     use std::convert::Infallible;
 
+    #[test]
+    fn other_flags_make_it_lenient_and_are_told_from_other_leniency() {
+        for (has_other_flags, is_lenient) in
+            [(false, false), (false, true), (true, false), (true, true)]
+        {
+            let found =
+                Continuity::new(&anchor(), Lsn(0), Lsn(1000), has_other_flags, is_lenient).unwrap();
+            assert_eq!(found.has_other_flags(), has_other_flags);
+            assert_eq!(found.is_lenient(), has_other_flags || is_lenient);
+        }
+    }
+
     /// The anchor: the second event of the transaction at 0/64, committed at 8.
     fn anchor() -> Anchor {
         Anchor {
