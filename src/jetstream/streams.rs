@@ -4,7 +4,7 @@
 //! answers' fields are those of nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1, ADR-31
 //! for what is not used: direct get); unknown ones are ignored, so that newer servers can be talked to.
 
-use super::ack::{AckError, ApiError};
+use super::ack::{AckError, ApiError, Origin};
 use super::client::{Answer, Api, Link};
 use super::error::Error;
 use base64::Engine;
@@ -419,15 +419,15 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
 }
 
 /// Finds the stream that captures a subject. The server lets no two streams overlap.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routes {
     routes: Vec<(Pattern, usize)>,
-    names: Vec<String>,
+    homes: Vec<Origin>,
     /// The largest message of each stream that has such a limit.
     max_msg_sizes: Vec<(usize, usize)>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Pattern {
     /// `prefix.>`, as `prefix.`: the usual one, told by its beginning alone.
     Below(String),
@@ -451,9 +451,13 @@ impl Routes {
             let limit = usize::try_from(stream.config.max_msg_size).ok()?;
             (limit > 0).then_some((index, limit))
         });
+        let home = |stream: &StreamInfo| Origin {
+            stream: stream.config.name.clone(),
+            domain: stream.domain.clone(),
+        };
         Routes {
             routes: routes.collect(),
-            names: streams.iter().map(|it| it.config.name.clone()).collect(),
+            homes: streams.iter().map(home).collect(),
             max_msg_sizes: limited.collect(),
         }
     }
@@ -471,9 +475,9 @@ impl Routes {
             .map(|(_, limit)| *limit)
     }
 
-    /// The name of the stream that captures `subject`.
-    pub fn name(&self, subject: &str) -> Option<&str> {
-        self.names.get(self.route(subject)?).map(String::as_str)
+    /// The stream that captures `subject`.
+    pub fn home(&self, subject: &str) -> Option<&Origin> {
+        self.homes.get(self.route(subject)?)
     }
 
     /// The index of the stream that captures `subject`, a legal one without wildcards.

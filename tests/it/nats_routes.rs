@@ -2,16 +2,22 @@
 //! captures its subject, all promises hold; where it does not, the relay says so and ends.
 
 use crate::operators::{Load, assert_each_once, halts, stop};
-use crate::rig::{DEADLINE, Rig, STREAM};
-use crate::support::nats::Nats;
+use crate::rig::{DEADLINE, Rig, STREAM, uuid};
+use crate::support::nats::{Builder, Nats};
+use crate::support::natsclient::StreamMessage;
 use crate::support::postgres::Postgres;
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::fs;
 
 fn rig(config: &str, streams: &[(&str, &str)]) -> Rig {
+    with_streams(Nats::builder().config(config), streams)
+}
+
+fn with_streams(nats: Builder, streams: &[(&str, &str)]) -> Rig {
     let rig = Rig {
         pg: Postgres::start(),
-        nats: Nats::builder().config(config).build(),
+        nats: nats.build(),
     };
     rig.pg.seed_setup();
     let mut client = rig.nats.client();
@@ -87,23 +93,40 @@ fn a_subject_that_is_changed_on_its_way_to_another_stream_is_named() {
     }
 }
 
+/// The account's owner changes the mapping under a running relay: every second publish goes to another stream, which acknowledges
+/// it as the right one would.
 #[test]
 fn a_subject_that_only_sometimes_leads_to_its_stream_halts_the_relay() {
-    let mapping = r#""events.>": [ { destination: "events.>", weight: "50%" }, { destination: "other.>", weight: "50%" } ]"#;
-    let config = format!("mappings = {{ {mapping} }}");
-    let rig = rig(&config, &[(STREAM, "events.>"), ("OTHER", "other.>")]);
-    for number in 1..=50 {
-        rig.commit_event(number, "a");
+    let mapping = |lines: &str| format!("mappings = {{ {lines} }}");
+    let halved = r#""events.>": [ { destination: "events.>", weight: "50%" }, { destination: "other.>", weight: "50%" } ]"#;
+    for delivery in ["exactly-once", "at-least-once"] {
+        let nats = Nats::builder()
+            .file("mapping.conf", mapping(""))
+            .config("include mapping.conf");
+        let rig = with_streams(nats, &[(STREAM, "events.>"), ("OTHER", "other.>")]);
+        let map = |lines| {
+            fs::write(rig.nats.dir().join("mapping.conf"), mapping(lines)).expect("write");
+            rig.nats.reload();
+        };
+        let args = ["-delivery", delivery];
+        let load = Load::start(&rig.pg);
+        let relay = rig.relay(&args);
+        load.wait_for_more(200);
+        map(halved);
+        halts(relay, 65, &["another stream answers", "mapping"]);
+        // as it says: the subject leads to one stream
+        map("");
+        let count = load.finish();
+        rig.drain(&args);
+        if delivery == "exactly-once" {
+            assert_each_once(&rig, &[STREAM], count);
+        }
+        let messages = rig.messages();
+        let stored: BTreeSet<_> = messages.iter().map(StreamMessage::id).collect();
+        let committed: Vec<_> = (1..=count).map(uuid).collect();
+        let missing = committed.iter().find(|it| !stored.contains(it.as_str()));
+        assert_eq!(missing, None, "{delivery}");
     }
-    halts(rig.relay(&[]), 65, &["another stream answers", "mapping"]);
-    let stored = rig.nats.client().last_seq(STREAM);
-    let before: Vec<_> = (1..=stored).map(crate::rig::uuid).collect();
-    let ids: Vec<_> = rig
-        .messages()
-        .iter()
-        .map(|it| it.id().to_string())
-        .collect();
-    assert_eq!(ids, before, "no hole");
 }
 
 /// The streams are another account's, and what is published is its service.

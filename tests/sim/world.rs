@@ -90,8 +90,9 @@ pub struct Env {
     pub next_uid: u64,
     /// Why a halt is due, if it is.
     pub due: Option<&'static str>,
-    /// Events of this topic go elsewhere.
+    /// Events of this topic go elsewhere, those of an odd one every second time.
     pub leaf: Option<usize>,
+    leaf_turn: usize,
     was_elsewhere: bool,
     was_doubtful: bool,
     /// When the topic was last moved to another stream.
@@ -241,7 +242,8 @@ impl Env {
         if is_mystery || self.ends_over(flight).is_some() {
             return Ok(None);
         }
-        if self.leaf == Some(flight.topic) {
+        self.leaf_turn += usize::from(self.leaf == Some(flight.topic));
+        if self.leaf == Some(flight.topic) && (flight.topic * self.leaf_turn).is_multiple_of(2) {
             self.was_elsewhere = true;
             let origin = Origin {
                 stream: "LEAF".into(),
@@ -568,6 +570,7 @@ impl World {
             next_uid: 0,
             due: None,
             leaf: None,
+            leaf_turn: 0,
             was_elsewhere: false,
             was_doubtful: false,
             moved: [None; TOPICS + 1],

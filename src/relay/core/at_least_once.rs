@@ -3,6 +3,7 @@
 
 use super::capacity::Capacity;
 use super::culprit::{self, Alone, Culprit};
+use super::elsewhere::Elsewhere;
 use super::trouble::{Cause, Halt, Refusal, Trouble};
 use super::window::{Limits, Resolved, State, Window};
 use super::{Next, Tally};
@@ -22,6 +23,7 @@ pub struct AtLeastOnce {
     /// Those that a publish is on its way to.
     subjects: HashSet<Box<str>>,
     pub(super) culprit: Culprit,
+    elsewhere: Elsewhere,
     stored_lsn: Lsn,
     tally: Tally,
 }
@@ -34,6 +36,7 @@ impl AtLeastOnce {
             capacity: Some(capacity),
             subjects: HashSet::new(),
             culprit: Culprit::default(),
+            elsewhere: Elsewhere::default(),
             stored_lsn: Lsn::INVALID,
             tally: Tally::default(),
         }
@@ -41,6 +44,7 @@ impl AtLeastOnce {
 
     /// A new connection to NATS.
     pub fn resume(&mut self, capacity: Capacity) {
+        self.elsewhere.on_connect(&capacity.routes);
         self.capacity = Some(capacity);
     }
 
@@ -145,6 +149,15 @@ impl AtLeastOnce {
             Ok(ack) => ack,
             Err(error) => return Err(self.on_refusal(token, error)),
         };
+        // R5: a leaf node's or a mapping's stream is not the one that the events are for
+        let routes = self.capacity.as_ref().map(|it| &it.routes);
+        if let Some(routes) = routes
+            && let Some(home) = routes.home(&subject)
+            && *home != *origin
+        {
+            let (stream, answered) = (home.stream.clone(), origin.to_string());
+            return Err(self.elsewhere.on_answer(stream, answered, routes, now));
+        }
         // a duplicate is stored too, unless it is the false answer of nats-server 2.10, which names no sequence
         if ack.seq == 0 {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: 0 }));
@@ -199,8 +212,8 @@ impl AtLeastOnce {
     fn stream_of(&self, token: u64) -> String {
         let pending = self.window.get(token);
         let routes = self.capacity.as_ref().map(|it| &it.routes);
-        let stream = pending.and_then(|it| routes?.name(it.event.subject()));
-        stream.unwrap_or_default().to_string()
+        let home = pending.and_then(|it| routes?.home(it.event.subject()));
+        home.map(|it| it.stream.clone()).unwrap_or_default()
     }
 
     fn settle(&mut self) {

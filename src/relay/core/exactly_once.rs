@@ -8,6 +8,7 @@ use super::capacity::Capacity;
 use super::continuity::Continuity;
 use super::culprit::{self, Alone, Culprit};
 use super::doubt::Doubt;
+use super::elsewhere::Elsewhere;
 use super::evidence::{Evidence, Message, Verdict};
 use super::fence::AnswerFor;
 use super::gate::Gate;
@@ -29,9 +30,6 @@ use std::time::{Duration, Instant};
 /// While Postgres is told anything, each stream was seen to agree with the cuts not longer ago than this: well within the
 /// default hold-back less the default sync interval of nats-server (150 s less 120 s).
 const AGREED_FOR: Duration = Duration::from_secs(30);
-
-/// So many connections in a row that end with an answer from elsewhere are no moved subject.
-const MOST_ELSEWHERE: u32 = 5;
 
 /// A connection that was resumed over.
 #[derive(Debug)]
@@ -62,8 +60,7 @@ pub struct ExactlyOnce {
     pub(super) culprit: Culprit,
     /// What was true when the connection was lost.
     cut_at_disconnect: Option<Cut>,
-    /// So many connections in a row ended with an answer from elsewhere.
-    elsewhere: u32,
+    elsewhere: Elsewhere,
     is_quiescent: bool,
     tally: Tally,
 }
@@ -163,7 +160,7 @@ impl ExactlyOnce {
             doubt: Doubt::new(resumed.anchor.position, resumed.quiescent, wal_end),
             culprit: Culprit::default(),
             cut_at_disconnect: None,
-            elsewhere: 0,
+            elsewhere: Elsewhere::default(),
             is_quiescent: false,
             tally: Tally::default(),
         };
@@ -180,6 +177,7 @@ impl ExactlyOnce {
             capacity,
             missing,
         } = connection;
+        self.elsewhere.on_connect(&capacity.routes);
         let mut evidence = resumed.evidence;
         if let Some(commit_lsn) = self.continuity.lenient_until() {
             let ordinal = u32::MAX;
@@ -521,13 +519,15 @@ impl ExactlyOnce {
     ) -> Result<Option<u64>, Trouble> {
         self.culprit.on_answer();
         let (index, name) = ((reply / self.replies) as usize, reply % self.replies);
-        let connected = self.connection.as_mut();
-        let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) else {
+        let Some(connected) = &mut self.connection else {
+            return Ok(None);
+        };
+        let Some(stream) = connected.streams.get_mut(index) else {
             return Ok(None);
         };
         let (ack, origin) = match answer {
             Ok(ack) => ack,
-            Err(error) => return self.on_refusal(index, name, error).map(|()| None),
+            Err(error) => return self.on_refusal(index, name, error, now).map(|()| None),
         };
         // R5: an ack counts from the routed stream and domain, and once
         let found = stream
@@ -539,10 +539,12 @@ impl ExactlyOnce {
             return Err(match found {
                 // it is answered already
                 AnswerFor::None => Trouble::Halt(Halt::Elsewhere { stream, answered }),
-                _ => self.on_elsewhere(stream, answered),
+                _ => {
+                    let routes = &connected.capacity.routes;
+                    self.elsewhere.on_answer(stream, answered, routes, now)
+                }
             });
         }
-        self.elsewhere = 0;
         if ack.duplicate {
             return self.on_duplicate(index, found, ack.seq).map(|()| None);
         }
@@ -569,15 +571,6 @@ impl ExactlyOnce {
         Ok(Some(token))
     }
 
-    /// Another stream has answered. Moved subjects are found out by another connection; only what stays so halts. R5, R11.
-    fn on_elsewhere(&mut self, stream: String, answered: String) -> Trouble {
-        self.elsewhere += 1;
-        match self.elsewhere < MOST_ELSEWHERE {
-            true => Trouble::Reconnect(Cause::Elsewhere { stream, answered }),
-            false => Trouble::Halt(Halt::Elsewhere { stream, answered }),
-        }
-    }
-
     fn count(&mut self, token: u64) {
         let Some(pending) = self.window.get(token) else {
             return;
@@ -588,9 +581,17 @@ impl ExactlyOnce {
     }
 
     /// A publish is not stored. R7.
-    fn on_refusal(&mut self, index: usize, name: u64, error: AckError) -> Result<(), Trouble> {
-        let connected = self.connection.as_mut();
-        let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) else {
+    fn on_refusal(
+        &mut self,
+        index: usize,
+        name: u64,
+        error: AckError,
+        now: Instant,
+    ) -> Result<(), Trouble> {
+        let Some(connected) = &mut self.connection else {
+            return Ok(());
+        };
+        let Some(stream) = connected.streams.get_mut(index) else {
             return Ok(());
         };
         let found = stream.fence.answer_for(name, None);
@@ -598,13 +599,19 @@ impl ExactlyOnce {
             AckErrorKind::WrongLastSequence(end) => {
                 if end.is_some_and(|end| end < stream.fence.known()) {
                     let name = stream.name.clone();
-                    return Err(Trouble::Reconnect(Cause::Disagrees(name)));
+                    if stream.names_it {
+                        return Err(Trouble::Reconnect(Cause::Disagrees(name)));
+                    }
+                    // if the stream is found to be as it was, another one has answered
+                    let (answered, routes) = (error.to_string(), &connected.capacity.routes);
+                    return Err(self.elsewhere.on_answer(name, answered, routes, now));
                 }
                 stream.on_refusal(end);
             }
             AckErrorKind::OtherStream => {
-                let stream = stream.name.clone();
-                return Err(self.on_elsewhere(stream, error.to_string()));
+                let (name, routes) = (stream.name.clone(), &connected.capacity.routes);
+                let answered = error.to_string();
+                return Err(self.elsewhere.on_answer(name, answered, routes, now));
             }
             AckErrorKind::Poison => match found {
                 AnswerFor::One(token) => {

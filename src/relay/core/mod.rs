@@ -12,6 +12,7 @@ pub mod capacity;
 pub mod continuity;
 pub mod culprit;
 pub mod doubt;
+pub mod elsewhere;
 pub mod evidence;
 pub mod exactly_once;
 pub mod fence;
