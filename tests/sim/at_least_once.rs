@@ -207,7 +207,10 @@ impl World {
             if fault == 3 {
                 continue;
             }
-            let origin = Arc::new(Origin::default());
+            let origin = Arc::new(Origin {
+                stream: "A".into(),
+                domain: String::new(),
+            });
             let answer = answer.map(|ack| (ack, origin));
             match self.core.answer(flight.reply, answer, self.now) {
                 Ok(_) => {}
