@@ -87,9 +87,7 @@ impl Link {
     /// `position_source`, `<slot> <system id> <timeline>`, begins their `Outbox-Position`. Sizes are the caller's to check
     /// against [`max_payload`](Self::max_payload). Without effect once the link is over.
     pub fn publish(&self, burst: Vec<Publish>, position_source: &Arc<str>) {
-        let mut checked = burst
-            .iter()
-            .map(|publish| wire::check(&publish.event.view()));
+        let mut checked = burst.iter().map(|publish| wire::check(&publish.event));
         if let Some(error) = checked.find_map(Result::err) {
             return self.connection.close(error);
         }

@@ -7,7 +7,7 @@
 
 use crate::nats::Error;
 use crate::nats::connection::Burst;
-use crate::outbox::batch::{Event, EventSpans, OutboxEvent};
+use crate::outbox::batch::{Event, EventSpans, Parts};
 use std::io::Write;
 use std::sync::Arc;
 
@@ -55,17 +55,21 @@ impl Publish {
 
 /// Subject and id come from the mapper, which lets no control character and no space of a subject through; here they would
 /// forge protocol.
-pub fn check(event: &OutboxEvent<'_>) -> Result<(), Error> {
-    let legal = |text: &str| !text.bytes().any(|byte| byte.is_ascii_control());
-    if legal(event.id) && legal(event.subject) && !event.subject.contains(' ') {
-        return Ok(());
+pub fn check(event: &Event) -> Result<(), Error> {
+    match is_legal(event.parts()) {
+        true => Ok(()),
+        false => Err(Error::Unpublishable {
+            reason: format!(
+                "the event at {} has a control character or a space in its subject or id",
+                event.position()
+            ),
+        }),
     }
-    Err(Error::Unpublishable {
-        reason: format!(
-            "the event at {} has a control character or a space in its subject or id",
-            event.position
-        ),
-    })
+}
+
+fn is_legal(parts: Parts<'_>) -> bool {
+    let has_control = |text: &[u8]| text.iter().any(u8::is_ascii_control);
+    !has_control(parts.id) && !has_control(parts.subject) && !parts.subject.contains(&b' ')
 }
 
 /// Events on their way to the socket; each is made into bytes when its turn comes.
@@ -97,33 +101,38 @@ impl Burst for Publishes {
 
 /// Appends one publish; its answer goes to `inbox` and the publish's `reply`.
 fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u8>) {
-    let event = publish.event.view();
+    let event = publish.event.parts();
+    let last_id = publish.expected_last.as_ref().map(|last| last.parts().id);
     let all = size(
         publish.event.spans(),
         publish.expected_last_sequence,
-        publish.expected_last.as_ref().map(|last| last.id().len()),
+        last_id.map(<[u8]>::len),
         position_source.len(),
     );
     let all = all + publish.extra_len();
     let headers = all - event.body.len();
     out.reserve(event.subject.len() + inbox.len() + all + 80);
-    let text = |out: &mut Vec<u8>, text: &str| out.extend_from_slice(text.as_bytes());
-    // writing to a Vec cannot fail
-    let _ = write!(
-        out,
-        "HPUB {} {inbox}{} {headers} {all}\r\n",
-        event.subject, publish.reply
-    );
+    out.extend_from_slice(b"HPUB ");
+    out.extend_from_slice(event.subject);
+    out.extend_from_slice(b" ");
+    text(out, inbox);
+    number(out, publish.reply);
+    out.extend_from_slice(b" ");
+    number(out, headers as u64);
+    out.extend_from_slice(b" ");
+    number(out, all as u64);
+    out.extend_from_slice(b"\r\n");
     let start = out.len();
     text(out, VERSION);
     if let Some(seq) = publish.expected_last_sequence {
-        let _ = write!(out, "{EXPECTED_LAST_SEQUENCE}{seq}");
+        text(out, EXPECTED_LAST_SEQUENCE);
+        number(out, seq);
     }
     text(out, MSG_ID);
-    text(out, event.id);
-    if let Some(last) = &publish.expected_last {
+    out.extend_from_slice(event.id);
+    if let Some(last_id) = last_id {
         text(out, EXPECTED_LAST_MSG_ID);
-        text(out, last.id());
+        out.extend_from_slice(last_id);
     }
     if let Some(stream) = &publish.expected_stream {
         text(out, EXPECTED_STREAM);
@@ -134,8 +143,9 @@ fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u
     }
     text(out, OUTBOX_POSITION);
     text(out, position_source);
-    let _ = write!(out, " {}", event.position);
-    text(out, event.headers);
+    // writing to a Vec cannot fail
+    let _ = write!(out, " {}", publish.event.position());
+    out.extend_from_slice(event.headers);
     text(out, END);
     debug_assert_eq!(
         out.len() - start,
@@ -144,6 +154,14 @@ fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u
     );
     out.extend_from_slice(event.body);
     out.extend_from_slice(b"\r\n");
+}
+
+fn text(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn number(out: &mut Vec<u8>, number: u64) {
+    text(out, itoa::Buffer::new().format(number));
 }
 
 /// How many bytes of an event with these parts the server counts.
@@ -306,20 +324,21 @@ mod tests {
             ordinal: 1,
         };
         let event = event("id-1", position);
-        let view = event.view();
-        assert!(check(&view).is_ok());
+        let parts = event.parts();
+        assert!(check(&event).is_ok() && is_legal(parts));
         for (subject, id) in [
             ("a\r\nPUB b", "1"),
             ("a b", "1"),
             ("a", "1\r\nNats-Rollup: all"),
             ("a", "1\n"),
         ] {
-            let forged = OutboxEvent {
+            let (subject, id) = (subject.as_bytes(), id.as_bytes());
+            let forged = Parts {
                 subject,
                 id,
-                ..view
+                ..parts
             };
-            assert!(check(&forged).is_err(), "{subject:?} {id:?}");
+            assert!(!is_legal(forged), "{}", forged.id.escape_ascii());
         }
     }
 }

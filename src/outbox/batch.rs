@@ -139,7 +139,8 @@ impl Event {
         self.fate
     }
 
-    /// The subject alone, for who needs no more: each text of [`view`](Self::view) is checked each time.
+    /// The subject alone, for who needs no more: each text of [`view`](Self::view) is checked each time, which
+    /// [`parts`](Self::parts) are not.
     pub fn subject(&self) -> &str {
         self.batch.text(self.spans().subject)
     }
@@ -167,6 +168,17 @@ impl Event {
         }
     }
 
+    /// Its bytes alone, for the wire.
+    pub fn parts(&self) -> Parts<'_> {
+        let spans = self.spans();
+        Parts {
+            subject: self.batch.slice(spans.subject),
+            id: self.batch.slice(spans.id),
+            headers: self.batch.slice(spans.headers),
+            body: self.batch.slice(spans.body),
+        }
+    }
+
     /// All of it.
     pub fn view(&self) -> OutboxEvent<'_> {
         OutboxEvent {
@@ -185,6 +197,16 @@ impl std::fmt::Debug for Event {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.view().fmt(f)
     }
+}
+
+/// What of an event goes onto the wire; see [`OutboxEvent`].
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "as there")]
+pub struct Parts<'a> {
+    pub subject: &'a [u8],
+    pub id: &'a [u8],
+    pub headers: &'a [u8],
+    pub body: &'a [u8],
 }
 
 /// A view of one event.

@@ -306,7 +306,7 @@ impl ExactlyOnce {
         if end > known {
             connected.asked = Some(Asked::Gap(index));
             return Some(Next::Read {
-                stream: stream.name.clone(),
+                stream: stream.name().to_string(),
                 from: known + 1,
                 to: end,
             });
@@ -379,7 +379,9 @@ impl ExactlyOnce {
         let position = event.position();
         let name = |streams: &[Stream], index: usize| {
             let stream = streams.get(index);
-            stream.map(|stream| stream.name.clone()).unwrap_or_default()
+            stream
+                .map(|stream| stream.name().to_string())
+                .unwrap_or_default()
         };
         loop {
             match connected.evidence.verdict(position, event.id()) {
@@ -450,7 +452,7 @@ impl ExactlyOnce {
             return Err(Trouble::Reconnect(Cause::NoStream(subject.to_string())));
         };
         if let Some(seq) = suspect {
-            let name = stream.name.clone();
+            let name = stream.name().to_string();
             connected.asked = Some(Asked::Suspect {
                 token,
                 stream: index,
@@ -467,7 +469,7 @@ impl ExactlyOnce {
             return Ok(Judged::Wait);
         }
         let last_id_len = stream.previous.as_ref().map(|last| last.spans().id_len());
-        let extra_len = wire::extra_len(&stream.name);
+        let extra_len = wire::extra_len(stream.name());
         Ok(match spare(Some(stream.fence.predicted()), last_id_len) {
             Ok(spare) => Judged::Publish {
                 stream: index,
@@ -492,7 +494,7 @@ impl ExactlyOnce {
         let position = event.position();
         let is_late = position < stream.latest || connected.evidence.has_after(position, index);
         stream.names_it &= has_room;
-        let expected_stream = stream.names_it.then(|| stream.name.as_str().into());
+        let expected_stream = stream.names_it.then(|| stream.name().into());
         self.tally.late += u64::from(is_late);
         connected.is_parking = event.fate() == Fate::Park;
         self.window.send_at_cursor(index, expected, now);
@@ -533,9 +535,9 @@ impl ExactlyOnce {
         let found = stream
             .fence
             .answer_for(name, (!ack.duplicate).then_some(ack.seq));
-        let is_home = origin.stream == stream.name && origin.domain == stream.domain;
+        let is_home = stream.is_home(&origin);
         if !is_home || found == AnswerFor::None {
-            let (stream, answered) = (stream.name.clone(), origin.to_string());
+            let (stream, answered) = (stream.name().to_string(), origin.to_string());
             return Err(match found {
                 // it is answered already
                 AnswerFor::None => Trouble::Halt(Halt::Elsewhere { stream, answered }),
@@ -563,7 +565,7 @@ impl ExactlyOnce {
         }
         stream.on_ack(expected, pending.event.position());
         if pending.event.fate() != Fate::Park {
-            self.culprit.on_stored(token, &stream.name);
+            self.culprit.on_stored(token, stream.name());
         }
         self.window.on_stored(token, Some((index, ack.seq)), now);
         self.count(token);
@@ -598,7 +600,7 @@ impl ExactlyOnce {
         match error.kind() {
             AckErrorKind::WrongLastSequence(end) => {
                 if end.is_some_and(|end| end < stream.fence.known()) {
-                    let name = stream.name.clone();
+                    let name = stream.name().to_string();
                     if stream.names_it {
                         return Err(Trouble::Reconnect(Cause::Disagrees(name)));
                     }
@@ -609,7 +611,7 @@ impl ExactlyOnce {
                 stream.on_refusal(end);
             }
             AckErrorKind::OtherStream => {
-                let (name, routes) = (stream.name.clone(), &connected.capacity.routes);
+                let (name, routes) = (stream.name().to_string(), &connected.capacity.routes);
                 let answered = error.to_string();
                 return Err(self.elsewhere.on_answer(name, answered, routes, now));
             }
@@ -628,7 +630,7 @@ impl ExactlyOnce {
                 if let AnswerFor::One(token) = found
                     && self.culprit.on_refusal(token, kind) == culprit::Next::Never
                 {
-                    let stream = stream.name.clone();
+                    let stream = stream.name().to_string();
                     return Err(match kind {
                         AckErrorKind::Closed => Trouble::Halt(Halt::Closed { stream, error }),
                         _ => self.refused(token, Refusal::Unknown(error)),
@@ -655,7 +657,7 @@ impl ExactlyOnce {
         };
         let streams = self.connection.as_ref().map(|it| &it.streams);
         let stream = stream.and_then(|index| streams?.get(index));
-        let stream = stream.map(|it| it.name.clone()).unwrap_or_default();
+        let stream = stream.map(|it| it.name().to_string()).unwrap_or_default();
         match why.is_doubtful() && !self.culprit.may_put_aside(&stream) {
             true => Trouble::Halt(Halt::EachRefused {
                 stream,
@@ -838,7 +840,7 @@ impl ExactlyOnce {
     /// Where a stream ends for all that is known.
     pub fn end_of(&self, name: &str) -> Option<u64> {
         let mut streams = self.connection.iter().flat_map(|it| &it.streams);
-        let stream = streams.find(|stream| stream.name == name)?;
+        let stream = streams.find(|stream| stream.name() == name)?;
         Some(stream.fence.known())
     }
 
@@ -851,7 +853,7 @@ impl ExactlyOnce {
         let streams = connected.into_iter().flat_map(|connected| {
             let of_streams = connected.streams.iter().enumerate();
             let of_streams = of_streams.map(|(index, stream)| StreamCut {
-                name: stream.name.clone(),
+                name: stream.name().to_string(),
                 created: stream.created.clone(),
                 read_after: self.read_after(connected, index),
                 witness: stream.witness(&self.lineage),
@@ -959,7 +961,7 @@ impl ExactlyOnce {
         connected.looks.clear();
         let mut looks = Vec::new();
         for (index, stream) in connected.streams.iter().enumerate() {
-            let name = || stream.name.clone();
+            let name = || stream.name().to_string();
             let token = 2 * index as u64;
             connected
                 .looks
@@ -1007,7 +1009,9 @@ impl ExactlyOnce {
         if let Some(stream) = connected.streams.get((token / 2) as usize)
             && !agrees(stream, &expected)
         {
-            return Err(Trouble::Reconnect(Cause::Disagrees(stream.name.clone())));
+            return Err(Trouble::Reconnect(Cause::Disagrees(
+                stream.name().to_string(),
+            )));
         }
         if connected.looks.is_empty() {
             connected.agreed_at = connected.looked_at;
@@ -1046,7 +1050,7 @@ impl ExactlyOnce {
         let connected = self.connection.iter();
         let streams = connected.flat_map(|connected| &connected.streams);
         streams
-            .map(|it| (it.name.clone(), it.fence.known()))
+            .map(|it| (it.name().to_string(), it.fence.known()))
             .collect()
     }
 

@@ -2,10 +2,12 @@
 
 use super::fence::Fence;
 use super::resume::StreamFacts;
+use crate::jetstream::ack::Origin;
 use crate::outbox::batch::Event;
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
 use crate::relay::checkpoint::record::{StreamCut, Witness};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long after a foreign message a replicated stream gets one publish at a time: there a later publish of a pipeline can
@@ -19,10 +21,8 @@ const MOST_UNVOUCHED: u64 = 1_000;
 /// What was read of a stream at connect, and what is known from then on.
 #[derive(Debug)]
 pub struct Stream {
-    /// Its name.
-    pub name: String,
-    /// The domain that its acks name; empty without one.
-    pub domain: String,
+    /// Its name, and the domain that its acks name.
+    home: Arc<Origin>,
     /// When it was created.
     pub created: String,
     /// Copies in the cluster. Only an unreplicated stream can be told the expected last message's id: in a replicated one a
@@ -57,8 +57,10 @@ impl Stream {
     /// As it was read. Until the first ack of the connection one publish goes at a time.
     pub fn new(cut: StreamCut, facts: StreamFacts, names: u64) -> Stream {
         Stream {
-            name: cut.name,
-            domain: facts.domain,
+            home: Arc::new(Origin {
+                stream: cut.name,
+                domain: facts.domain,
+            }),
             created: cut.created,
             is_replicated: facts.is_replicated,
             kept_from: facts.keeps_its_end.then_some(facts.first_seq),
@@ -74,6 +76,23 @@ impl Stream {
             foreign_at: None,
             pipeline: usize::MAX,
         }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.home.stream
+    }
+
+    /// An ack is this stream's. Nearly all of them bear one [`Origin`]: they are told by its address.
+    pub fn is_home(&mut self, origin: &Arc<Origin>) -> bool {
+        if Arc::ptr_eq(&self.home, origin) {
+            return true;
+        }
+        let is_home = self.home == *origin;
+        if is_home {
+            self.home = origin.clone();
+        }
+        is_home
     }
 
     /// Another publish may go.
