@@ -262,6 +262,19 @@ fn the_status_says_what_is_served_and_remembers_an_outage() {
     eventually("the outage to be sampled", DEADLINE, || {
         history("ready").contains(&Some(0.0))
     });
+    // what others write fills the channel, and leaves the last place to an event
+    let write_other = || {
+        let before = metric(&at, "jetstream_outbox_wal_end_bytes");
+        rig.pg.execute("INSERT INTO other VALUES ('x')");
+        eventually("Postgres to say how far it is", DEADLINE, || {
+            metric(&at, "jetstream_outbox_wal_end_bytes") > before
+        });
+    };
+    eventually("the channel to be nearly full", DEADLINE, || {
+        write_other();
+        metric(&at, "jetstream_outbox_channel_batches") >= 3.0
+    });
+    (0..5).for_each(|_| write_other());
     // more than the reader can hand over: the end of the transaction has not come, and its events wait all the same
     rig.pg.execute(&format!(
         "INSERT INTO outbox SELECT {UUID_SQL}, 'account', 'a', jsonb_build_object('text', repeat('x', 300)) \
