@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 
 const UNIT: &str = include_str!("../scripts/deploy/jetstream-outbox.service");
+const TEMPLATE: &str = include_str!("../scripts/deploy/jetstream-outbox@.service");
 const CRON: &str = include_str!("../scripts/deploy/cron");
 const README: &str = include_str!("../README.md");
 const CONFIGURATION: &str = include_str!("../src/manual/02_configuration.md");
@@ -19,6 +20,22 @@ fn what_a_restart_cannot_mend_is_not_restarted() {
     assert_eq!(codes, Some(for_good.join(" ").as_str()));
     let busy = format!("[ $? = {} ]", Exit::SlotInUse as u8);
     assert!(CRON.contains(&busy), "{busy}");
+}
+
+#[test]
+fn the_template_is_the_unit_but_for_its_names() {
+    let [unit, template] = [UNIT, TEMPLATE].map(|text| {
+        let start = text.find("[Unit]").expect("it has sections");
+        text[start..].lines().collect::<Vec<_>>()
+    });
+    assert_eq!(unit.len(), template.len());
+    let lines = unit.iter().zip(&template);
+    let differ: Vec<_> = lines.filter(|(one, other)| one != other).collect();
+    let named = ["Description=", "EnvironmentFile=", "LoadCredential="];
+    assert_eq!(differ.len(), named.len(), "{differ:?}");
+    for ((one, other), name) in differ.iter().zip(named) {
+        assert!(one.starts_with(name) && other.starts_with(name) && other.contains("%i"));
+    }
 }
 
 /// The bound of the unit follows from the README's.
@@ -36,7 +53,7 @@ fn the_memory_that_the_unit_allows_is_three_times_what_is_promised() {
 
 #[test]
 fn their_variables_are_the_programs() {
-    for text in [UNIT, CRON] {
+    for text in [UNIT, TEMPLATE, CRON] {
         let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
         let variables: Vec<_> = words
             .filter(|word| word.starts_with("JETSTREAM_OUTBOX_"))
@@ -57,16 +74,19 @@ fn systemd_understands_the_unit_and_finds_it_well_confined() {
         return println!("systemd-analyze is not installed: the unit is not looked at");
     }
     let folder = tempfile::tempdir().expect("create a temporary folder");
-    let path = folder.path().join("jetstream-outbox.service");
-    // it must find the program
-    let unit = UNIT.replace("/usr/local/bin/jetstream-outbox", "/bin/true");
-    fs::write(&path, unit).expect("write the unit");
-    let path = path.to_str().expect("a path of ours");
-    for args in [
-        // its manual pages need not be installed here
-        &["verify", "--man=no"][..],
-        &["security", "--offline=true", "--threshold=20"],
-    ] {
+    let path_of = |name: &str, unit: &str| {
+        let path = folder.path().join(name);
+        // it must find the program
+        let unit = unit.replace("/usr/local/bin/jetstream-outbox", "/bin/true");
+        fs::write(&path, unit).expect("write the unit");
+        path.to_str().expect("a path of ours").to_string()
+    };
+    let unit = path_of("jetstream-outbox.service", UNIT);
+    let template = path_of("jetstream-outbox@.service", TEMPLATE);
+    // its manual pages need not be installed here
+    let verify = &["verify", "--man=no"][..];
+    let security = &["security", "--offline=true", "--threshold=20"][..];
+    for (args, path) in [(verify, &unit), (security, &unit), (verify, &template)] {
         let output = analyze(&[args, &[path]].concat()).expect("it ran before");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
