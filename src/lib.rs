@@ -25,6 +25,9 @@
 //! [`relay::publisher`] from there; every decision they carry out is made in [`relay::core`], which
 //! knows no socket, clock or thread.
 
+// bytes from a network reach no panic
+#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::indexing_slicing))]
+
 #[cfg(feature = "admin")]
 pub mod admin;
 pub mod cli;

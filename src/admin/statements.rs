@@ -4,7 +4,7 @@
 use crate::config::Config;
 use crate::config::operation::Setup;
 use crate::jetstream::sources;
-use crate::jetstream::streams::{Request, create_bucket_request, matches};
+use crate::jetstream::streams::{Request, create_bucket_request, matches, set};
 pub use crate::relay::preflight::outbox_sql::{
     create_publication, create_table, mapping_of, tables,
 };
@@ -25,7 +25,7 @@ pub fn create_stream(config: &Config, how: &Setup) -> Request {
     });
     // otherwise the server's default, for which it may have a limit
     if let Some(window) = how.duplicate_window {
-        body["duplicate_window"] = nanos(window).into();
+        set(&mut body, "duplicate_window", nanos(window).into());
     }
     (
         format!("STREAM.CREATE.{}", how.stream),

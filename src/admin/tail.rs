@@ -165,13 +165,14 @@ fn json_line(stream: &str, message: &StoredMessage) -> String {
             values.push(json!(value));
         }
     }
-    let mut line = json!({
+    let (data, text) = match std::str::from_utf8(&message.data) {
+        Ok(text) => ("data", text.to_string()),
+        Err(_) => ("data_base64", STANDARD.encode(&message.data)),
+    };
+    let line = json!({
         "stream": stream, "seq": message.seq, "time": message.time, "subject": message.subject, "headers": headers,
+        data: text,
     });
-    match std::str::from_utf8(&message.data) {
-        Ok(text) => line["data"] = json!(text),
-        Err(_) => line["data_base64"] = json!(STANDARD.encode(&message.data)),
-    }
     format!("{line}\n")
 }
 

@@ -9,10 +9,10 @@
 use super::ack::{AckError, ApiError};
 use super::preflight::release;
 use super::streams::{
-    Request, StreamConfig, StreamInfo, SubjectTransform, null_as_default, parse, parse_info,
+    Request, StreamConfig, StreamInfo, SubjectTransform, null_as_default, parse, parse_info, set,
 };
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// What tells an aggregate that `setup` made, and may extend, from one that it leaves alone: a member of its metadata.
@@ -67,7 +67,7 @@ pub struct Aggregate {
     /// `setup` made it, or was allowed to extend it.
     pub is_ours: bool,
     /// The whole configuration, as it is sent back with another source.
-    config: Value,
+    config: Map<String, Value>,
 }
 
 /// Something about an aggregate that is not as it should be.
@@ -117,7 +117,7 @@ impl Aggregate {
     pub fn parse(body: &[u8]) -> Result<Option<Aggregate>, AckError> {
         #[derive(Deserialize)]
         struct Answer {
-            config: Value,
+            config: Map<String, Value>,
             #[serde(default, deserialize_with = "null_as_default")]
             sources: Vec<Copying>,
         }
@@ -125,13 +125,15 @@ impl Aggregate {
             return Ok(None);
         };
         let Answer { config, sources } = parse(body)?;
+        let of_config = config.get("sources").cloned().unwrap_or_default();
         let of_config: Option<Vec<Source>> =
-            serde_json::from_value(config["sources"].clone()).map_err(|_| AckError::Malformed)?;
+            serde_json::from_value(of_config).map_err(|_| AckError::Malformed)?;
+        let mark = config.get("metadata").and_then(|it| it.get(MARK.0));
         Ok(Some(Aggregate {
             info,
             sources: of_config.unwrap_or_default(),
             copying: sources,
-            is_ours: config["metadata"][MARK.0] == MARK.1,
+            is_ours: mark.is_some_and(|it| it == MARK.1),
             config,
         }))
     }
@@ -146,11 +148,14 @@ impl Aggregate {
     /// Asks for the same stream with another source.
     pub fn extend_request(&self, source: Value) -> Request {
         let mut config = self.config.clone();
-        let mut sources = config["sources"].as_array().cloned().unwrap_or_default();
-        sources.push(source);
-        config["sources"] = sources.into();
+        let sources = config.entry("sources").or_insert(Value::Null);
+        match sources.as_array_mut() {
+            Some(sources) => sources.push(source),
+            None => *sources = json!([source]),
+        }
         let name = &self.info.config.name;
-        (format!("STREAM.UPDATE.{name}"), config.to_string().into())
+        let config = Value::Object(config).to_string();
+        (format!("STREAM.UPDATE.{name}"), config.into())
     }
 
     /// What keeps events of `wanted` from being in it as they are in `origin`, by the configuration of the two.
@@ -356,10 +361,10 @@ pub fn create_request(
         ("allow_direct", json!(true)),
         ("metadata", json!({ MARK.0: MARK.1 })),
     ] {
-        body[field] = value;
+        set(&mut body, field, value);
     }
     if release(server_version) < WITHOUT_WINDOW {
-        body["duplicate_window"] = LEAST_WINDOW.into();
+        set(&mut body, "duplicate_window", LEAST_WINDOW.into());
     }
     (format!("STREAM.CREATE.{name}"), body.to_string().into())
 }
@@ -430,6 +435,13 @@ mod tests {
         Aggregate::parse(info.to_string().as_bytes())
             .unwrap()
             .unwrap()
+    }
+
+    #[test]
+    fn a_configuration_that_is_no_object_is_malformed() {
+        let as_array = json!({ "config": ["ALL", []], "state": {} }).to_string();
+        let found = Aggregate::parse(as_array.as_bytes());
+        assert!(matches!(found, Err(AckError::Malformed)), "{found:?}");
     }
 
     #[test]

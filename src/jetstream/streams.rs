@@ -10,7 +10,7 @@ use super::error::Error;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -214,6 +214,13 @@ pub fn key_write_subject(api_prefix: &str, key: &str) -> String {
     }
 }
 
+/// Sets a field of a JSON object.
+pub fn set(object: &mut Value, field: &str, value: Value) {
+    if let Some(object) = object.as_object_mut() {
+        object.insert(field.into(), value);
+    }
+}
+
 /// Asks for a new key-value bucket with one value a key (ADR-8); [`parse_info`] reads the answer. The server sets the window of
 /// duplicates, for which it may have a limit.
 pub fn create_bucket_request(bucket: &str, replicas: u32, max_bytes: Option<u64>) -> Request {
@@ -224,7 +231,7 @@ pub fn create_bucket_request(bucket: &str, replicas: u32, max_bytes: Option<u64>
         "discard": "new", "num_replicas": replicas.max(1), "deny_delete": true, "allow_rollup_hdrs": true, "allow_direct": true,
     });
     if let Some(max_bytes) = max_bytes {
-        body["max_bytes"] = max_bytes.into();
+        set(&mut body, "max_bytes", max_bytes.into());
     }
     (format!("STREAM.CREATE.{name}"), body.to_string().into())
 }

@@ -77,7 +77,7 @@ pub(super) fn write(
 
 fn push_hex(byte: u8, out: &mut Vec<u8>) {
     for nibble in [byte >> 4, byte & 15] {
-        out.push(HEX[usize::from(nibble)]);
+        out.extend(HEX.get(usize::from(nibble)));
     }
 }
 

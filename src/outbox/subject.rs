@@ -112,22 +112,16 @@ fn must_escape(before: Option<char>, c: char, after: Option<char>) -> bool {
     is_illegal(c) || (c == '.' && (matches!(before, None | Some('.')) || after.is_none()))
 }
 
-/// The bytes that stand as they are, dots aside: visible ASCII but for `*`, `>` and `%`.
-const LEGAL: [bool; 256] = {
-    let mut legal = [false; 256];
-    let mut byte = b'!';
-    while byte <= b'~' {
-        legal[byte as usize] = !matches!(byte, b'*' | b'>' | b'%');
-        byte += 1;
-    }
-    legal
-};
+/// The bytes that stand as they are, dots aside.
+const fn is_legal_byte(byte: u8) -> bool {
+    byte.is_ascii_graphic() && !matches!(byte, b'*' | b'>' | b'%')
+}
 
 /// Whether nothing in `value` needs to be escaped, decided from the bytes alone: `false` for what is not ASCII.
 fn is_legal(value: &[u8]) -> bool {
     let mut before = b'.';
     for &byte in value {
-        if !LEGAL[usize::from(byte)] || (byte == b'.' && before == b'.') {
+        if !is_legal_byte(byte) || (byte == b'.' && before == b'.') {
             return false;
         }
         before = byte;
