@@ -6,6 +6,7 @@
 use crate::operators::{capture, edit, halts, ids, insert, stop, wait_for_confirmation};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::command;
+use crate::support::natsclient::NatsClient;
 use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
@@ -323,6 +324,46 @@ fn after_a_restore_that_is_accepted_a_stream_that_left_the_prefix_proves_what_it
     rig.drain(&[]);
     assert_eq!(ids(&mut client, "B"), expected);
     assert_eq!(ids(&mut client, STREAM), [1, 2, 3].map(uuid));
+}
+
+/// A relay runs while another stream takes the subjects, and gives them back at once: what that one got is far from matured, and
+/// no older cut has ever named it.
+#[test]
+fn after_a_restore_that_is_accepted_a_stream_that_came_and_went_under_the_relay_proves_what_it_holds()
+ {
+    let rig = begun(HoldBack::Default);
+    let mut client = rig.nats.client();
+    let stored = |client: &mut NatsClient, stream: &str, last: u64| {
+        let last = uuid(last);
+        eventually("the events", DEADLINE, || {
+            ids(client, stream).last() == Some(&last)
+        });
+    };
+    let relay = rig.relay(&[]);
+    capture(&mut client, STREAM, &["unused"]);
+    client.add_stream("B", &["events.>"]);
+    commit(&rig.pg, 4..=6);
+    stored(&mut client, "B", 6);
+    capture(&mut client, "B", &["unused.too"]);
+    capture(&mut client, STREAM, &["events.>"]);
+    commit(&rig.pg, 7..=9);
+    stored(&mut client, STREAM, 9);
+    stop(relay);
+    let copy = snapshot(&rig);
+    commit(&rig.pg, 10..=12);
+    rig.drain(&[]);
+    put_back(&rig, &copy, Slot::Kept);
+    commit(&rig.pg, NEW);
+    halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
+    let relay = rig.relay(&["--resume-anyway"]);
+    let expected: Vec<String> = (1..=3).chain(7..=12).chain(NEW).map(uuid).collect();
+    eventually("the new events", DEADLINE, || {
+        ids(&mut client, STREAM).last() == expected.last()
+    });
+    stop(relay);
+    rig.drain(&[]);
+    assert_eq!(ids(&mut client, STREAM), expected);
+    assert_eq!(ids(&mut client, "B"), [4, 5, 6].map(uuid));
 }
 
 /// Nothing was told to Postgres since, and no cut agrees with the streams: what the lost history has published is read again, and

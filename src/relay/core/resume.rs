@@ -68,9 +68,11 @@ pub struct Facts {
 
 impl Facts {
     /// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured: all of it was read
-    /// before the matured cut, and nothing has come since. `missing`: the streams that are gone.
+    /// before the matured cut, and nothing has come since. `missing`: the streams that are gone. The cut of a core that goes on
+    /// is no matured one.
     pub fn forget_left(&mut self, missing: &mut Vec<StreamCut>) {
-        let Some(matured) = self.cuts.last().filter(|_| self.oldest_is_matured) else {
+        let is_matured = self.oldest_is_matured && !self.goes_on;
+        let Some(matured) = self.cuts.last().filter(|_| is_matured) else {
             return;
         };
         let is_over = |it: &&StreamCut| {
