@@ -430,6 +430,8 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
 pub struct Routes {
     routes: Vec<(Pattern, usize)>,
     homes: Vec<Origin>,
+    /// When each was created: another time is another stream of that name.
+    created: Vec<String>,
     /// The largest message of each stream that has such a limit.
     max_msg_sizes: Vec<(usize, usize)>,
 }
@@ -465,6 +467,7 @@ impl Routes {
         Routes {
             routes: routes.collect(),
             homes: streams.iter().map(home).collect(),
+            created: streams.iter().map(|it| it.created.clone()).collect(),
             max_msg_sizes: limited.collect(),
         }
     }

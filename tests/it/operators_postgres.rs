@@ -302,6 +302,19 @@ fn after_a_restore_that_is_accepted_nothing_is_confirmed_before_it_is_stored() {
     holds(&rig, &(1..=203).chain(NEW).collect::<Vec<_>>());
 }
 
+/// What was restored is accepted: the stream has these events in the end, and nothing more.
+#[track_caller]
+fn accept(rig: &Rig, stream: &str, expected: Vec<String>) {
+    let mut client = rig.nats.client();
+    let relay = rig.relay(&["--resume-anyway"]);
+    eventually("the new events", DEADLINE, || {
+        ids(&mut client, stream).last() == expected.last()
+    });
+    stop(relay);
+    rig.drain(&[]);
+    assert_eq!(ids(&mut client, stream), expected);
+}
+
 /// The slot sends again what a stream holds that captures nothing any more.
 #[test]
 fn after_a_restore_that_is_accepted_a_stream_that_left_the_prefix_proves_what_it_holds() {
@@ -315,14 +328,8 @@ fn after_a_restore_that_is_accepted_a_stream_that_left_the_prefix_proves_what_it
     put_back(&rig, &copy, Slot::Kept);
     commit(&rig.pg, NEW);
     halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
-    let relay = rig.relay(&["--resume-anyway"]);
-    let expected: Vec<String> = (4..=9).chain(NEW).map(uuid).collect();
-    eventually("the new events", DEADLINE, || {
-        ids(&mut client, "B").last() == expected.last()
-    });
-    stop(relay);
-    rig.drain(&[]);
-    assert_eq!(ids(&mut client, "B"), expected);
+    let expected = (4..=9).chain(NEW).map(uuid).collect();
+    accept(&rig, "B", expected);
     assert_eq!(ids(&mut client, STREAM), [1, 2, 3].map(uuid));
 }
 
@@ -355,14 +362,8 @@ fn after_a_restore_that_is_accepted_a_stream_that_came_and_went_under_the_relay_
     put_back(&rig, &copy, Slot::Kept);
     commit(&rig.pg, NEW);
     halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
-    let relay = rig.relay(&["--resume-anyway"]);
-    let expected: Vec<String> = (1..=3).chain(7..=12).chain(NEW).map(uuid).collect();
-    eventually("the new events", DEADLINE, || {
-        ids(&mut client, STREAM).last() == expected.last()
-    });
-    stop(relay);
-    rig.drain(&[]);
-    assert_eq!(ids(&mut client, STREAM), expected);
+    let expected = (1..=3).chain(7..=12).chain(NEW).map(uuid).collect();
+    accept(&rig, STREAM, expected);
     assert_eq!(ids(&mut client, "B"), [4, 5, 6].map(uuid));
 }
 

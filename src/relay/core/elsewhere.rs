@@ -1,7 +1,7 @@
 //! Whether an answer from another stream is a subject that was moved, or lasts. Pure.
 //!
-//! A moved subject is seen when the streams are read again. What comes from elsewhere again and again while the streams
-//! capture the same subjects halts: a leaf node, an import or a mapping leads the subject away, at times or always. What
+//! A moved subject, or a stream that was created again, is seen when the streams are read again. What comes from elsewhere again
+//! and again while the same streams capture the same subjects halts: a leaf node, an import or a mapping leads the subject away, at times or always. What
 //! is stored in between takes nothing back, as a mapping may lead away every tenth publish only.
 
 use super::trouble::{Cause, Halt, Trouble};
@@ -59,9 +59,9 @@ mod tests {
     use super::*;
     use crate::jetstream::streams::StreamInfo;
 
-    fn routes(stream: &str) -> Routes {
+    fn routes(stream: &str, created: &str) -> Routes {
         let info = format!(
-            r#"{{"config":{{"name":"{stream}","subjects":["a.>"]}},"created":"2026-01-01T00:00:00Z","state":{{}}}}"#
+            r#"{{"config":{{"name":"{stream}","subjects":["a.>"]}},"created":"{created}","state":{{}}}}"#
         );
         Routes::new(&[serde_json::from_str::<StreamInfo>(&info).unwrap()])
     }
@@ -77,18 +77,21 @@ mod tests {
         let (mut elsewhere, now) = (Elsewhere::default(), Instant::now());
         let halts = |nth: u32| {
             let now = now + nth * Duration::from_secs(59);
-            halts(&mut elsewhere, &routes("A"), now)
+            halts(&mut elsewhere, &routes("A", "1"), now)
         };
         assert_eq!((1..=MOST).map(halts).position(|it| it), Some(4));
     }
 
     #[test]
-    fn a_subject_that_is_moved_halts_nothing_however_often() {
-        let (mut elsewhere, now) = (Elsewhere::default(), Instant::now());
-        for nth in 0..20 {
-            let routes = routes(["A", "B"][nth % 2]);
-            assert!(!halts(&mut elsewhere, &routes, now));
-            assert!(!halts(&mut elsewhere, &routes, now));
+    fn a_subject_that_is_moved_or_a_stream_created_again_halts_nothing_however_often() {
+        for (stream, created) in [("B", "1"), ("A", "2")] {
+            let (mut elsewhere, now) = (Elsewhere::default(), Instant::now());
+            for _ in 0..20 {
+                for routes in [routes("A", "1"), routes(stream, created)] {
+                    assert!(!halts(&mut elsewhere, &routes, now));
+                    assert!(!halts(&mut elsewhere, &routes, now));
+                }
+            }
         }
     }
 
@@ -98,7 +101,7 @@ mod tests {
         for nth in 0..20 {
             assert!(!halts(
                 &mut elsewhere,
-                &routes("A"),
+                &routes("A", "1"),
                 now + nth * COUNTED_FOR
             ));
         }

@@ -606,7 +606,13 @@ impl ExactlyOnce {
                     }
                     // if the stream is found to be as it was, another one has answered
                     let (answered, routes) = (error.to_string(), &connected.capacity.routes);
-                    return Err(self.elsewhere.on_answer(name, answered, routes, now));
+                    let stream = name.clone();
+                    return Err(
+                        match self.elsewhere.on_answer(stream, answered, routes, now) {
+                            Trouble::Reconnect(_) => Trouble::Reconnect(Cause::Disagrees(name)),
+                            halt => halt,
+                        },
+                    );
                 }
                 stream.on_refusal(end);
             }
