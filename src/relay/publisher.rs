@@ -8,7 +8,7 @@ use super::checkpoint::kv;
 use super::checkpoint::record::{Anchor, Cut};
 use super::checkpoint::store::{Overtaken, Store};
 use super::connect::{self, Connector, From};
-use super::core::exactly_once::Look;
+use super::core::agreement::Look;
 use super::core::trouble::{Cause, Refusal, Trouble};
 use super::core::{Core, Next, Tally};
 use super::error::{Error, Verdict};
@@ -94,7 +94,7 @@ enum Closing {
     No,
     /// They do not; what is in the window has until then, and this connection.
     By(Instant),
-    /// They do not; the window is settled however long it takes (`--drain`), unless the relay is to stop.
+    /// They do not; the window is settled however long it takes (`-drain`), unless the relay is to stop.
     WhenSettled,
 }
 

@@ -4,32 +4,31 @@
 //! whatever comes after it in the stream: where it would be routed now proves nothing. The rules that are cited as R1, R2 …
 //! are those of [`rules`](super::rules).
 
+mod answers;
+mod cuts;
+mod reads;
+
+use super::agreement::{Agreement, Look};
 use super::capacity::Capacity;
 use super::continuity::Continuity;
-use super::culprit::{self, Alone, Culprit};
+use super::culprit::{Alone, Culprit};
 use super::doubt::Doubt;
 use super::elsewhere::Elsewhere;
 use super::evidence::{Evidence, Message, Verdict};
-use super::fence::AnswerFor;
 use super::gate::Gate;
 use super::resume::{Resumed, StreamFacts};
 use super::stream::Stream;
-use super::trouble::{Cause, Halt, Refusal, Trouble};
-use super::window::{Commit, Limits, Resolved, State, Window};
+use super::trouble::{Cause, Halt, Trouble};
+use super::window::{Commit, Limits, Resolved, Window};
 use super::{Next, Tally};
-use crate::jetstream::ack::{AckError, AckErrorKind, Origin, PubAck};
 use crate::jetstream::wire::{self, Publish};
 use crate::outbox::batch::{Batch, Event, Fate};
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
-use crate::relay::checkpoint::record::{Anchor, AnchorEvent, Cut, StreamCut, Witness};
+use crate::relay::checkpoint::record::{Anchor, Cut, StreamCut};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// While Postgres is told anything, each stream was seen to agree with the cuts not longer ago than this: well within the
-/// default hold-back less the default sync interval of nats-server (150 s less 120 s).
-const AGREED_FOR: Duration = Duration::from_secs(30);
+use std::time::Instant;
 
 /// A connection that was resumed over.
 #[derive(Debug)]
@@ -77,11 +76,7 @@ struct Connected {
     asked: Option<Asked>,
     /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else was.
     is_parking: bool,
-    /// When all streams were last seen to agree with what is known of them.
-    agreed_at: Instant,
-    /// What was asked since and is not answered, and what is expected.
-    looks: Vec<(u64, Expected)>,
-    looked_at: Instant,
+    agreement: Agreement,
 }
 
 /// How far everything is resolved.
@@ -92,24 +87,6 @@ struct Reached {
     event: Option<Event>,
     commit: Option<Commit>,
     stored_lsn: Lsn,
-}
-
-/// What is to be asked of JetStream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Look {
-    /// The stream of that name.
-    Stream(String),
-    /// The message at a sequence of it.
-    Message(String, u64),
-}
-
-/// What is expected of an answer to that.
-#[derive(Clone, Debug)]
-enum Expected {
-    /// The stream ends at this sequence or later.
-    End(u64),
-    /// This message is there, or none.
-    Witness(Witness),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -212,9 +189,7 @@ impl ExactlyOnce {
             evidence,
             asked: None,
             is_parking: false,
-            agreed_at: now,
-            looks: Vec::new(),
-            looked_at: now,
+            agreement: Agreement::new(now),
         });
         self.cut_at_disconnect = None;
     }
@@ -290,39 +265,6 @@ impl ExactlyOnce {
             Alone::Ping => Judged::Other(Next::Ping),
             Alone::Wait => Judged::Wait,
             Alone::Publish => judged,
-        }
-    }
-
-    /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
-    fn next_read(&mut self) -> Option<Next> {
-        let connected = self.connection.as_mut()?;
-        if connected.asked.is_some() {
-            return None;
-        }
-        let mut streams = connected.streams.iter_mut().enumerate();
-        let (index, stream) =
-            streams.find(|(_, stream)| stream.fence.is_broken() && stream.fence.waiting() == 0)?;
-        let (known, end) = (stream.fence.known(), stream.gap_end());
-        if end > known {
-            connected.asked = Some(Asked::Gap(index));
-            return Some(Next::Read {
-                stream: stream.name().to_string(),
-                from: known + 1,
-                to: end,
-            });
-        }
-        self.restart(index, 0);
-        self.next_read()
-    }
-
-    fn restart(&mut self, index: usize, found: u64) {
-        let stream = self
-            .connection
-            .as_mut()
-            .and_then(|it| it.streams.get_mut(index));
-        if let Some(stream) = stream {
-            stream.restart(found);
-            self.window.on_refused(index);
         }
     }
 
@@ -512,309 +454,6 @@ impl ExactlyOnce {
         })
     }
 
-    /// The answer to a publish of this connection, by its name. Returns the token of the event that is stored by it.
-    pub fn answer(
-        &mut self,
-        reply: u64,
-        answer: Result<(PubAck, Arc<Origin>), AckError>,
-        now: Instant,
-    ) -> Result<Option<u64>, Trouble> {
-        self.culprit.on_answer();
-        let (index, name) = ((reply / self.replies) as usize, reply % self.replies);
-        let Some(connected) = &mut self.connection else {
-            return Ok(None);
-        };
-        let Some(stream) = connected.streams.get_mut(index) else {
-            return Ok(None);
-        };
-        let (ack, origin) = match answer {
-            Ok(ack) => ack,
-            Err(error) => return self.on_refusal(index, name, error, now).map(|()| None),
-        };
-        // R5: an ack counts from the routed stream and domain, and once
-        let found = stream
-            .fence
-            .answer_for(name, (!ack.duplicate).then_some(ack.seq));
-        let is_home = stream.is_home(&origin);
-        if !is_home || found == AnswerFor::None {
-            let (stream, answered) = (stream.name().to_string(), origin.to_string());
-            return Err(match found {
-                // it is answered already
-                AnswerFor::None => Trouble::Halt(Halt::Elsewhere { stream, answered }),
-                _ => {
-                    let routes = &connected.capacity.routes;
-                    self.elsewhere.on_answer(stream, answered, routes, now)
-                }
-            });
-        }
-        if ack.duplicate {
-            return self.on_duplicate(index, found, ack.seq).map(|()| None);
-        }
-        let AnswerFor::One(token) = found else {
-            return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
-        };
-        let Some(pending) = self.window.get(token) else {
-            return Ok(None);
-        };
-        let State::Sent { expected, .. } = pending.state else {
-            return Ok(None);
-        };
-        // R6
-        if ack.seq != expected + 1 {
-            return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
-        }
-        stream.on_ack(expected, pending.event.position());
-        if pending.event.fate() != Fate::Park {
-            self.culprit.on_stored(token, stream.name());
-        }
-        self.window.on_stored(token, Some((index, ack.seq)), now);
-        self.count(token);
-        self.settle();
-        Ok(Some(token))
-    }
-
-    fn count(&mut self, token: u64) {
-        let Some(pending) = self.window.get(token) else {
-            return;
-        };
-        self.tally.published += 1;
-        self.tally.published_bytes += pending.event.spans().body_len() as u64;
-        self.tally.parked += u64::from(pending.event.fate() == Fate::Park);
-    }
-
-    /// A publish is not stored. R7.
-    fn on_refusal(
-        &mut self,
-        index: usize,
-        name: u64,
-        error: AckError,
-        now: Instant,
-    ) -> Result<(), Trouble> {
-        let Some(connected) = &mut self.connection else {
-            return Ok(());
-        };
-        let Some(stream) = connected.streams.get_mut(index) else {
-            return Ok(());
-        };
-        let found = stream.fence.answer_for(name, None);
-        match error.kind() {
-            AckErrorKind::WrongLastSequence(end) => {
-                if end.is_some_and(|end| end < stream.fence.known()) {
-                    let name = stream.name().to_string();
-                    if stream.names_it {
-                        return Err(Trouble::Reconnect(Cause::Disagrees(name)));
-                    }
-                    // if the stream is found to be as it was, another one has answered
-                    let (answered, routes) = (error.to_string(), &connected.capacity.routes);
-                    let stream = name.clone();
-                    return Err(
-                        match self.elsewhere.on_answer(stream, answered, routes, now) {
-                            Trouble::Reconnect(_) => Trouble::Reconnect(Cause::Disagrees(name)),
-                            halt => halt,
-                        },
-                    );
-                }
-                stream.on_refusal(end);
-            }
-            AckErrorKind::OtherStream => {
-                let (name, routes) = (stream.name().to_string(), &connected.capacity.routes);
-                let answered = error.to_string();
-                return Err(self.elsewhere.on_answer(name, answered, routes, now));
-            }
-            AckErrorKind::Poison => match found {
-                AnswerFor::One(token) => {
-                    return Err(self.refused(token, Refusal::ByStream(error)));
-                }
-                // it is published again, under a name of its own
-                _ => {
-                    stream.on_refusal(None);
-                    self.window.name_each();
-                }
-            },
-            kind @ (AckErrorKind::Closed | AckErrorKind::Unknown) => {
-                // the next connection begins with one publish to each stream
-                if let AnswerFor::One(token) = found
-                    && self.culprit.on_refusal(token, kind) == culprit::Next::Never
-                {
-                    let stream = stream.name().to_string();
-                    return Err(match kind {
-                        AckErrorKind::Closed => Trouble::Halt(Halt::Closed { stream, error }),
-                        _ => self.refused(token, Refusal::Unknown(error)),
-                    });
-                }
-                return Err(Trouble::Reconnect(Cause::Refused(error)));
-            }
-            AckErrorKind::Busy | AckErrorKind::NoRoom => {
-                return Err(Trouble::Reconnect(Cause::Refused(error)));
-            }
-        }
-        Ok(())
-    }
-
-    /// The event under this token can never be published as it is.
-    pub(super) fn refused(&mut self, token: u64, why: Refusal) -> Trouble {
-        let Some(pending) = self.window.get(token) else {
-            return Trouble::Refused { token, why };
-        };
-        let (event, state) = (&pending.event, pending.state);
-        let stream = match state {
-            State::Sent { stream, .. } => Some(stream),
-            State::Unsent | State::Resolved(_) => None,
-        };
-        let streams = self.connection.as_ref().map(|it| &it.streams);
-        let stream = stream.and_then(|index| streams?.get(index));
-        let stream = stream.map(|it| it.name().to_string()).unwrap_or_default();
-        match why.is_doubtful() && !self.culprit.may_put_aside(&stream) {
-            true => Trouble::Halt(Halt::EachRefused {
-                stream,
-                position: event.position(),
-                id: event.id().to_string(),
-                why,
-            }),
-            false => Trouble::Refused { token, why },
-        }
-    }
-
-    /// The server has the id already, as that of the message at `seq`; the publish is not stored.
-    fn on_duplicate(&mut self, index: usize, found: AnswerFor, seq: u64) -> Result<(), Trouble> {
-        if seq == 0 {
-            // a false answer of nats-server 2.10
-            return Err(Trouble::Reconnect(Cause::OtherAnswer { seq }));
-        }
-        match found {
-            AnswerFor::One(token) => {
-                if let Some(pending) = self.window.get_mut(token) {
-                    pending.suspect = Some(seq);
-                }
-            }
-            _ => self.window.name_each(),
-        }
-        let connected = self.connection.as_mut();
-        if let Some(stream) = connected.and_then(|it| it.streams.get_mut(index)) {
-            stream.on_duplicate();
-            stream.on_refusal(None);
-        }
-        Ok(())
-    }
-
-    /// What a [`Next::Read`] found: each sequence of it, with what is there. Returns the id of an event that is dropped, and
-    /// the message that had used it.
-    pub fn on_read(
-        &mut self,
-        messages: Vec<(u64, Option<Message>)>,
-        now: Instant,
-    ) -> Result<Option<(String, Message)>, Trouble> {
-        let asked = self.connection.as_mut().and_then(|it| it.asked.take());
-        match asked {
-            Some(Asked::Gap(index)) => {
-                self.on_gap(index, messages, now);
-                Ok(None)
-            }
-            Some(Asked::Suspect { token, stream, seq }) => {
-                let found = messages.into_iter().find(|(at, _)| *at == seq);
-                self.on_suspect(token, stream, seq, found.and_then(|(_, message)| message))
-            }
-            None => Ok(None),
-        }
-    }
-
-    /// What came to a stream that refused something: late copies of our own publishes, and foreign messages.
-    fn on_gap(&mut self, index: usize, messages: Vec<(u64, Option<Message>)>, now: Instant) {
-        let out: Vec<Position> = (self.window.events())
-            .filter(|it| matches!(it.state, State::Resolved(_)))
-            .map(|it| it.event.position())
-            .collect();
-        let resolved = self.reached.event.as_ref().map(Event::position);
-        let resolved = resolved
-            .unwrap_or_default()
-            .max(self.reached.anchor.position);
-        let Some(connected) = &mut self.connection else {
-            return;
-        };
-        let (mut foreign, mut last) = (0, 0);
-        for (seq, message) in messages {
-            let Some(message) = message else {
-                self.doubt.on_gone(index, seq, None);
-                continue;
-            };
-            last = last.max(seq);
-            match message.ours(&self.lineage) {
-                Some(position) => {
-                    if position > resolved && !out.contains(&position) {
-                        let id = message.id.as_deref().unwrap_or_default();
-                        connected.evidence.add(position, index, seq, id);
-                    }
-                }
-                None => foreign += 1,
-            }
-        }
-        if let Some(stream) = connected.streams.get_mut(index)
-            && foreign > 0
-        {
-            stream.on_foreign(now, stream.fence.unacknowledged());
-            self.tally.foreign += foreign;
-        }
-        self.restart(index, last);
-    }
-
-    /// What the event under `token` is called a duplicate of. R8.
-    fn on_suspect(
-        &mut self,
-        token: u64,
-        stream: usize,
-        seq: u64,
-        found: Option<Message>,
-    ) -> Result<Option<(String, Message)>, Trouble> {
-        let Some(pending) = self.window.get_mut(token) else {
-            return Ok(None);
-        };
-        pending.suspect = None;
-        let (id, position) = (pending.event.id().to_string(), pending.event.position());
-        let is_its_own = |message: &Message| {
-            let at = message
-                .position
-                .as_ref()
-                .filter(|at| self.lineage.shares(at));
-            at.is_some_and(|at| at.position == position)
-        };
-        let streams = self.connection.as_ref().map(|it| &it.streams);
-        let known = streams.and_then(|it| it.get(stream));
-        let known = known.map_or(0, |it| it.fence.known());
-        let kept_from = streams.and_then(|it| it.get(stream)?.kept_from);
-        // what is gone from before the first message was purged, if it was read so
-        let is_purged =
-            kept_from.is_some_and(|first_seq| seq < first_seq) && self.doubt.is_about(position);
-        match found {
-            // deleted or lost, this event or another with its id: it goes again until JetStream has forgotten the id
-            None if kept_from.is_some() && !is_purged => {
-                Err(Trouble::Reconnect(Cause::OtherAnswer { seq }))
-            }
-            Some(message) if message.id.as_deref() != Some(&id) => {
-                // no duplicate of that
-                Err(Trouble::Reconnect(Cause::OtherAnswer { seq }))
-            }
-            Some(message) if is_its_own(&message) => {
-                self.tally.skipped += 1;
-                self.window.resolve_at_cursor(Some((stream, seq)));
-                self.settle();
-                Ok(None)
-            }
-            // R16: gone, and it may have been this very event: also one that came since the stream was read
-            None if self.doubt.is_about(position) || known < seq => {
-                self.tally.skipped += 1;
-                self.window.resolve_at_cursor(None);
-                self.settle();
-                Ok(None)
-            }
-            found => {
-                self.tally.dropped += 1;
-                self.window.resolve_at_cursor(None);
-                self.settle();
-                Ok(Some((id, found.unwrap_or_default())))
-            }
-        }
-    }
-
     /// Lets go of what is resolved at the front of the window.
     fn settle(&mut self) {
         while let Some(resolved) = self.window.pop() {
@@ -850,186 +489,36 @@ impl ExactlyOnce {
         Some(stream.fence.known())
     }
 
-    /// The cut that is true now.
-    pub fn cut(&self) -> Cut {
-        if let Some(cut) = &self.cut_at_disconnect {
-            return cut.clone();
-        }
-        let connected = self.connection.as_ref();
-        let streams = connected.into_iter().flat_map(|connected| {
-            let of_streams = connected.streams.iter().enumerate();
-            let of_streams = of_streams.map(|(index, stream)| StreamCut {
-                name: stream.name().to_string(),
-                created: stream.created.clone(),
-                read_after: self.read_after(connected, index),
-                witness: stream.witness(&self.lineage),
-            });
-            of_streams.chain(connected.missing.iter().cloned())
-        });
-        Cut {
-            anchor: self.anchor(),
-            stored_lsn: self.reached.stored_lsn,
-            streams: streams.collect(),
-            quiescent: self.is_quiescent,
-            lenient: self.continuity.is_lenient()
-                && connected.is_some_and(|it| !it.evidence.is_empty()),
-        }
-    }
-
-    /// The same, to be recorded.
-    pub fn cut_to_record(&mut self) -> Cut {
-        self.gate.on_cut();
-        self.cut()
-    }
-
-    /// No event after the anchor has this sequence or a lower one.
-    fn read_after(&self, connected: &Connected, index: usize) -> u64 {
-        let out = self
-            .window
-            .events()
-            .filter_map(|pending| match pending.state {
-                State::Sent { stream, expected } if stream == index => Some(expected),
-                State::Resolved(Some((stream, seq))) if stream == index => {
-                    Some(seq.saturating_sub(1))
-                }
-                _ => None,
-            });
-        let evidence = connected
-            .evidence
-            .lowest_seq(index)
-            .map(|seq| seq.saturating_sub(1));
-        let anchor = self.anchor().position;
-        let gone = self.doubt.lowest_gone(index, anchor);
-        let gone = gone.map(|seq| seq.saturating_sub(1));
-        let stream = connected.streams.get(index);
-        let known = stream.map_or(0, |stream| stream.fence.known());
-        out.chain(evidence)
-            .chain(gone)
-            .min()
-            .unwrap_or(known)
-            .min(known)
-    }
-
-    fn anchor(&self) -> Anchor {
-        let Some(event) = &self.reached.event else {
-            return self.reached.anchor.clone();
-        };
-        let position = event.position();
-        let ended = self
-            .reached
-            .commit
-            .filter(|commit| commit.lsn == position.commit_lsn);
-        let time_us = ended.map(|commit| commit.time_us);
-        let time_us = time_us.or_else(|| self.window.commit_time_us(position.commit_lsn));
-        Anchor {
-            position,
-            event: Some(AnchorEvent {
-                id: event.id().to_string(),
-                commit_time_us: time_us
-                    .expect("a batch tells the time of each transaction that it has events of"),
-            }),
-        }
-    }
-
-    /// The record holds the cut that was taken last.
-    pub fn on_recorded(&mut self, now: Instant) {
-        self.gate.on_recorded(now);
-        for stream in self.connection.iter_mut().flat_map(|it| &mut it.streams) {
-            stream.is_recorded = true;
-        }
-    }
-
-    /// The record holds the cut that is true now, so it need not be written.
-    pub fn on_recorded_again(&mut self, now: Instant) {
-        self.gate.on_cut();
-        self.on_recorded(now);
-    }
-
-    /// A record is to be written at once.
-    pub fn wants_record(&self) -> bool {
-        self.connection.is_some() && self.gate.wants_record()
-    }
-
-    /// Nothing more is published: whether everything that was, also by others before, is resolved, the next cut says.
-    pub fn mark_quiescent(&mut self) {
-        let (anchor, stored_lsn) = (self.anchor().position, self.reached.stored_lsn);
-        self.is_quiescent = self.connection.is_some()
-            && self.window.waiting() == 0
-            && self.doubt.has_resolved_all(anchor, stored_lsn);
-    }
-
     /// What is to be asked now, and the names of the answers: whether the streams still agree.
     pub fn looks(&mut self, now: Instant) -> Vec<(u64, Look)> {
-        let Some(connected) = &mut self.connection else {
-            return Vec::new();
-        };
-        connected.looked_at = now;
-        connected.looks.clear();
-        let mut looks = Vec::new();
-        for (index, stream) in connected.streams.iter().enumerate() {
-            let name = || stream.name().to_string();
-            let token = 2 * index as u64;
-            connected
-                .looks
-                .push((token, Expected::End(stream.fence.known())));
-            looks.push((token, Look::Stream(name())));
-            if let Some(witness) = stream.witness(&self.lineage) {
-                looks.push((token + 1, Look::Message(name(), witness.seq)));
-                connected
-                    .looks
-                    .push((token + 1, Expected::Witness(witness)));
-            }
+        match &mut self.connection {
+            Some(it) => it.agreement.ask(&it.streams, &self.lineage, now),
+            None => Vec::new(),
         }
-        looks
     }
 
     /// The answer to a [`Look::Stream`]. R22.
     pub fn on_look(&mut self, token: u64, created: &str, last_seq: u64) -> Result<(), Trouble> {
-        self.on_looked(token, |stream, expected| {
-            let ends = matches!(expected, Expected::End(known) if last_seq >= *known);
-            ends && stream.created == created
-        })
+        match &mut self.connection {
+            Some(it) => it
+                .agreement
+                .on_stream(&it.streams, token, created, last_seq),
+            None => Ok(()),
+        }
     }
 
     /// The answer to a [`Look::Message`]. R22.
     pub fn on_witness(&mut self, token: u64, found: Option<&Message>) -> Result<(), Trouble> {
-        let lineage = self.lineage.clone();
-        self.on_looked(token, |_, expected| match (found, expected) {
-            (Some(found), Expected::Witness(witness)) => found.is_at(&witness.position, &lineage),
-            _ => true,
-        })
-    }
-
-    fn on_looked(
-        &mut self,
-        token: u64,
-        agrees: impl Fn(&Stream, &Expected) -> bool,
-    ) -> Result<(), Trouble> {
-        let Some(connected) = &mut self.connection else {
-            return Ok(());
-        };
-        let Some(at) = connected.looks.iter().position(|(of, _)| *of == token) else {
-            return Ok(());
-        };
-        let (_, expected) = connected.looks.swap_remove(at);
-        if let Some(stream) = connected.streams.get((token / 2) as usize)
-            && !agrees(stream, &expected)
-        {
-            return Err(Trouble::Reconnect(Cause::Disagrees(
-                stream.name().to_string(),
-            )));
+        match &mut self.connection {
+            Some(it) => (it.agreement).on_witness(&it.streams, token, found, &self.lineage),
+            None => Ok(()),
         }
-        if connected.looks.is_empty() {
-            connected.agreed_at = connected.looked_at;
-        }
-        Ok(())
     }
 
     /// Postgres may be told what has matured. R19, R22.
     pub fn may_confirm(&self, now: Instant) -> bool {
         let connected = self.connection.as_ref();
-        self.continuity.is_proven()
-            && connected.is_some_and(|it| now.saturating_duration_since(it.agreed_at) <= AGREED_FOR)
+        self.continuity.is_proven() && connected.is_some_and(|it| it.agreement.is_recent(now))
     }
 
     /// Another form of the event under this token, at its position, is to be published in its place. Only of one

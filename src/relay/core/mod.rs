@@ -4,9 +4,10 @@
 //! [`exactly_once`] is the default delivery, [`at_least_once`] the other one. Both keep what Postgres sent in a [`window`].
 //! Exactly-once has a [`fence`] for each [`stream`], and publishes what [`evidence`] does not show to be stored; [`resume`]
 //! finds out where to go on, [`continuity`] proves that the WAL is the one that the streams were written from, [`doubt`] is
-//! about messages that are gone, and the [`gate`] bounds what the record lacks. [`capacity`] is how large an event may be,
+//! about messages that are gone, the [`gate`] bounds what the record lacks, and [`agreement`] asks whether all still is so. [`capacity`] is how large an event may be,
 //! [`culprit`] which one the server ends the connection over, [`trouble`] why things cannot go on. [`rules`] lists the rules that are cited as R1, R2 …
 
+pub mod agreement;
 pub mod at_least_once;
 pub mod capacity;
 pub mod continuity;

@@ -201,7 +201,7 @@ impl fmt::Display for Halt {
 
 /// What an operator does about a WAL that is not the one that the streams were written from.
 const RESTORED: &str = "this is not the WAL that the streams were written from: Postgres was restored from a snapshot or a backup, or another \
-    clone was promoted; connect to the server that the events came from, or, if this one replaces it, pass --resume-anyway once: \
+    clone was promoted; connect to the server that the events came from, or, if this one replaces it, pass -resume-anyway once: \
     what the slot sends is then published after what is there, and only what the streams have at the same position with the same id is left out";
 
 impl fmt::Display for continuity::Broken {
