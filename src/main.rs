@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 
 fn run(cli: cli::Cli) -> Exit {
     let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
-    let loaded = Config::load(cli, &env).and_then(|config| {
+    let loaded = Config::load(&cli, &env).and_then(|config| {
         config.require_database()?;
         Ok(config)
     });
@@ -63,7 +63,7 @@ fn run(cli: cli::Cli) -> Exit {
 #[cfg(feature = "admin")]
 fn operate(cli: cli::Cli, command: cli::commands::Command) -> Exit {
     let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
-    let loaded = Config::load(cli, &env).and_then(|config| {
+    let loaded = Config::load(&cli, &env).and_then(|config| {
         let operation = Operation::load(command, &config)?;
         if operation.needs_database() {
             config.require_database()?;

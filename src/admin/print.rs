@@ -1,4 +1,4 @@
-//! `setup --print-sql` and `--print-nats`: what an administrator has to run, with the least privileges the relay works
+//! `setup -print-sql` and `-print-nats`: what an administrator has to run, with the least privileges the relay works
 //! with. A test runs the relay under exactly these.
 
 use super::statements::{

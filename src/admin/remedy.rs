@@ -55,7 +55,7 @@ fn state(sqlstate: &str) -> Option<&'static str> {
     Some(match sqlstate {
         "28000" => "check the lines of pg_hba.conf for this user and database",
         "42501" => {
-            "run it as a role that may do this, or print what an administrator has to run: setup --print-sql"
+            "run it as a role that may do this, or print what an administrator has to run: setup -print-sql"
         }
         "55000" => "set wal_level = logical in postgresql.conf and restart Postgres",
         "53300" => {

@@ -1,4 +1,4 @@
-//! The statements and requests that create what the relay needs. `setup` runs them, `--print-sql` and `--print-nats` print
+//! The statements and requests that create what the relay needs. `setup` runs them, `-print-sql` and `-print-nats` print
 //! them, `check` recommends them: they are the same text.
 
 use crate::config::Config;

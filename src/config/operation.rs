@@ -313,7 +313,7 @@ mod tests {
         let args = [&["-db", "host=h", "-prefix", "shop", "-slot", "s"], args].concat();
         match cli::parse(args.iter().map(OsString::from)) {
             Ok(Invocation::Command(cli, command)) => {
-                Operation::load(command, &Config::load(*cli, &|_| None).unwrap())
+                Operation::load(command, &Config::load(&cli, &|_| None).unwrap())
             }
             _ => panic!("{args:?} is no command"),
         }

@@ -1,37 +1,15 @@
 //! Where a setting comes from: its flag, else its environment variable, else its default. An empty variable
 //! counts as none.
+//!
+//! What is read here is remembered for the start-up line, so that a flag's name, variable and default stand in one place:
+//! the line of [`super::Config::load`] that reads it. [`Sources::secret`] is for what no log may show.
 
 use super::ConfigError;
-use crate::outbox::template;
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-
-/// What a flag is when neither it nor its variable is given; a flag that is not here is then off or absent.
-pub(super) const DEFAULTS: [(&str, &str); 21] = [
-    ("nats", "localhost"),
-    ("nats-connect-timeout", "5s"),
-    ("nats-api-prefix", "$JS.API"),
-    ("prefix", "events"),
-    ("slot", "jetstream_outbox"),
-    ("id-column", "id"),
-    ("aggregatetype-column", "aggregatetype"),
-    ("aggregateid-column", "aggregateid"),
-    ("payload-column", "payload"),
-    ("subject", template::DEFAULT),
-    ("on-bad-subject", "encode"),
-    ("on-bad-header", "encode"),
-    ("on-poison", "stop"),
-    ("inflight", "3072"),
-    ("ack-timeout", "5s"),
-    ("max-outage", "never"),
-    ("delivery", "exactly-once"),
-    ("hold-back", "150s"),
-    ("checkpoint", "jetstream_outbox"),
-    ("logging", "info"),
-    ("log-format", "text"),
-];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
@@ -49,7 +27,8 @@ pub(super) struct Setting {
 }
 
 pub(super) struct Sources<'a> {
-    pub(super) env: &'a dyn Fn(&str) -> Option<String>,
+    env: &'a dyn Fn(&str) -> Option<String>,
+    shown: RefCell<Vec<(&'static str, String)>>,
 }
 
 /// The environment variable of a flag.
@@ -60,7 +39,32 @@ pub(super) fn variable(flag: &str) -> String {
     )
 }
 
-impl Sources<'_> {
+impl<'a> Sources<'a> {
+    pub(super) fn new(env: &'a dyn Fn(&str) -> Option<String>) -> Sources<'a> {
+        Sources {
+            env,
+            shown: RefCell::default(),
+        }
+    }
+
+    /// What was read, as the start-up line shows it.
+    pub(super) fn into_shown(self) -> Vec<(&'static str, String)> {
+        self.shown.into_inner()
+    }
+
+    /// Shows this for the flag; what is empty is left out.
+    pub(super) fn show(&self, flag: &'static str, value: &str) {
+        if !value.is_empty() {
+            self.shown.borrow_mut().push((flag, value.to_string()));
+        }
+    }
+
+    /// A variable of the environment by its whole name.
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name)
+    }
+
+    /// What the flag's own variable says.
     pub(super) fn environment(&self, flag: &'static str) -> Option<Setting> {
         let value = (self.env)(&variable(flag)).filter(|value| !value.is_empty())?;
         Some(Setting {
@@ -70,41 +74,67 @@ impl Sources<'_> {
         })
     }
 
-    pub(super) fn text(&self, flag: &'static str, given: Option<String>) -> Setting {
+    /// A setting that the start-up line does not show as it was given.
+    pub(super) fn secret(
+        &self,
+        flag: &'static str,
+        given: Option<&String>,
+        default: &str,
+    ) -> Setting {
         let given = given.map(|value| Setting {
             flag,
             origin: Origin::Flag,
-            value,
+            value: value.clone(),
         });
-        given.or_else(|| self.environment(flag)).unwrap_or_else(|| {
-            let default = DEFAULTS.iter().find(|(name, _)| *name == flag);
-            Setting {
-                flag,
-                origin: Origin::Default,
-                value: default.map_or("", |(_, value)| value).to_string(),
-            }
-        })
+        let default = || Setting {
+            flag,
+            origin: Origin::Default,
+            value: default.to_string(),
+        };
+        given
+            .or_else(|| self.environment(flag))
+            .unwrap_or_else(default)
+    }
+
+    /// A setting; an empty `default`: it may be absent.
+    pub(super) fn text(
+        &self,
+        flag: &'static str,
+        given: &Option<String>,
+        default: &str,
+    ) -> Setting {
+        let setting = self.secret(flag, given.as_ref(), default);
+        self.show(flag, &setting.value);
+        setting
+    }
+
+    /// A setting of several values.
+    pub(super) fn list(&self, flag: &'static str, given: &[String]) -> Setting {
+        let given = Some(given.join(",")).filter(|list| !list.is_empty());
+        self.text(flag, &given, "")
     }
 
     pub(super) fn switch(&self, flag: &'static str, given: bool) -> Result<bool, ConfigError> {
-        match self.environment(flag) {
+        let is_on = match self.environment(flag) {
             Some(setting) if !given => {
                 setting.parse(|text| match text.to_ascii_lowercase().as_str() {
                     "1" | "true" | "yes" | "on" => Ok(true),
                     "0" | "false" | "no" | "off" => Ok(false),
                     _ => Err("is neither true nor false".to_string()),
-                })
+                })?
             }
-            _ => Ok(given),
-        }
+            _ => given,
+        };
+        self.show(flag, if is_on { "true" } else { "" });
+        Ok(is_on)
     }
 
     pub(super) fn file(
         &self,
         flag: &'static str,
-        given: Option<String>,
+        given: &Option<String>,
     ) -> Result<Option<PathBuf>, ConfigError> {
-        let setting = self.text(flag, given);
+        let setting = self.text(flag, given, "");
         if setting.value.is_empty() {
             return Ok(None);
         }
@@ -118,21 +148,23 @@ impl Sources<'_> {
             }),
         }
     }
-}
 
-impl Sources<'_> {
     /// As [`Sources::file`], and without one the file of that name that systemd's `LoadCredential=` has put
     /// where `$CREDENTIALS_DIRECTORY` says.
     pub(super) fn credential(
         &self,
         flag: &'static str,
-        given: Option<String>,
+        given: &Option<String>,
         name: &str,
     ) -> Result<Option<PathBuf>, ConfigError> {
         let file = self.file(flag, given)?;
         let loaded = || {
             let folder = (self.env)("CREDENTIALS_DIRECTORY")?;
-            Some(Path::new(&folder).join(name)).filter(|path| path.exists())
+            let path = Path::new(&folder).join(name);
+            path.exists().then(|| {
+                self.show(flag, &path.display().to_string());
+                path
+            })
         };
         Ok(file.or_else(loaded))
     }

@@ -38,7 +38,7 @@ pub(super) fn parse_bucket(name: &str) -> Result<String, String> {
     match name {
         "none" => Err(
             "is no longer possible: exactly-once delivery needs the checkpoint; allow the user what `jetstream-outbox setup \
-             --print-nats` lists, or pass -delivery at-least-once"
+             -print-nats` lists, or pass -delivery at-least-once"
                 .to_string(),
         ),
         _ if !name.is_empty() && name.bytes().all(legal) => Ok(name.to_string()),
@@ -207,7 +207,7 @@ fn table_name(text: &str) -> Result<(TableName, &str), String> {
 fn table_settings<'a>(pairs: &'a str, mapping: &mut TableMapping) -> Result<&'a str, String> {
     let mut rest = pairs;
     let mut first = true;
-    // `--header` of the default is replaced by the first of the table's own, and these add up
+    // `-header` of the default is replaced by the first of the table's own, and these add up
     let mut own_headers = false;
     loop {
         let text = if first {
@@ -449,6 +449,38 @@ mod tests {
         }
     }
 
+    // the settings that differ from those of `default`, as `-table` takes them: `id=event_id,payload=body`.
+    fn differences(mapping: &TableMapping, default: &TableMapping) -> String {
+        let mut pairs = Vec::new();
+        let mut differs = |key: &str, own: &str, other: &str| {
+            if own != other {
+                pairs.push(format!("{key}={own}"));
+            }
+        };
+        differs("id", &mapping.id, &default.id);
+        differs(
+            "aggregatetype",
+            &mapping.aggregatetype,
+            &default.aggregatetype,
+        );
+        differs("aggregateid", &mapping.aggregateid, &default.aggregateid);
+        differs("payload", &mapping.payload, &default.payload);
+        differs(
+            "subject",
+            &mapping.subject.to_string(),
+            &default.subject.to_string(),
+        );
+        let column = |mapping: &TableMapping| mapping.headers_column.clone().unwrap_or_default();
+        differs("headers", &column(mapping), &column(default));
+        let headers = mapping.headers.iter();
+        pairs.extend(
+            headers
+                .filter(|header| !default.headers.contains(header))
+                .map(|header| format!("header={header}")),
+        );
+        pairs.join(",")
+    }
+
     #[test]
     fn a_table_may_have_a_mapping_of_its_own() {
         let default = TableMapping {
@@ -478,7 +510,7 @@ mod tests {
                 .iter()
                 .map(|named| {
                     let table = named.table.to_string().replace('"', "");
-                    let differences = named.mapping.differences(&default);
+                    let differences = differences(&named.mapping, &default);
                     format!("{table} {differences}").trim_end().to_string()
                 })
                 .collect();

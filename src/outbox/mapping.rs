@@ -72,11 +72,17 @@ impl Mapping {
         named.map(|named| &named.mapping)
     }
 
+    /// The headers to which a column of any table is mapped.
+    pub fn header_names(&self) -> impl Iterator<Item = &str> {
+        let named = self.tables.iter().map(|table| &table.mapping);
+        let headers = named.chain([&self.default]).flat_map(|it| &it.headers);
+        headers.map(|header| header.name.as_str())
+    }
+
     /// A column is mapped to this header, in whatever case.
     pub fn has_header(&self, name: &str) -> bool {
-        let named = self.tables.iter().map(|table| &table.mapping);
-        let mut headers = named.chain([&self.default]).flat_map(|it| &it.headers);
-        headers.any(|header| header.name.eq_ignore_ascii_case(name))
+        let mut headers = self.header_names();
+        headers.any(|header| header.eq_ignore_ascii_case(name))
     }
 
     /// The mapping for messages: the default's, over the members that a message always has.
@@ -89,7 +95,7 @@ impl Mapping {
     }
 }
 
-/// A table, or several, as `--table` names them.
+/// A table, or several, as `-table` names them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedTable {
     /// Which.
@@ -241,36 +247,9 @@ impl TableMapping {
         }
         missing
     }
-
-    /// The settings that differ from those of `default`, as `--table` takes them: `id=event_id,payload=body`.
-    pub fn differences(&self, default: &TableMapping) -> String {
-        let mut pairs = Vec::new();
-        let mut differs = |key: &str, own: &str, other: &str| {
-            if own != other {
-                pairs.push(format!("{key}={own}"));
-            }
-        };
-        differs("id", &self.id, &default.id);
-        differs("aggregatetype", &self.aggregatetype, &default.aggregatetype);
-        differs("aggregateid", &self.aggregateid, &default.aggregateid);
-        differs("payload", &self.payload, &default.payload);
-        differs(
-            "subject",
-            &self.subject.to_string(),
-            &default.subject.to_string(),
-        );
-        let column = |mapping: &TableMapping| mapping.headers_column.clone().unwrap_or_default();
-        differs("headers", &column(self), &column(default));
-        let own = self.headers.iter();
-        pairs.extend(
-            own.filter(|header| !default.headers.contains(header))
-                .map(|header| format!("header={header}")),
-        );
-        pairs.join(",")
-    }
 }
 
-/// `--header column=Name`.
+/// `-header column=Name`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderColumn {
     /// The column.

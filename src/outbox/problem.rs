@@ -127,19 +127,19 @@ impl fmt::Display for MapError {
             } => write!(
                 f,
                 "map table {table} at {at}: it lacks {}; an outbox has the columns {}, all in the publication's column \
-                 list if it has one; if they are called otherwise, say so with --id-column, --subject and the like; if this is \
-                 no outbox, name those that are with --table",
+                 list if it has one; if they are called otherwise, say so with -id-column, -subject and the like; if this is \
+                 no outbox, name those that are with -table",
                 columns.join(", "),
                 needed.join(", ")
             ),
             MapError::Renamed { was, now, at } => write!(
                 f,
-                "map table {now} at {at}: it was {was} before, which --table names, and is renamed; name both in --table (rows \
+                "map table {now} at {at}: it was {was} before, which -table names, and is renamed; name both in -table (rows \
                  written before the change come under the old name)"
             ),
             MapError::TooManyColumns { table } => write!(
                 f,
-                "map table {table}: more than {MAX_COLUMNS} of its columns take part in an event; name fewer with --header"
+                "map table {table}: more than {MAX_COLUMNS} of its columns take part in an event; name fewer with -header"
             ),
             MapError::ValueCount {
                 table,
@@ -207,8 +207,8 @@ impl ValueProblem {
                 "use a database encoding that Postgres converts to UTF-8, which SQL_ASCII is not"
             }
             ValueProblem::NoObject => "add a CHECK (jsonb_typeof(headers) = 'object')",
-            ValueProblem::BadSubject => "--on-bad-subject encode would let it through",
-            ValueProblem::BadHeader => "--on-bad-header encode would let it through",
+            ValueProblem::BadSubject => "-on-bad-subject encode would let it through",
+            ValueProblem::BadHeader => "-on-bad-header encode would let it through",
             ValueProblem::ManyHeaders => "put what is large into the payload",
             ValueProblem::Malformed => "emit it with the function outbox_publish",
             ValueProblem::TooLarge => "put what is large elsewhere, and its address into the event",

@@ -1,4 +1,4 @@
-//! The subject template of `--subject`: how a subject is made of a row's columns.
+//! The subject template of `-subject`: how a subject is made of a row's columns.
 //!
 //! `{prefix}.{aggregatetype}.{aggregateid}` is the default. A template is `{prefix}.` and then any mixture of
 //! `{column}`, `{column:lower}` and literal text; a dot of the literal text separates tokens. It begins with the
@@ -12,7 +12,7 @@ use super::subject::{MAX_PREFIX_LEN, MAX_SUBJECT_LEN, is_illegal, write_value};
 use std::fmt;
 use std::str::FromStr;
 
-/// The default of `--subject`.
+/// The default of `-subject`.
 pub const DEFAULT: &str = "{prefix}.{aggregatetype}.{aggregateid}";
 
 /// Columns that one template may name: with more, each would have too little room in a subject.

@@ -100,7 +100,7 @@ pub enum Error {
         /// Why.
         why: Refusal,
     },
-    /// No working session to NATS for `--max-outage`; the last reason.
+    /// No working session to NATS for `-max-outage`; the last reason.
     GaveUp(String),
     /// A stream lost what it had acknowledged; the slot still has it.
     Regressed(Lost),
@@ -236,7 +236,7 @@ impl fmt::Display for Error {
             Error::NoCheckpoint { bucket, reason } => write!(
                 f,
                 "use the checkpoint: the key-value bucket {bucket} cannot be used: {reason}; exactly-once delivery needs it: allow the user what \
-                 `jetstream-outbox setup --print-nats` lists, or create the bucket, or pass -delivery at-least-once"
+                 `jetstream-outbox setup -print-nats` lists, or create the bucket, or pass -delivery at-least-once"
             ),
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;
@@ -257,20 +257,20 @@ impl fmt::Display for Error {
                 "check the slot: {slot} is at {confirmed}, but this relay has confirmed {told} at most: the slot was dropped and \
                  re-created, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
                  copy; what was committed between the two may be missing in the stream and must be published by hand; then \
-                 pass --resume-anyway once"
+                 pass -resume-anyway once"
             ),
             Error::OtherFlags(position) => write!(
                 f,
                 "resume: the flags that decide which rows become events, or which ids they have, were changed while the transaction of {position} was half \
                  published, so its other half cannot be told apart: start once with the earlier flags and stop in order, or pass \
-                 --resume-anyway once"
+                 -resume-anyway once"
             ),
             Error::Unfenced { stream, at, stored } => write!(
                 f,
                 "read the stream back: {stream} has events up to {at} without a fence, as -delivery at-least-once or a promoted mirror has them: after \
                  {stored} an event may be missing that exactly-once would take for stored; run once with \
-                 --delivery at-least-once --drain until that ends with 0 (within the stream's deduplication window nothing comes \
-                 twice), then start the relay again; where none is missing, pass --resume-anyway once"
+                 -delivery at-least-once -drain until that ends with 0 (within the stream's deduplication window nothing comes \
+                 twice), then start the relay again; where none is missing, pass -resume-anyway once"
             ),
             Error::Preflight(findings) => {
                 f.write_str("check Postgres: ")?;
@@ -309,8 +309,8 @@ impl fmt::Display for Error {
                 if let Some(behind) = error.behind() {
                     write!(
                         f,
-                        "; park such events with --on-poison, or publish this transaction's events otherwise, then move the slot \
-                         past it: SELECT pg_replication_slot_advance({}, '{behind}'); and then pass --resume-anyway once",
+                        "; park such events with -on-poison, or publish this transaction's events otherwise, then move the slot \
+                         past it: SELECT pg_replication_slot_advance({}, '{behind}'); and then pass -resume-anyway once",
                         quote_literal(slot)
                     )?;
                 }
@@ -327,7 +327,7 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise {setting}, then start the relay again, or park such events with --on-poison"
+                 raise {setting}, then start the relay again, or park such events with -on-poison"
             ),
             Error::Refused { event, why } => write!(
                 f,
@@ -336,7 +336,7 @@ impl fmt::Display for Error {
             ),
             Error::GaveUp(reason) => write!(
                 f,
-                "connect to NATS: no working session for --max-outage: {reason}"
+                "connect to NATS: no working session for -max-outage: {reason}"
             ),
             Error::Regressed(lost) => write!(
                 f,
@@ -345,7 +345,7 @@ impl fmt::Display for Error {
             Error::Lost(lost) => write!(
                 f,
                 "read the stream back: {lost}, and Postgres has been told to forget events up to later than that: restore the \
-                 stream from a newer backup, or accept the gap and pass --resume-anyway once"
+                 stream from a newer backup, or accept the gap and pass -resume-anyway once"
             ),
             Error::Conflict {
                 of,
@@ -353,7 +353,7 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "resume {of}: its last event ({at}) was written from another Postgres system; if this database \
-                 replaces that one (pg_upgrade, a restored dump), pass --accept-new-system once: what this slot sends is then \
+                 replaces that one (pg_upgrade, a restored dump), pass -accept-new-system once: what this slot sends is then \
                  published after it"
             ),
             Error::Conflict {
@@ -416,7 +416,7 @@ impl fmt::Display for Undecodable {
                 "then move the slot past its commit, which pg_waldump shows: {advance}'<its LSN>')"
             ),
         }?;
-        f.write_str("; and then pass --resume-anyway once")
+        f.write_str("; and then pass -resume-anyway once")
     }
 }
 

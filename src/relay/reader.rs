@@ -56,7 +56,7 @@ pub struct Reader<'a> {
     pub stop: &'a Stop,
     /// Which columns of which table make an event.
     pub mapper: &'a mut Mapper,
-    /// With `--drain`: everything up to here, and no more.
+    /// With `-drain`: everything up to here, and no more.
     pub upto: Option<Lsn>,
     /// Learns how far the server's log goes.
     pub vitals: &'a Vitals,
@@ -69,7 +69,7 @@ pub struct Reader<'a> {
 pub enum Ended {
     /// It was asked to, or nobody receives its batches any more.
     Stopped,
-    /// Everything up to the LSN of `--drain` was read.
+    /// Everything up to the LSN of `-drain` was read.
     Drained,
     /// Postgres ended the stream.
     ByServer,

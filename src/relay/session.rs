@@ -63,7 +63,7 @@ const DECODE_TRIES: u32 = 8;
 pub enum Ended {
     /// A signal.
     Stopped,
-    /// Everything `--drain` asks for is published.
+    /// Everything `-drain` asks for is published.
     Drained,
 }
 
@@ -77,7 +77,7 @@ pub struct Session<'a> {
     accepted: Accepted,
     /// What of the outboxes reached the relay when it last looked.
     published: Option<PublicationState>,
-    /// With `--drain`: the end of the WAL at the first start, which later sessions have to reach too.
+    /// With `-drain`: the end of the WAL at the first start, which later sessions have to reach too.
     upto: Option<Lsn>,
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
@@ -85,6 +85,15 @@ pub struct Session<'a> {
     /// Where Postgres could not decode its WAL, by which SQLSTATE, and how often in a row.
     undecodable: Option<((String, Lsn), u32)>,
     vitals: &'a Vitals,
+}
+
+/// What a session begins with.
+struct Begun {
+    link: Link,
+    core: Core,
+    start_lsn: Lsn,
+    has_record: bool,
+    published: PublicationState,
 }
 
 /// How far `-resume-anyway` goes, which holds for the first session that comes to something.
@@ -194,46 +203,12 @@ impl<'a> Session<'a> {
             stop: self.stop,
             accept_loss: self.accepted != Accepted::Nothing,
         };
-        let tries = self.tries;
-        self.tries += 1;
-        let found = connector.find(tries, &mut self.said)?;
-        let limits = Limits {
-            inflight: config.inflight,
-            inflight_bytes: INFLIGHT_BYTES,
-            replies: REPLIES,
-            ack_timeout: config.ack_timeout,
-        };
-        self.store.start_over();
-        let (link, core, start_lsn, has_record, published) = match config.delivery {
-            Delivery::ExactlyOnce => {
-                let _ = connector.read_key(&found, &mut self.store)?;
-                let published = self.check_publication(connection.peer(), facts)?;
-                let (link, core) =
-                    self.start_exactly_once(&connector, found, &mut connection, &slot, limits)?;
-                let start_lsn = core.start_lsn();
-                let core = Core::ExactlyOnce(Box::new(core));
-                (link, core, start_lsn, true, published)
-            }
-            Delivery::AtLeastOnce => {
-                let mut found = found;
-                let read = connector.read_key(&found, &mut self.store);
-                if let Err(error) = &read {
-                    if self.said.is_new("checkpoint", Instant::now()) {
-                        log::warn!("going on without the checkpoint: {error}");
-                    }
-                    // what is not allowed ends the connection
-                    found = connector.find(tries, &mut self.said)?;
-                }
-                let published = self.check_publication(connection.peer(), facts)?;
-                let core = AtLeastOnce::start(limits, connector.capacity(&found));
-                let core = Core::AtLeastOnce(Box::new(core));
-                (found.link, core, Lsn::INVALID, read.is_ok(), published)
-            }
-        };
+        let begun = self.begin(&connector, &mut connection, &slot, facts)?;
+        let Begun { link, core, .. } = begun;
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
             system_id = lineage.source.system_id, timeline = lineage.source.timeline, slot = config.slot.as_str(),
-            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = start_lsn,
+            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = begun.start_lsn,
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
@@ -253,16 +228,17 @@ impl<'a> Session<'a> {
         let watch = Watch::new(
             config,
             connection.peer(),
-            published,
+            begun.published,
             self.store.publication(),
             self.vitals.slot_wal.clone(),
         );
         let confirmed = slot.confirmed_flush_lsn;
         let peer = connection.peer().to_string();
         let (stream, writer) =
-            replication::start_replication(connection, &config.slot, start_lsn, &options).map_err(
-                |error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed),
-            )?;
+            replication::start_replication(connection, &config.slot, begun.start_lsn, &options)
+                .map_err(|error| {
+                    wal_removed(in_use(error, &config.slot), &config.slot, confirmed)
+                })?;
         let threads = Threads {
             config,
             stop: self.stop,
@@ -274,7 +250,7 @@ impl<'a> Session<'a> {
         self.tries = 0;
         self.vitals
             .session_starts(slot.confirmed_flush_lsn, wal_end);
-        let store = has_record.then_some(&mut self.store);
+        let store = begun.has_record.then_some(&mut self.store);
         let mapper = &mut self.mapper;
         let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
         self.published = Some(outcome.published);
@@ -288,6 +264,56 @@ impl<'a> Session<'a> {
         }
         let result = outcome.result;
         result.map_err(|error| wal_removed(error, &config.slot, confirmed))
+    }
+
+    /// Connects to NATS, and finds out where to go on.
+    fn begin(
+        &mut self,
+        connector: &Connector<'_>,
+        connection: &mut Connection,
+        slot: &Slot,
+        facts: Facts,
+    ) -> Result<Begun, Error> {
+        let tries = self.tries;
+        self.tries += 1;
+        let mut found = connector.find(tries, &mut self.said)?;
+        let limits = Limits {
+            inflight: self.config.inflight,
+            inflight_bytes: INFLIGHT_BYTES,
+            replies: REPLIES,
+            ack_timeout: self.config.ack_timeout,
+        };
+        self.store.start_over();
+        let read = connector.read_key(&found, &mut self.store);
+        if self.config.delivery == Delivery::ExactlyOnce {
+            let _ = read?;
+            let published = self.check_publication(connection.peer(), facts)?;
+            let (link, core) =
+                self.start_exactly_once(connector, found, connection, slot, limits)?;
+            return Ok(Begun {
+                link,
+                start_lsn: core.start_lsn(),
+                core: Core::ExactlyOnce(Box::new(core)),
+                has_record: true,
+                published,
+            });
+        }
+        if let Err(error) = &read {
+            if self.said.is_new("checkpoint", Instant::now()) {
+                log::warn!("going on without the checkpoint: {error}");
+            }
+            // what is not allowed ends the connection
+            found = connector.find(tries, &mut self.said)?;
+        }
+        let published = self.check_publication(connection.peer(), facts)?;
+        let core = AtLeastOnce::start(limits, connector.capacity(&found));
+        Ok(Begun {
+            link: found.link,
+            start_lsn: Lsn::INVALID,
+            core: Core::AtLeastOnce(Box::new(core)),
+            has_record: read.is_ok(),
+            published,
+        })
     }
 
     /// Resumes with the record, and claims the slot's streams.
@@ -421,7 +447,7 @@ fn wal_removed(error: Error, slot: &str, confirmed: Lsn) -> Error {
         Error::Postgres(cause) if cause.sqlstate() == Some("58P01") => Error::Setup(format!(
             "read the WAL: Postgres no longer has what slot {slot} needs ({cause}); what was committed after {confirmed} is lost to \
              the relay: put the file back if there is a copy (an archive has it under the same name), or drop the slot, create it \
-             again, publish by hand what the stream lacks, and pass --resume-anyway once"
+             again, publish by hand what the stream lacks, and pass -resume-anyway once"
         )),
         _ => error,
     }

@@ -102,7 +102,7 @@ pub fn pgoutput_options(
     options
 }
 
-/// Where everything that is committed now will have been sent: the target of `--drain`.
+/// Where everything that is committed now will have been sent: the target of `-drain`.
 ///
 /// The insert position, since a commit may return before its record is flushed. Right behind a page's
 /// header nothing can end, so there the page's start is meant: the log is never flushed up to the header alone.

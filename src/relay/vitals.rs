@@ -122,7 +122,7 @@ pub struct Vitals {
     pub channel_batches: Figure,
     /// The end of the server's WAL, as the copy stream last said.
     wal_end: Figure,
-    /// With `--drain`, where it ends.
+    /// With `-drain`, where it ends.
     pub drains_upto: Figure,
     /// Everything up to here has arrived.
     pub received_lsn: Figure,

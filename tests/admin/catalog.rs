@@ -258,7 +258,7 @@ fn each_table_is_read_as_the_server_treats_it() {
         let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
             panic!("{args:?} do not parse");
         };
-        let config = Config::load(*cli, &|_| None).expect("a configuration");
+        let config = Config::load(&cli, &|_| None).expect("a configuration");
         let info = ConnInfo::parse(&pg.url("postgres", &database), &|_| None);
         let info = info.expect("a connection string").without_replication();
         let mut session = Connection::connect(&info).expect("a session");

@@ -137,7 +137,7 @@ fn facts(rig: &Rig, role: &str) -> preflight::Facts {
     let Ok(jetstream_outbox::cli::Invocation::Relay(cli)) = parsed else {
         panic!("the flags do not parse");
     };
-    let config = jetstream_outbox::config::Config::load(*cli, &|_| None).expect("a configuration");
+    let config = jetstream_outbox::config::Config::load(&cli, &|_| None).expect("a configuration");
     preflight::read(&mut connection, &config).expect("the facts")
 }
 

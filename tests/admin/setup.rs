@@ -426,7 +426,7 @@ fn setup_makes_no_slot_when_something_else_fails() {
     let ended = run(&["setup", "-db", &weak, "-nats", &rig.nats.url()], &[]);
     assert_eq!(ended.code, 78, "{ended:?}");
     assert!(
-        ended.stderr.contains("42501") && ended.stderr.contains("--print-sql"),
+        ended.stderr.contains("42501") && ended.stderr.contains("-print-sql"),
         "{ended:?}"
     );
     assert_eq!(

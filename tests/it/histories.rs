@@ -49,7 +49,7 @@ fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() 
         let last = halts(&new, 78);
         assert!(
             last.contains("was written from another Postgres system")
-                && last.contains("--accept-new-system"),
+                && last.contains("-accept-new-system"),
             "{last}"
         );
         assert_eq!(new.messages().len(), 3);

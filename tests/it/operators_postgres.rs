@@ -176,7 +176,7 @@ fn put_back_between_sessions(hold_back: HoldBack, slot: Slot, grown: bool) {
         halts(
             rig.relay(hold_back.args()),
             65,
-            &[RESTORED, "--resume-anyway"],
+            &[RESTORED, "-resume-anyway"],
         );
         assert_eq!(rig.messages().len(), 203);
     }
@@ -215,7 +215,7 @@ fn postgres_put_back_under_a_running_relay_halts_it_until_that_is_accepted() {
         rig.wait_for_messages(203);
         put_back(&rig, &copy, Slot::Kept);
         commit(&rig.pg, NEW);
-        halts(relay, 65, &[RESTORED, "--resume-anyway"]);
+        halts(relay, 65, &[RESTORED, "-resume-anyway"]);
         assert_eq!(rig.messages().len(), 203);
         resumes_anyway(&rig, hold_back, (1..=203).chain(NEW));
     }
@@ -235,7 +235,7 @@ fn the_same_writes_repeated_after_a_restore_halt_the_relay_and_come_once() {
         halts(
             rig.relay(hold_back.args()),
             65,
-            &[RESTORED, "--resume-anyway"],
+            &[RESTORED, "-resume-anyway"],
         );
         resumes_anyway(&rig, hold_back, (1..=9).chain(NEW));
     }
@@ -260,7 +260,7 @@ fn another_clone_on_the_same_timeline_halts_the_relay_until_that_is_accepted() {
         halts(
             rig.relay(hold_back.args()),
             65,
-            &[RESTORED, "--resume-anyway"],
+            &[RESTORED, "-resume-anyway"],
         );
         resumes_anyway(&rig, hold_back, (1..=203).chain(NEW));
     }
@@ -327,7 +327,7 @@ fn after_a_restore_that_is_accepted_a_stream_that_left_the_prefix_proves_what_it
     rig.drain(&[]);
     put_back(&rig, &copy, Slot::Kept);
     commit(&rig.pg, NEW);
-    halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
+    halts(rig.relay(&[]), 65, &[RESTORED, "-resume-anyway"]);
     let expected = (4..=9).chain(NEW).map(uuid).collect();
     accept(&rig, "B", expected);
     assert_eq!(ids(&mut client, STREAM), [1, 2, 3].map(uuid));
@@ -361,7 +361,7 @@ fn after_a_restore_that_is_accepted_a_stream_that_came_and_went_under_the_relay_
     rig.drain(&[]);
     put_back(&rig, &copy, Slot::Kept);
     commit(&rig.pg, NEW);
-    halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
+    halts(rig.relay(&[]), 65, &[RESTORED, "-resume-anyway"]);
     let expected = (1..=3).chain(7..=12).chain(NEW).map(uuid).collect();
     accept(&rig, STREAM, expected);
     assert_eq!(ids(&mut client, "B"), [4, 5, 6].map(uuid));
@@ -391,7 +391,7 @@ fn after_a_restore_that_is_accepted_a_stream_may_be_deleted_and_created_again() 
             grow(&rig.pg);
         }
         commit(&rig.pg, NEW);
-        halts(rig.relay(&[]), 65, &[RESTORED, "--resume-anyway"]);
+        halts(rig.relay(&[]), 65, &[RESTORED, "-resume-anyway"]);
         let mut expected: Vec<String> = (1..=9).chain(NEW).map(uuid).collect();
         let relay = rig.relay(&["--resume-anyway"]);
         eventually("the new events", DEADLINE, || {

@@ -12,7 +12,7 @@ fn halts(rig: &Rig) {
     let log = log.join("\n");
     assert_eq!(code, 78, "{log}");
     assert!(log.contains("dropped and re-created"), "{log}");
-    assert!(log.contains("--resume-anyway"), "{log}");
+    assert!(log.contains("-resume-anyway"), "{log}");
 }
 
 /// A rig that has published one event in an orderly run.

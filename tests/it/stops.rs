@@ -82,7 +82,7 @@ fn all_before_a_row_that_cannot_be_an_event_is_stored_and_the_advice_leads_past_
         rig.pg.execute(&format!("SELECT {advice}"));
 
         assert!(
-            said.contains("; and then pass --resume-anyway once"),
+            said.contains("; and then pass -resume-anyway once"),
             "{said}"
         );
         rig.drain(&["--resume-anyway"]);

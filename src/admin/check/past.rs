@@ -289,7 +289,7 @@ mod tests {
         let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
             panic!("{args:?} do not parse");
         };
-        Config::load(*cli, &|_| None).unwrap()
+        Config::load(&cli, &|_| None).unwrap()
     }
 
     const LOG: Log = Log {

@@ -1,4 +1,4 @@
-//! The statements that create and alter outbox tables and their publication. `setup` runs them, `--print-sql` prints them,
+//! The statements that create and alter outbox tables and their publication. `setup` runs them, `-print-sql` prints them,
 //! findings recommend them: they are the same text.
 
 use super::outboxes::{Column, GENERATED, KEEPS_PARTITION, Key, Table};

@@ -13,7 +13,7 @@ pub fn config(args: &[&str]) -> Config {
     let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
         panic!("{args:?} do not parse");
     };
-    Config::load(*cli, &|_| None).expect("a configuration")
+    Config::load(&cli, &|_| None).expect("a configuration")
 }
 
 /// As setup leaves them, on Postgres 18.

@@ -11,7 +11,7 @@ pub(super) fn config(args: &[&str]) -> Config {
     let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
         panic!("{args:?} do not parse");
     };
-    Config::load(*cli, &|_| None).unwrap()
+    Config::load(&cli, &|_| None).unwrap()
 }
 
 /// As setup leaves them.
