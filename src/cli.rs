@@ -710,7 +710,10 @@ mod tests {
             (&["-h"][..], "Usage: jetstream-outbox"),
             (&["-help"], "Usage: jetstream-outbox"),
             (&["-db", "x", "--help", "-db"], "Usage: jetstream-outbox"),
-            (&["-drain", "-version"], "jetstream-outbox 0.1.0\n"),
+            (
+                &["-drain", "-version"],
+                concat!("jetstream-outbox ", env!("CARGO_PKG_VERSION"), "\n"),
+            ),
         ] {
             match invoke(args) {
                 Ok(Invocation::Print(text)) => assert!(text.starts_with(begin), "{text}"),

@@ -116,7 +116,11 @@ pub const SERVER: &[Fault] = &[
     fault(
         &[("postgres.synchronous_standby", "warn", "db2, ")],
         &[
-            "ALTER SYSTEM SET synchronous_standby_names = 'db2, \"Jetstream-Outbox 0.1.0\"'",
+            concat!(
+                "ALTER SYSTEM SET synchronous_standby_names = 'db2, \"Jetstream-Outbox ",
+                env!("CARGO_PKG_VERSION"),
+                "\"'"
+            ),
             RELOAD,
         ],
     ),

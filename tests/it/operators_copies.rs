@@ -78,6 +78,33 @@ fn a_mirror_that_is_promoted_after_a_drain_has_everything_once() {
     }
 }
 
+/// The same without a stop: writers and relay go on meanwhile, and the relay waits until the mirror has the subjects.
+#[test]
+fn a_mirror_that_is_promoted_under_a_running_relay_has_everything_once() {
+    for keep in [true, false] {
+        let rig = with_mirror();
+        let mut client = rig.nats.client();
+        let relay = rig.relay(&BRIEF);
+        let load = Load::start(&rig.pg);
+        load.wait_for_more(300);
+        capture(&mut client, STREAM, &["retired.events"]);
+        load.wait_for_more(100);
+        wait_for_copy(&mut client);
+        if !keep {
+            client.api(&format!("STREAM.DELETE.{STREAM}"), &Value::Null);
+        }
+        promote(&mut client);
+        load.wait_for_more(300);
+        let count = load.finish();
+        eventually("the last event", DEADLINE, || {
+            client.last_seq(COPY) >= count
+        });
+        stop(relay);
+        rig.drain(&BRIEF);
+        assert_eq!(all_ids(&mut client, COPY), numbered(count), "kept: {keep}");
+    }
+}
+
 /// Without its bucket, too, it does not take the mirror's messages, which have no fence, for those of at-least-once.
 #[test]
 fn a_promoted_mirror_is_not_taken_for_at_least_once_delivery() {
