@@ -227,7 +227,9 @@ impl fmt::Display for UsageError {
             UsageError::NotUtf8(place) => write!(f, "argument {place} is not UTF-8"),
             UsageError::NotAFlag(place) => write!(
                 f,
-                "argument {place} is neither a command nor a flag nor the value of one; a connection string needs -db or -nats before it"
+                "argument {place} is neither a command ({}, completions, man) nor a flag nor the value of one; a connection \
+                 string needs -db or -nats before it",
+                Word::ALL.map(Word::name).join(", ")
             ),
             UsageError::NotHere { flag, of: None } => {
                 write!(f, "{flag} needs its command: {PROGRAM} COMMAND {flag}")

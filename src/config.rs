@@ -272,6 +272,19 @@ impl fmt::Debug for Config {
     }
 }
 
+/// A warning of each of these names that looks like the variable of a flag and is none.
+pub fn unknown_variables(names: impl Iterator<Item = String>) -> Vec<String> {
+    let flags = Cli::get_args_info().flags.iter();
+    let known: Vec<String> = flags
+        .map(|flag| variable(flag.long.trim_start_matches('-')))
+        .collect();
+    let is_unknown = |name: &String| name.starts_with(&variable("")) && !known.contains(name);
+    names
+        .filter(is_unknown)
+        .map(|name| format!("{name} is the variable of no flag, and ignored"))
+        .collect()
+}
+
 fn in_order_of_the_help(mut shown: Vec<(&'static str, String)>) -> Vec<(&'static str, String)> {
     let flags = Cli::get_args_info().flags;
     let place = |name: &str| {

@@ -1,7 +1,7 @@
 //! Parse, start the logger, run, exit code; nothing else.
 
 use jetstream_outbox::cli::{self, Invocation, PROGRAM};
-use jetstream_outbox::config::Config;
+use jetstream_outbox::config::{Config, ConfigError, unknown_variables};
 use jetstream_outbox::exit::Exit;
 use jetstream_outbox::relay::{self, vitals::Vitals};
 #[cfg(feature = "admin")]
@@ -31,9 +31,17 @@ fn main() -> ExitCode {
     .into()
 }
 
-fn run(cli: cli::Cli) -> Exit {
+/// From flags and environment.
+fn load(cli: &cli::Cli) -> Result<Config, ConfigError> {
     let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
-    let loaded = Config::load(&cli, &env).and_then(|config| {
+    let mut config = Config::load(cli, &env)?;
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    config.warnings.extend(unknown_variables(names));
+    Ok(config)
+}
+
+fn run(cli: cli::Cli) -> Exit {
+    let loaded = load(&cli).and_then(|config| {
         config.require_database()?;
         Ok(config)
     });
@@ -47,7 +55,7 @@ fn run(cli: cli::Cli) -> Exit {
     config.announce();
     let vitals = Arc::new(Vitals::default());
     if let Err(error) = observe::start(&config, &vitals) {
-        log::error!("{error}");
+        log::error!(code = Exit::Configuration as u8; "{error}");
         logging::flush();
         return Exit::Configuration;
     }
@@ -62,8 +70,7 @@ fn run(cli: cli::Cli) -> Exit {
 /// An operator's command: what it finds goes to standard output, the log to standard error.
 #[cfg(feature = "admin")]
 fn operate(cli: cli::Cli, command: cli::commands::Command) -> Exit {
-    let env = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
-    let loaded = Config::load(&cli, &env).and_then(|config| {
+    let loaded = load(&cli).and_then(|config| {
         let operation = Operation::load(command, &config)?;
         if operation.needs_database() {
             config.require_database()?;

@@ -55,8 +55,10 @@ fn state(sqlstate: &str) -> Option<&'static str> {
     Some(match sqlstate {
         "28000" => "check the lines of pg_hba.conf for this user and database",
         "42501" => {
-            "run it as a role that may do this, or print what an administrator has to run: setup -print-sql"
+            "run it as a role that may do this: the owner of what is meant, for what is created also print it for an \
+             administrator (setup -print-sql)"
         }
+        "3F000" => "create the schema that -table names, then run this again",
         "55000" => "set wal_level = logical in postgresql.conf and restart Postgres",
         "53300" => {
             "every connection is taken: end sessions that nobody needs (pg_stat_activity lists them), or raise max_connections"

@@ -475,7 +475,11 @@ fn create_missing_slot(
     if differences.is_empty() && !matches!(publication, Outcome::Found(_)) {
         differences.push(format!(
             "it is older than the publication, which it cannot see in what was written before; {}",
-            recreate(&facts, config)
+            recreate(
+                &facts,
+                config,
+                "needed only if the outbox was written to between the two"
+            )
         ));
     }
     if how.failover && !slot.failover {

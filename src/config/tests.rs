@@ -137,6 +137,14 @@ fn every_flag_beats_its_variable_which_beats_the_default() {
 }
 
 #[test]
+fn a_variable_that_is_of_no_flag_is_warned_of() {
+    let names = ["JETSTREAM_OUTBOX_DB", "JETSTREAM_OUTBOX_DARIN", "PATH"];
+    let warnings = unknown_variables(names.into_iter().map(String::from));
+    assert_eq!(warnings.len(), 1);
+    assert!(warnings[0].starts_with("JETSTREAM_OUTBOX_DARIN is"));
+}
+
+#[test]
 fn a_pair_of_files_can_come_from_both_sides() {
     let config = load(
         &["-nats-tls-cert=/dev/null", "-creds="],

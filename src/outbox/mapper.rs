@@ -416,6 +416,25 @@ impl Mapper {
         let policy = &self.mapping.policy;
         let at = place.position.commit_lsn;
         let part = plan.name_of(flaw.part);
+        let mut id = Vec::new();
+        let has_id = plan.write_id(picked, &mut id).is_ok();
+        if !has_id {
+            let Position {
+                commit_lsn,
+                ordinal,
+            } = place.position;
+            id = format!("parked-{commit_lsn}-{ordinal}").into_bytes();
+        }
+        // of one that is resolved only position and id are compared: with what it was, whatever was done with it
+        let lose = |batch: &mut Batch| {
+            let Ok(()) = batch.draft(&plan.label, place.position, Fate::Lose, |draft| {
+                draft.id(|out| append(&id, out))
+            });
+            Ok(())
+        };
+        if place.is_resolved {
+            return lose(batch);
+        }
         let todo = match flaw.problem {
             problem if !problem.is_the_writers() => OnPoison::Stop,
             ValueProblem::BadSubject => on_bad(policy.on_bad_subject),
@@ -426,16 +445,15 @@ impl Mapper {
         match todo {
             OnPoison::Stop => Err(MapError::Value {
                 source: plan.source.clone(),
+                id: has_id.then(|| String::from_utf8_lossy(&id).into_owned()),
                 part,
                 problem: flaw.problem,
                 at,
             }),
             OnPoison::Skip => {
-                log::warn!(position:% = place.position; "gave up an event that cannot be published: {cause}");
-                let Ok(()) = batch.draft(&plan.label, place.position, Fate::Lose, |_| {
-                    Ok::<(), Infallible>(())
-                });
-                Ok(())
+                let id = String::from_utf8_lossy(&id);
+                log::warn!(id, position:% = place.position; "gave up an event that cannot be published: {cause}");
+                lose(batch)
             }
             OnPoison::Park => {
                 let (mut home, mut headers) = (Vec::new(), Vec::new());
@@ -454,19 +472,7 @@ impl Mapper {
                 let headers = String::from_utf8_lossy(&headers);
                 let write = |draft: &mut Draft<'_>| -> Result<(), Infallible> {
                     draft.subject(|out| append(policy.park_subject.as_bytes(), out))?;
-                    draft.id(|out| {
-                        let start = out.len();
-                        if plan.write_id(picked, out).is_err() {
-                            out.truncate(start);
-                            let Position {
-                                commit_lsn,
-                                ordinal,
-                            } = place.position;
-                            let id = format!("parked-{commit_lsn}-{ordinal}");
-                            out.extend_from_slice(id.as_bytes());
-                        }
-                        Ok::<(), Infallible>(())
-                    })?;
+                    draft.id(|out| append(&id, out))?;
                     draft.headers(|out| {
                         park::write_headers(&headers, &cause, &home, out);
                         if let Some(len) = cut {

@@ -43,9 +43,8 @@ impl Mapping {
         }
     }
 
-    /// What decides which rows become events, and which ids these have, as text: a relay that resumes where one with another
-    /// fingerprint left off cannot compare events.
-    pub fn fingerprint(&self) -> String {
+    /// The flags that make events.
+    pub fn flags(&self) -> Flags {
         let columns = |it: &TableMapping| {
             let names = [&it.id, &it.aggregatetype, &it.aggregateid, &it.payload];
             names.map(String::as_str).join(",")
@@ -57,7 +56,12 @@ impl Mapping {
         if let Some(prefix) = &self.message_prefix {
             text.push_str(&format!(" message {prefix}"));
         }
-        text
+        let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+        let digest = digest.as_ref().iter().take(8);
+        Flags {
+            digest: digest.map(|byte| format!("{byte:02x}")).collect(),
+            take_messages: self.message_prefix.is_some(),
+        }
     }
 
     /// The mapping for a table, unless it is left out.
@@ -93,6 +97,16 @@ impl Mapping {
             ..TableMapping::default()
         }
     }
+}
+
+/// What decides which rows and messages become events, and which ids these have: a relay that resumes where one with other
+/// flags left off cannot compare events.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Flags {
+    /// Of all of them.
+    pub digest: String,
+    /// Messages are asked for.
+    pub take_messages: bool,
 }
 
 /// A table, or several, as `-table` names them.

@@ -47,6 +47,8 @@ pub struct Place {
     pub commit_time_us: i64,
     /// The transaction's id.
     pub xid: u32,
+    /// It was resolved before, so whether it can be published matters no more.
+    pub is_resolved: bool,
 }
 
 /// A value of an inserted row.

@@ -72,6 +72,8 @@ pub enum MapError {
     Value {
         /// What it was written in.
         source: EventSource,
+        /// Its id, if it has one.
+        id: Option<String>,
         /// The part: a column, a member, a header, the subject.
         part: String,
         /// What is wrong with it.
@@ -152,14 +154,17 @@ impl fmt::Display for MapError {
             ),
             MapError::Value {
                 source,
+                id,
                 part,
                 problem,
                 at,
-            } => write!(
-                f,
-                "map {source} at {at}: {part} {problem}; {}",
-                problem.advice()
-            ),
+            } => {
+                write!(f, "map {source} at {at}")?;
+                if let Some(id) = id {
+                    write!(f, ", id {id}")?;
+                }
+                write!(f, ": {part} {problem}; {}", problem.advice())
+            }
         }
     }
 }

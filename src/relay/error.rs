@@ -100,7 +100,7 @@ pub enum Error {
         /// Why.
         why: Refusal,
     },
-    /// No working session to NATS for `-max-outage`; the last reason.
+    /// No working session for `-max-outage`; the last reason.
     GaveUp(String),
     /// A stream lost what it had acknowledged; the slot still has it.
     Regressed(Lost),
@@ -230,7 +230,7 @@ impl fmt::Display for Error {
             Error::Nats(error) => write!(f, "{error}"),
             Error::NoStream(subject) => write!(
                 f,
-                "find the stream of {subject}: no stream captures it; create one with this subject (nats stream add --subjects), \
+                "find the stream of {subject}: no stream captures it; create one (jetstream-outbox setup, with the relay's flags), \
                  the relay goes on by itself"
             ),
             Error::NoCheckpoint { bucket, reason } => write!(
@@ -309,7 +309,7 @@ impl fmt::Display for Error {
                 if let Some(behind) = error.behind() {
                     write!(
                         f,
-                        "; park such events with -on-poison, or publish this transaction's events otherwise, then move the slot \
+                        "; park such events (-on-poison park, also for setup, which gives them a stream), or publish this transaction's events otherwise, then move the slot \
                          past it: SELECT pg_replication_slot_advance({}, '{behind}'); and then pass -resume-anyway once",
                         quote_literal(slot)
                     )?;
@@ -327,16 +327,18 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise {setting}, then start the relay again, or park such events with -on-poison"
+                 raise {setting}, then start the relay again, or park such events (-on-poison park, also for setup, which gives \
+                 them a stream)"
             ),
             Error::Refused { event, why } => write!(
                 f,
                 "publish {event}: {why}; nothing from it on is confirmed: have the stream or the server take it (a limit, a \
-                 permission, a feature of the stream), then start the relay again, or park such events with -on-poison"
+                 permission, a feature of the stream), then start the relay again, or park such events (-on-poison park, also \
+                 for setup, which gives them a stream)"
             ),
             Error::GaveUp(reason) => write!(
                 f,
-                "connect to NATS: no working session for -max-outage: {reason}"
+                "no working session for -max-outage: {reason}; nothing is lost, start the relay again when that is mended"
             ),
             Error::Regressed(lost) => write!(
                 f,
@@ -436,7 +438,9 @@ impl std::error::Error for Error {
 /// What to do about an error of Postgres that ends the relay, where the error itself does not say it.
 fn remedy(error: &postgres::Error) -> String {
     let remedy = match error.sqlstate() {
-        Some("28000") => Some("check pg_hba.conf: the relay connects with replication=database"),
+        Some("28000") => Some(
+            "check the user of -db, and pg_hba.conf: for the relay the lines of the database count, not those of replication",
+        ),
         Some("42501") => Some("the role needs REPLICATION (ALTER ROLE … REPLICATION)"),
         _ => error.remedy(),
     };

@@ -101,7 +101,7 @@ fn supervise(config: &Config, stop: &Stop, vitals: &Vitals) -> Result<Ended, (Er
             }
             Verdict::Retry => {
                 let Some(pause) = outage.failed(now) else {
-                    return Err((error, Exit::Unavailable));
+                    return Err((Error::GaveUp(error.to_string()), Exit::Unavailable));
                 };
                 vitals.enter(Phase::Connecting, Some(error.to_string()));
                 if said.is_new(&error.to_string(), now) {

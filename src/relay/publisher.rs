@@ -144,7 +144,7 @@ impl<'a> Publisher<'a> {
         self.report.finish(self.vitals);
         let settled = self.core.window().is_empty();
         if !settled {
-            log::warn!("not everything was acknowledged in time; it comes again at the next start");
+            log::warn!("not everything was acknowledged; the slot sends it again");
         } else if result.is_ok() && !self.is_recorded() {
             log::warn!(
                 "the checkpoint was not written in time; what it lacks is stored, but not confirmed, so Postgres sends it again at the next start"

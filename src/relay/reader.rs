@@ -62,6 +62,8 @@ pub struct Reader<'a> {
     pub vitals: &'a Vitals,
     /// No transaction has come yet.
     pub is_first: bool,
+    /// Everything up to here is resolved: the anchor.
+    pub resolved: Position,
 }
 
 /// Why the reader ended, when nothing failed.
@@ -112,16 +114,18 @@ struct Transaction {
 
 impl Transaction {
     /// Where its next event stands.
-    fn next_place(&self) -> Result<Place, Error> {
+    fn next_place(&self, resolved: Position) -> Result<Place, Error> {
         let ordinal = self.events.checked_add(1);
         let ordinal = ordinal.ok_or(Error::Internal("a transaction of more than 2^32 events"))?;
+        let position = Position {
+            commit_lsn: self.commit_lsn,
+            ordinal,
+        };
         Ok(Place {
-            position: Position {
-                commit_lsn: self.commit_lsn,
-                ordinal,
-            },
+            position,
             commit_time_us: self.commit_time_us,
             xid: self.xid,
+            is_resolved: position <= resolved,
         })
     }
 }
@@ -439,14 +443,14 @@ impl Reader<'_> {
                 decoded(pieces.finish(), at)?;
                 let batch = &mut state.batch;
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
-                let place = transaction.next_place()?;
+                let place = transaction.next_place(self.resolved)?;
                 if (self.mapper).insert(relation_id, row.values(), place, batch)? {
                     transaction.events += 1;
                 }
             }
             Some(LargePart::Content(content)) => {
                 let transaction = inside(&mut state.transaction, "Message", at)?;
-                let place = transaction.next_place()?;
+                let place = transaction.next_place(self.resolved)?;
                 (self.mapper).message(content.value(), place, &mut state.batch)?;
                 transaction.events += 1;
             }
@@ -504,7 +508,7 @@ impl Reader<'_> {
             Message::Relation(relation) => self.mapper.describe(&relation, at)?,
             Message::Insert { relation_id, tuple } => {
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
-                let place = transaction.next_place()?;
+                let place = transaction.next_place(self.resolved)?;
                 let values = tuple.iter().map(|value| match value {
                     TupleValue::Null => Value::Null,
                     TupleValue::UnchangedToast => Value::UnchangedToast,
@@ -526,7 +530,7 @@ impl Reader<'_> {
             } => {
                 let transaction = inside(&mut state.transaction, "Message", at)?;
                 if self.mapper.is_event_prefix(prefix.0) {
-                    let place = transaction.next_place()?;
+                    let place = transaction.next_place(self.resolved)?;
                     let content = Value::Text(content.0);
                     self.mapper.message(content, place, &mut state.batch)?;
                     transaction.events += 1;

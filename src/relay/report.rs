@@ -32,7 +32,7 @@ impl Report {
 
     /// Writes the last line.
     pub fn finish(&mut self, vitals: &Vitals) {
-        self.write(Instant::now(), "stopped publishing", vitals);
+        self.write(Instant::now(), "progress until the session ended", vitals);
     }
 
     fn write(&mut self, now: Instant, what: &str, vitals: &Vitals) {

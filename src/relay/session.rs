@@ -28,7 +28,7 @@ use crate::jetstream::Delivery;
 use crate::jetstream::client::Link;
 use crate::outbox::lineage::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
-use crate::outbox::position::Source;
+use crate::outbox::position::{Position, Source};
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
 use crate::postgres::{ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
@@ -91,7 +91,8 @@ pub struct Session<'a> {
 struct Begun {
     link: Link,
     core: Core,
-    start_lsn: Lsn,
+    /// Everything up to here was resolved before; the copy stream starts at its commit.
+    resolved: Position,
     has_record: bool,
     published: PublicationState,
 }
@@ -119,7 +120,6 @@ impl<'a> Session<'a> {
             bucket: config.checkpoint.clone(),
             slot: config.slot.clone(),
             writer: writer(),
-            fingerprint: config.mapping.fingerprint(),
             delivery: config.delivery,
         };
         Session {
@@ -208,7 +208,7 @@ impl<'a> Session<'a> {
         log::info!(
             postgres = connection.parameter("server_version").unwrap_or("unknown"), host = connection.peer(),
             system_id = lineage.source.system_id, timeline = lineage.source.timeline, slot = config.slot.as_str(),
-            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = begun.start_lsn,
+            confirmed_flush_lsn:% = slot.confirmed_flush_lsn, start:% = begun.resolved.commit_lsn,
             nats = link.server_info().version.as_str(), server = link.server();
             "connected"
         );
@@ -234,16 +234,19 @@ impl<'a> Session<'a> {
         );
         let confirmed = slot.confirmed_flush_lsn;
         let peer = connection.peer().to_string();
-        let (stream, writer) =
-            replication::start_replication(connection, &config.slot, begun.start_lsn, &options)
-                .map_err(|error| {
-                    wal_removed(in_use(error, &config.slot), &config.slot, confirmed)
-                })?;
+        let (stream, writer) = replication::start_replication(
+            connection,
+            &config.slot,
+            begun.resolved.commit_lsn,
+            &options,
+        )
+        .map_err(|error| wal_removed(in_use(error, &config.slot), &config.slot, confirmed))?;
         let threads = Threads {
             config,
             stop: self.stop,
             lineage: &lineage,
             upto: self.upto,
+            resolved: begun.resolved,
             status_interval: feedback::status_interval(slot.wal_sender_timeout),
             vitals: self.vitals,
         };
@@ -292,7 +295,7 @@ impl<'a> Session<'a> {
                 self.start_exactly_once(connector, found, connection, slot, limits)?;
             return Ok(Begun {
                 link,
-                start_lsn: core.start_lsn(),
+                resolved: core.resolved_before(),
                 core: Core::ExactlyOnce(Box::new(core)),
                 has_record: true,
                 published,
@@ -309,7 +312,7 @@ impl<'a> Session<'a> {
         let core = AtLeastOnce::start(limits, connector.capacity(&found));
         Ok(Begun {
             link: found.link,
-            start_lsn: Lsn::INVALID,
+            resolved: Position::default(),
             core: Core::AtLeastOnce(Box::new(core)),
             has_record: read.is_ok(),
             published,
@@ -357,21 +360,16 @@ impl<'a> Session<'a> {
             log::warn!("{lost}; going back to where the checkpoint and the streams agree");
         }
         let fell_back = resumed.cut != Some(0);
-        let has_other_flags = self.store.has_other_flags();
         let anchor = &resumed.anchor;
+        let flags = self.config.mapping.flags();
+        let has_other_flags = anchor.has_other_flags(&flags);
         let is_partial = resumed.stored_lsn <= anchor.position.commit_lsn && anchor.event.is_some();
         if has_other_flags && is_partial && self.accepted == Accepted::Nothing {
             return Err(Error::OtherFlags(anchor.position));
         }
         let continuity = match self.accepted {
-            Accepted::OtherWal => Ok(Continuity::accepted(wal_end)),
-            _ => Continuity::new(
-                anchor,
-                confirmed_lsn,
-                wal_end,
-                has_other_flags,
-                resumed.is_lenient,
-            ),
+            Accepted::OtherWal => Ok(Continuity::accepted(wal_end, flags)),
+            _ => Continuity::new(anchor, confirmed_lsn, wal_end, flags, resumed.is_lenient),
         };
         let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
         let now = Instant::now();
@@ -485,6 +483,8 @@ struct Threads<'a> {
     stop: &'a Stop,
     lineage: &'a Lineage,
     upto: Option<Lsn>,
+    /// Everything up to here was resolved before.
+    resolved: Position,
     status_interval: Duration,
     vitals: &'a Vitals,
 }
@@ -531,6 +531,7 @@ impl Threads<'_> {
             upto: self.upto,
             vitals: self.vitals,
             is_first: true,
+            resolved: self.resolved,
         };
         let (read, published, fed_back, first) = thread::scope(|scope| {
             let source = &mut stream;

@@ -192,6 +192,8 @@ impl Place {
         let after = |part: &str| Some(fix.split_once(part)?.1.split(';').next()?.to_string());
         if let Some(tables) = fix.strip_prefix("-table ") {
             self.flags = vec!["-table".into(), tables.into()];
+        } else if let Some(statement) = after("if its rows are no events: ") {
+            self.rig.pg.execute(&statement);
         } else if let Some(table) = after("add to -table: ") {
             self.flags[1] += &format!(",{table}");
         } else if let Some(slot) = after("jetstream-outbox setup -slot ") {

@@ -363,6 +363,23 @@ pub const PUBLICATION: &[Fault] = &[
         )], &[
             "ALTER TABLE outbox DROP COLUMN aggregateid, ADD COLUMN aggregateid text GENERATED ALWAYS AS (payload->>'id') STORED",
         ]),
+    fault(&[(
+            "postgres.tables",
+            "warn",
+            "holds public.orders, which the relay ignores",
+        )], &[
+            "CREATE TABLE orders (order_id bigint, kind text, body jsonb)",
+            "ALTER PUBLICATION jetstream_outbox ADD TABLE orders",
+        ]),
+    // it has the columns, and is not named
+    fault(&[(
+            "postgres.tables",
+            "warn",
+            "holds public.letters, which the relay ignores",
+        )], &[
+            "CREATE TABLE letters (LIKE outbox INCLUDING ALL)",
+            "ALTER PUBLICATION jetstream_outbox ADD TABLE letters",
+        ]).flags(&["-table", "outbox"]),
     fault(&[("postgres.tables", "fail", "table outbox does not exist")], &["DROP TABLE outbox"]),
     fault(&[("postgres.tables", "fail", "table b.other does not exist")], &["CREATE SCHEMA b"]).flags(&["-table", "outbox,b.other"]),
     fault(&[("postgres.tables", "fail", "letters is a view")], &["CREATE VIEW letters AS SELECT * FROM outbox"]).flags(&["-table", "letters"]),
@@ -484,21 +501,19 @@ pub const LATER: &[Fault] = &[
             "ALTER TABLE outbox REPLICA IDENTITY NOTHING",
             "ALTER PUBLICATION jetstream_outbox SET (publish = 'insert, delete')",
         ]),
-    fault(&[(
-            "postgres.replica_identity",
-            "fail",
-            "public.keyless has none",
-        )], &[
+    fault(&[
+            ("postgres.tables", "warn", "holds public.keyless, which the relay ignores"),
+            ("postgres.replica_identity", "fail", "public.keyless has none"),
+        ], &[
             "CREATE TABLE keyless (n int)",
             "ALTER PUBLICATION jetstream_outbox ADD TABLE keyless",
             "ALTER PUBLICATION jetstream_outbox SET (publish = 'insert, update')",
         ]),
     // its index was dropped
-    fault(&[(
-            "postgres.replica_identity",
-            "fail",
-            "public.indexed has none",
-        )], &[
+    fault(&[
+            ("postgres.tables", "warn", "holds public.indexed, which the relay ignores"),
+            ("postgres.replica_identity", "fail", "public.indexed has none"),
+        ], &[
             "CREATE TABLE indexed (n int NOT NULL); CREATE UNIQUE INDEX by_n ON indexed (n)",
             "ALTER TABLE indexed REPLICA IDENTITY USING INDEX by_n; DROP INDEX by_n",
             "ALTER PUBLICATION jetstream_outbox ADD TABLE indexed",

@@ -14,6 +14,7 @@ mod faults_postgres;
 mod faults_relay;
 mod faults_scenario;
 mod faults_streams;
+mod flags;
 mod histories;
 mod http;
 mod internal;

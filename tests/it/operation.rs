@@ -278,7 +278,7 @@ fn what_is_missing_in_nats_is_waited_for_and_named() {
     let relay = rig.relay(&[]);
     let said = relay.wait_for_log("no stream captures it", DEADLINE);
     assert!(
-        said.contains("events.>") && said.contains("nats stream add"),
+        said.contains("events.>") && said.contains("jetstream-outbox setup"),
         "{said}"
     );
     rig.nats.client().add_seed_stream();
@@ -307,7 +307,7 @@ fn a_checkpoint_that_is_not_allowed_halts_exactly_once_and_not_at_least_once() {
         let (code, log) = rig.run(&["--drain"]);
         let last = log.last().expect("it says why");
         assert_eq!(code, 78, "{last}");
-        for part in ["--print-nats", "-delivery at-least-once"] {
+        for part in ["-print-nats", "-delivery at-least-once"] {
             assert!(last.contains(part), "{last}");
         }
         assert_eq!(rig.messages().len(), 0);

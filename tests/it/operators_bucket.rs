@@ -106,7 +106,7 @@ fn a_bucket_put_back_to_an_older_record_repeats_nothing() {
         client.publish(&subject, &[], &value);
         rig.pg.execute(&insert(201, "account"));
         if halts_first {
-            halts(rig.relay(args), 78, &["an old copy", "--resume-anyway"]);
+            halts(rig.relay(args), 78, &["an old copy", "-resume-anyway"]);
             rig.drain(&[&["--resume-anyway"], args].concat());
         } else {
             rig.drain(args);

@@ -10,6 +10,7 @@ use jetstream_outbox::jetstream::streams::Routes;
 use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::lineage::Lineage;
+use jetstream_outbox::outbox::mapping::Flags;
 use jetstream_outbox::outbox::park;
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::checkpoint::record::StreamCut;
@@ -141,7 +142,6 @@ impl Relay {
             bucket: "bucket".into(),
             slot: SLOT.into(),
             writer: format!("relay-{name}"),
-            fingerprint: String::new(),
             delivery: Delivery::ExactlyOnce,
         };
         Relay {
@@ -478,14 +478,14 @@ impl Relay {
             None => {
                 let anchor = &connection.resumed.anchor;
                 let continuity = match env.is_off(Rule::Continuity) {
-                    true => Ok(Continuity::accepted(session.wal_end)),
+                    true => Ok(Continuity::accepted(session.wal_end, Flags::default())),
                     false => {
                         let (confirmed, wal_end) = (session.confirmed, session.wal_end);
                         Continuity::new(
                             anchor,
                             confirmed,
                             wal_end,
-                            false,
+                            Flags::default(),
                             connection.resumed.is_lenient,
                         )
                     }
@@ -560,15 +560,15 @@ impl Relay {
         if let Some(Core::ExactlyOnce(core)) = &session.core {
             session.is_streaming = true;
             let start = match env.is_off(Rule::Anchor) {
-                true => core.start_lsn().max(core.stored_lsn()),
-                false => core.start_lsn(),
+                true => core.resolved_before().commit_lsn.max(core.stored_lsn()),
+                false => core.resolved_before().commit_lsn,
             };
             session.next = (env.pg.first_from(start), 0);
             trace!(
                 env,
                 "relay {}: streams from {}, confirmed {}",
                 self.name,
-                core.start_lsn(),
+                core.resolved_before().commit_lsn,
                 env.pg.confirmed
             );
         }

@@ -16,7 +16,7 @@ use crate::relay::preflight::probe::{self, Probe};
 use crate::relay::preflight::publication;
 use crate::relay::preflight::publication_state::{self, PublicationState};
 use crate::relay::preflight::server::{self, OLDEST};
-use crate::relay::preflight::slot::{self, recreate};
+use crate::relay::preflight::slot;
 use crate::relay::preflight::{self, Finding, Rule, fail, ok, warn};
 use disk::Disk;
 
@@ -57,8 +57,9 @@ pub struct Log {
 
 #[derive(Clone, Debug, Default)]
 struct Publication {
-    /// It was created or altered later than what the slot still has to decode.
-    newer_than_slot: bool,
+    /// It was created or altered later than what the slot still has to decode. `None`: another slot holds back as much, so it
+    /// cannot be told.
+    younger_than_slot: Option<bool>,
     /// Tables whose updates or deletes are published, and that have no replica identity; not all of very many.
     without_identity: Vec<String>,
 }
@@ -311,21 +312,25 @@ fn publication_age(facts: &Facts, config: &Config) -> Vec<Finding> {
         return Vec::new();
     };
     let (name, slot) = (identifier(&config.publication), &config.slot);
-    vec![match publication.newer_than_slot {
-        false => ok(
+    vec![match publication.younger_than_slot {
+        Some(false) => ok(
             NAME,
             format!("publication {name} is older than what slot {slot} has to send"),
         ),
-        true => warn(
+        None => ok(
+            NAME,
+            format!(
+                "whether publication {name} is older than what slot {slot} has to send cannot be told: another slot holds \
+                 back as much"
+            ),
+        ),
+        Some(true) => warn(
             NAME,
             format!(
                 "publication {name} was created or altered later than what slot {slot} has to send"
             ),
-            "rows of before are sent by what it was then, or stop the relay, if it did not exist",
-            format!(
-                "{} -- if the relay says that the publication does not exist; otherwise nothing, it passes",
-                recreate(&facts.shared, config)
-            ),
+            "a row that was committed before that is sent, or left out, by what the publication was then",
+            "start the relay: it passes once that is behind the slot; if rows of before were to be sent, publish them by hand",
         ),
     }]
 }
@@ -384,15 +389,16 @@ fn read_publication(
     // an age is how many transactions ago; a catalog row's xmin is the transaction that wrote it
     let found = database.row(
         "look at the publication",
-        "SELECT pubupdate OR pubdelete, COALESCE(pg_catalog.age(p.xmin) <= (SELECT pg_catalog.age(catalog_xmin) \
-         FROM pg_catalog.pg_replication_slots WHERE slot_name = $2), false) \
-         FROM pg_catalog.pg_publication p WHERE pubname = $1",
+        "SELECT pubupdate OR pubdelete, COALESCE(pg_catalog.age(p.xmin) <= pg_catalog.age(s.catalog_xmin), false), \
+         EXISTS (SELECT FROM pg_catalog.pg_replication_slots o WHERE o.slot_name <> s.slot_name \
+         AND pg_catalog.age(o.catalog_xmin) >= pg_catalog.age(s.catalog_xmin)) \
+         FROM pg_catalog.pg_publication p LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = $2 WHERE pubname = $1",
         &[&config.publication, &config.slot],
     )?;
     let Some(row) = found else {
         return Ok(None);
     };
-    let changes: bool = row.get(0);
+    let (changes, is_younger): (bool, bool) = (row.get(0), row.get(1));
     let without = match changes {
         false => Vec::new(),
         true => database.rows(
@@ -408,7 +414,8 @@ fn read_publication(
         )?,
     };
     Ok(Some(Publication {
-        newer_than_slot: row.get(1),
+        // a new slot begins with what another one holds back
+        younger_than_slot: (!is_younger || !row.get::<_, bool>(2)).then_some(is_younger),
         without_identity: without.iter().map(|row| row.get(0)).collect(),
     }))
 }

@@ -395,7 +395,7 @@ impl Events {
                 ordinal: self.count + 1,
             },
             commit_time_us,
-            xid: 0,
+            ..Place::default()
         }
     }
 

@@ -197,7 +197,6 @@ fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
         matured: None,
         told_lsn: lsn,
         publication: old.publication,
-        fingerprint: String::new(),
         writer: String::new(),
         writes: 0,
     })

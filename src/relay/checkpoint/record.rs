@@ -6,6 +6,7 @@
 //! whose history left that timeline.
 
 use crate::outbox::lineage::{Conflict, Lineage, NotInHistory};
+use crate::outbox::mapping::Flags;
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -31,6 +32,9 @@ pub struct AnchorEvent {
     /// When its transaction was committed, in microseconds since 2000-01-01 UTC: a restored server that repeats the same
     /// writes gives the same LSNs, but another time.
     pub commit_time_us: i64,
+    /// The digest of the flags that made it an event.
+    #[serde(default)]
+    pub flags: String,
 }
 
 impl fmt::Display for Anchor {
@@ -43,6 +47,12 @@ impl fmt::Display for Anchor {
 }
 
 impl Anchor {
+    /// It is an event that other flags have made.
+    pub fn has_other_flags(&self, flags: &Flags) -> bool {
+        let event = self.event.as_ref();
+        event.is_some_and(|event| event.flags != flags.digest)
+    }
+
     /// Everything that was committed before `lsn`.
     pub fn bare(lsn: Lsn) -> Anchor {
         Anchor {
@@ -151,9 +161,6 @@ pub struct Record {
     /// What the publication published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,
-    /// The flags that decide which rows become events, and which ids these have.
-    #[serde(default)]
-    pub fingerprint: String,
     /// The process that wrote it.
     pub writer: String,
     /// How many writes of that process there were.
@@ -235,6 +242,7 @@ pub(crate) mod tests {
             event: Some(AnchorEvent {
                 id: id.into(),
                 commit_time_us: 8_000,
+                flags: "f".into(),
             }),
         }
     }
@@ -268,7 +276,6 @@ pub(crate) mod tests {
             matured: Some(cut(matured)),
             told_lsn: Lsn(young + 5),
             publication: Some("all".into()),
-            fingerprint: "f".into(),
             writer: "we".into(),
             writes: 3,
         }

@@ -67,8 +67,6 @@ pub struct Identity {
     pub slot: String,
     /// A name for this process that no other has.
     pub writer: String,
-    /// The flags that decide which rows become events, and which ids these have.
-    pub fingerprint: String,
     /// How it delivers.
     pub delivery: Delivery,
 }
@@ -172,12 +170,6 @@ impl Store {
     /// What the publication was last seen to publish.
     pub fn publication(&self) -> SeenPublication {
         self.publication.clone()
-    }
-
-    /// The flags that make events have changed since the record was written.
-    pub fn has_other_flags(&self) -> bool {
-        let held = self.held.as_ref();
-        held.is_some_and(|held| held.fingerprint != self.identity.fingerprint)
     }
 
     /// What the key holds, as far as we know.
@@ -371,7 +363,6 @@ impl Store {
             ripening: Some(ripening),
             matured,
             publication: self.publication.get(),
-            fingerprint: self.identity.fingerprint.clone(),
             writer: self.identity.writer.clone(),
             writes: self.writes,
         };
@@ -503,7 +494,6 @@ mod tests {
             bucket: "bucket".into(),
             slot: "s".into(),
             writer: "we".into(),
-            fingerprint: "f".into(),
             delivery: Delivery::ExactlyOnce,
         };
         let mut store = Store::new(identity, HOLD_BACK, now);

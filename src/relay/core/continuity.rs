@@ -8,6 +8,7 @@
 //! Until continuity is proven nothing may be told to Postgres, and nothing is published that comes after the anchor.
 
 use crate::outbox::batch::{Batch, Change};
+use crate::outbox::mapping::Flags;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::Anchor;
@@ -18,13 +19,16 @@ pub struct Continuity {
     expected: Option<Expected>,
     /// Where the WAL ended at the start, if what is in the streams need not come from Postgres again.
     lenient_until: Option<Lsn>,
+    /// Those of this relay.
+    flags: Flags,
+    /// The anchor was made by others.
     has_other_flags: bool,
 }
 
 #[derive(Debug)]
 struct Expected {
     anchor: Anchor,
-    /// The slot was confirmed beyond the anchor's commit.
+    /// The slot was confirmed beyond the anchor's commit, or it may have been a message, and no messages are asked for any more.
     may_skip: bool,
     /// The flags that make events have changed: the transaction is compared, its events cannot be.
     has_other_flags: bool,
@@ -70,10 +74,11 @@ impl Continuity {
         anchor: &Anchor,
         confirmed_lsn: Lsn,
         wal_end: Lsn,
-        has_other_flags: bool,
+        flags: Flags,
         is_lenient: bool,
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
+        let has_other_flags = anchor.has_other_flags(&flags);
         let lenient_until = (is_lenient || has_other_flags).then_some(wal_end);
         let has_it = match anchor.event {
             Some(_) => commit_lsn < wal_end,
@@ -87,27 +92,34 @@ impl Continuity {
         }
         let expected = anchor.event.is_some().then(|| Expected {
             anchor: anchor.clone(),
-            may_skip: confirmed_lsn > commit_lsn,
+            may_skip: confirmed_lsn > commit_lsn || has_other_flags && !flags.take_messages,
             has_other_flags,
             begun: false,
         });
         Ok(Continuity {
             expected,
             lenient_until,
+            flags,
             has_other_flags,
         })
     }
 
     /// It is accepted unproven (`-resume-anyway`).
-    pub fn accepted(wal_end: Lsn) -> Continuity {
+    pub fn accepted(wal_end: Lsn, flags: Flags) -> Continuity {
         Continuity {
             expected: None,
             lenient_until: Some(wal_end),
+            flags,
             has_other_flags: false,
         }
     }
 
-    /// The flags that make events have changed: another id at the same position is the same event under its new one.
+    /// The flags that make events.
+    pub fn flags(&self) -> &Flags {
+        &self.flags
+    }
+
+    /// They have changed: another id at the same position is the same event under its new one.
     pub fn has_other_flags(&self) -> bool {
         self.has_other_flags
     }
@@ -281,8 +293,8 @@ mod tests {
         for (has_other_flags, is_lenient) in
             [(false, false), (false, true), (true, false), (true, true)]
         {
-            let found =
-                Continuity::new(&anchor(), Lsn(0), Lsn(1000), has_other_flags, is_lenient).unwrap();
+            let flags = flags(has_other_flags, true);
+            let found = Continuity::new(&anchor(), Lsn(0), Lsn(1000), flags, is_lenient).unwrap();
             assert_eq!(found.has_other_flags(), has_other_flags);
             assert_eq!(found.is_lenient(), has_other_flags || is_lenient);
         }
@@ -298,7 +310,16 @@ mod tests {
             event: Some(AnchorEvent {
                 id: "b".into(),
                 commit_time_us: 8,
+                flags: String::new(),
             }),
+        }
+    }
+
+    fn flags(are_others: bool, take_messages: bool) -> Flags {
+        let digest = if are_others { "other" } else { "" };
+        Flags {
+            digest: digest.into(),
+            take_messages,
         }
     }
 
@@ -347,8 +368,11 @@ mod tests {
 
     /// What becomes of these batches in turn: whether continuity is proven, or why not.
     fn judge(confirmed: u64, other_flags: bool, batches: &[Batch]) -> Result<bool, Broken> {
-        let mut continuity =
-            Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), other_flags, false)?;
+        judge_with(confirmed, flags(other_flags, true), batches)
+    }
+
+    fn judge_with(confirmed: u64, flags: Flags, batches: &[Batch]) -> Result<bool, Broken> {
+        let mut continuity = Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), flags, false)?;
         for batch in batches {
             continuity.on_batch(batch)?;
         }
@@ -416,12 +440,13 @@ mod tests {
     #[test]
     fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
         for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
-            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), false, false);
+            let continuity =
+                Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), Flags::default(), false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
         for (wal_end, has_it) in [(99, false), (100, true)] {
             let bare = Anchor::bare(Lsn(100));
-            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), false, false);
+            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), Flags::default(), false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
     }
@@ -432,5 +457,27 @@ mod tests {
         assert_eq!(judge(50, true, &[other]), Ok(true));
         let repeated = batch(100, 1, &["x"], commit(100, 9));
         assert!(judge(50, true, &[repeated]).is_err());
+        let none_left = batch(100, 1, &[], commit(100, 8));
+        assert_eq!(judge(50, true, &[none_left]), Ok(true));
+    }
+
+    /// Postgres sends a transaction of messages to who asks for messages.
+    #[test]
+    fn who_takes_no_messages_any_more_may_miss_the_anchors_transaction() {
+        let later = || batch(120, 1, &["c"], commit(120, 9));
+        let position = || batch(0, 1, &[], keepalive(101));
+        for (flags, may) in [
+            (flags(true, false), true),
+            (flags(true, true), false),
+            (flags(false, false), false),
+        ] {
+            for sent in [later(), position()] {
+                let found = judge_with(50, flags.clone(), &[sent]);
+                assert_eq!(found.is_ok(), may, "{flags:?}: {found:?}");
+            }
+            // what is sent is compared
+            let repeated = batch(100, 1, &["x"], commit(100, 9));
+            assert!(judge_with(50, flags, &[repeated]).is_err());
+        }
     }
 }

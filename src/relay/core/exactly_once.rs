@@ -194,9 +194,9 @@ impl ExactlyOnce {
         self.cut_at_disconnect = None;
     }
 
-    /// Where the copy stream starts.
-    pub fn start_lsn(&self) -> Lsn {
-        self.reached.anchor.position.commit_lsn
+    /// Everything up to here was resolved before the start: the copy stream starts at its commit.
+    pub fn resolved_before(&self) -> Position {
+        self.reached.anchor.position
     }
 
     /// The connection is gone. Returns the cut to resume with.

@@ -57,6 +57,9 @@ pub struct Publication {
     /// The tables that `FOR ALL TABLES` excepts, as SQL spells them.
     #[serde(default)]
     pub except: Vec<String>,
+    /// The tables that it names one by one, at most 100 of them: oid, and as SQL spells it.
+    #[serde(default)]
+    pub named: Vec<(u32, String)>,
 }
 
 /// A table that looks like an outbox, is named, or shares a tree with one that does.
@@ -363,7 +366,9 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
     LATERAL (SELECT COALESCE(puballtables AND NOT {excepted} OR {by_schema}, false) AS auto) auto
 )
 SELECT 'publication', pg_catalog.json_build_object('oid', oid::bigint, 'inserts', pubinsert, 'all_tables', puballtables,
-  'via_root', viaroot, 'except', {except})::text FROM pub
+  'via_root', viaroot, 'except', {except}, 'named', ARRAY(SELECT pg_catalog.json_build_array(c.oid::bigint,
+    pg_catalog.format('%I.%I', n.nspname, c.relname)) FROM member m JOIN pg_catalog.pg_class c ON c.oid = m.prrelid
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace ORDER BY c.oid LIMIT 100))::text FROM pub
 UNION ALL
 SELECT 'table', pg_catalog.json_strip_nulls(pg_catalog.json_build_object('oid', t.oid::bigint, 'root', t.root::bigint,
   'schema', n.nspname, 'name', c.relname, 'kind', c.relkind, 'unlogged', c.relpersistence = 'u',

@@ -156,9 +156,10 @@ pub fn rule(facts: &Facts, config: &Config) -> Vec<Finding> {
     };
     let fix = match error.sqlstate() {
         // the publication was created later than what the slot has to send
-        Some("42704" | "55000") => format!(
-            "{} -- a slot does not see a publication that is younger than its events",
-            recreate(facts, config)
+        Some("42704" | "55000") => recreate(
+            facts,
+            config,
+            "a slot does not see a publication that is younger than its events",
         ),
         _ => match error.remedy() {
             Some(remedy) => remedy.to_string(),

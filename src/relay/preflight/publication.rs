@@ -24,8 +24,9 @@ const MOST: usize = 10;
 /// What must hold while the relay runs: it halts when one fails.
 pub const START: [Rule; 2] = [exists, reached];
 /// What else `check` looks at.
-pub const RULES: [Rule; 5] = [
+pub const RULES: [Rule; 6] = [
     complete,
+    ignored,
     headers_column,
     copies,
     repeated_ids,
@@ -60,10 +61,8 @@ fn create_all(facts: &Facts, config: &Config) -> String {
         .collect();
     // of another's slot its own finding speaks
     let slot = facts.slot.as_ref().filter(|slot| slot.could_be_ours());
-    let again = slot.map(|_| {
-        let sql = recreate(facts, config);
-        format!("{sql} -- a slot does not see a publication that is younger than its events")
-    });
+    let remark = "a slot does not see a publication that is younger than its events";
+    let again = slot.map(|_| recreate(facts, config, remark));
     if !prefixes.is_empty() {
         // which tables there are, setup finds out
         let setup = format!(
@@ -613,6 +612,39 @@ fn missing(facts: &Facts, config: &Config) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// Tables that somebody has put into the publication, and whose rows become no events.
+fn ignored(facts: &Facts, config: &Config) -> Vec<Finding> {
+    let outboxes = &facts.outboxes;
+    let Some(publication) = &outboxes.publication else {
+        return Vec::new();
+    };
+    // one that is partitioned stands for its partitions
+    let taken: BTreeSet<u32> = (outboxes.trees())
+        .filter(|tree| relayed(tree, config).next().is_some())
+        .flat_map(|tree| tree.iter().map(|table| table.oid))
+        .collect();
+    let left = (publication.named.iter()).filter(|(oid, _)| !taken.contains(oid));
+    let names: Vec<String> = left.map(|(_, name)| name.clone()).collect();
+    // where nothing is relayed that is what has to be said
+    let (Some(first), false) = (names.first(), taken.is_empty()) else {
+        return Vec::new();
+    };
+    let name = identifier(&config.publication);
+    vec![warn(
+        TABLES,
+        format!(
+            "publication {name} holds {}, which the relay ignores",
+            list(&names)
+        ),
+        "what is inserted there is sent to the relay, and becomes no event",
+        format!(
+            "name it with -table, and its columns, beside the others: -table 'outbox,{first}:id=...,payload=...'; or, if its \
+             rows are no events: ALTER PUBLICATION {name} DROP TABLE {};",
+            names.join(", ")
+        ),
+    )]
 }
 
 /// The column whose members become headers can hold none unless it is JSON.

@@ -111,15 +111,25 @@ pub fn drop_slot(slot: &str) -> String {
     format!("SELECT pg_drop_replication_slot({});", quote_literal(slot))
 }
 
-/// How the slot is created again, without harm to anybody: never by dropping one that another database, another program
-/// or a running relay needs.
-pub fn recreate(facts: &Facts, config: &Config) -> String {
+/// How the slot is created again, and a remark: never by dropping one that another database, another program or a running relay
+/// needs, and never without a word of what it holds.
+pub fn recreate(facts: &Facts, config: &Config, remark: &str) -> String {
     let name = &config.slot;
     match &facts.slot {
-        None => create_slot(name, false),
+        None => format!("{} -- {remark}", create_slot(name, false)),
         Some(slot) if !slot.could_be_ours() => take_another(facts, config),
         Some(slot) => match unused(slot) {
-            Ok(()) => format!("{} {}", drop_slot(name), create_slot(name, slot.failover)),
+            Ok(()) => {
+                let (drop, create) = (drop_slot(name), create_slot(name, slot.failover));
+                let since = match slot.confirmed() {
+                    Some(confirmed) if !slot.is_lost() => format!(
+                        "; what was committed since {confirmed} is sent by no slot then: stop the writers first, and publish \
+                         it by hand"
+                    ),
+                    _ => String::new(),
+                };
+                format!("{drop} {create} -- {remark}{since}")
+            }
             Err(first) => first,
         },
     }
@@ -166,7 +176,8 @@ fn slot(facts: &Facts, config: &Config) -> Vec<Finding> {
             format!("slot {name} does not exist"),
             "it keeps the WAL until its events are published",
             format!(
-                "{} -- in this database, after the publication",
+                "{} -- in this database, after the publication; if there was one, stop the writers first: no slot sends what \
+                 is committed between the two",
                 create_slot(name, false)
             ),
         )];
@@ -301,9 +312,10 @@ fn lost(facts: &Facts, config: &Config) -> Vec<Finding> {
         "postgres.slot_log",
         format!("Postgres has invalidated slot {} ({why})", config.slot),
         "events are missing: what was committed since then is sent by no slot",
-        format!(
-            "{} -- then publish by hand what was committed in between, and start the relay once with -resume-anyway",
-            recreate(facts, config)
+        recreate(
+            facts,
+            config,
+            "then publish by hand what was committed in between, and start the relay once with -resume-anyway",
         ),
     )]
 }

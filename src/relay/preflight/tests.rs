@@ -472,7 +472,7 @@ fn no_statement_drops_a_slot_that_is_not_free_and_ours() {
                 .flat_map(|rule| rule(&facts, &config))
                 .map(|finding| finding.to_string())
                 .collect();
-            texts.push(slot::recreate(&facts, &config));
+            texts.push(slot::recreate(&facts, &config, "remark"));
             for text in texts {
                 for statement in ["pg_drop_replication_slot", "pg_replication_slot_advance"] {
                     assert!(!text.contains(statement), "{text}");

@@ -109,8 +109,14 @@ fn the_publication() {
     check(
         Warn,
         "postgres.publication_age",
-        &["pg_drop_replication_slot"],
-        |f| publication(f).newer_than_slot = true,
+        &["start the relay: it passes"],
+        |f| publication(f).younger_than_slot = Some(true),
+    );
+    check(
+        Level::Ok,
+        "postgres.publication_age",
+        &["another slot holds back as much"],
+        |f| publication(f).younger_than_slot = None,
     );
 }
 

@@ -83,6 +83,7 @@ impl ExactlyOnce {
                 id: event.id().to_string(),
                 commit_time_us: time_us
                     .expect("a batch tells the time of each transaction that it has events of"),
+                flags: self.continuity.flags().digest.clone(),
             }),
         }
     }

@@ -48,6 +48,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
             event: Some(AnchorEvent {
                 id: lsn.to_string(),
                 commit_time_us: 0,
+                flags: String::new(),
             }),
         },
         stored_lsn: Lsn(lsn + 1),
