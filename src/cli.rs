@@ -314,6 +314,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
 }
 
+#[cfg(feature = "admin")]
+fn is_help(arg: &str) -> bool {
+    matches!(arg, "-h" | "-help" | "--help")
+}
+
 fn refused(exit: EarlyExit) -> UsageError {
     UsageError::Refused(exit.output)
 }

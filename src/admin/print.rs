@@ -35,7 +35,9 @@ fn sql(config: &Config, how: &Setup) -> String {
     };
     let mut text = format!(
         "-- In psql, as a superuser, in {place}. The server needs wal_level = logical; if SHOW wal_level says\n\
-         -- otherwise: ALTER SYSTEM SET wal_level = 'logical'; and a restart.\n\n\
+         -- otherwise: ALTER SYSTEM SET wal_level = 'logical'; and a restart.\n\
+         -- The slot is not to be made where something before it has failed.\n\
+         \\set ON_ERROR_STOP on\n\n\
          -- The relay's role. Give it a password: \\password {role}\n\
          -- It needs no privilege on the table.\n\
          CREATE ROLE {role} WITH LOGIN REPLICATION;\n\
@@ -43,6 +45,9 @@ fn sql(config: &Config, how: &Setup) -> String {
     );
     let tables = tables(config);
     for table in &tables {
+        if let Some(schema) = &table.schema {
+            let _ = writeln!(text, "CREATE SCHEMA IF NOT EXISTS {};", identifier(schema));
+        }
         text += &create_table(config, table);
         text += "\n\n";
     }

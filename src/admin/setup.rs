@@ -24,7 +24,7 @@ use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
 use crate::postgres::identifier::identifier;
 use crate::relay::preflight::server::{self, Writer, blocked_by};
-use crate::relay::preflight::slot::{self, recreate};
+use crate::relay::preflight::slot::{self, Slot, recreate};
 use crate::relay::preflight::{self, Finding, failures_of, outboxes, publication};
 use std::time::Duration;
 
@@ -85,6 +85,7 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
             exit: Exit::Configuration,
         });
     }
+    refuse_foreign(&mut database, config)?;
     let mut report = Report { differs: false };
     streams(&mut bus, config, how, &mut report)?;
     aggregate::extend(&mut bus, config, how, &mut report)?;
@@ -119,6 +120,29 @@ pub fn run(config: &Config, how: &Setup) -> Result<Exit, Error> {
         true => Exit::Configuration,
         false => Exit::Done,
     })
+}
+
+/// Where the slot is another database's, what would be made beside it is that one's as well, by its name.
+fn refuse_foreign(database: &mut Database, config: &Config) -> Result<(), Error> {
+    let facts = preflight::read(database, config)?;
+    let is_foreign = |slot: &&Slot| slot.database.is_some() && !slot.here;
+    if facts.slot.as_ref().filter(is_foreign).is_none() {
+        return Ok(());
+    }
+    match failures_of(&[&slot::START], &facts, config)
+        .into_iter()
+        .next()
+    {
+        None => Ok(()),
+        Some(finding) => Err(Error::Wrong {
+            what: format!("create the slot: {}", finding.found),
+            remedy: format!(
+                "{}; nothing was created",
+                finding.advice.map(|advice| advice.fix).unwrap_or_default()
+            ),
+            exit: Exit::Configuration,
+        }),
+    }
 }
 
 fn streams(

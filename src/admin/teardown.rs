@@ -14,7 +14,8 @@ pub fn run(config: &Config, yes: bool) -> Result<Exit, Error> {
     let slot = slot::read(&mut database, &config.slot)?;
     let publication = database.row(
         "find the publication",
-        "SELECT true FROM pg_catalog.pg_publication WHERE pubname = $1",
+        "SELECT pg_catalog.pg_get_userbyid(pubowner)::text, pg_catalog.pg_has_role(pubowner, 'USAGE') \
+         FROM pg_catalog.pg_publication WHERE pubname = $1",
         &[&config.publication],
     )?;
     let what = [
@@ -25,6 +26,17 @@ pub fn run(config: &Config, yes: bool) -> Result<Exit, Error> {
     ];
     if let Some(slot) = &slot {
         refuse_foreign(config, slot)?;
+    }
+    if let Some(row) = publication.as_ref().filter(|row| !row.get::<_, bool>(1)) {
+        let owner: String = row.get(0);
+        return Err(Error::Wrong {
+            what: format!(
+                "drop the publication: {} belongs to {owner}",
+                identifier(&config.publication)
+            ),
+            remedy: format!("run it as {owner}, who may also replicate; nothing was removed"),
+            exit: Exit::Configuration,
+        });
     }
     if what.iter().all(Option::is_none) {
         say("nothing to remove\n")?;

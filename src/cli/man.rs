@@ -3,13 +3,16 @@
 //! The language is that of [man(7)](https://man7.org/linux/man-pages/man7/man.7.html).
 
 use super::commands::Word;
-use super::{Cli, PROGRAM, UsageError};
+use super::{Cli, PROGRAM, UsageError, is_help};
 use argh::{ArgsInfo, CommandInfoWithArgs, ErrorCodeInfo, FlagInfo, FlagInfoKind};
 
 /// The page, if the arguments ask for it.
 pub(super) fn asked_for(args: &[String]) -> Option<Result<String, UsageError>> {
     match args {
         [word] if word == "man" => Some(Ok(page())),
+        [word, help] if word == "man" && is_help(help) => Some(Ok(format!(
+            "Usage: {PROGRAM} man\n\nPrints the manual page: {PROGRAM} man | man -l -\n"
+        ))),
         [word, more, ..] if word == "man" => Some(Err(UsageError::UnknownFlag(more.clone()))),
         _ => None,
     }

@@ -68,7 +68,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "events_already_stored_total",
         "Events that were found in their stream and not published again",
-        Read::Counter(|v| v.tally().skipped),
+        Read::Counter(|v| v.tally().already_stored),
     ),
     metric(
         "events_dropped_total",
@@ -83,7 +83,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "events_given_up_total",
         "Events given up by -on-poison skip",
-        Read::Counter(|v| v.tally().lost),
+        Read::Counter(|v| v.tally().given_up),
     ),
     metric(
         "events_late_total",

@@ -242,7 +242,6 @@ impl Connector<'_> {
         }
         let connection = Connection {
             resumed,
-            routed: (0..found.routed).collect(),
             capacity: self.capacity(&found),
             streams,
             missing,

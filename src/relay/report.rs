@@ -46,8 +46,8 @@ impl Report {
                 new.published
             };
             log::info!(
-                published = new.published, per_second, already_stored = new.skipped, dropped = new.dropped,
-                parked = new.parked, given_up = new.lost, late = new.late, in_flight = vitals.in_flight.get(),
+                published = new.published, per_second, already_stored = new.already_stored, dropped = new.dropped,
+                parked = new.parked, given_up = new.given_up, late = new.late, in_flight = vitals.in_flight.get(),
                 received_lsn:% = Lsn(vitals.received_lsn.get()), stored_lsn:% = Lsn(vitals.stored_lsn.get()),
                 flush_lsn:% = Lsn(vitals.flush_lsn.get()); "{what}"
             );

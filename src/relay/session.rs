@@ -257,7 +257,7 @@ impl<'a> Session<'a> {
         let mapper = &mut self.mapper;
         let outcome = threads.run((stream, &writer), link, core, store, mapper, watch);
         self.published = Some(outcome.published);
-        self.worked = outcome.left.tally != Tally::default();
+        self.worked = outcome.tally != Tally::default();
         if !matches!(outcome.result, Err(Error::Halt(_))) {
             self.accepted = Accepted::Nothing;
         }
@@ -489,10 +489,10 @@ struct Threads<'a> {
     vitals: &'a Vitals,
 }
 
-/// Why a session's threads ended, and what the publisher leaves.
+/// Why a session's threads ended, and what they got done.
 struct Outcome {
     result: Result<Ended, Error>,
-    left: Left,
+    tally: Tally,
     published: PublicationState,
 }
 
@@ -592,13 +592,9 @@ impl Threads<'_> {
         if let Err(error) = told {
             log::debug!(cause:% = error; "the last status update may not have arrived");
         }
-        let left = Left {
-            result: Ok(()),
-            ..left
-        };
         Outcome {
             result,
-            left,
+            tally: left.tally,
             published: watch.into_state(),
         }
     }

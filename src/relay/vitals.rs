@@ -204,10 +204,10 @@ fn each(a: Tally, b: Tally, of: fn(u64, u64) -> u64) -> Tally {
     Tally {
         published: of(a.published, b.published),
         published_bytes: of(a.published_bytes, b.published_bytes),
-        skipped: of(a.skipped, b.skipped),
+        already_stored: of(a.already_stored, b.already_stored),
         dropped: of(a.dropped, b.dropped),
         parked: of(a.parked, b.parked),
-        lost: of(a.lost, b.lost),
+        given_up: of(a.given_up, b.given_up),
         late: of(a.late, b.late),
         foreign: of(a.foreign, b.foreign),
     }

@@ -150,7 +150,8 @@ impl Place {
                 found.len() == fault.findings.len() && found.iter().zip(fault.findings).all(is);
             all.then_some(()).ok_or(found)
         });
-        for _ in 0..=fault.findings.len() {
+        // a fix may bring another to light
+        for _ in 0..=fault.findings.len() + 1 {
             let left = self.bad(fault);
             let Some(first) = left.first() else {
                 return;
@@ -192,8 +193,8 @@ impl Place {
         let after = |part: &str| Some(fix.split_once(part)?.1.split(';').next()?.to_string());
         if let Some(tables) = fix.strip_prefix("-table ") {
             self.flags = vec!["-table".into(), tables.into()];
-        } else if let Some(statement) = after("if its rows are no events: ") {
-            self.rig.pg.execute(&statement);
+        } else if let Some(statement) = after("if its rows are no events (") {
+            self.rig.pg.execute(statement.trim_end_matches(')'));
         } else if let Some(table) = after("add to -table: ") {
             self.flags[1] += &format!(",{table}");
         } else if let Some(slot) = after("jetstream-outbox setup -slot ") {

@@ -36,3 +36,30 @@ fn a_relay_that_confirms_while_check_looks_is_no_other_history() {
     assert!(found.stdout.contains("both.wal"), "{}", found.stdout);
     assert!(!found.stdout.contains("\"fail\""), "{}", found.stdout);
 }
+
+/// Neither are other flags, which may make no event of the last one.
+#[test]
+fn flags_that_were_changed_are_no_other_history() {
+    let rig = Rig::start();
+    let event = r#"{"id":"1","aggregatetype":"t","aggregateid":"a"}"#;
+    let emit = format!("SELECT pg_logical_emit_message(true, 'jetstream_outbox', '{event}')");
+    rig.pg.execute(&emit);
+    rig.drain(&[]);
+    let (db, nats) = (rig.pg.url("postgres", "postgres"), rig.nats.url());
+    for flags in [
+        &["-no-messages"][..],
+        &["-message-prefix=x"],
+        &["-id-column=aggregateid"],
+    ] {
+        let found = run(
+            &[&["check", "-json", "-db", &db, "-nats", &nats], flags].concat(),
+            &[],
+        );
+        assert!(found.stdout.contains("both.wal"), "{}", found.stdout);
+        assert!(
+            !found.stdout.contains("\"fail\""),
+            "{flags:?}: {}",
+            found.stdout
+        );
+    }
+}

@@ -72,7 +72,6 @@ struct Reading {
 #[derive(Debug)]
 struct Unresumed {
     streams: Vec<StreamFacts>,
-    routed: Vec<usize>,
     capacity: Capacity,
     missing: Vec<StreamCut>,
 }
@@ -342,7 +341,6 @@ impl Relay {
             }
         }
         let maybe_unfenced = session.core.is_none() && self.store.held().is_none();
-        let routed = (0..streams.len()).collect();
         let mut missing: Vec<StreamCut> = Vec::new();
         for named in cuts.iter().flat_map(|cut| &cut.streams) {
             if streams.iter().any(|it| it.name == named.name)
@@ -368,7 +366,6 @@ impl Relay {
         facts.forget_left(&mut missing);
         let connection = Unresumed {
             streams: facts.streams.clone(),
-            routed,
             capacity: Capacity {
                 routes: Routes::new(&infos),
                 max_payload: MAX_PAYLOAD,
@@ -468,7 +465,6 @@ impl Relay {
         let connection = Connection {
             resumed,
             streams: connection.streams,
-            routed: connection.routed,
             capacity: connection.capacity,
             missing: connection.missing,
         };

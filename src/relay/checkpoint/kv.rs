@@ -24,7 +24,7 @@ pub enum Error {
     Unreadable(String),
 }
 
-/// Answers to writes of the checkpoint bear its number above this; those to looks at a stream bear the stream's index.
+/// Answers to writes of the checkpoint bear its number above this; those to looks at the streams lie below.
 const TOKENS: u64 = 1 << 32;
 
 /// Sends what is to be written; the answer comes under [`answers_to`].

@@ -30,6 +30,11 @@ enum Expected {
     Witness(Witness),
 }
 
+/// The answer of this name is to a [`Look::Message`], not to a [`Look::Stream`].
+pub fn is_of_message(token: u64) -> bool {
+    !token.is_multiple_of(2)
+}
+
 /// The state of the questions. See the module.
 #[derive(Debug)]
 pub struct Agreement {

@@ -88,7 +88,7 @@ impl AtLeastOnce {
                 break;
             }
             if event.fate() == Fate::Lose {
-                self.tally.lost += 1;
+                self.tally.given_up += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();
                 continue;

@@ -35,10 +35,8 @@ use std::time::Instant;
 pub struct Connection {
     /// Where to go on.
     pub resumed: Resumed,
-    /// The streams, in the order of the resume.
+    /// The streams, in the order of the resume: first those that the routes of the capacity lead to, in their order.
     pub streams: Vec<StreamFacts>,
-    /// Which of them each route of the capacity leads to.
-    pub routed: Vec<usize>,
     /// What may go.
     pub capacity: Capacity,
     /// What the chosen cut says of streams that are gone: it is to be known should they come back.
@@ -68,7 +66,6 @@ pub struct ExactlyOnce {
 #[derive(Debug)]
 struct Connected {
     capacity: Capacity,
-    routed: Vec<usize>,
     streams: Vec<Stream>,
     missing: Vec<StreamCut>,
     evidence: Evidence,
@@ -150,7 +147,6 @@ impl ExactlyOnce {
         let Connection {
             resumed,
             streams: facts,
-            routed,
             capacity,
             missing,
         } = connection;
@@ -183,7 +179,6 @@ impl ExactlyOnce {
         });
         self.connection = Some(Connected {
             capacity,
-            routed,
             streams: streams.collect(),
             missing,
             evidence,
@@ -289,15 +284,15 @@ impl ExactlyOnce {
         }
         if position <= self.reached.anchor.position {
             // R1: not after the anchor, so resolved
-            self.tally.skipped += 1;
+            self.tally.already_stored += 1;
             return Ok(Judged::Resolved(None));
         }
         if let Some(stored) = self.find(&event)? {
-            self.tally.skipped += 1;
+            self.tally.already_stored += 1;
             return Ok(Judged::Resolved(Some(stored)));
         }
         if event.fate() == Fate::Lose {
-            self.tally.lost += 1;
+            self.tally.given_up += 1;
             return Ok(Judged::Resolved(None));
         }
         let must_be_alone = event.fate() == Fate::Park
@@ -387,9 +382,8 @@ impl ExactlyOnce {
             return Ok(too_large);
         }
         let route = connected.capacity.routes.route(subject);
-        let routed = route.and_then(|route| connected.routed.get(route).copied());
         let Some((index, stream)) =
-            routed.and_then(|index| Some((index, connected.streams.get(index)?)))
+            route.and_then(|index| Some((index, connected.streams.get(index)?)))
         else {
             return Err(Trouble::Reconnect(Cause::NoStream(subject.to_string())));
         };

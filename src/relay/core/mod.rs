@@ -72,13 +72,13 @@ pub struct Tally {
     /// Bytes of their bodies.
     pub published_bytes: u64,
     /// Events found stored on resume.
-    pub skipped: u64,
+    pub already_stored: u64,
     /// Events dropped because an earlier event had used their id.
     pub dropped: u64,
     /// Of the published, those that were parked.
     pub parked: u64,
     /// Events given up.
-    pub lost: u64,
+    pub given_up: u64,
     /// Events published after later ones of their stream: those had passed while the subject was moved, while the event was
     /// refused, or behind a foreign message.
     pub late: u64,

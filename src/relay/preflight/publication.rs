@@ -640,8 +640,8 @@ fn ignored(facts: &Facts, config: &Config) -> Vec<Finding> {
         ),
         "what is inserted there is sent to the relay, and becomes no event",
         format!(
-            "name it with -table, and its columns, beside the others: -table 'outbox,{first}:id=...,payload=...'; or, if its \
-             rows are no events: ALTER PUBLICATION {name} DROP TABLE {};",
+            "add it to -table with its columns, {first}:id=...,payload=... (and all others, if -table was not given); or take it \
+             out, if its rows are no events (ALTER PUBLICATION {name} DROP TABLE {})",
             names.join(", ")
         ),
     )]

@@ -9,6 +9,7 @@ use crate::relay::checkpoint::kv;
 use crate::relay::checkpoint::store::Overtaken;
 use crate::relay::connect;
 use crate::relay::core::Core;
+use crate::relay::core::agreement::is_of_message;
 use crate::relay::vitals::ReconnectCause;
 use std::time::Instant;
 
@@ -98,18 +99,18 @@ impl Publisher<'_> {
         let Ok(body) = answer else {
             return Ok(());
         };
-        let outcome = if token.is_multiple_of(2) {
+        let outcome = if is_of_message(token) {
+            let Ok(found) = connect::message(&body) else {
+                return Ok(());
+            };
+            core.on_witness(token, found.as_ref())
+        } else {
             let Ok(info) = streams::parse_info(&body) else {
                 return Ok(());
             };
             let (created, last_seq) =
                 info.map_or_else(Default::default, |info| (info.created, info.state.last_seq));
             core.on_look(token, &created, last_seq)
-        } else {
-            let Ok(found) = connect::message(&body) else {
-                return Ok(());
-            };
-            core.on_witness(token, found.as_ref())
         };
         self.trouble(outcome)
     }

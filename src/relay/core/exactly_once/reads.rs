@@ -141,14 +141,14 @@ impl ExactlyOnce {
                 Err(Trouble::Reconnect(Cause::OtherAnswer { seq }))
             }
             Some(message) if is_its_own(&message) => {
-                self.tally.skipped += 1;
+                self.tally.already_stored += 1;
                 self.window.resolve_at_cursor(Some((stream, seq)));
                 self.settle();
                 Ok(None)
             }
             // R16: gone, and it may have been this very event: also one that came since the stream was read
             None if self.doubt.is_about(position) || known < seq => {
-                self.tally.skipped += 1;
+                self.tally.already_stored += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();
                 Ok(None)
