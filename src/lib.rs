@@ -14,8 +14,8 @@
 //! | `admin` | the operator's commands (feature `admin`) |
 //! | [`observe`] | metrics, health and the status page over HTTP, and what systemd is told |
 //! | [`relay`] | the supervisor, a session, its three threads, and the pure [`relay::core`] they serve |
+//! | [`jetstream`] | the JetStream API, streams, publishes and acks, over [`nats`] |
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
-//! | [`jetstream`] | the JetStream API, streams, acks, the fence and the resume, over [`nats`] |
 //! | [`nats`] | the one connection to NATS: handshake, TLS, protocol; knows no JetStream |
 //! | [`postgres`] | connection strings, TLS, authentication, the replication stream, pgoutput |
 //!
