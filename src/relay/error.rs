@@ -261,9 +261,9 @@ impl fmt::Display for Error {
             ),
             Error::OtherFlags(position) => write!(
                 f,
-                "resume: the flags that decide which rows become events, or which ids they have, were changed while the transaction of {position} was half \
-                 published, so its other half cannot be told apart: start once with the earlier flags and stop in order, or pass \
-                 -resume-anyway once"
+                "resume: the flags that decide which rows become events, or which ids they have, were changed before the relay had stopped in \
+                 order: what it has published after {position} cannot be told apart by other flags; start once with the earlier \
+                 flags and stop in order (-drain does), or pass -resume-anyway once"
             ),
             Error::Unfenced { stream, at, stored } => write!(
                 f,

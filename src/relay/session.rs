@@ -120,6 +120,7 @@ impl<'a> Session<'a> {
             bucket: config.checkpoint.clone(),
             slot: config.slot.clone(),
             writer: writer(),
+            flags: config.mapping.flags().digest,
             delivery: config.delivery,
         };
         Session {
@@ -362,9 +363,11 @@ impl<'a> Session<'a> {
         let fell_back = resumed.cut != Some(0);
         let anchor = &resumed.anchor;
         let flags = self.config.mapping.flags();
-        let has_other_flags = anchor.has_other_flags(&flags);
         let is_partial = resumed.stored_lsn <= anchor.position.commit_lsn && anchor.event.is_some();
-        if has_other_flags && is_partial && self.accepted == Accepted::Nothing {
+        // by other flags the same position is another event's
+        let is_mixed = is_partial && anchor.has_other_flags(&flags)
+            || !resumed.evidence.is_empty() && self.store.has_other_flags();
+        if is_mixed && self.accepted == Accepted::Nothing {
             return Err(Error::OtherFlags(anchor.position));
         }
         let continuity = match self.accepted {

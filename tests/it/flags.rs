@@ -1,6 +1,8 @@
 //! Flags that make events, or say what becomes of those that cannot be published, are changed between two runs: what is resolved
 //! stays so, and what the new flags take is relayed.
 
+use crate::operators::halts;
+use crate::operators_bucket::record;
 use crate::rig::{Rig, SLOT, STREAM};
 
 const TABLES: &str = "\
@@ -122,4 +124,58 @@ fn what_was_parked_or_given_up_stays_so_whatever_is_to_be_done_with_the_next() {
         }
         assert_eq!(ids(&rig), expected, "{first:?}");
     }
+}
+
+/// What is in the streams behind the record was counted by the earlier flags: the same place is another event's by others.
+#[test]
+fn other_flags_have_to_wait_until_what_the_earlier_ones_published_is_recorded() {
+    const BEFORE: [&str; 1] = ["-table=outbox"];
+    const AFTER: [&str; 1] = ["-table=outbox,orders"];
+    let rig = Rig::start_with_tables(TABLES);
+    let mut client = rig.nats.client();
+    rig.pg.execute(&row("outbox", "1"));
+    rig.drain(&BEFORE);
+    let (subject, older) = record(&mut client);
+    // put back, the record is what a killed relay leaves
+    let (order, event) = (row("orders", "x"), row("outbox", "2"));
+    rig.pg.execute(&format!("BEGIN; {order}; {event}; COMMIT"));
+    rig.drain(&BEFORE);
+    client.publish(&subject, &[], &older);
+    let last = halts(
+        rig.relay(&AFTER),
+        78,
+        &["start once with the earlier flags"],
+    );
+    assert_eq!(ids(&rig), ["1", "2"], "{last}");
+    // what it asks for
+    rig.drain(&BEFORE);
+    rig.pg.execute(&format!(
+        "BEGIN; {}; {}; COMMIT",
+        row("orders", "3"),
+        row("outbox", "4")
+    ));
+    rig.drain(&AFTER);
+    assert_eq!(ids(&rig), ["1", "2", "3", "4"]);
+}
+
+#[test]
+fn other_flags_do_not_begin_within_a_transaction() {
+    const ROWS: u64 = 30_000;
+    let rig = Rig::start_with_tables(TABLES);
+    let relay = rig.relay(&[]);
+    rig.pg.execute(&format!(
+        "INSERT INTO outbox SELECT n, 't', 'a', '{{}}', 'other ' || n FROM generate_series(1, {ROWS}) n"
+    ));
+    rig.wait_for_messages(1_000);
+    relay.kill();
+    let other = ["-id-column=other"];
+    halts(
+        rig.relay(&other),
+        78,
+        &["start once with the earlier flags"],
+    );
+    rig.drain(&[]);
+    rig.drain(&other);
+    let all: Vec<String> = (1..=ROWS).map(|number| number.to_string()).collect();
+    assert_eq!(ids(&rig), all);
 }

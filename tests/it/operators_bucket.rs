@@ -23,7 +23,7 @@ fn delete_bucket(client: &mut NatsClient) {
 }
 
 /// The record's subject, and its value.
-fn record(client: &mut NatsClient) -> (String, Vec<u8>) {
+pub fn record(client: &mut NatsClient) -> (String, Vec<u8>) {
     let last = json!({ "last_by_subj": "$KV.jetstream_outbox.>" });
     let found = client.api(&format!("STREAM.MSG.GET.{BUCKET}"), &last);
     let message = &found["message"];

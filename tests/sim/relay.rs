@@ -141,6 +141,7 @@ impl Relay {
             bucket: "bucket".into(),
             slot: SLOT.into(),
             writer: format!("relay-{name}"),
+            flags: String::new(),
             delivery: Delivery::ExactlyOnce,
         };
         Relay {

@@ -196,6 +196,8 @@ fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
         ripening: None,
         matured: None,
         told_lsn: lsn,
+        // it does not say
+        flags: String::new(),
         publication: old.publication,
         writer: String::new(),
         writes: 0,

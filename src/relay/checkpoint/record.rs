@@ -32,7 +32,7 @@ pub struct AnchorEvent {
     /// When its transaction was committed, in microseconds since 2000-01-01 UTC: a restored server that repeats the same
     /// writes gives the same LSNs, but another time.
     pub commit_time_us: i64,
-    /// The digest of the flags that made it an event.
+    /// The digest of the flags that made it an event. Empty: not known.
     #[serde(default)]
     pub flags: String,
 }
@@ -50,7 +50,7 @@ impl Anchor {
     /// It is an event that other flags have made.
     pub fn has_other_flags(&self, flags: &Flags) -> bool {
         let event = self.event.as_ref();
-        event.is_some_and(|event| event.flags != flags.digest)
+        event.is_some_and(|event| !event.flags.is_empty() && event.flags != flags.digest)
     }
 
     /// Everything that was committed before `lsn`.
@@ -103,7 +103,7 @@ pub struct Cut {
     #[serde(default)]
     pub quiescent: bool,
     /// What the streams have after the anchor need not come from Postgres again: it was written from another WAL, which was
-    /// accepted, or with other flags.
+    /// accepted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lenient: bool,
 }
@@ -158,6 +158,10 @@ pub struct Record {
     /// The most that Postgres may have been told.
     #[serde(with = "as_text")]
     pub told_lsn: Lsn,
+    /// The digest of the flags by which the writer publishes: what is in the streams after the youngest cut was made by them. Empty:
+    /// not known.
+    #[serde(default)]
+    pub flags: String,
     /// What the publication published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,
@@ -276,6 +280,7 @@ pub(crate) mod tests {
             matured: Some(cut(matured)),
             told_lsn: Lsn(young + 5),
             publication: Some("all".into()),
+            flags: "f".into(),
             writer: "we".into(),
             writes: 3,
         }

@@ -67,6 +67,8 @@ pub struct Identity {
     pub slot: String,
     /// A name for this process that no other has.
     pub writer: String,
+    /// The digest of its flags that make events.
+    pub flags: String,
     /// How it delivers.
     pub delivery: Delivery,
 }
@@ -170,6 +172,12 @@ impl Store {
     /// What the publication was last seen to publish.
     pub fn publication(&self) -> SeenPublication {
         self.publication.clone()
+    }
+
+    /// What is in the streams after the record's youngest cut was made by other flags.
+    pub fn has_other_flags(&self) -> bool {
+        let held = self.held.as_ref().map(|held| &held.flags);
+        held.is_some_and(|flags| !flags.is_empty() && *flags != self.identity.flags)
     }
 
     /// What the key holds, as far as we know.
@@ -363,6 +371,7 @@ impl Store {
             ripening: Some(ripening),
             matured,
             publication: self.publication.get(),
+            flags: self.identity.flags.clone(),
             writer: self.identity.writer.clone(),
             writes: self.writes,
         };
@@ -494,6 +503,7 @@ mod tests {
             bucket: "bucket".into(),
             slot: "s".into(),
             writer: "we".into(),
+            flags: "f".into(),
             delivery: Delivery::ExactlyOnce,
         };
         let mut store = Store::new(identity, HOLD_BACK, now);

@@ -21,8 +21,6 @@ pub struct Continuity {
     lenient_until: Option<Lsn>,
     /// Those of this relay.
     flags: Flags,
-    /// The anchor was made by others.
-    has_other_flags: bool,
 }
 
 #[derive(Debug)]
@@ -79,7 +77,7 @@ impl Continuity {
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
         let has_other_flags = anchor.has_other_flags(&flags);
-        let lenient_until = (is_lenient || has_other_flags).then_some(wal_end);
+        let lenient_until = is_lenient.then_some(wal_end);
         let has_it = match anchor.event {
             Some(_) => commit_lsn < wal_end,
             None => commit_lsn <= wal_end,
@@ -100,7 +98,6 @@ impl Continuity {
             expected,
             lenient_until,
             flags,
-            has_other_flags,
         })
     }
 
@@ -110,7 +107,6 @@ impl Continuity {
             expected: None,
             lenient_until: Some(wal_end),
             flags,
-            has_other_flags: false,
         }
     }
 
@@ -119,12 +115,7 @@ impl Continuity {
         &self.flags
     }
 
-    /// They have changed: another id at the same position is the same event under its new one.
-    pub fn has_other_flags(&self) -> bool {
-        self.has_other_flags
-    }
-
-    /// What is in the streams need not come from Postgres again: other flags may make no event of it, or it is accepted.
+    /// What is in the streams need not come from Postgres again: that was accepted.
     pub fn is_lenient(&self) -> bool {
         self.lenient_until.is_some()
     }
@@ -288,18 +279,6 @@ mod tests {
     use crate::relay::checkpoint::record::AnchorEvent;
     use std::convert::Infallible;
 
-    #[test]
-    fn other_flags_make_it_lenient_and_are_told_from_other_leniency() {
-        for (has_other_flags, is_lenient) in
-            [(false, false), (false, true), (true, false), (true, true)]
-        {
-            let flags = flags(has_other_flags, true);
-            let found = Continuity::new(&anchor(), Lsn(0), Lsn(1000), flags, is_lenient).unwrap();
-            assert_eq!(found.has_other_flags(), has_other_flags);
-            assert_eq!(found.is_lenient(), has_other_flags || is_lenient);
-        }
-    }
-
     /// The anchor: the second event of the transaction at 0/64, committed at 8.
     fn anchor() -> Anchor {
         Anchor {
@@ -310,13 +289,13 @@ mod tests {
             event: Some(AnchorEvent {
                 id: "b".into(),
                 commit_time_us: 8,
-                flags: String::new(),
+                flags: "own".into(),
             }),
         }
     }
 
     fn flags(are_others: bool, take_messages: bool) -> Flags {
-        let digest = if are_others { "other" } else { "" };
+        let digest = if are_others { "other" } else { "own" };
         Flags {
             digest: digest.into(),
             take_messages,
@@ -441,12 +420,13 @@ mod tests {
     fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
         for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
             let continuity =
-                Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), Flags::default(), false);
+                Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), flags(false, true), false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
         for (wal_end, has_it) in [(99, false), (100, true)] {
             let bare = Anchor::bare(Lsn(100));
-            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), Flags::default(), false);
+            let continuity =
+                Continuity::new(&bare, Lsn(50), Lsn(wal_end), flags(false, true), false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
     }

@@ -329,9 +329,6 @@ impl ExactlyOnce {
                     }
                     return Ok(Some((stream, seq)));
                 }
-                Verdict::OtherId(stream, seq) if self.continuity.has_other_flags() => {
-                    return Ok(Some((stream, seq)));
-                }
                 Verdict::OtherId(..) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
