@@ -54,7 +54,8 @@ impl Database {
         access: Access,
         answer_limit: Duration,
     ) -> Result<Database, Error> {
-        let connection = Connection::connect(&db.without_replication())?;
+        let mut connection = Connection::connect(&db.without_replication())?;
+        connection.pin_settings()?;
         let (tls, peer) = (connection.tls_description(), connection.peer().to_string());
         let version = connection.server_version_num();
         let version_text = connection.parameter("server_version").unwrap_or("unknown");

@@ -247,7 +247,7 @@ fn bucket(
             let faults = bucket_faults(&found.config).into_iter();
             Outcome::Found(
                 faults
-                    .map(|(what, why, _)| format!("it {what}: {why}"))
+                    .map(|fault| format!("it {}: {}", fault.what, fault.why))
                     .collect(),
             )
         }

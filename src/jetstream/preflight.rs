@@ -137,15 +137,55 @@ fn warnings(info: &StreamInfo, server: &ServerInfo, delivery: Delivery) -> Vec<S
     warnings
 }
 
-/// What keeps a checkpoint bucket from holding the record for as long as it is needed: what it is, why that matters, and how
-/// `nats stream edit` changes it, where it can be changed.
-pub fn bucket_faults(config: &StreamConfig) -> Vec<(String, &'static str, Option<&'static str>)> {
+/// What keeps a checkpoint bucket from holding the record for as long as it is needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BucketFault {
+    /// Completes a sentence that begins with the bucket.
+    pub what: String,
+    /// Why it matters.
+    pub why: &'static str,
+    /// How `nats stream edit` changes it; `None`: by another bucket.
+    pub edit: Option<&'static str>,
+    /// No record can be written, or none read back.
+    pub is_fatal: bool,
+}
+
+/// What is wrong with the stream of a checkpoint bucket.
+pub fn bucket_faults(config: &StreamConfig) -> Vec<BucketFault> {
     /// The record of a relay with a hundred streams.
     const ENOUGH: i64 = 64 << 10;
     let mut faults = Vec::new();
+    let mut fault = |what: &str, why, edit, is_fatal| {
+        faults.push(BucketFault {
+            what: what.to_string(),
+            why,
+            edit,
+            is_fatal,
+        });
+    };
+    if config.sealed {
+        fault("is sealed", "nothing can be written to it", None, true);
+    }
+    if config.no_ack {
+        let why = "no write of the record is acknowledged";
+        fault("acknowledges nothing (no_ack)", why, Some("--ack"), true);
+    }
+    if config.subject_transform.is_some() {
+        let what = "stores the record under another subject (subject_transform)";
+        fault(what, "it is not found when it is looked for", None, true);
+    }
+    if config.persist_mode == "async" {
+        let what = "acknowledges before it has written (persist_mode async)";
+        fault(
+            what,
+            "a record that was acknowledged can be lost",
+            None,
+            false,
+        );
+    }
     if config.storage == "memory" {
         let why = "a restart of nats-server loses it";
-        faults.push(("is kept in memory".into(), why, None));
+        fault("is kept in memory", why, None, false);
     }
     if config.max_age > 0 {
         let what = format!(
@@ -153,7 +193,7 @@ pub fn bucket_faults(config: &StreamConfig) -> Vec<(String, &'static str, Option
             config.max_age as f64 / 1e9
         );
         let why = "when no relay has written for so long, nobody knows any more whether the slot was moved or the publication changed";
-        faults.push((what, why, Some("--max-age=0")));
+        fault(&what, why, Some("--max-age=0"), false);
     }
     if (1..ENOUGH).contains(&config.max_msg_size) {
         let what = format!(
@@ -161,7 +201,7 @@ pub fn bucket_faults(config: &StreamConfig) -> Vec<(String, &'static str, Option
             config.max_msg_size
         );
         let why = "a record that has grown over it cannot be written, and the relay waits";
-        faults.push((what, why, Some("--max-msg-size=-1")));
+        fault(&what, why, Some("--max-msg-size=-1"), false);
     }
     faults
 }

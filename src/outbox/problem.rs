@@ -177,6 +177,8 @@ impl MapError {
             MapError::Value { problem, at, .. } if problem.is_the_writers() => {
                 Some(Lsn(at.0.saturating_add(1)))
             }
+            // columns that were renamed within a transaction, which no flags fit
+            MapError::MissingColumns { at, .. } => Some(Lsn(at.0.saturating_add(1))),
             _ => None,
         }
     }
@@ -195,8 +197,9 @@ impl ValueProblem {
             | ValueProblem::ManyHeaders
             | ValueProblem::Malformed
             | ValueProblem::TooLarge
+            | ValueProblem::UnchangedToast
             | ValueProblem::NoEquivalent => true,
-            ValueProblem::UnchangedToast | ValueProblem::Binary | ValueProblem::NotBytea => false,
+            ValueProblem::Binary | ValueProblem::NotBytea => false,
         }
     }
 
@@ -204,7 +207,9 @@ impl ValueProblem {
         match self {
             ValueProblem::Null => "declare it NOT NULL",
             ValueProblem::Empty => "add a CHECK",
-            ValueProblem::UnchangedToast => "restart the relay",
+            ValueProblem::UnchangedToast => {
+                "an UPDATE that a row filter lets in comes as an insert without it: ALTER PUBLICATION ... SET (publish = 'insert')"
+            }
             ValueProblem::Binary | ValueProblem::NotBytea => {
                 "check what stands between the relay and the server"
             }
@@ -230,7 +235,7 @@ impl fmt::Display for ValueProblem {
             ValueProblem::Null => f.write_str("is NULL"),
             ValueProblem::Empty => f.write_str("is empty, which JetStream takes for no id"),
             ValueProblem::UnchangedToast => {
-                f.write_str("was not sent (unchanged TOAST), which an insert never leaves out")
+                f.write_str("was not sent (unchanged TOAST)")
             }
             ValueProblem::Binary => {
                 f.write_str("came in binary form, which the relay never asks for")

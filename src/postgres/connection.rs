@@ -156,9 +156,35 @@ impl Connection {
         failure.map_or(Ok(rows), Err)
     }
 
-    /// From now on text comes in the encoding of the database, where that is one that we can read, so that no name and no row
+    /// From now on values are written in one way, whatever role, database and server have set: ids and bodies that change with
+    /// a setting would be others. And nothing of theirs ends what takes long. What Postgres' own subscriber sets
+    /// (`libpqrcv_connect`), and what else the text of a type depends on.
+    pub fn pin_settings(&mut self) -> Result<(), Error> {
+        const TRANSACTION_TIMEOUT: u32 = 170_000;
+        let mut settings = vec![
+            "datestyle TO 'ISO'",
+            "intervalstyle TO 'postgres'",
+            "timezone TO 'UTC'",
+            "extra_float_digits TO 3",
+            "bytea_output TO 'hex'",
+            "xmlbinary TO 'base64'",
+            "lc_monetary TO 'C'",
+            "quote_all_identifiers TO off",
+            "default_transaction_isolation TO 'read committed'",
+            "default_transaction_deferrable TO off",
+            "statement_timeout TO 0",
+        ];
+        if self.server_version_num() >= TRANSACTION_TIMEOUT {
+            settings.push("transaction_timeout TO 0");
+        }
+        let sql: Vec<String> = settings.iter().map(|it| format!("SET {it}")).collect();
+        self.simple_query(&sql.join("; ")).map(drop)
+    }
+
+    /// [`Connection::pin_settings`], and from now on text comes in the encoding of the database, where that is one that we can read, so that no name and no row
     /// can be refused for what it holds. How the text of the session's stream is to be read from now on.
     pub fn use_database_encoding(&mut self) -> Result<Encoding, Error> {
+        self.pin_settings()?;
         let name = self.parameter("server_encoding").unwrap_or_default();
         match Encoding::of_database(name) {
             Some(Encoding::Utf8) | None => {}

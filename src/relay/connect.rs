@@ -70,6 +70,8 @@ pub enum From {
 pub struct Found {
     /// The connection.
     pub link: Link,
+    /// So many messages are asked for at a time.
+    at_once: u64,
     infos: Vec<StreamInfo>,
     /// Of these the first so many capture something of the prefix, or the park subject.
     routed: usize,
@@ -109,8 +111,11 @@ impl Connector<'_> {
                 }
             }
         }
+        // a server that has dropped requests, or the connection over the answers, may manage fewer
+        let halvings = u32::try_from(tries).unwrap_or(u32::MAX);
         Ok(Found {
             link,
+            at_once: READ_AT_ONCE.checked_shr(halvings).unwrap_or(0).max(1),
             routed: infos.len(),
             infos,
         })
@@ -334,7 +339,7 @@ impl Connector<'_> {
             .iter()
             .map(|info| info.state.bytes / info.state.messages.max(1));
         let average = average.max().unwrap_or(0).max(1);
-        let at_once = (READ_AT_ONCE_BYTES / average).clamp(1, READ_AT_ONCE) as usize;
+        let at_once = (READ_AT_ONCE_BYTES / average).clamp(1, found.at_once) as usize;
         let name = |stream: usize| {
             let info = found.infos.get(stream);
             info.map_or("", |info| info.config.name.as_str())
@@ -369,7 +374,11 @@ impl Connector<'_> {
                     Ok(())
                 },
                 |_| (),
-            )?;
+            )
+            .map_err(|error| match error {
+                jetstream::Error::Nats(error) => Error::ReadBack(error),
+                error => error.into(),
+            })?;
             count += answers.len();
             for (nth, answer) in answers {
                 if let Some(read) = reads.get(nth) {

@@ -23,6 +23,8 @@ pub enum Error {
     Postgres(postgres::Error),
     /// The NATS side.
     Nats(jetstream::Error),
+    /// The connection ended while the streams were read back.
+    ReadBack(nats::Error),
     /// No stream captures the prefix, or what was to be published.
     NoStream(String),
     /// The checkpoint cannot be used, and exactly-once needs it.
@@ -190,7 +192,7 @@ impl Error {
             Error::Postgres(postgres::Error::Protocol(_)) => Verdict::Exit(Exit::Internal),
             Error::Postgres(error) if error.is_lasting() => Verdict::Exit(Exit::Configuration),
             Error::Postgres(_) => Verdict::Retry,
-            Error::Nats(_) | Error::NoStream(_) => Verdict::Retry,
+            Error::Nats(_) | Error::ReadBack(_) | Error::NoStream(_) => Verdict::Retry,
             Error::Regressed(_)
             | Error::Overtaken
             | Error::Stopped
@@ -228,6 +230,11 @@ impl fmt::Display for Error {
         match self {
             Error::Postgres(error) => write!(f, "{error}{}", remedy(error)),
             Error::Nats(error) => write!(f, "{error}"),
+            Error::ReadBack(error) => write!(
+                f,
+                "read the streams back: {error}; if that comes again and again, an answer is over nats-server's max_pending (4/3 of the \
+                 largest message): raise that"
+            ),
             Error::NoStream(subject) => write!(
                 f,
                 "find the stream of {subject}: no stream captures it; create one (jetstream-outbox setup, with the relay's flags), \
@@ -307,9 +314,14 @@ impl fmt::Display for Error {
             Error::Map { error, slot } => {
                 write!(f, "{error}")?;
                 if let Some(behind) = error.behind() {
+                    if matches!(**error, MapError::Value { .. }) {
+                        f.write_str(
+                            "; park such events (-on-poison park, also for setup, which gives them a stream)",
+                        )?;
+                    }
                     write!(
                         f,
-                        "; park such events (-on-poison park, also for setup, which gives them a stream), or publish this transaction's events otherwise, then move the slot \
+                        "; or publish this transaction's events otherwise, then move the slot \
                          past it: SELECT pg_replication_slot_advance({}, '{behind}'); and then pass -resume-anyway once",
                         quote_literal(slot)
                     )?;
@@ -428,6 +440,7 @@ impl std::error::Error for Error {
             Error::Postgres(error) => Some(error),
             Error::Undecodable(undecodable) => Some(&undecodable.error),
             Error::Nats(error) => Some(error),
+            Error::ReadBack(error) => Some(error),
             Error::Decode { error, .. } => Some(error),
             Error::Map { error, .. } => Some(error),
             _ => None,

@@ -24,8 +24,6 @@ use std::time::{Duration, Instant};
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// No server wants it more often.
 const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(100);
-/// Half of `SILENCE_LIMIT`, as a walreceiver does it: from then on each status asks for a reply.
-const SILENCE_PING: Duration = Duration::from_secs(30);
 /// The default of `wal_receiver_timeout`.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// A status update is sent or has failed by then, once it is due.
@@ -52,15 +50,30 @@ pub fn status_interval(wal_sender_timeout: Duration) -> Duration {
     }
 }
 
+/// So long Postgres may send nothing. While it decodes what sends nothing it gives a sign of life within its own timeout, and
+/// answers no question.
+pub fn silence_limit(wal_sender_timeout: Duration) -> Duration {
+    SILENCE_LIMIT.max(wal_sender_timeout)
+}
+
+/// When to send, and how long to wait for Postgres.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// See [`status_interval`].
+    pub interval: Duration,
+    /// See [`silence_limit`].
+    pub silence_limit: Duration,
+}
+
 /// Runs until every sender of `asks` is gone.
 pub fn run(
     writer: &ReplicationWriter,
     progress: &Progress,
     asks: &Receiver<Ask>,
-    interval: Duration,
+    timing: Timing,
     vitals: &Vitals,
 ) -> Result<(), postgres::Error> {
-    let ended = work(writer, progress, asks, interval, vitals);
+    let ended = work(writer, progress, asks, timing, vitals);
     vitals.feedback.ended();
     ended
 }
@@ -69,9 +82,13 @@ fn work(
     writer: &ReplicationWriter,
     progress: &Progress,
     asks: &Receiver<Ask>,
-    interval: Duration,
+    timing: Timing,
     vitals: &Vitals,
 ) -> Result<(), postgres::Error> {
+    let Timing {
+        interval,
+        silence_limit,
+    } = timing;
     let mut told = Lsn::INVALID;
     let mut next_status = Instant::now() + interval;
     loop {
@@ -84,13 +101,14 @@ fn work(
         };
         // a large message may take its time
         let silence = progress.silence().min(writer.silence());
-        if silence > SILENCE_LIMIT {
+        if silence > silence_limit {
             return Err(postgres::Error::Timeout {
                 doing: "wait for Postgres to send anything",
-                after: SILENCE_LIMIT,
+                after: silence_limit,
             });
         }
-        let reply_requested = ask == Some(Ask::Ping) || silence > SILENCE_PING;
+        // as a walreceiver does it
+        let reply_requested = ask == Some(Ask::Ping) || silence > silence_limit / 2;
         tell(writer, progress, &mut told, reply_requested)?;
         next_status = Instant::now() + interval;
     }

@@ -12,6 +12,7 @@ mod reconnect;
 use super::checkpoint::kv;
 use super::checkpoint::record::{Anchor, Cut};
 use super::checkpoint::store::Store;
+use super::connect;
 use super::core::agreement::Look;
 use super::core::trouble::Refusal;
 use super::core::{Core, Tally};
@@ -219,7 +220,7 @@ impl<'a> Publisher<'a> {
             if settled && let Core::ExactlyOnce(core) = &mut self.core {
                 core.mark_quiescent();
             }
-            self.record(link, now, settled);
+            self.record(link, now, settled)?;
             self.confirm(now);
             self.pulse
                 .tell(&self.core, self.progress, self.changes.len());
@@ -285,32 +286,35 @@ impl<'a> Publisher<'a> {
     }
 
     /// Writes the record if that is due.
-    fn record(&mut self, link: &Link, now: Instant, settled: bool) {
+    fn record(&mut self, link: &Link, now: Instant, settled: bool) -> Result<(), Interrupt> {
         let subject = match &self.store {
-            _ if self.core.is_probing() => return,
+            _ if self.core.is_probing() => return Ok(()),
             Some(store) => store.subject(self.lineage.source.system_id),
-            None => return,
+            None => return Ok(()),
         };
         let Some(store) = &mut self.store else {
-            return;
+            return Ok(());
         };
         let write = match &mut self.core {
             Core::ExactlyOnce(core) => {
                 let urgent = settled || core.wants_record();
                 if !store.may_write(now, urgent) {
-                    return;
+                    return Ok(());
                 }
                 if urgent && store.holds(&core.cut()) {
                     core.on_recorded_again(now);
-                    return;
+                    return Ok(());
                 }
                 store.write(|| core.cut_to_record(), now, urgent)
             }
             Core::AtLeastOnce(core) => store.write(|| bare(core.stored_lsn()), now, settled),
         };
         if let Some(write) = write {
+            kv::fits(link, &write)
+                .map_err(|error| Interrupt::End(connect::no_checkpoint(store.bucket(), error)))?;
             kv::send(link, &subject, &write);
         }
+        Ok(())
     }
 
     /// Tells the feedback thread what may be told to Postgres.

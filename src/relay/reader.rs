@@ -505,7 +505,12 @@ impl Reader<'_> {
                 self.progress.received(end_lsn);
                 state.reached = state.reached.max(end_lsn);
             }
-            Message::Relation(relation) => self.mapper.describe(&relation, at)?,
+            Message::Relation(relation) => {
+                // its own LSN is none
+                let at =
+                    (state.transaction.as_ref()).map_or(at, |transaction| transaction.commit_lsn);
+                self.mapper.describe(&relation, at)?;
+            }
             Message::Insert { relation_id, tuple } => {
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
                 let place = transaction.next_place(self.resolved)?;

@@ -12,7 +12,7 @@ use super::core::trouble::Halt;
 use super::core::window::Limits;
 use super::core::{Core, Tally};
 use super::error::Error;
-use super::feedback::{self, Ask};
+use super::feedback::{self, Ask, Timing};
 use super::preflight::publication_state::PublicationState;
 use super::preflight::watch::{WATCH_INTERVAL, Watch};
 use super::preflight::{Facts, Finding, Level, publication};
@@ -30,7 +30,7 @@ use crate::outbox::lineage::{Lineage, parse_timeline_history};
 use crate::outbox::mapper::Mapper;
 use crate::outbox::position::{Position, Source};
 use crate::postgres::replication::{self, ReplicationReader, ReplicationWriter};
-use crate::postgres::{ConnInfo, Connection, Lsn};
+use crate::postgres::{self, ConnInfo, Connection, Lsn};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -248,7 +248,10 @@ impl<'a> Session<'a> {
             lineage: &lineage,
             upto: self.upto,
             resolved: begun.resolved,
-            status_interval: feedback::status_interval(slot.wal_sender_timeout),
+            timing: Timing {
+                interval: feedback::status_interval(slot.wal_sender_timeout),
+                silence_limit: feedback::silence_limit(slot.wal_sender_timeout),
+            },
             vitals: self.vitals,
         };
         self.tries = 0;
@@ -488,7 +491,7 @@ struct Threads<'a> {
     upto: Option<Lsn>,
     /// Everything up to here was resolved before.
     resolved: Position,
-    status_interval: Duration,
+    timing: Timing,
     vitals: &'a Vitals,
 }
 
@@ -543,7 +546,7 @@ impl Threads<'_> {
                 publisher.run(link)
             });
             let feedback = spawn(scope, "feedback", &ended_sender, move || {
-                feedback::run(writer, progress, &asks, self.status_interval, self.vitals)
+                feedback::run(writer, progress, &asks, self.timing, self.vitals)
             });
 
             let mut wait = || self.wait(&ended, &asks_sender, progress, &mut watch);
@@ -578,6 +581,8 @@ impl Threads<'_> {
         let result = match (left.result, read, fed_back) {
             (Err(error), _, _) => Err(error),
             (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
+            // it has closed the connection, which is all that the reader sees
+            (_, _, Ok(Err(error @ postgres::Error::Timeout { .. }))) => Err(Error::Postgres(error)),
             (_, Ok(Err(error)), _) => Err(error),
             (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
             _ if shuts_down => Err(Error::ServerShutsDown),

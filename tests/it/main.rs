@@ -44,5 +44,6 @@ mod stops;
 mod subjects;
 #[path = "../support/mod.rs"]
 mod support;
+mod surroundings;
 mod synchronous;
 mod transactions;

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
-const BUCKET: &str = "KV_jetstream_outbox";
+pub const BUCKET: &str = "KV_jetstream_outbox";
 const AT_ONCE: [&str; 2] = ["--hold-back", "0"];
 
 /// JetStream does not help by knowing the ids.

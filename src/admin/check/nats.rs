@@ -15,7 +15,7 @@ use crate::admin::bytes;
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
 use crate::jetstream::client::{Api, Link};
-use crate::jetstream::preflight::{Preflight, bucket_faults, preflight};
+use crate::jetstream::preflight::{BucketFault, Preflight, bucket_faults, preflight};
 use crate::jetstream::streams::{
     self, StreamConfig, StreamInfo, key_write_subject, last_message_request, matches,
 };
@@ -386,6 +386,24 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
                 "let the user publish to {api}.STREAM.INFO.KV_{bucket} and {api}.STREAM.MSG.GET.KV_{bucket}"
             ),
         ),
+        Bucket::Found { config, .. } if !bucket_faults(config).is_empty() => {
+            let finding = |fault: BucketFault| {
+                let fix = match fault.edit {
+                    Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
+                    None => format!(
+                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"
+                    ),
+                };
+                let level = if fault.is_fatal { lacks } else { warn };
+                level(
+                    NAME,
+                    format!("bucket {bucket} {}", fault.what),
+                    fault.why,
+                    fix,
+                )
+            };
+            return bucket_faults(config).into_iter().map(finding).collect();
+        }
         Bucket::Found {
             write: Err(error), ..
         } => lacks(
@@ -397,22 +415,7 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
                 key_write_subject(api, &format!("$KV.{bucket}.*"))
             ),
         ),
-        Bucket::Found { config, .. } => {
-            let faults = bucket_faults(config).into_iter().map(|(what, why, edit)| {
-                let fix = match edit {
-                    Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
-                    None => format!(
-                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"
-                    ),
-                };
-                warn(NAME, format!("bucket {bucket} {what}"), why, fix)
-            });
-            let faults: Vec<Finding> = faults.collect();
-            if !faults.is_empty() {
-                return faults;
-            }
-            ok(NAME, format!("bucket {bucket} can be written"))
-        }
+        Bucket::Found { .. } => ok(NAME, format!("bucket {bucket} can be written")),
     };
     vec![finding]
 }

@@ -5,6 +5,7 @@ use super::record::{Anchor, Cut, Record};
 use super::store::{Store, Value, Write};
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
 use crate::jetstream::client::{Api, Link};
+use crate::jetstream::preflight::{BucketFault, bucket_faults};
 use crate::jetstream::{self, streams};
 use crate::nats;
 use crate::outbox::lineage::{Lineage, NotInHistory};
@@ -38,6 +39,23 @@ pub fn answers_to(token: u64) -> Option<u64> {
     token.checked_sub(TOKENS)
 }
 
+/// A record can only be sent if NATS takes it.
+///
+/// # Errors
+/// [`Error::Lasting`].
+pub fn fits(link: &Link, write: &Write) -> Result<(), Error> {
+    /// Of the header that it is sent with.
+    const HEADER_BYTES: usize = 100;
+    let (has, takes) = (write.body.len() + HEADER_BYTES, link.max_payload());
+    match has <= takes {
+        true => Ok(()),
+        false => Err(Error::Lasting(format!(
+            "its record, which names every stream of the prefix, has {has} bytes, and NATS takes {takes} (max_payload): raise \
+             that, or have fewer streams"
+        ))),
+    }
+}
+
 /// Writes the key, and waits for the answer.
 pub fn write(
     link: &Link,
@@ -45,6 +63,7 @@ pub fn write(
     write: &Write,
     timeout: Duration,
 ) -> Result<PubAck, Error> {
+    fits(link, write)?;
     put(link, subject, write.revision, &write.body, timeout).map_err(|error| match error {
         jetstream::Error::Api { source, .. }
             if source == AckError::NoResponders && write.revision == 0 =>
@@ -103,9 +122,14 @@ pub fn read(
         return Ok(value);
     };
     value.stored_ms = milliseconds(&message.time).unwrap_or(value.time_ms);
+    if message.data.is_empty() {
+        // deleted or purged, or aged out: a marker stands for it
+        value.revision = message.seq;
+        return Ok(value);
+    }
     let mut record: Record = serde_json::from_slice(&message.data).map_err(|error| {
         Error::Unreadable(format!(
-            "the key {subject} holds no record of a relay ({error}); if nothing else uses it, delete it"
+            "the key {subject} holds no record of a relay ({error}); if nothing else uses it, delete it (nats kv del)"
         ))
     })?;
     if let Some(ripening) = &mut record.ripening {
@@ -129,8 +153,20 @@ fn open(
 ) -> Result<Option<streams::StreamInfo>, Error> {
     let stream = format!("KV_{bucket}");
     let info = streams::info(link, &stream, timeout).map_err(sort)?;
-    if info.is_some() {
-        return Ok(info);
+    if let Some(info) = info {
+        let mut faults = bucket_faults(&info.config).into_iter();
+        return match faults.find(|fault| fault.is_fatal) {
+            None => Ok(Some(info)),
+            Some(BucketFault {
+                what, why, edit, ..
+            }) => Err(Error::Lasting(format!(
+                "it {what}, so that {why}; {}",
+                match edit {
+                    Some(edit) => format!("nats stream edit {stream} {edit}"),
+                    None => format!("delete it (nats kv del {bucket}), the relay makes it anew"),
+                }
+            ))),
+        };
     }
     let create = |max_bytes| {
         let (api, body) = streams::create_bucket_request(bucket, replicas, max_bytes);

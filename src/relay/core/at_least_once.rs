@@ -114,7 +114,7 @@ impl AtLeastOnce {
                 }
             }
             self.subjects.insert(subject.into());
-            self.window.send_at_cursor(0, 0, now);
+            self.window.send_at_cursor(0, 0, false, now);
             self.culprit.on_published(token);
             return Ok(Next::Publish(Publish {
                 event,

@@ -428,9 +428,8 @@ impl ExactlyOnce {
         let is_late = position < stream.latest || connected.evidence.has_after(position, index);
         stream.names_it &= has_room;
         let expected_stream = stream.names_it.then(|| stream.name().into());
-        self.tally.late += u64::from(is_late);
         connected.is_parking = event.fate() == Fate::Park;
-        self.window.send_at_cursor(index, expected, now);
+        self.window.send_at_cursor(index, expected, is_late, now);
         self.culprit.on_published(token);
         self.gate.on_publish(now);
         self.doubt.on_publish(event.position());

@@ -35,6 +35,8 @@ pub enum State {
         stream: usize,
         /// The sequence that the stream had to end at.
         expected: u64,
+        /// After a later event of the stream.
+        is_late: bool,
     },
     /// It is stored at this sequence of the stream; or, with `None`, it is in no stream that is known: found gone,
     /// dropped, given up.
@@ -209,9 +211,13 @@ impl Window {
     }
 
     /// The event at the cursor is published.
-    pub fn send_at_cursor(&mut self, stream: usize, expected: u64, now: Instant) {
+    pub fn send_at_cursor(&mut self, stream: usize, expected: u64, is_late: bool, now: Instant) {
         if let Some((_, pending)) = self.at_cursor() {
-            pending.state = State::Sent { stream, expected };
+            pending.state = State::Sent {
+                stream,
+                expected,
+                is_late,
+            };
             self.pass();
             self.waiting += 1;
             self.waiting_since.get_or_insert(now);

@@ -2,7 +2,8 @@
 //! columns and under which condition their rows are sent, and what else they are made of.
 //!
 //! The unit is the *tree*: a table with its partitions or inheritance children. Applications insert into its root, and the
-//! rows end in any of its members, so all of these have to reach the relay. Read in one statement, that is of one
+//! rows end in any of its members, so all of these have to reach the relay. What an outbox inherits from is no part of it, unless
+//! that looks like an outbox too. Read in one statement, that is of one
 //! snapshot, whose text does not grow with the tables; every role may run it. [`super::publication`] judges.
 //!
 //! Sources: <https://www.postgresql.org/docs/current/view-pg-publication-tables.html>,
@@ -348,7 +349,11 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
     AND (c.relkind IN ('r', 'p', 'f') AND ({alike} OR c.oid = ANY ('{{{oids}}}'::oid[]))
       OR c.relkind IN ('r', 'p', 'f', 'v', 'm') AND ({named}))
 ), up(oid) AS (
-  SELECT oid FROM seed UNION SELECT i.inhparent FROM up JOIN pg_catalog.pg_inherits i ON i.inhrelid = up.oid
+  SELECT oid FROM seed UNION SELECT i.inhparent FROM up JOIN pg_catalog.pg_class c ON c.oid = up.oid AND c.relispartition
+    JOIN pg_catalog.pg_inherits i ON i.inhrelid = up.oid
+), above(oid, ancestor) AS (
+  SELECT up.oid, i.inhparent FROM up JOIN pg_catalog.pg_inherits i ON i.inhrelid = up.oid
+  UNION SELECT above.oid, i.inhparent FROM above JOIN pg_catalog.pg_inherits i ON i.inhrelid = above.ancestor
 ), member AS MATERIALIZED (
   SELECT r.prrelid, r.xmin AS xid FROM pub JOIN pg_catalog.pg_publication_rel r ON r.prpubid = pub.oid AND {included}
 ), tree(root, oid, via, member, automatic) AS (
@@ -356,7 +361,7 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
   FROM up JOIN pg_catalog.pg_class c ON c.oid = up.oid LEFT JOIN published p ON p.relid = c.oid
     LEFT JOIN member m ON m.prrelid = c.oid LEFT JOIN pub ON true,
     LATERAL (SELECT COALESCE(puballtables AND NOT {excepted} OR {by_schema}, false) AS auto) auto
-  WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhrelid = c.oid)
+  WHERE NOT EXISTS (SELECT FROM above JOIN up it ON it.oid = above.ancestor WHERE above.oid = c.oid)
   UNION
   SELECT t.root, c.oid, CASE WHEN c.relispartition THEN COALESCE(t.via, p.relid) ELSE p.relid END,
     c.relispartition AND t.member OR m.prrelid IS NOT NULL OR auto.auto,

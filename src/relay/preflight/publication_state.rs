@@ -271,7 +271,18 @@ impl Outbox {
                 "name the table and its partitions with -table",
             ));
         }
-        let now = Outbox::of(tree, config)?;
+        let Some(now) = Outbox::of(tree, config) else {
+            return Some(fail(
+                NAME,
+                format!(
+                    "table {} has not the columns of an outbox any more",
+                    table.sql()
+                ),
+                "its rows would be passed over",
+                "name the columns that it has, by -table, -subject or the flags of columns; what was written before they were renamed comes \
+                 under the earlier names. If it is no outbox any more, start the relay once with -resume-anyway",
+            ));
+        };
         if now.filter.is_some() && now.filter != self.filter {
             return Some(halts(
                 format!("publication {name} has a row filter for {was} that it had not before"),

@@ -55,7 +55,10 @@ impl ExactlyOnce {
         let Some(pending) = self.window.get(token) else {
             return Ok(None);
         };
-        let State::Sent { expected, .. } = pending.state else {
+        let State::Sent {
+            expected, is_late, ..
+        } = pending.state
+        else {
             return Ok(None);
         };
         // R6
@@ -66,6 +69,8 @@ impl ExactlyOnce {
         if pending.event.fate() != Fate::Park {
             self.culprit.on_stored(token, stream.name());
         }
+        // not before: it may be a duplicate
+        self.tally.late += u64::from(is_late);
         self.window.on_stored(token, Some((index, ack.seq)), now);
         self.count(token);
         self.settle();

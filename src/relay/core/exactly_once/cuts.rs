@@ -44,7 +44,9 @@ impl ExactlyOnce {
             .window
             .events()
             .filter_map(|pending| match pending.state {
-                State::Sent { stream, expected } if stream == index => Some(expected),
+                State::Sent {
+                    stream, expected, ..
+                } if stream == index => Some(expected),
                 State::Resolved(Some((stream, seq))) if stream == index => {
                     Some(seq.saturating_sub(1))
                 }
