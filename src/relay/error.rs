@@ -427,7 +427,8 @@ impl fmt::Display for Undecodable {
             ),
             None => write!(
                 f,
-                "then move the slot past its commit, which pg_waldump shows: {advance}'<its LSN>')"
+                "then move the slot past its commit, which pg_waldump shows: {advance}'<its LSN>'). Where the WAL itself is damaged \
+                 that fails as well: then drop the slot and create it again"
             ),
         }?;
         f.write_str("; and then pass -resume-anyway once")
