@@ -140,6 +140,29 @@ fn a_row_that_a_filter_lets_in_later_is_poison_where_its_payload_is_not_sent() {
     assert_eq!(ids(&rig), ["1", "2"]);
 }
 
+/// To put the publication back brings nothing back.
+#[test]
+fn a_loss_that_was_seen_is_remembered_until_it_is_accepted() {
+    let rig = Rig::start();
+    rig.commit_event(1, "a");
+    let relay = rig.relay(&[]);
+    rig.wait_for_messages(1);
+    rig.pg
+        .execute(&format!("ALTER PUBLICATION {SLOT} DROP TABLE outbox"));
+    rig.commit_event(2, "a");
+    let said = "does not reach the relay any more";
+    halts(relay, 78, &[said]);
+    rig.pg
+        .execute(&format!("ALTER PUBLICATION {SLOT} ADD TABLE outbox"));
+    rig.commit_event(3, "a");
+    for _ in 0..2 {
+        halts(rig.relay(&[]), 78, &[said, "-resume-anyway"]);
+    }
+    rig.drain(&["-resume-anyway"]);
+    rig.drain(&[]);
+    assert_eq!(ids(&rig), [uuid(1), uuid(3)]);
+}
+
 #[test]
 fn what_an_outbox_inherits_from_may_have_other_children() {
     let rig = Rig {

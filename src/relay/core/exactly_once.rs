@@ -107,7 +107,7 @@ enum Judged {
 }
 
 impl ExactlyOnce {
-    /// For one copy stream, which starts at [`ExactlyOnce::start_lsn`]. Whoever had the slot before has published
+    /// For one copy stream, which starts at the commit of [`ExactlyOnce::resolved_before`]. Whoever had the slot before has published
     /// nothing beyond `wal_end`.
     pub fn start(
         lineage: Lineage,

@@ -31,6 +31,9 @@ pub struct PublicationState {
     /// Stands for the outboxes where they are too many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     digest: Option<Digest>,
+    /// What was seen to be lost, until that is accepted: to undo the change brings nothing back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lost: Option<String>,
 }
 
 /// A tree that is relayed.
@@ -69,7 +72,13 @@ impl PublicationState {
             via_root: publication.via_root,
             outboxes: outboxes.trees().filter_map(seen).collect(),
             digest: None,
+            lost: None,
         })
+    }
+
+    /// This was found, and halts the relay.
+    pub fn loses(&mut self, found: &Finding) {
+        self.lost = Some(found.found.clone());
     }
 
     /// For the checkpoint.
@@ -115,8 +124,13 @@ impl PublicationState {
         self.outboxes.iter().map(|outbox| outbox.oid).collect()
     }
 
-    /// What of it is lost in what is there now: the first thing that is found.
+    /// What of it is lost in what is there now, the first thing that is found; or what was seen to be lost before.
     pub fn lost(&self, facts: &Facts, config: &Config) -> Option<Finding> {
+        let before = || Some(halts(self.lost.clone()?, ""));
+        self.lost_now(facts, config).or_else(before)
+    }
+
+    fn lost_now(&self, facts: &Facts, config: &Config) -> Option<Finding> {
         let outboxes = &facts.outboxes;
         let name = identifier(&config.publication);
         let Some(now) = &outboxes.publication else {

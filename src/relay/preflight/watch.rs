@@ -103,6 +103,8 @@ impl Watch {
             ..Facts::default()
         };
         if let Some(lost) = self.state.lost(&facts, config) {
+            self.state.loses(&lost);
+            self.seen.set(Some(self.state.to_text()));
             return Err(vec![lost]);
         }
         let failures = failures_of(&[&publication::START], &facts, config);
