@@ -49,13 +49,15 @@ impl Mapping {
             let names = [&it.id, &it.aggregatetype, &it.aggregateid, &it.payload];
             names.map(String::as_str).join(",")
         };
-        let mut text = format!("*({})", columns(&self.default));
-        for named in &self.tables {
-            text.push_str(&format!(" {}({})", named.table, columns(&named.mapping)));
-        }
-        if let Some(prefix) = &self.message_prefix {
-            text.push_str(&format!(" message {prefix}"));
-        }
+        let tables = self.tables.iter();
+        let mut parts: Vec<String> = tables
+            .map(|named| format!("{}({})", named.table, columns(&named.mapping)))
+            .collect();
+        parts.push(format!("*({})", columns(&self.default)));
+        parts.extend(self.message_prefix.iter().map(|it| format!("message {it}")));
+        // the order in which they were given is no matter
+        parts.sort_unstable();
+        let text = parts.join(" ");
         let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
         let digest = digest.as_ref().iter().take(8);
         Flags {
@@ -317,6 +319,29 @@ mod tests {
             ..mapping
         };
         assert!(mapping.has_header("Nats-TTL") && mapping.default.headers.is_empty());
+    }
+
+    #[test]
+    fn flags_are_the_same_in_any_order() {
+        let digest = |tables: [&str; 2], prefix: &str| {
+            let named = tables.map(|name| NamedTable {
+                table: TableName {
+                    schema: None,
+                    name: name.into(),
+                    and_longer: false,
+                },
+                mapping: TableMapping::default(),
+            });
+            let mapping = Mapping {
+                tables: named.into(),
+                message_prefix: Some(prefix.into()),
+                ..Mapping::new("events")
+            };
+            mapping.flags().digest
+        };
+        assert_eq!(digest(["a", "b"], "m"), digest(["b", "a"], "m"));
+        assert_ne!(digest(["a", "b"], "m"), digest(["a", "c"], "m"));
+        assert_ne!(digest(["a", "b"], "m"), digest(["a", "b"], "n"));
     }
 
     #[test]

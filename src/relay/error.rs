@@ -455,7 +455,9 @@ fn remedy(error: &postgres::Error) -> String {
         Some("28000") => Some(
             "check the user of -db, and pg_hba.conf: for the relay the lines of the database count, not those of replication",
         ),
-        Some("42501") => Some("the role needs REPLICATION (ALTER ROLE … REPLICATION)"),
+        Some("42501") => Some(
+            "the role needs REPLICATION (ALTER ROLE … REPLICATION), and CONNECT on the database",
+        ),
         _ => error.remedy(),
     };
     remedy.map_or_else(String::new, |remedy| format!("; {remedy}"))

@@ -185,6 +185,24 @@ fn what_an_outbox_inherits_from_may_have_other_children() {
     assert_eq!(ids(&rig), ["1", "2"]);
 }
 
+/// As the manual has it: drained, copied, and started under the new name.
+#[test]
+fn a_slot_gets_another_name_after_a_drain() {
+    let rig = Rig::start();
+    for number in 1..=5 {
+        rig.commit_event(number, "a");
+    }
+    rig.drain(&["-hold-back", "0"]);
+    rig.pg.execute(&format!(
+        "SELECT pg_copy_logical_replication_slot('{SLOT}', 'another')"
+    ));
+    rig.commit_event(6, "a");
+    let flags = ["-slot", "another", "-publication", SLOT];
+    rig.drain(&flags);
+    rig.drain(&flags);
+    assert_eq!(ids(&rig), (1..=6).map(uuid).collect::<Vec<_>>());
+}
+
 /// `nats kv del` and `nats kv purge` leave a marker, as a bucket with lifetimes does.
 #[test]
 fn a_record_that_was_deleted_is_none() {
