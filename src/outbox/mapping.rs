@@ -46,8 +46,9 @@ impl Mapping {
     /// The flags that make events.
     pub fn flags(&self) -> Flags {
         let columns = |it: &TableMapping| {
-            let names = [&it.id, &it.aggregatetype, &it.aggregateid, &it.payload];
-            names.map(String::as_str).join(",")
+            let mut names = it.needed_columns();
+            names.extend(it.own_columns());
+            names.join(",")
         };
         let tables = self.tables.iter();
         let mut parts: Vec<String> = tables
@@ -55,6 +56,8 @@ impl Mapping {
             .collect();
         parts.push(format!("*({})", columns(&self.default)));
         parts.extend(self.message_prefix.iter().map(|it| format!("message {it}")));
+        // one needs a type
+        parts.extend(self.cloudevents.iter().map(|_| "cloudevents".to_string()));
         // the order in which they were given is no matter
         parts.sort_unstable();
         let text = parts.join(" ");

@@ -162,23 +162,28 @@ impl Connection {
     pub fn pin_settings(&mut self) -> Result<(), Error> {
         const TRANSACTION_TIMEOUT: u32 = 170_000;
         let mut settings = vec![
-            "datestyle TO 'ISO'",
-            "intervalstyle TO 'postgres'",
-            "timezone TO 'UTC'",
-            "extra_float_digits TO 3",
-            "bytea_output TO 'hex'",
-            "xmlbinary TO 'base64'",
-            "lc_monetary TO 'C'",
-            "quote_all_identifiers TO off",
-            "default_transaction_isolation TO 'read committed'",
-            "default_transaction_deferrable TO off",
-            "statement_timeout TO 0",
+            ("statement_timeout", "0"),
+            ("datestyle", "ISO"),
+            ("intervalstyle", "postgres"),
+            ("timezone", "UTC"),
+            ("extra_float_digits", "3"),
+            ("bytea_output", "hex"),
+            ("xmlbinary", "base64"),
+            ("lc_monetary", "C"),
+            ("quote_all_identifiers", "off"),
+            ("default_transaction_isolation", "read committed"),
+            ("default_transaction_deferrable", "off"),
         ];
         if self.server_version_num() >= TRANSACTION_TIMEOUT {
-            settings.push("transaction_timeout TO 0");
+            settings.push(("transaction_timeout", "0"));
         }
-        let sql: Vec<String> = settings.iter().map(|it| format!("SET {it}")).collect();
-        self.simple_query(&sql.join("; ")).map(drop)
+        let calls: Vec<String> = settings
+            .iter()
+            .map(|(name, value)| format!("pg_catalog.set_config('{name}', '{value}', false)"))
+            .collect();
+        // one statement: walsenders before 12.10, 13.6 and 14.2 take no more at a time (bug 17379)
+        self.simple_query(&format!("SELECT {}", calls.join(", ")))
+            .map(drop)
     }
 
     /// [`Connection::pin_settings`], and from now on text comes in the encoding of the database, where that is one that we can read, so that no name and no row

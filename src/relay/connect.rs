@@ -49,6 +49,8 @@ pub struct Connector<'a> {
     pub stop: &'a Stop,
     /// What was lost is lost (`-resume-anyway`).
     pub accept_loss: bool,
+    /// So often reading the streams back has failed: fewer messages are asked for at a time.
+    pub failed_reads: u32,
 }
 
 /// Where the cuts to resume with come from.
@@ -70,8 +72,6 @@ pub enum From {
 pub struct Found {
     /// The connection.
     pub link: Link,
-    /// So many messages are asked for at a time.
-    at_once: u64,
     infos: Vec<StreamInfo>,
     /// Of these the first so many capture something of the prefix, or the park subject.
     routed: usize,
@@ -111,11 +111,8 @@ impl Connector<'_> {
                 }
             }
         }
-        // a server that has dropped requests, or the connection over the answers, may manage fewer
-        let halvings = u32::try_from(tries).unwrap_or(u32::MAX);
         Ok(Found {
             link,
-            at_once: READ_AT_ONCE.checked_shr(halvings).unwrap_or(0).max(1),
             routed: infos.len(),
             infos,
         })
@@ -339,7 +336,12 @@ impl Connector<'_> {
             .iter()
             .map(|info| info.state.bytes / info.state.messages.max(1));
         let average = average.max().unwrap_or(0).max(1);
-        let at_once = (READ_AT_ONCE_BYTES / average).clamp(1, found.at_once) as usize;
+        // a server that has dropped requests, or the connection over the answers, may manage fewer
+        let most = READ_AT_ONCE
+            .checked_shr(self.failed_reads)
+            .unwrap_or(0)
+            .max(1);
+        let at_once = (READ_AT_ONCE_BYTES / average).clamp(1, most) as usize;
         let name = |stream: usize| {
             let info = found.infos.get(stream);
             info.map_or("", |info| info.config.name.as_str())
@@ -375,10 +377,7 @@ impl Connector<'_> {
                 },
                 |_| (),
             )
-            .map_err(|error| match error {
-                jetstream::Error::Nats(error) => Error::ReadBack(error),
-                error => error.into(),
-            })?;
+            .map_err(Error::ReadBack)?;
             count += answers.len();
             for (nth, answer) in answers {
                 if let Some(read) = reads.get(nth) {

@@ -23,8 +23,8 @@ pub enum Error {
     Postgres(postgres::Error),
     /// The NATS side.
     Nats(jetstream::Error),
-    /// The connection ended while the streams were read back.
-    ReadBack(nats::Error),
+    /// The streams could not be read back.
+    ReadBack(jetstream::Error),
     /// No stream captures the prefix, or what was to be published.
     NoStream(String),
     /// The checkpoint cannot be used, and exactly-once needs it.
@@ -230,11 +230,16 @@ impl fmt::Display for Error {
         match self {
             Error::Postgres(error) => write!(f, "{error}{}", remedy(error)),
             Error::Nats(error) => write!(f, "{error}"),
-            Error::ReadBack(error) => write!(
-                f,
-                "read the streams back: {error}; if that comes again and again, an answer is over nats-server's max_pending (4/3 of the \
-                 largest message): raise that"
-            ),
+            Error::ReadBack(error) => {
+                write!(f, "read the streams back: {error}")?;
+                match error {
+                    jetstream::Error::Nats(_) => f.write_str(
+                        "; if that comes again and again, an answer is over nats-server's max_pending (4/3 of the largest message): \
+                         raise that",
+                    ),
+                    _ => Ok(()),
+                }
+            }
             Error::NoStream(subject) => write!(
                 f,
                 "find the stream of {subject}: no stream captures it; create one (jetstream-outbox setup, with the relay's flags), \

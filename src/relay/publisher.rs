@@ -310,9 +310,18 @@ impl<'a> Publisher<'a> {
             Core::AtLeastOnce(core) => store.write(|| bare(core.stored_lsn()), now, settled),
         };
         if let Some(write) = write {
-            kv::fits(link, &write)
-                .map_err(|error| Interrupt::End(connect::no_checkpoint(store.bucket(), error)))?;
-            kv::send(link, &subject, &write);
+            let fits = kv::fits(link, &write);
+            match (
+                fits.map_err(|error| connect::no_checkpoint(store.bucket(), error)),
+                &self.core,
+            ) {
+                (Ok(()), _) => kv::send(link, &subject, &write),
+                (Err(error), Core::ExactlyOnce(_)) => return Err(Interrupt::End(error)),
+                (Err(error), Core::AtLeastOnce(_)) => {
+                    log::warn!("going on without the checkpoint: {error}");
+                    self.store = None;
+                }
+            }
         }
         Ok(())
     }

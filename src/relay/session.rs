@@ -82,6 +82,8 @@ pub struct Session<'a> {
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
     worked: bool,
+    /// How often in a row the streams could not be read back.
+    failed_reads: u32,
     /// Where Postgres could not decode its WAL, by which SQLSTATE, and how often in a row.
     undecodable: Option<((String, Lsn), u32)>,
     vitals: &'a Vitals,
@@ -137,6 +139,7 @@ impl<'a> Session<'a> {
             upto: None,
             tries: 0,
             worked: false,
+            failed_reads: 0,
             undecodable: None,
             vitals,
         }
@@ -169,6 +172,7 @@ impl<'a> Session<'a> {
 
     /// What Postgres cannot decode it will never be able to, if it has failed there again and again.
     fn returned(&mut self, mut error: Error) -> Error {
+        self.failed_reads += u32::from(matches!(error, Error::ReadBack(_)));
         let Error::Undecodable(found) = &mut error else {
             return error;
         };
@@ -203,6 +207,7 @@ impl<'a> Session<'a> {
             lineage: &lineage,
             stop: self.stop,
             accept_loss: self.accepted != Accepted::Nothing,
+            failed_reads: self.failed_reads,
         };
         let begun = self.begin(&connector, &mut connection, &slot, facts)?;
         let Begun { link, core, .. } = begun;
@@ -254,7 +259,7 @@ impl<'a> Session<'a> {
             },
             vitals: self.vitals,
         };
-        self.tries = 0;
+        (self.tries, self.failed_reads) = (0, 0);
         self.vitals
             .session_starts(slot.confirmed_flush_lsn, wal_end);
         let store = begun.has_record.then_some(&mut self.store);
@@ -368,8 +373,10 @@ impl<'a> Session<'a> {
         let flags = self.config.mapping.flags();
         let is_partial = resumed.stored_lsn <= anchor.position.commit_lsn && anchor.event.is_some();
         // by other flags the same position is another event's
-        let is_mixed = is_partial && anchor.has_other_flags(&flags)
-            || !resumed.evidence.is_empty() && self.store.has_other_flags();
+        let has_more = !resumed.evidence.is_empty()
+            || !resumed.quiescent && resumed.gone.iter().any(Option::is_some);
+        let is_mixed = anchor.has_other_flags(&flags) && (is_partial || fell_back && has_more)
+            || self.store.has_other_flags() && has_more;
         if is_mixed && self.accepted == Accepted::Nothing {
             return Err(Error::OtherFlags(anchor.position));
         }

@@ -133,6 +133,10 @@ fn other_flags_have_to_wait_until_what_the_earlier_ones_published_is_recorded() 
     const AFTER: [&str; 1] = ["-table=outbox,orders"];
     let rig = Rig::start_with_tables(TABLES);
     let mut client = rig.nats.client();
+    // what JetStream remembers is no help
+    let mut config = client.stream_info(STREAM)["config"].clone();
+    config["duplicate_window"] = serde_json::json!(100_000_000);
+    client.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
     rig.pg.execute(&row("outbox", "1"));
     rig.drain(&BEFORE);
     let (subject, older) = record(&mut client);

@@ -386,7 +386,10 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
                 "let the user publish to {api}.STREAM.INFO.KV_{bucket} and {api}.STREAM.MSG.GET.KV_{bucket}"
             ),
         ),
-        Bucket::Found { config, .. } if !bucket_faults(config).is_empty() => {
+        Bucket::Found { config, write }
+            if !bucket_faults(config).is_empty()
+                && (write.is_ok() || bucket_faults(config).iter().any(|it| it.is_fatal)) =>
+        {
             let finding = |fault: BucketFault| {
                 let fix = match fault.edit {
                     Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),

@@ -424,7 +424,9 @@ impl Store {
 
     /// The key holds `cut`.
     pub fn holds(&self, cut: &Cut) -> bool {
-        self.held.as_ref().is_some_and(|held| held.young == *cut)
+        let is_it =
+            |held: &Record| held.young == *cut && held.publication == self.publication.get();
+        self.held.as_ref().is_some_and(is_it)
     }
 
     /// R21: what may be told to Postgres, as far as time goes: the key has held a cut with this `stored_lsn` for the hold-back, and

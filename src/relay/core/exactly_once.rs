@@ -80,6 +80,9 @@ struct Connected {
 #[derive(Debug)]
 struct Reached {
     anchor: Anchor,
+    /// What is not after this was resolved before the start: the anchor's position, or the end of its transaction, where its
+    /// events were counted by other flags.
+    before: Position,
     /// The event that was resolved last in this session, and the transaction that ended last.
     event: Option<Event>,
     commit: Option<Commit>,
@@ -118,6 +121,12 @@ impl ExactlyOnce {
         now: Instant,
     ) -> ExactlyOnce {
         let resumed = &connection.resumed;
+        let mut before = resumed.anchor.position;
+        if resumed.anchor.has_other_flags(continuity.flags())
+            && resumed.stored_lsn > before.commit_lsn
+        {
+            before.ordinal = u32::MAX;
+        }
         let mut core = ExactlyOnce {
             lineage,
             replies: limits.replies,
@@ -125,6 +134,7 @@ impl ExactlyOnce {
             continuity,
             reached: Reached {
                 anchor: resumed.anchor.clone(),
+                before,
                 event: None,
                 commit: None,
                 stored_lsn: resumed.stored_lsn,
@@ -191,7 +201,7 @@ impl ExactlyOnce {
 
     /// Everything up to here was resolved before the start: the copy stream starts at its commit.
     pub fn resolved_before(&self) -> Position {
-        self.reached.anchor.position
+        self.reached.before
     }
 
     /// The connection is gone. Returns the cut to resume with.
@@ -282,7 +292,7 @@ impl ExactlyOnce {
         if !self.window.has_room(event.spans().size()) {
             return Ok(Judged::Wait);
         }
-        if position <= self.reached.anchor.position {
+        if position <= self.reached.before {
             // R1: not after the anchor, so resolved
             self.tally.already_stored += 1;
             return Ok(Judged::Resolved(None));
@@ -460,7 +470,7 @@ impl ExactlyOnce {
                             stream.on_resolved(seq, position);
                         }
                     }
-                    if position > self.reached.anchor.position {
+                    if position > self.reached.before {
                         self.reached.event = Some(event);
                     }
                 }

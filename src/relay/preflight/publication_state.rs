@@ -17,6 +17,9 @@ use serde::{Deserialize, Serialize};
 pub const NAME: &str = "postgres.publication_change";
 /// The checkpoint is written each second: 500 outboxes take about 30 KB of it.
 const MOST_NAMED: usize = 500;
+/// Why most of it halts.
+const MISSING: &str = "rows that were committed since may be missing, and the slot cannot send them: Postgres decodes WAL with the \
+    publication of the time it was written";
 /// Members of a tree that did not reach, which are remembered one by one.
 const MOST_HOLES: usize = 100;
 
@@ -76,9 +79,11 @@ impl PublicationState {
         })
     }
 
-    /// This was found, and halts the relay.
+    /// This was found, and halts the relay; if it means that rows are missing, that is remembered.
     pub fn loses(&mut self, found: &Finding) {
-        self.lost = Some(found.found.clone());
+        if found.advice.as_ref().is_some_and(|it| it.why == MISSING) {
+            self.lost = Some(found.found.clone());
+        }
     }
 
     /// For the checkpoint.
@@ -373,8 +378,7 @@ fn halts(found: String, first: &str) -> Finding {
     fail(
         NAME,
         found,
-        "rows that were committed since may be missing, and the slot cannot send them: Postgres decodes WAL with the \
-         publication of the time it was written",
+        MISSING,
         format!(
             "{first}{separator}compare the table with the stream, publish what is missing, and start the relay once with \
              -resume-anyway"

@@ -42,7 +42,7 @@ impl Publisher<'_> {
     /// Connects and reads the streams back until that works. `None`: the session is to end.
     pub(super) fn reconnect(&mut self, reason: &str) -> Result<Option<Link>, Error> {
         let mut reason = reason.to_string();
-        let mut tries = 0;
+        let (mut tries, mut failed_reads) = (0, 0);
         loop {
             let now = Instant::now();
             let Some(pause) = self.outage.failed(now) else {
@@ -61,7 +61,7 @@ impl Publisher<'_> {
                 // what is not acknowledged comes again; nobody is to wait for a server that is away
                 return Ok(None);
             }
-            match self.rejoin(tries) {
+            match self.rejoin(tries, failed_reads) {
                 Ok(link) => {
                     self.vitals.enter(Phase::Relaying, None);
                     self.vitals
@@ -73,6 +73,7 @@ impl Publisher<'_> {
                     if error.verdict() == Verdict::Retry
                         && !matches!(error, Error::Regressed(_) | Error::Overtaken) =>
                 {
+                    failed_reads += u32::from(matches!(error, Error::ReadBack(_)));
                     reason = error.to_string();
                 }
                 Err(error) => return Err(error),
@@ -81,12 +82,13 @@ impl Publisher<'_> {
         }
     }
 
-    fn rejoin(&mut self, tries: usize) -> Result<Link, Error> {
+    fn rejoin(&mut self, tries: usize, failed_reads: u32) -> Result<Link, Error> {
         let connector = Connector {
             config: self.config,
             lineage: self.lineage,
             stop: self.stop,
             accept_loss: false,
+            failed_reads,
         };
         let found = connector.find(tries, &mut self.said)?;
         if let Some(subject) = self.unrouted.take() {

@@ -72,9 +72,7 @@ impl ExactlyOnce {
             .map(|it| it.event.position())
             .collect();
         let resolved = self.reached.event.as_ref().map(Event::position);
-        let resolved = resolved
-            .unwrap_or_default()
-            .max(self.reached.anchor.position);
+        let resolved = resolved.unwrap_or_default().max(self.reached.before);
         let Some(connected) = &mut self.connection else {
             return;
         };
