@@ -57,6 +57,8 @@ fn a_nats_server_killed_again_and_again_loses_repeats_and_reorders_nothing() {
         nats.kill();
         nats.start_again();
     }
+    // a relay that is told to stop while it connects confirms nothing
+    run.wait_for_relay("the last kill");
     run.finish(relay).assert_confirmed();
 }
 

@@ -26,10 +26,30 @@ const FAULTS: [Fault; 5] = [
     ("its walsender terminated", terminate_walsender),
 ];
 
+/// When it returns there is none of before: what is stored then has come over a new session.
 fn terminate_walsender(pg: &Postgres) {
-    eventually("a walsender to terminate", secs(60), || {
-        pg.terminate_walsender() > 0
+    let pids: Vec<i32> = eventually("a walsender to terminate", secs(60), || {
+        let sql = "SELECT COALESCE(array_agg(pid), '{}')::int[] FROM pg_stat_replication";
+        let pids: Vec<i32> = pg.scalar(sql).unwrap_or_default();
+        match pids.is_empty() {
+            true => Err("there is none"),
+            false => Ok(pids),
+        }
     });
+    pg.terminate_walsender();
+    let left = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY ('{{{}}}')",
+        join(&pids)
+    );
+    eventually("its end", secs(60), || match pg.scalar::<i64>(&left) {
+        Some(0) => Ok(()),
+        left => Err(left),
+    });
+}
+
+fn join(pids: &[i32]) -> String {
+    let pids: Vec<String> = pids.iter().map(i32::to_string).collect();
+    pids.join(",")
 }
 
 #[test]

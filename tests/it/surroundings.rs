@@ -103,7 +103,9 @@ fn a_column_that_is_renamed_within_a_transaction_can_be_passed() {
     let (advance, _) = advance.split_once(';').expect("its end");
     rig.pg.execute(advance);
     rig.drain(&["-resume-anyway"]);
-    assert_eq!(ids(&rig), ["3"]);
+    // what came before the change may be published by then
+    let found = ids(&rig);
+    assert!(found == ["3"] || found == ["1", "3"], "{found:?}");
 }
 
 /// An UPDATE that a row filter lets in comes as an insert, without what it has left unchanged out of line.

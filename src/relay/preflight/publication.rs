@@ -61,8 +61,8 @@ fn create_all(facts: &Facts, config: &Config) -> String {
         .collect();
     // of another's slot its own finding speaks
     let slot = facts.slot.as_ref().filter(|slot| slot.could_be_ours());
-    let remark = "only if it was not renamed: then rename it back (ALTER PUBLICATION ... RENAME TO), and nothing is lost. A slot does \
-                  not see a publication that is younger than its events";
+    let remark = "first see whether it was only renamed: then rename it back (ALTER PUBLICATION ... RENAME TO), and nothing is lost; \
+                  a slot does not see a publication that is younger than its events";
     let again = slot.map(|_| recreate(facts, config, remark));
     if !prefixes.is_empty() {
         // which tables there are, setup finds out
