@@ -42,7 +42,7 @@ pub enum Ask {
 ///
 /// Under back pressure the keepalives that ask for a reply wait unread behind the data, so nothing reminds
 /// us: three times within the timeout leaves room for one that is late.
-pub fn status_interval(wal_sender_timeout: Duration) -> Duration {
+fn status_interval(wal_sender_timeout: Duration) -> Duration {
     match wal_sender_timeout {
         // 0 turns the timeout off
         Duration::ZERO => STATUS_INTERVAL,
@@ -52,28 +52,19 @@ pub fn status_interval(wal_sender_timeout: Duration) -> Duration {
 
 /// So long Postgres may send nothing. While it decodes what sends nothing it gives a sign of life within its own timeout, and
 /// answers no question.
-pub fn silence_limit(wal_sender_timeout: Duration) -> Duration {
+fn silence_limit(wal_sender_timeout: Duration) -> Duration {
     SILENCE_LIMIT.max(wal_sender_timeout)
 }
 
-/// When to send, and how long to wait for Postgres.
-#[derive(Clone, Copy, Debug)]
-pub struct Timing {
-    /// See [`status_interval`].
-    pub interval: Duration,
-    /// See [`silence_limit`].
-    pub silence_limit: Duration,
-}
-
-/// Runs until every sender of `asks` is gone.
+/// Runs until every sender of `asks` is gone; for a server of this `wal_sender_timeout`.
 pub fn run(
     writer: &ReplicationWriter,
     progress: &Progress,
     asks: &Receiver<Ask>,
-    timing: Timing,
+    wal_sender_timeout: Duration,
     vitals: &Vitals,
 ) -> Result<(), postgres::Error> {
-    let ended = work(writer, progress, asks, timing, vitals);
+    let ended = work(writer, progress, asks, wal_sender_timeout, vitals);
     vitals.feedback.ended();
     ended
 }
@@ -82,13 +73,11 @@ fn work(
     writer: &ReplicationWriter,
     progress: &Progress,
     asks: &Receiver<Ask>,
-    timing: Timing,
+    wal_sender_timeout: Duration,
     vitals: &Vitals,
 ) -> Result<(), postgres::Error> {
-    let Timing {
-        interval,
-        silence_limit,
-    } = timing;
+    let interval = status_interval(wal_sender_timeout);
+    let silence_limit = silence_limit(wal_sender_timeout);
     let mut told = Lsn::INVALID;
     let mut next_status = Instant::now() + interval;
     loop {
@@ -160,6 +149,14 @@ mod tests {
         {
             let found = status_interval(Duration::from_millis(timeout_ms));
             assert_eq!(found.as_millis(), interval_ms, "{timeout_ms}");
+        }
+    }
+
+    #[test]
+    fn a_server_may_be_silent_for_its_own_timeout() {
+        for (timeout_s, limit_s) in [(0, 60), (1, 60), (60, 60), (61, 61), (1200, 1200)] {
+            let found = silence_limit(Duration::from_secs(timeout_s));
+            assert_eq!(found, Duration::from_secs(limit_s), "{timeout_s} s");
         }
     }
 }

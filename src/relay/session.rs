@@ -12,7 +12,7 @@ use super::core::trouble::Halt;
 use super::core::window::Limits;
 use super::core::{Core, Tally};
 use super::error::Error;
-use super::feedback::{self, Ask, Timing};
+use super::feedback::{self, Ask};
 use super::preflight::publication_state::PublicationState;
 use super::preflight::watch::{WATCH_INTERVAL, Watch};
 use super::preflight::{Facts, Finding, Level, publication};
@@ -253,10 +253,7 @@ impl<'a> Session<'a> {
             lineage: &lineage,
             upto: self.upto,
             resolved: begun.resolved,
-            timing: Timing {
-                interval: feedback::status_interval(slot.wal_sender_timeout),
-                silence_limit: feedback::silence_limit(slot.wal_sender_timeout),
-            },
+            wal_sender_timeout: slot.wal_sender_timeout,
             vitals: self.vitals,
         };
         (self.tries, self.failed_reads) = (0, 0);
@@ -498,7 +495,7 @@ struct Threads<'a> {
     upto: Option<Lsn>,
     /// Everything up to here was resolved before.
     resolved: Position,
-    timing: Timing,
+    wal_sender_timeout: Duration,
     vitals: &'a Vitals,
 }
 
@@ -553,7 +550,13 @@ impl Threads<'_> {
                 publisher.run(link)
             });
             let feedback = spawn(scope, "feedback", &ended_sender, move || {
-                feedback::run(writer, progress, &asks, self.timing, self.vitals)
+                feedback::run(
+                    writer,
+                    progress,
+                    &asks,
+                    self.wal_sender_timeout,
+                    self.vitals,
+                )
             });
 
             let mut wait = || self.wait(&ended, &asks_sender, progress, &mut watch);

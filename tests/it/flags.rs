@@ -1,9 +1,10 @@
 //! Flags that make events, or say what becomes of those that cannot be published, are changed between two runs: what is resolved
 //! stays so, and what the new flags take is relayed.
 
-use crate::operators::halts;
+use crate::operators::{capture, edit, halts};
 use crate::operators_bucket::record;
 use crate::rig::{Rig, SLOT, STREAM};
+use serde_json::json;
 
 const TABLES: &str = "\
     CREATE TABLE outbox (id text, aggregatetype text, aggregateid text, payload text, other text);\
@@ -23,11 +24,6 @@ fn message(prefix: &str, id: &str) -> String {
 /// Cannot be published.
 fn poison(id: &str) -> String {
     format!("INSERT INTO outbox VALUES ('{id}', NULL, 'a', '{{}}')")
-}
-
-fn ids(rig: &Rig) -> Vec<String> {
-    let messages = rig.messages();
-    messages.iter().map(|it| it.id().to_string()).collect()
 }
 
 #[test]
@@ -75,17 +71,17 @@ fn a_change_of_the_flags_that_make_events_is_none_of_the_wal() {
         for _ in 0..STARTS {
             rig.drain(after);
         }
-        assert_eq!(ids(&rig), ["1"], "{after:?}");
+        assert_eq!(rig.ids(), ["1"], "{after:?}");
         rig.pg.execute(&next);
         for _ in 0..STARTS {
             rig.drain(after);
         }
-        assert_eq!(ids(&rig), ["1", id], "{after:?}");
+        assert_eq!(rig.ids(), ["1", id], "{after:?}");
         // and back
         for _ in 0..STARTS {
             rig.drain(before);
         }
-        assert_eq!(ids(&rig), ["1", id], "{before:?}");
+        assert_eq!(rig.ids(), ["1", id], "{before:?}");
     }
 }
 
@@ -99,17 +95,15 @@ fn what_was_parked_or_given_up_stays_so_whatever_is_to_be_done_with_the_next() {
     ];
     for first in [POLICIES[0], POLICIES[2]] {
         let rig = Rig::start_with_tables(TABLES);
-        let mut client = rig.nats.client();
-        let mut config = client.stream_info(STREAM)["config"].clone();
-        config["subjects"] = serde_json::json!(["events.>", format!("{SLOT}.parked")]);
-        client.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+        let parked = format!("{SLOT}.parked");
+        capture(&mut rig.nats.client(), STREAM, &["events.>", &parked]);
         rig.pg.execute(&poison("1"));
         rig.drain(first);
-        let mut expected = ids(&rig);
+        let mut expected = rig.ids();
         assert_eq!(expected.len(), usize::from(first == POLICIES[0]));
         for (number, policy) in POLICIES.iter().cycle().take(6).enumerate() {
             rig.drain(policy);
-            assert_eq!(ids(&rig), expected, "{first:?}, {policy:?}");
+            assert_eq!(rig.ids(), expected, "{first:?}, {policy:?}");
             // the next begins behind an event that is well, and behind one that is not
             if number % 2 == 1 {
                 rig.pg.execute(&row("outbox", &format!("well {number}")));
@@ -122,7 +116,7 @@ fn what_was_parked_or_given_up_stays_so_whatever_is_to_be_done_with_the_next() {
                 expected.push(format!("bad {number}"));
             }
         }
-        assert_eq!(ids(&rig), expected, "{first:?}");
+        assert_eq!(rig.ids(), expected, "{first:?}");
     }
 }
 
@@ -134,9 +128,11 @@ fn other_flags_have_to_wait_until_what_the_earlier_ones_published_is_recorded() 
     let rig = Rig::start_with_tables(TABLES);
     let mut client = rig.nats.client();
     // what JetStream remembers is no help
-    let mut config = client.stream_info(STREAM)["config"].clone();
-    config["duplicate_window"] = serde_json::json!(100_000_000);
-    client.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+    edit(
+        &mut client,
+        STREAM,
+        &json!({ "duplicate_window": 100_000_000 }),
+    );
     rig.pg.execute(&row("outbox", "1"));
     rig.drain(&BEFORE);
     let (subject, older) = record(&mut client);
@@ -150,7 +146,7 @@ fn other_flags_have_to_wait_until_what_the_earlier_ones_published_is_recorded() 
         78,
         &["start once with the earlier flags"],
     );
-    assert_eq!(ids(&rig), ["1", "2"], "{last}");
+    assert_eq!(rig.ids(), ["1", "2"], "{last}");
     // what it asks for
     rig.drain(&BEFORE);
     rig.pg.execute(&format!(
@@ -159,7 +155,7 @@ fn other_flags_have_to_wait_until_what_the_earlier_ones_published_is_recorded() 
         row("outbox", "4")
     ));
     rig.drain(&AFTER);
-    assert_eq!(ids(&rig), ["1", "2", "3", "4"]);
+    assert_eq!(rig.ids(), ["1", "2", "3", "4"]);
 }
 
 #[test]
@@ -181,5 +177,5 @@ fn other_flags_do_not_begin_within_a_transaction() {
     rig.drain(&[]);
     rig.drain(&other);
     let all: Vec<String> = (1..=ROWS).map(|number| number.to_string()).collect();
-    assert_eq!(ids(&rig), all);
+    assert_eq!(rig.ids(), all);
 }

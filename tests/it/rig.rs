@@ -87,6 +87,13 @@ impl Rig {
         self.nats.client().read_all(STREAM)
     }
 
+    /// The ids of everything in the stream, in order.
+    #[track_caller]
+    pub fn ids(&self) -> Vec<String> {
+        let messages = self.messages().into_iter();
+        messages.map(|message| message.id().to_string()).collect()
+    }
+
     /// The subjects of everything in the stream, in order.
     #[track_caller]
     pub fn subjects(&self) -> Vec<String> {

@@ -1,8 +1,8 @@
 //! What others set or change around the relay, and what it must not depend on or must not pass over.
 
-use crate::operators::halts;
+use crate::operators::{capture, edit, halts};
 use crate::operators_bucket::{BUCKET, record};
-use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM, counted, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
@@ -10,11 +10,6 @@ use serde_json::json;
 
 const TABLE: &str =
     "CREATE TABLE outbox (id text, aggregatetype text, aggregateid text, payload text)";
-
-fn ids(rig: &Rig) -> Vec<String> {
-    let messages = rig.messages();
-    messages.iter().map(|it| it.id().to_string()).collect()
-}
 
 /// The text of an id or a body is not to change with what role, database or server have set, before a start or under the relay.
 #[test]
@@ -43,7 +38,7 @@ fn settings_of_the_server_change_no_id_and_no_body() {
         let insert = format!("INSERT INTO outbox VALUES ({value}, 'a', 'b', 'c')");
         rig.pg.execute(&insert);
         rig.drain(&[]);
-        let id = ids(&rig).pop().expect("an event");
+        let id = rig.ids().pop().expect("an event");
         assert_eq!(id, text, "{kind}");
         for setting in SETTINGS {
             rig.pg
@@ -51,7 +46,7 @@ fn settings_of_the_server_change_no_id_and_no_body() {
         }
         // the last event is compared with what Postgres sends of it now
         rig.drain(&[]);
-        assert_eq!(ids(&rig), [text], "{kind}");
+        assert_eq!(rig.ids(), [text], "{kind}");
     }
 }
 
@@ -73,7 +68,7 @@ fn a_table_whose_columns_are_renamed_while_no_relay_runs_is_not_passed_over() {
             &["has not the columns of an outbox any more", "-table"],
         );
     }
-    assert_eq!(ids(&rig), ["1"]);
+    assert_eq!(rig.ids(), ["1"]);
     let flags = [
         "-aggregatetype-column",
         "aggregateType",
@@ -81,7 +76,7 @@ fn a_table_whose_columns_are_renamed_while_no_relay_runs_is_not_passed_over() {
         "aggregateId",
     ];
     rig.drain(&flags);
-    assert_eq!(ids(&rig), ["1", "2"]);
+    assert_eq!(rig.ids(), ["1", "2"]);
 }
 
 /// No flags fit both rows: the log says how to get past them, and that is so.
@@ -104,7 +99,7 @@ fn a_column_that_is_renamed_within_a_transaction_can_be_passed() {
     rig.pg.execute(advance);
     rig.drain(&["-resume-anyway"]);
     // what came before the change may be published by then
-    let found = ids(&rig);
+    let found = rig.ids();
     assert!(found == ["3"] || found == ["1", "3"], "{found:?}");
 }
 
@@ -125,10 +120,8 @@ fn a_row_that_a_filter_lets_in_later_is_poison_where_its_payload_is_not_sent() {
     rig.pg
         .execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"));
     rig.add_slot(SLOT);
-    let mut client = rig.nats.client();
-    let mut config = client.stream_info(STREAM)["config"].clone();
-    config["subjects"] = json!(["events.>", format!("{SLOT}.parked")]);
-    client.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+    let parked = format!("{SLOT}.parked");
+    capture(&mut rig.nats.client(), STREAM, &["events.>", &parked]);
     let insert = |id: u32, payload: &str, ready: bool| {
         format!("INSERT INTO outbox VALUES ('{id}', 'a', 'b', {payload}, {ready})")
     };
@@ -138,7 +131,7 @@ fn a_row_that_a_filter_lets_in_later_is_poison_where_its_payload_is_not_sent() {
     let words = ["id 1", "publish = 'insert'", "pg_replication_slot_advance"];
     halts(rig.relay(&[]), 65, &words);
     rig.drain(&["-on-poison", "park"]);
-    assert_eq!(ids(&rig), ["1", "2"]);
+    assert_eq!(rig.ids(), ["1", "2"]);
 }
 
 /// To put the publication back brings nothing back.
@@ -161,7 +154,7 @@ fn a_loss_that_was_seen_is_remembered_until_it_is_accepted() {
     }
     rig.drain(&["-resume-anyway"]);
     rig.drain(&[]);
-    assert_eq!(ids(&rig), [uuid(1), uuid(3)]);
+    assert_eq!(rig.ids(), [uuid(1), uuid(3)]);
 }
 
 #[test]
@@ -183,7 +176,7 @@ fn what_an_outbox_inherits_from_may_have_other_children() {
         .execute("ALTER TABLE outbox INHERIT base; CREATE TABLE customers () INHERITS (base)");
     rig.pg.execute(&insert(2));
     rig.drain(&[]);
-    assert_eq!(ids(&rig), ["1", "2"]);
+    assert_eq!(rig.ids(), ["1", "2"]);
 }
 
 /// As the manual has it: drained, copied, and started under the new name.
@@ -201,7 +194,7 @@ fn a_slot_gets_another_name_after_a_drain() {
     let flags = ["-slot", "another", "-publication", SLOT];
     rig.drain(&flags);
     rig.drain(&flags);
-    assert_eq!(ids(&rig), (1..=6).map(uuid).collect::<Vec<_>>());
+    assert_eq!(rig.ids(), (1..=6).map(uuid).collect::<Vec<_>>());
 }
 
 /// `nats kv del` and `nats kv purge` leave a marker, as a bucket with lifetimes does.
@@ -230,7 +223,7 @@ fn a_record_that_was_deleted_is_none() {
         }
         drop(relay);
         rig.drain(&[]);
-        assert_eq!(ids(&rig), [uuid(1), uuid(2)], "{operation}");
+        assert_eq!(rig.ids(), [uuid(1), uuid(2)], "{operation}");
     }
 }
 
@@ -249,15 +242,13 @@ fn a_bucket_that_cannot_hold_the_record_halts_the_relay_by_name() {
         let mut client = rig.nats.client();
         rig.commit_event(1, "a");
         rig.drain(&[]);
-        let mut config = client.stream_info(BUCKET)["config"].clone();
-        config[setting] = value;
-        client.api(&format!("STREAM.UPDATE.{BUCKET}"), &config);
+        edit(&mut client, BUCKET, &json!({ setting: value }));
         rig.commit_event(2, "a");
         halts(rig.relay(&[]), 78, &["the key-value bucket", part]);
         // by what it says
         client.api(&format!("STREAM.DELETE.{BUCKET}"), &json!(null));
         rig.drain(&[]);
-        assert_eq!(ids(&rig), [uuid(1), uuid(2)], "{setting}");
+        assert_eq!(rig.ids(), [uuid(1), uuid(2)], "{setting}");
     }
 }
 
@@ -279,4 +270,57 @@ fn a_record_that_nats_does_not_take_halts_the_relay_by_name() {
         rig.commit_event(number.into(), &number.to_string());
     }
     halts(rig.relay(&[]), 78, &["max_payload", "fewer streams"]);
+}
+
+/// What was stored and is gone since is asked for again, and answered as a duplicate: nothing is late then.
+#[test]
+fn a_duplicate_does_not_count_as_late() {
+    let rig = Rig::start();
+    edit(&mut rig.nats.client(), STREAM, &json!({ "max_msgs": 1 }));
+    let relay = rig.relay(&[]);
+    for number in 1..=20 {
+        rig.commit_event(number, "a");
+    }
+    let mut client = rig.nats.client();
+    eventually("the events", DEADLINE, || match client.last_seq(STREAM) {
+        20 => Ok(()),
+        other => Err(other),
+    });
+    relay.kill();
+    rig.commit_event(21, "a");
+    let log = rig.drain(&[]);
+    assert_eq!(
+        (counted(&log, "late"), client.last_seq(STREAM)),
+        (0, 21),
+        "{log:#?}"
+    );
+    assert!(
+        !log.iter().any(|line| line.contains("Outbox-Late")),
+        "{log:#?}"
+    );
+}
+
+/// A server that drops requests over its limit is asked for fewer at a time until it manages.
+#[test]
+fn a_server_that_drops_requests_is_read_back_all_the_same() {
+    const EVENTS: u32 = 3_000;
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::builder()
+            .without_jetstream()
+            .config("jetstream { store_dir: \"{dir}/store\", request_queue_limit: 8 }")
+            .build(),
+    };
+    rig.pg.seed_setup();
+    rig.nats.client().add_seed_stream();
+    rig.pg.execute(&format!(
+        "INSERT INTO outbox SELECT gen_random_uuid(), 'account', 'a', '{{}}' FROM generate_series(1, {EVENTS})"
+    ));
+    rig.drain(&[]);
+    // all of them are to be read
+    let mut client = rig.nats.client();
+    client.api(&format!("STREAM.DELETE.{BUCKET}"), &json!(null));
+    rig.commit_event(1, "a");
+    rig.drain(&[]);
+    assert_eq!(rig.messages().len() as u32, EVENTS + 1);
 }

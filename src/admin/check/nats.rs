@@ -370,6 +370,27 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
     };
     let bucket = &config.checkpoint;
     let api = &config.nats.api_prefix;
+    if let Bucket::Found { config, write } = &facts.bucket {
+        let faults = bucket_faults(config);
+        // who may not write learns that first, unless nobody could
+        if write.is_ok() || faults.iter().any(|fault| fault.is_fatal) {
+            let level = |fault: &BucketFault| if fault.is_fatal { lacks } else { warn };
+            let findings = faults.into_iter().map(|fault| {
+                let fix = match fault.edit {
+                    Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
+                    None => format!(
+                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"
+                    ),
+                };
+                let found = format!("bucket {bucket} {}", fault.what);
+                level(&fault)(NAME, found, fault.why, fix)
+            });
+            let findings: Vec<Finding> = findings.collect();
+            if !findings.is_empty() {
+                return findings;
+            }
+        }
+    }
     let finding = match &facts.bucket {
         Bucket::Unknown => return Vec::new(),
         Bucket::Missing => warn(
@@ -386,27 +407,6 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
                 "let the user publish to {api}.STREAM.INFO.KV_{bucket} and {api}.STREAM.MSG.GET.KV_{bucket}"
             ),
         ),
-        Bucket::Found { config, write }
-            if !bucket_faults(config).is_empty()
-                && (write.is_ok() || bucket_faults(config).iter().any(|it| it.is_fatal)) =>
-        {
-            let finding = |fault: BucketFault| {
-                let fix = match fault.edit {
-                    Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
-                    None => format!(
-                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"
-                    ),
-                };
-                let level = if fault.is_fatal { lacks } else { warn };
-                level(
-                    NAME,
-                    format!("bucket {bucket} {}", fault.what),
-                    fault.why,
-                    fix,
-                )
-            };
-            return bucket_faults(config).into_iter().map(finding).collect();
-        }
         Bucket::Found {
             write: Err(error), ..
         } => lacks(
