@@ -11,6 +11,7 @@ use crate::jetstream::Delivery;
 use crate::jetstream::preflight::Wanted;
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
 use crate::nats::options::{Options, parse_servers};
+use crate::outbox::flags::Flags;
 use crate::outbox::header::is_schedule;
 use crate::outbox::mapping::{Mapping, TableMapping};
 use crate::outbox::park::{OnBad, OnPoison, Policy};
@@ -169,6 +170,11 @@ impl ConfigError {
 }
 
 impl Config {
+    /// The flags that make events.
+    pub fn flags(&self) -> Flags {
+        self.mapping.flags(&self.publication)
+    }
+
     /// What the streams have to be fit for.
     pub fn wanted(&self) -> Wanted {
         Wanted {

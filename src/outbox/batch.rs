@@ -59,6 +59,8 @@ pub enum Fate {
     Park,
     /// It cannot be published, and is given up. It keeps its place in the order of positions.
     Lose,
+    /// It is none by the flags, but may have been one by earlier ones. It keeps its place, too.
+    Ignore,
 }
 
 /// Where the parts of an event stand in its batch.
@@ -311,6 +313,19 @@ impl Batch {
     /// Adds the end of a transaction with events.
     pub fn push(&mut self, change: Change) {
         self.changes.push(change);
+    }
+
+    /// Adds what is no event, and has a place.
+    pub fn push_ignored(&mut self, position: Position) {
+        self.changes.push(Change::Event(EventSpans {
+            position,
+            fate: Fate::Ignore,
+            subject: Span::default(),
+            id: Span::default(),
+            headers: Span::default(),
+            body: Span::default(),
+            table: self.table,
+        }));
     }
 
     /// Adds a keepalive, or the end of a transaction without events: it stands for the one just before it too.

@@ -7,6 +7,7 @@
 //! says where an event stands in Postgres, [`lineage`] what that is worth on a server with another history.
 
 pub mod batch;
+pub mod flags;
 pub mod header;
 pub mod json;
 pub mod large;

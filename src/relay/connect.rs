@@ -4,12 +4,13 @@
 //! what the [`Resume`] asks for. Its caller claims the result, by writing the record, before anything is published.
 
 use super::checkpoint::kv;
-use super::checkpoint::record::{Cut, StreamCut};
-use super::checkpoint::store::{ANYTHING, Overtaken, Store};
+use super::checkpoint::record::StreamCut;
+use super::checkpoint::store::{Overtaken, Store};
 use super::core::capacity::Capacity;
 use super::core::evidence::Message;
 use super::core::exactly_once::{Connection, ExactlyOnce};
-use super::core::resume::{Answer, Facts, Read, Resume, Resumed, StreamFacts};
+use super::core::resume::facts::{Facts, Known, StreamFacts};
+use super::core::resume::{Answer, Read, Resume, Resumed};
 use super::error::Error;
 use super::repeated::Repeated;
 use super::stop::Stop;
@@ -51,21 +52,6 @@ pub struct Connector<'a> {
     pub accept_loss: bool,
     /// So often reading the streams back has failed: fewer messages are asked for at a time.
     pub failed_reads: u32,
-}
-
-/// Where the cuts to resume with come from.
-pub enum From {
-    /// The record: a session starts.
-    Record {
-        /// The slot's `confirmed_flush_lsn`.
-        confirmed_lsn: Lsn,
-        /// The slot was moved to there by somebody else, which is accepted.
-        is_moved: bool,
-        /// Streams to be read beside those of the cuts.
-        also: Vec<String>,
-    },
-    /// The core: the copy stream goes on.
-    Core(Cut),
 }
 
 /// A connection, and the streams that were found over it.
@@ -186,38 +172,16 @@ impl Connector<'_> {
         &self,
         mut found: Found,
         store: &Store,
-        from: From,
+        known: Known,
     ) -> Result<(Link, Connection), Error> {
-        let goes_on = matches!(from, From::Core(_));
-        let (cuts, oldest_is_matured, confirmed_lsn, also) = match from {
-            From::Core(cut) => (vec![cut], true, Lsn::INVALID, Vec::new()),
-            From::Record {
-                confirmed_lsn,
-                is_moved,
-                also,
-            } => {
-                if store.is_new() {
-                    self.check_system(&found)?;
-                }
-                let (mut cuts, is_matured) = store.cuts(Instant::now());
-                for cut in cuts.iter_mut().filter(|_| is_moved) {
-                    cut.move_to(confirmed_lsn);
-                }
-                (cuts, is_matured, confirmed_lsn, also)
-            }
-        };
-        let held = store.held();
-        let maybe_unfenced =
-            confirmed_lsn > Lsn::INVALID && held.is_none_or(|record| record.told_lsn == ANYTHING);
-        let mut missing = self.find_named(&mut found, &cuts, &also)?;
+        if !known.goes_on && store.is_new() {
+            self.check_system(&found)?;
+        }
+        let mut missing = self.find_named(&mut found, &known)?;
         let mut facts = Facts {
             lineage: self.lineage.clone(),
             streams: self.facts(&found),
-            cuts,
-            goes_on,
-            oldest_is_matured,
-            confirmed_lsn,
-            maybe_unfenced,
+            known,
             accept_loss: self.accept_loss,
         };
         facts.forget_left(&mut missing);
@@ -262,27 +226,19 @@ impl Connector<'_> {
         Ok(is_there)
     }
 
-    /// The streams that a cut names, and others, that capture nothing of ours now; and what the youngest cut says of those that
-    /// are gone.
-    fn find_named(
-        &self,
-        found: &mut Found,
-        cuts: &[Cut],
-        also: &[String],
-    ) -> Result<Vec<StreamCut>, Error> {
-        for name in also {
-            self.add_named(found, name)?;
-        }
+    /// The streams that are named beside those that capture something of ours; and what is known of those that are gone.
+    fn find_named(&self, found: &mut Found, known: &Known) -> Result<Vec<StreamCut>, Error> {
         let mut missing: Vec<StreamCut> = Vec::new();
-        for stream in cuts.iter().flat_map(|cut| &cut.streams) {
-            if missing.iter().all(|it| it.name != stream.name)
-                && !self.add_named(found, &stream.name)?
-            {
-                missing.push(stream.clone());
+        for (name, cut) in known.named() {
+            if !self.add_named(found, &name)? {
+                missing.extend(cut);
             }
         }
         for info in &mut found.infos {
-            let marks = cuts.iter().filter_map(|cut| cut.stream(&info.config.name));
+            let marks = known
+                .cuts
+                .iter()
+                .filter_map(|cut| cut.stream(&info.config.name));
             let acked_seq = marks.map(|mark| {
                 let witness_seq = mark.witness.as_ref().map_or(0, |witness| witness.seq);
                 mark.read_after.max(witness_seq)

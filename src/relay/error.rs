@@ -50,7 +50,7 @@ pub enum Error {
         /// What the relay may have told Postgres at most.
         told: Lsn,
     },
-    /// The flags that decide which rows become events have changed in the middle of a transaction.
+    /// Postgres sends other rows than it did for what is stored after this.
     OtherFlags(Position),
     /// Server, slot or publication are not as the relay needs them: the rules that failed.
     Preflight(Vec<Finding>),
@@ -273,9 +273,9 @@ impl fmt::Display for Error {
             ),
             Error::OtherFlags(position) => write!(
                 f,
-                "resume: the flags that decide which rows become events, or which ids they have, were changed before the relay had stopped in \
-                 order: what it has published after {position} cannot be told apart by other flags; start once with the earlier \
-                 flags and stop in order (-drain does), or pass -resume-anyway once"
+                "resume: another -publication or -no-messages has Postgres send other rows than it sent for what is stored after {position}, \
+                 so that the two cannot be compared; start once with the earlier flags and stop in order (-drain does), or pass \
+                 -resume-anyway once"
             ),
             Error::Unfenced { stream, at, stored } => write!(
                 f,

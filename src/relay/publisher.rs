@@ -29,6 +29,7 @@ use crate::jetstream::client::Link;
 use crate::jetstream::streams;
 use crate::nats::{self, EndedBy};
 use crate::outbox::batch::{Batch, Fate};
+use crate::outbox::flags::Flags;
 use crate::outbox::lineage::Lineage;
 use crate::postgres::Lsn;
 use crossbeam_channel::{Receiver, never, select};
@@ -307,7 +308,11 @@ impl<'a> Publisher<'a> {
                 }
                 store.write(|| core.cut_to_record(), now, urgent)
             }
-            Core::AtLeastOnce(core) => store.write(|| bare(core.stored_lsn()), now, settled),
+            Core::AtLeastOnce(core) => store.write(
+                || bare(core.stored_lsn(), self.config.flags()),
+                now,
+                settled,
+            ),
         };
         if let Some(write) = write {
             let fits = kv::fits(link, &write);
@@ -350,7 +355,7 @@ impl<'a> Publisher<'a> {
     fn is_recorded(&self) -> bool {
         self.store.as_ref().is_none_or(|store| match &self.core {
             Core::ExactlyOnce(core) => store.holds(&core.cut()),
-            Core::AtLeastOnce(core) => store.holds(&bare(core.stored_lsn())),
+            Core::AtLeastOnce(core) => store.holds(&bare(core.stored_lsn(), self.config.flags())),
         })
     }
 
@@ -411,12 +416,13 @@ impl<'a> Publisher<'a> {
 }
 
 /// What at-least-once delivery records: everything up to here is acknowledged.
-fn bare(stored_lsn: Lsn) -> Cut {
+fn bare(stored_lsn: Lsn, flags: Flags) -> Cut {
     Cut {
         anchor: Anchor::bare(stored_lsn),
         stored_lsn,
         streams: Vec::new(),
         quiescent: false,
         lenient: false,
+        flags,
     }
 }

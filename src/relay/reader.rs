@@ -64,6 +64,8 @@ pub struct Reader<'a> {
     pub is_first: bool,
     /// Everything up to here is resolved: the anchor.
     pub resolved: Position,
+    /// An earlier relay has published nothing beyond this.
+    pub earlier_upto: Lsn,
 }
 
 /// Why the reader ended, when nothing failed.
@@ -109,17 +111,20 @@ struct Transaction {
     commit_lsn: Lsn,
     commit_time_us: i64,
     xid: u32,
-    events: u32,
+    /// So many rows and messages of it have come.
+    rows: u32,
+    /// The batches have something of it.
+    is_shown: bool,
 }
 
 impl Transaction {
-    /// Where its next event stands.
-    fn next_place(&self, resolved: Position) -> Result<Place, Error> {
-        let ordinal = self.events.checked_add(1);
-        let ordinal = ordinal.ok_or(Error::Internal("a transaction of more than 2^32 events"))?;
+    /// Where the next row or message of it stands, whatever becomes of that.
+    fn next_place(&mut self, resolved: Position) -> Result<Place, Error> {
+        let rows = self.rows.checked_add(1);
+        self.rows = rows.ok_or(Error::Internal("a transaction of more than 2^32 rows"))?;
         let position = Position {
             commit_lsn: self.commit_lsn,
-            ordinal,
+            ordinal: self.rows,
         };
         Ok(Place {
             position,
@@ -173,7 +178,7 @@ fn take(batch: &mut Batch) -> Batch {
 
 /// A batch that ends in the middle of a transaction says of which one.
 fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
-    if let Some(open) = transaction.filter(|open| open.events > 0) {
+    if let Some(open) = transaction.filter(|open| open.is_shown) {
         batch.push(Change::Open {
             commit_lsn: open.commit_lsn,
             commit_time_us: open.commit_time_us,
@@ -274,7 +279,7 @@ impl Reader<'_> {
             }
             if !batch.is_empty() {
                 end_open(batch, state.transaction.as_ref());
-                let unfinished = state.transaction.as_ref().filter(|it| it.events > 0);
+                let unfinished = state.transaction.as_ref().filter(|it| it.is_shown);
                 let unfinished = unfinished.map(|it| it.commit_time_us);
                 self.vitals
                     .hands_over(state.reached, self.changes.len(), unfinished);
@@ -375,8 +380,8 @@ impl Reader<'_> {
                 ..
             }) => {
                 state.server_wal_end = state.server_wal_end.max(wal_end);
-                let what = self.begin_large(decoded(pieces::head(head), wal_start)?, wal_start)?;
                 let at = wal_start;
+                let what = self.begin_large(decoded(pieces::head(head), at)?, at, state)?;
                 state.large = Some(Large { at, what });
             }
             Some(ReplicationMessage::Piece { bytes, is_last }) => {
@@ -387,13 +392,13 @@ impl Reader<'_> {
     }
 
     /// What is to be kept of a large message.
-    fn begin_large(&self, head: Head<'_>, at: Lsn) -> Result<LargePart, Error> {
+    fn begin_large(&self, head: Head<'_>, at: Lsn, state: &mut State) -> Result<LargePart, Error> {
         let max_payload = self.progress.max_payload();
         Ok(match head {
             Head::Insert { relation_id } => {
                 match self.mapper.large_row(relation_id, max_payload)? {
                     Some(row) => LargePart::Row(relation_id, pieces::Row::default(), row),
-                    None => LargePart::PassedOver,
+                    None => self.pass_over("Insert", at, state)?,
                 }
             }
             Head::Message {
@@ -405,11 +410,37 @@ impl Reader<'_> {
                 LargePart::Content(LargeContent::new(content_at, content_len, max_payload))
             }
             Head::Relation => LargePart::Relation(Vec::new()),
+            Head::Message {
+                transactional: true,
+                ..
+            } => self.pass_over("Message", at, state)?,
             Head::Message { .. } | Head::Other => {
                 log::debug!(at:% = at; "passing over a large message that is not for us");
                 LargePart::PassedOver
             }
         })
+    }
+
+    /// A large row or message of a transaction that is no event.
+    fn pass_over(
+        &self,
+        message: &'static str,
+        at: Lsn,
+        state: &mut State,
+    ) -> Result<LargePart, Error> {
+        let transaction = inside(&mut state.transaction, message, at)?;
+        let place = transaction.next_place(self.resolved)?;
+        transaction.is_shown |= self.ignore(place, &mut state.batch);
+        Ok(LargePart::PassedOver)
+    }
+
+    /// A row or message that is no event: shown to the publisher where an earlier relay, by other flags, may have made one of it.
+    fn ignore(&self, place: Place, batch: &mut Batch) -> bool {
+        let is_shown = place.position.commit_lsn < self.earlier_upto;
+        if is_shown {
+            batch.push_ignored(place.position);
+        }
+        is_shown
     }
 
     /// More of a large message; with the last of it, it is taken as any other.
@@ -444,15 +475,14 @@ impl Reader<'_> {
                 let batch = &mut state.batch;
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
                 let place = transaction.next_place(self.resolved)?;
-                if (self.mapper).insert(relation_id, row.values(), place, batch)? {
-                    transaction.events += 1;
-                }
+                (self.mapper).insert(relation_id, row.values(), place, batch)?;
+                transaction.is_shown = true;
             }
             Some(LargePart::Content(content)) => {
                 let transaction = inside(&mut state.transaction, "Message", at)?;
                 let place = transaction.next_place(self.resolved)?;
                 (self.mapper).message(content.value(), place, &mut state.batch)?;
-                transaction.events += 1;
+                transaction.is_shown = true;
             }
         }
         Ok(())
@@ -476,7 +506,8 @@ impl Reader<'_> {
                     commit_lsn: final_lsn,
                     commit_time_us,
                     xid,
-                    events: 0,
+                    rows: 0,
+                    is_shown: false,
                 });
             }
             Message::Commit {
@@ -491,7 +522,7 @@ impl Reader<'_> {
                     return Err(Error::OutOfPlace { message, at });
                 };
                 // the first one proves which WAL this is, also without events
-                if ended.events > 0 || std::mem::take(&mut self.is_first) {
+                if ended.is_shown || std::mem::take(&mut self.is_first) {
                     self.is_first = false;
                     self.vitals.waits_too(commit_time_us);
                     state.batch.push(Change::Commit {
@@ -520,9 +551,9 @@ impl Reader<'_> {
                     TupleValue::Text(text) => Value::Text(text),
                     TupleValue::Binary(bytes) => Value::Binary(bytes),
                 });
-                if (self.mapper).insert(relation_id, values, place, &mut state.batch)? {
-                    transaction.events += 1;
-                }
+                let batch = &mut state.batch;
+                transaction.is_shown |= (self.mapper).insert(relation_id, values, place, batch)?
+                    || self.ignore(place, batch);
             }
             Message::Update { relation_id, .. } => log::debug!(relation_id; "ignored an update"),
             Message::Delete { relation_id, .. } => log::trace!(relation_id; "ignored a delete"),
@@ -534,11 +565,13 @@ impl Reader<'_> {
                 ..
             } => {
                 let transaction = inside(&mut state.transaction, "Message", at)?;
+                let place = transaction.next_place(self.resolved)?;
                 if self.mapper.is_event_prefix(prefix.0) {
-                    let place = transaction.next_place(self.resolved)?;
                     let content = Value::Text(content.0);
                     self.mapper.message(content, place, &mut state.batch)?;
-                    transaction.events += 1;
+                    transaction.is_shown = true;
+                } else {
+                    transaction.is_shown |= self.ignore(place, &mut state.batch);
                 }
             }
             // one that is not transactional may come from a transaction that rolled back

@@ -4,10 +4,11 @@
 //! what was read, and only then the feedback thread sends the last status update and CopyDone.
 
 use super::checkpoint::store::{Identity, Store};
-use super::connect::{Connector, Found, From};
+use super::connect::{Connector, Found};
 use super::core::at_least_once::AtLeastOnce;
 use super::core::continuity::Continuity;
 use super::core::exactly_once::ExactlyOnce;
+use super::core::resume::facts::Known;
 use super::core::trouble::Halt;
 use super::core::window::Limits;
 use super::core::{Core, Tally};
@@ -95,6 +96,8 @@ struct Begun {
     core: Core,
     /// Everything up to here was resolved before; the copy stream starts at its commit.
     resolved: Position,
+    /// An earlier relay has published nothing beyond this.
+    earlier_upto: Lsn,
     has_record: bool,
     published: PublicationState,
 }
@@ -122,7 +125,7 @@ impl<'a> Session<'a> {
             bucket: config.checkpoint.clone(),
             slot: config.slot.clone(),
             writer: writer(),
-            flags: config.mapping.flags().digest,
+            flags: config.flags(),
             delivery: config.delivery,
         };
         Session {
@@ -253,6 +256,7 @@ impl<'a> Session<'a> {
             lineage: &lineage,
             upto: self.upto,
             resolved: begun.resolved,
+            earlier_upto: begun.earlier_upto,
             wal_sender_timeout: slot.wal_sender_timeout,
             vitals: self.vitals,
         };
@@ -297,11 +301,12 @@ impl<'a> Session<'a> {
         if self.config.delivery == Delivery::ExactlyOnce {
             let _ = read?;
             let published = self.check_publication(connection.peer(), facts)?;
-            let (link, core) =
+            let (link, core, earlier_upto) =
                 self.start_exactly_once(connector, found, connection, slot, limits)?;
             return Ok(Begun {
                 link,
                 resolved: core.resolved_before(),
+                earlier_upto,
                 core: Core::ExactlyOnce(Box::new(core)),
                 has_record: true,
                 published,
@@ -319,6 +324,7 @@ impl<'a> Session<'a> {
         Ok(Begun {
             link: found.link,
             resolved: Position::default(),
+            earlier_upto: Lsn::INVALID,
             core: Core::AtLeastOnce(Box::new(core)),
             has_record: read.is_ok(),
             published,
@@ -333,7 +339,7 @@ impl<'a> Session<'a> {
         connection: &mut Connection,
         slot: &Slot,
         limits: Limits,
-    ) -> Result<(Link, ExactlyOnce), Error> {
+    ) -> Result<(Link, ExactlyOnce, Lsn), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
         let held = self.store.held();
         // R20
@@ -350,14 +356,11 @@ impl<'a> Session<'a> {
             Accepted::OtherWal => self.store.disown(),
             Accepted::Nothing | Accepted::Loss => Vec::new(),
         };
-        let held = self.store.held();
-        let from = From::Record {
-            confirmed_lsn,
-            // what the slot does not send any more is accepted as it is
-            is_moved: held.is_some_and(|record| record.is_exceeded(confirmed_lsn)),
+        let known = Known {
             also,
+            ..Known::of_record(&self.store, confirmed_lsn, Instant::now())
         };
-        let (link, found) = connector.resume(found, &self.store, from)?;
+        let (link, found) = connector.resume(found, &self.store, known)?;
         // another relay may have published while this one read: the WAL that it did so from ends behind all that was read
         slot::check_untouched(connection, self.config, slot)?;
         let wal_end = slot::current_lsn(connection)?;
@@ -365,16 +368,10 @@ impl<'a> Session<'a> {
         for lost in &resumed.disagreed {
             log::warn!("{lost}; going back to where the checkpoint and the streams agree");
         }
-        let fell_back = resumed.cut != Some(0);
+        let fell_back = resumed.fell_back();
         let anchor = &resumed.anchor;
-        let flags = self.config.mapping.flags();
-        let is_partial = resumed.stored_lsn <= anchor.position.commit_lsn && anchor.event.is_some();
-        // by other flags the same position is another event's
-        let has_more = !resumed.evidence.is_empty()
-            || !resumed.quiescent && resumed.gone.iter().any(Option::is_some);
-        let is_mixed = anchor.has_other_flags(&flags) && (is_partial || fell_back && has_more)
-            || self.store.has_other_flags() && has_more;
-        if is_mixed && self.accepted == Accepted::Nothing {
+        let flags = self.config.flags();
+        if resumed.is_mixed(&flags) && self.accepted == Accepted::Nothing {
             return Err(Error::OtherFlags(anchor.position));
         }
         let continuity = match self.accepted {
@@ -386,7 +383,7 @@ impl<'a> Session<'a> {
         let lineage = connector.lineage.clone();
         let mut core = ExactlyOnce::start(lineage, limits, continuity, found, wal_end, now);
         connector.claim(&link, &mut core, &mut self.store, fell_back, confirmed_lsn)?;
-        Ok((link, core))
+        Ok((link, core, wal_end))
     }
 }
 
@@ -495,6 +492,8 @@ struct Threads<'a> {
     upto: Option<Lsn>,
     /// Everything up to here was resolved before.
     resolved: Position,
+    /// An earlier relay has published nothing beyond this.
+    earlier_upto: Lsn,
     wal_sender_timeout: Duration,
     vitals: &'a Vitals,
 }
@@ -542,6 +541,7 @@ impl Threads<'_> {
             vitals: self.vitals,
             is_first: true,
             resolved: self.resolved,
+            earlier_upto: self.earlier_upto,
         };
         let (read, published, fed_back, first) = thread::scope(|scope| {
             let source = &mut stream;

@@ -121,9 +121,11 @@ fn an_event_that_one_of_several_streams_lacks_is_lag() {
         rig.nats.client().api("STREAM.UPDATE.A", &config);
     };
     room_for(1);
+    // another's message counts, and is no event
     rig.pg.execute(
-        "INSERT INTO outbox SELECT gen_random_uuid(), kind, 'a', '{}' \
-         FROM unnest(ARRAY['account', 'order', 'account', 'order']) AS kind",
+        "BEGIN; SELECT pg_logical_emit_message(true, 'of another', 'x'); \
+         INSERT INTO outbox SELECT gen_random_uuid(), kind, 'a', '{}' \
+         FROM unnest(ARRAY['account', 'order', 'account', 'order']) AS kind; COMMIT",
     );
     let relay = rig.relay(&["--hold-back", "1h"]);
     relay.wait_for_log("connecting to NATS again", DEADLINE);

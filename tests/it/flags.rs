@@ -4,6 +4,7 @@
 use crate::operators::{capture, edit, halts};
 use crate::operators_bucket::record;
 use crate::rig::{Rig, SLOT, STREAM};
+use crate::support::natsclient::NatsClient;
 use serde_json::json;
 
 const TABLES: &str = "\
@@ -120,62 +121,113 @@ fn what_was_parked_or_given_up_stays_so_whatever_is_to_be_done_with_the_next() {
     }
 }
 
-/// What is in the streams behind the record was counted by the earlier flags: the same place is another event's by others.
+/// A row has its place, whether it is an event by these flags or not.
 #[test]
-fn other_flags_have_to_wait_until_what_the_earlier_ones_published_is_recorded() {
-    const BEFORE: [&str; 1] = ["-table=outbox"];
-    const AFTER: [&str; 1] = ["-table=outbox,orders"];
-    let rig = Rig::start_with_tables(TABLES);
-    let mut client = rig.nats.client();
-    // what JetStream remembers is no help
-    edit(
-        &mut client,
-        STREAM,
-        &json!({ "duplicate_window": 100_000_000 }),
-    );
-    rig.pg.execute(&row("outbox", "1"));
-    rig.drain(&BEFORE);
-    let (subject, older) = record(&mut client);
-    // put back, the record is what a killed relay leaves
-    let (order, event) = (row("orders", "x"), row("outbox", "2"));
-    rig.pg.execute(&format!("BEGIN; {order}; {event}; COMMIT"));
-    rig.drain(&BEFORE);
-    client.publish(&subject, &[], &older);
-    let last = halts(
-        rig.relay(&AFTER),
-        78,
-        &["start once with the earlier flags"],
-    );
-    assert_eq!(rig.ids(), ["1", "2"], "{last}");
-    // what it asks for
-    rig.drain(&BEFORE);
-    rig.pg.execute(&format!(
-        "BEGIN; {}; {}; COMMIT",
-        row("orders", "3"),
-        row("outbox", "4")
-    ));
-    rig.drain(&AFTER);
-    assert_eq!(rig.ids(), ["1", "2", "3", "4"]);
+fn a_table_may_come_and_go_after_a_kill() {
+    const NARROW: [&str; 1] = ["-table=outbox"];
+    const WIDE: [&str; 1] = ["-table=outbox,orders"];
+    for (earlier, later) in [(NARROW, WIDE), (WIDE, NARROW)] {
+        let rig = Rig::start_with_tables(TABLES);
+        let mut client = rig.nats.client();
+        forget_at_once(&mut client);
+        rig.pg.execute(&row("outbox", "1"));
+        rig.drain(&earlier);
+        let (subject, older) = record(&mut client);
+        let rows = [
+            "BEGIN".into(),
+            message("of another", "z"),
+            row("orders", "x"),
+            row("outbox", "2"),
+            row("orders", "y"),
+            row("outbox", "3"),
+            "COMMIT".into(),
+        ];
+        rig.pg.execute(&rows.join("; "));
+        rig.drain(&earlier);
+        let mut expected = rig.ids();
+        // put back, the record is what a killed relay leaves
+        client.publish(&subject, &[], &older);
+        rig.drain(&later);
+        if later == WIDE {
+            expected.extend(["x".into(), "y".into()]);
+        }
+        assert_eq!(rig.ids(), expected);
+        let late = rig.messages();
+        let late = late.iter().filter(|it| it.header("Outbox-Late").is_some());
+        assert_eq!(late.count(), if later == WIDE { 2 } else { 0 });
+        for flags in [earlier, later, earlier] {
+            rig.drain(&flags);
+            assert_eq!(rig.ids(), expected);
+        }
+    }
+}
+
+/// What JetStream remembers is no help.
+fn forget_at_once(client: &mut NatsClient) {
+    edit(client, STREAM, &json!({ "duplicate_window": 100_000_000 }));
 }
 
 #[test]
-fn other_flags_do_not_begin_within_a_transaction() {
-    const ROWS: u64 = 30_000;
+fn ids_of_another_column_may_begin_within_a_transaction() {
+    const ROWS: usize = 30_000;
     let rig = Rig::start_with_tables(TABLES);
+    forget_at_once(&mut rig.nats.client());
     let relay = rig.relay(&[]);
     rig.pg.execute(&format!(
         "INSERT INTO outbox SELECT n, 't', 'a', '{{}}', 'other ' || n FROM generate_series(1, {ROWS}) n"
     ));
     rig.wait_for_messages(1_000);
     relay.kill();
-    let other = ["-id-column=other"];
+    rig.drain(&["-id-column=other"]);
+    let ids = rig.ids();
+    let stored = ids
+        .iter()
+        .take_while(|id| !id.starts_with("other "))
+        .count();
+    assert!((1_000..ROWS).contains(&stored), "it was killed within");
+    let expected = (1..=ROWS).map(|number| match number <= stored {
+        true => number.to_string(),
+        false => format!("other {number}"),
+    });
+    assert_eq!(ids, expected.collect::<Vec<_>>());
+}
+
+/// Postgres sends other rows then, and may leave out the transaction that the record names.
+#[test]
+fn another_publication_is_another_flag() {
+    const OTHER: [&str; 1] = ["-publication=other"];
+    let rig = Rig::start_with_tables(TABLES);
+    let publish = |name: &str, tables: &str| {
+        rig.pg
+            .execute(&format!("CREATE PUBLICATION {name} FOR TABLE {tables}"));
+    };
+    publish("other", "orders");
+    publish("wide", "outbox, orders");
+    let mut client = rig.nats.client();
+    forget_at_once(&mut client);
+    const OWN: [&str; 1] = ["-publication=own"];
+    publish("own", "outbox");
+    rig.pg.execute(&row("outbox", "1"));
+    rig.drain(&OWN);
+    let (subject, older) = record(&mut client);
+    let (order, event) = (row("orders", "x"), row("outbox", "2"));
+    rig.pg.execute(&format!("BEGIN; {order}; {event}; COMMIT"));
+    rig.drain(&OWN);
+    // put back, the record is what a killed relay leaves
+    client.publish(&subject, &[], &older);
     halts(
-        rig.relay(&other),
+        rig.relay(&["-publication=wide"]),
         78,
         &["start once with the earlier flags"],
     );
-    rig.drain(&[]);
-    rig.drain(&other);
-    let all: Vec<String> = (1..=ROWS).map(|number| number.to_string()).collect();
-    assert_eq!(rig.ids(), all);
+    rig.drain(&OWN);
+    rig.pg.execute(&row("outbox", "3"));
+    rig.drain(&["-publication=wide"]);
+    assert_eq!(rig.ids(), ["1", "2", "3"]);
+    // the last event is of a table that this one does not have
+    rig.pg.execute(&row("orders", "4"));
+    rig.drain(&[OTHER[0], "-resume-anyway"]);
+    rig.pg.execute(&row("orders", "5"));
+    rig.drain(&OTHER);
+    assert_eq!(rig.ids(), ["1", "2", "3", "4", "5"]);
 }

@@ -156,6 +156,7 @@ impl World {
             is_large: false,
             ends: None,
             is_mystery: false,
+            is_wide: false,
             reuses_id: false,
             position: Position::default(),
             committed: self.now,
@@ -177,7 +178,7 @@ impl World {
         {
             let mut batch = Batch::default();
             for event in &transaction.events {
-                push(&mut batch, event);
+                push(&mut batch, event, event.position, &event.id);
             }
             batch.push(end_of(transaction));
             self.received = self.received.max(transaction.end_lsn);

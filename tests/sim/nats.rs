@@ -8,7 +8,7 @@ use jetstream_outbox::outbox::position::SourcePosition;
 use jetstream_outbox::relay::checkpoint::record::Record;
 use jetstream_outbox::relay::checkpoint::store::{Value, Write};
 use jetstream_outbox::relay::core::evidence::Message;
-use jetstream_outbox::relay::core::resume::StreamFacts;
+use jetstream_outbox::relay::core::resume::facts::StreamFacts;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

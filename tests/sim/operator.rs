@@ -1,7 +1,7 @@
 //! What fails, and what operators do.
 
 use crate::nats::{SYNC_INTERVAL, Stream};
-use crate::postgres::{PARKED, SLOT, TOPICS};
+use crate::postgres::{PARKED, SLOT, Setting, TOPICS};
 use crate::relay::Wire;
 use crate::world::{Env, State, World, trace};
 use jetstream_outbox::nats::EndedBy;
@@ -48,6 +48,8 @@ pub enum Fault {
     Park,
     Lose,
     HangUp,
+    // the flags that make events
+    Flags,
     // after these a halt is due
     Restore,
     Clone,
@@ -247,6 +249,7 @@ impl World {
                 self.strike_postgres(fault);
             }
             Fault::ReuseIds | Fault::Park | Fault::Lose | Fault::HangUp => {}
+            Fault::Flags => self.change_flags(),
             _ => self.strike_streams(fault),
         }
     }
@@ -302,9 +305,39 @@ impl World {
         }
     }
 
+    /// The relay is stopped or killed, and the next one has other flags. That takes a while: nothing is on its way any more.
+    fn change_flags(&mut self) {
+        if !self.zombies.is_empty() || self.env.key_was_touched {
+            return;
+        }
+        let fault = match self.env.rng.bool() {
+            true => Fault::Stop,
+            false => Fault::Crash,
+        };
+        self.strike_relay(fault);
+        if self.relay.is_some() {
+            self.strike_relay(Fault::Crash);
+        }
+        self.env.forget_all_late();
+        let env = &mut self.env;
+        let mut setting = Setting::WIDE;
+        match env.rng.u32(..8) {
+            0..3 => setting.takes_wide = false,
+            3..5 => setting.other_ids = true,
+            5 => setting.sends_wide = false,
+            _ => {}
+        }
+        env.earlier = std::mem::replace(&mut env.setting, setting);
+        env.flags_changed = true;
+        env.counted_otherwise |= !setting.sends_wide;
+        trace!(env, "the flags are {setting:?}");
+    }
+
     fn strike_key(&mut self, fault: Fault) {
         let env = &mut self.env;
         match fault {
+            // without a record nothing tells by which flags was written what the streams hold
+            Fault::KeyLost | Fault::KeyBack if env.flags_changed => {}
             Fault::KeyLost => {
                 trace!(env, "the bucket is lost");
                 env.key.lose();

@@ -3,6 +3,7 @@
 
 use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::{Batch, Change, Fate};
+use jetstream_outbox::outbox::flags::Flags;
 use jetstream_outbox::outbox::lineage::Lineage;
 use jetstream_outbox::outbox::position::{Position, Source};
 use jetstream_outbox::postgres::Lsn;
@@ -28,6 +29,8 @@ pub struct Event {
     pub ends: Option<EndedBy>,
     /// Its stream refuses it each time, with an error that nobody knows.
     pub is_mystery: bool,
+    /// Not all flags make an event of it.
+    pub is_wide: bool,
     /// An earlier event had the id already: this one may be dropped.
     pub reuses_id: bool,
     pub position: Position,
@@ -40,6 +43,59 @@ pub struct Transaction {
     pub end_lsn: Lsn,
     pub time_us: i64,
     pub events: Vec<Rc<Event>>,
+}
+
+/// The flags of a relay that make events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Wide events are published by Postgres, and have a place.
+    pub sends_wide: bool,
+    /// They are events.
+    pub takes_wide: bool,
+    /// The id is of another column.
+    pub other_ids: bool,
+}
+
+impl Setting {
+    pub const WIDE: Setting = Setting {
+        sends_wide: true,
+        takes_wide: true,
+        other_ids: false,
+    };
+
+    pub fn flags(&self) -> Flags {
+        let publication = if self.sends_wide { "all" } else { "narrow" };
+        let mapping = format!("{} {}", self.takes_wide, self.other_ids);
+        Flags::new(publication, true, &mapping)
+    }
+
+    pub fn takes(&self, event: &Event) -> bool {
+        !event.is_wide || self.sends_wide && self.takes_wide
+    }
+
+    pub fn id(&self, event: &Event) -> String {
+        let prefix = if self.other_ids { OTHER_ID } else { "" };
+        format!("{prefix}{}", event.id)
+    }
+}
+
+/// Ids of the other column begin so.
+pub const OTHER_ID: &str = "other-column-";
+
+impl Transaction {
+    /// What Postgres sends of it, with the positions that it has then.
+    pub fn sent(&self, setting: Setting) -> Vec<(Rc<Event>, Position)> {
+        let sent = (self.events.iter()).filter(|it| setting.sends_wide || !it.is_wide);
+        let commit_lsn = self.commit_lsn;
+        let sent = sent.zip(1..).map(|(event, ordinal)| {
+            let position = Position {
+                commit_lsn,
+                ordinal,
+            };
+            (event.clone(), position)
+        });
+        sent.collect()
+    }
 }
 
 /// The WAL and the slot.
@@ -123,7 +179,7 @@ impl Postgres {
 }
 
 /// Adds an event as the mapper makes it.
-pub fn push(batch: &mut Batch, event: &Event) {
+pub fn push(batch: &mut Batch, event: &Event, position: Position, id: &str) {
     let subject = subject(event.topic);
     let mut body = format!("{} ", event.uid).into_bytes();
     body.resize(if event.is_large { LARGE } else { 12 }, b'x');
@@ -131,9 +187,9 @@ pub fn push(batch: &mut Batch, event: &Event) {
         out.extend_from_slice(part);
         Ok::<(), ()>(())
     };
-    let added = batch.draft("t", event.position, event.fate, |draft| {
+    let added = batch.draft("t", position, event.fate, |draft| {
         draft.subject(|out| append(subject.as_bytes(), out))?;
-        draft.id(|out| append(event.id.as_bytes(), out))?;
+        draft.id(|out| append(id.as_bytes(), out))?;
         draft.body(|out| append(&body, out))
     });
     added.expect("nothing in it fails");

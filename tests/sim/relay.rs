@@ -2,7 +2,7 @@
 //! `publisher` have in production.
 
 use crate::nats::{Answer, Flight};
-use crate::postgres::{PARK_SUBJECT, PARKED, SLOT, end_of, push, subject};
+use crate::postgres::{PARK_SUBJECT, PARKED, SLOT, Setting, end_of, push, subject};
 use crate::world::{Env, trace};
 use jetstream_outbox::jetstream::Delivery;
 use jetstream_outbox::jetstream::ack::{AckError, PubAck};
@@ -10,7 +10,6 @@ use jetstream_outbox::jetstream::streams::Routes;
 use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::lineage::Lineage;
-use jetstream_outbox::outbox::mapping::Flags;
 use jetstream_outbox::outbox::park;
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::checkpoint::record::StreamCut;
@@ -20,7 +19,8 @@ use jetstream_outbox::relay::core::capacity::Capacity;
 use jetstream_outbox::relay::core::continuity::Continuity;
 use jetstream_outbox::relay::core::evidence::Message;
 use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce};
-use jetstream_outbox::relay::core::resume::{Answer as Found, Facts, Read, Resume, StreamFacts};
+use jetstream_outbox::relay::core::resume::facts::{Facts, Known, StreamFacts};
+use jetstream_outbox::relay::core::resume::{Answer as Found, Read, Resume};
 use jetstream_outbox::relay::core::rules::Rule;
 use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
 use jetstream_outbox::relay::core::window::Limits;
@@ -48,6 +48,8 @@ pub enum End {
     Session(String),
     /// The relay stops.
     Halt(String),
+    /// The same: what is stored after this anchor was made by other flags.
+    OtherFlags(String),
     /// A promise is broken.
     Broken(String),
 }
@@ -84,6 +86,10 @@ struct Session {
     epoch: u64,
     core: Option<Core>,
     is_streaming: bool,
+    /// The reader shows the first transaction also without events: it proves which WAL this is.
+    is_first: bool,
+    /// The batches have something of the transaction that is being read.
+    is_shown: bool,
     /// The next transaction of the WAL, and the next event of it.
     next: (usize, usize),
     received: Lsn,
@@ -100,6 +106,7 @@ pub enum Wire {
 /// A process, and the connections it has.
 pub struct Relay {
     pub name: u64,
+    setting: Setting,
     store: Store,
     session: Option<Session>,
     stage: Stage,
@@ -136,16 +143,17 @@ fn lineage(env: &Env) -> Lineage {
 }
 
 impl Relay {
-    pub fn new(name: u64, hold_back: Duration, now: Instant) -> Relay {
+    pub fn new(name: u64, setting: Setting, hold_back: Duration, now: Instant) -> Relay {
         let identity = Identity {
             bucket: "bucket".into(),
             slot: SLOT.into(),
             writer: format!("relay-{name}"),
-            flags: String::new(),
+            flags: setting.flags(),
             delivery: Delivery::ExactlyOnce,
         };
         Relay {
             name,
+            setting,
             store: Store::new(identity, hold_back, now),
             session: None,
             stage: Stage::Down,
@@ -269,6 +277,8 @@ impl Relay {
                 epoch: env.pg_epoch,
                 core: None,
                 is_streaming: false,
+                is_first: true,
+                is_shown: false,
                 next: (0, 0),
                 received: Lsn::INVALID,
                 flush: Lsn::INVALID,
@@ -292,7 +302,7 @@ impl Relay {
         }
         if session.core.is_none()
             && let Some(record) = self.store.held()
-            && session.confirmed > record.told_lsn
+            && record.is_exceeded(session.confirmed)
             && !env.is_off(Rule::Told)
         {
             return Err(End::Halt(format!(
@@ -319,18 +329,18 @@ impl Relay {
             .collect();
         let mut streams: Vec<StreamFacts> = routed.iter().map(|it| it.facts()).collect();
         let infos: Vec<_> = routed.iter().map(|it| it.info()).collect();
-        let (cuts, oldest_is_matured) = match own_cut {
-            Some(cut) => (vec![cut], false),
+        let known = match own_cut {
+            Some(cut) => Known::of_core(cut),
             None => {
-                let (mut cuts, is_matured) = self.store.cuts(env.now);
+                let mut known = Known::of_record(&self.store, session.confirmed, env.now);
                 if env.is_off(Rule::FallBack) {
-                    cuts.truncate(1);
+                    known.cuts.truncate(1);
                 }
-                (cuts, is_matured)
+                known
             }
         };
         let agrees = env.is_off(Rule::Agreement);
-        if let Some(cut) = cuts.first().filter(|_| agrees) {
+        if let Some(cut) = known.cuts.first().filter(|_| agrees) {
             for stream in &mut streams {
                 let Some(of_cut) = cut.stream(&stream.name) else {
                     continue;
@@ -341,26 +351,19 @@ impl Relay {
                 stream.first_seq = stream.first_seq.max(witness_seq + 1);
             }
         }
-        let maybe_unfenced = session.core.is_none() && self.store.held().is_none();
         let mut missing: Vec<StreamCut> = Vec::new();
-        for named in cuts.iter().flat_map(|cut| &cut.streams) {
-            if streams.iter().any(|it| it.name == named.name)
-                || missing.iter().any(|it| it.name == named.name)
-            {
+        for (name, cut) in known.named() {
+            if streams.iter().any(|it| it.name == name) {
                 continue;
             }
-            match env.streams.iter().find(|it| it.name == named.name) {
+            match env.streams.iter().find(|it| it.name == name) {
                 Some(stream) => streams.push(stream.facts()),
-                None => missing.push(named.clone()),
+                None => missing.extend(cut),
             }
         }
         let mut facts = Facts {
             lineage: session.lineage.clone(),
-            goes_on: session.core.is_some(),
-            oldest_is_matured,
-            maybe_unfenced,
-            cuts,
-            confirmed_lsn: session.confirmed,
+            known,
             streams,
             accept_loss: false,
         };
@@ -462,7 +465,11 @@ impl Relay {
         if let Some(unfenced) = resumed.unfenced {
             return Err(End::Halt(format!("unfenced: {unfenced:?}")));
         }
-        let fell_back = session.core.is_none() && resumed.cut != Some(0);
+        let flags = self.setting.flags();
+        if session.core.is_none() && !env.is_off(Rule::Flags) && resumed.is_mixed(&flags) {
+            return Err(End::OtherFlags(format!("{}", resumed.anchor)));
+        }
+        let fell_back = session.core.is_none() && resumed.fell_back();
         let connection = Connection {
             resumed,
             streams: connection.streams,
@@ -475,14 +482,14 @@ impl Relay {
             None => {
                 let anchor = &connection.resumed.anchor;
                 let continuity = match env.is_off(Rule::Continuity) {
-                    true => Ok(Continuity::accepted(session.wal_end, Flags::default())),
+                    true => Ok(Continuity::accepted(session.wal_end, flags)),
                     false => {
                         let (confirmed, wal_end) = (session.confirmed, session.wal_end);
                         Continuity::new(
                             anchor,
                             confirmed,
                             wal_end,
-                            Flags::default(),
+                            flags,
                             connection.resumed.is_lenient,
                         )
                     }
@@ -586,25 +593,35 @@ impl Relay {
         let mut batch = Batch::default();
         let mut events = env.rng.usize(1..8);
         while let Some(transaction) = env.pg.transactions.get(session.next.0).cloned() {
-            let (first, rest) = (session.next.1, transaction.events.len() - session.next.1);
+            let sent = transaction.sent(self.setting);
+            let (first, rest) = (session.next.1, sent.len() - session.next.1);
             let taken = rest.min(events);
-            for event in transaction.events.iter().skip(first).take(taken) {
-                push(&mut batch, event);
+            for (event, position) in sent.iter().skip(first).take(taken) {
+                if self.setting.takes(event) {
+                    push(&mut batch, event, *position, &self.setting.id(event));
+                    session.is_shown = true;
+                } else if transaction.commit_lsn < session.wal_end {
+                    batch.push_ignored(*position);
+                    session.is_shown = true;
+                }
             }
             events -= taken;
             if taken < rest {
                 session.next.1 += taken;
-                batch.push(Change::Open {
-                    commit_lsn: transaction.commit_lsn,
-                    commit_time_us: transaction.time_us,
-                });
+                if session.is_shown {
+                    batch.push(Change::Open {
+                        commit_lsn: transaction.commit_lsn,
+                        commit_time_us: transaction.time_us,
+                    });
+                }
                 break;
             }
             session.next = (session.next.0 + 1, 0);
             session.received = session.received.max(transaction.end_lsn);
-            match transaction.events.is_empty() {
-                true => batch.push_boundary(transaction.end_lsn),
-                false => batch.push(end_of(&transaction)),
+            let is_first = std::mem::take(&mut session.is_first);
+            match std::mem::take(&mut session.is_shown) || is_first {
+                true => batch.push(end_of(&transaction)),
+                false => batch.push_boundary(transaction.end_lsn),
             }
             if events == 0 {
                 break;
@@ -908,7 +925,7 @@ impl Relay {
         }
         self.record(env, true);
         if let Some(write) = self.writes.pop_front() {
-            let answer = env.key.put(&write, true, env.now);
+            let answer = env.put(&write, true);
             trace!(env, "relay {}: stops in order: {answer:?}", self.name);
         }
         true

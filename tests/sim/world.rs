@@ -2,7 +2,7 @@
 
 use crate::nats::{Answer, Flight, Key, Stream, refused};
 use crate::operator::Fault;
-use crate::postgres::{Event, PARKED, Postgres, TOPICS, Transaction};
+use crate::postgres::{Event, OTHER_ID, PARKED, Postgres, Setting, TOPICS, Transaction};
 use crate::relay::{End, HOLD_BACK, Relay, Wire};
 use jetstream_outbox::jetstream::ack::{AckError, Origin, PubAck};
 use jetstream_outbox::nats::EndedBy;
@@ -97,6 +97,16 @@ pub struct Env {
     was_doubtful: bool,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
+    /// The flags of the relays that start now, those before, and whether they were ever changed.
+    pub setting: Setting,
+    pub earlier: Setting,
+    pub flags_changed: bool,
+    /// Positions were counted in two ways: where a stream has lost something since, only the operator knows what to do.
+    pub counted_otherwise: bool,
+    /// Those of each writer.
+    settings: HashMap<String, Setting>,
+    /// Up to here flags have resolved everything by which wide events are none.
+    narrow_upto: Lsn,
     /// The record is not what it was.
     pub key_was_touched: bool,
     /// A message of ours without a fence is no copy, for all that is known.
@@ -118,6 +128,25 @@ pub fn list(messages: &[(u64, Option<Message>)]) -> String {
 impl Env {
     pub fn is_off(&self, rule: Rule) -> bool {
         self.off == Some(rule)
+    }
+
+    /// A write of the record reaches the server.
+    pub fn put(&mut self, write: &Write, is_strict: bool) -> Result<PubAck, AckError> {
+        let answer = self.key.put(write, is_strict, self.now);
+        if let Some(record) = self.key.record()
+            && let Some(of_writer) = self.settings.get(&record.writer)
+            && !(of_writer.takes_wide && of_writer.sends_wide)
+        {
+            let young = &record.young;
+            let upto = young.stored_lsn.max(young.anchor.position.commit_lsn);
+            self.narrow_upto = self.narrow_upto.max(upto);
+        }
+        answer
+    }
+
+    /// It is promised for these flags.
+    fn is_due(&self, event: &Event) -> bool {
+        !event.is_wide || self.setting.takes(event) && event.position.commit_lsn > self.narrow_upto
     }
 
     pub fn is_key_down(&self) -> bool {
@@ -200,6 +229,11 @@ impl Env {
         }
     }
 
+    pub fn forget_all_late(&mut self) {
+        self.late.clear();
+        self.late_writes.clear();
+    }
+
     pub fn is_late(&self, topic: usize) -> bool {
         self.late.iter().flatten().any(|it| it.topic == topic)
     }
@@ -221,7 +255,7 @@ impl Env {
             let index = self.rng.usize(..self.late_writes.len());
             let write = self.late_writes.swap_remove(index);
             let is_strict = !self.is_off(Rule::Revision);
-            let answer = self.key.put(&write, is_strict, now);
+            let answer = self.put(&write, is_strict);
             trace!(self, "late record: {answer:?}");
         }
         Ok(())
@@ -365,15 +399,13 @@ impl Env {
         let Some(stream) = self.streams.iter().find(|it| it.serial == at.0) else {
             return Ok(());
         };
-        let mut later = stream.messages.range(..at.1).filter(|(_, it)| {
-            it.uid
-                .and_then(|uid| self.stories.get(&uid))
-                .is_some_and(|other| {
-                    let ours = it.message.ours(&lineage);
-                    !other.given_up && ours.is_some_and(|of_it| of_it > position)
-                })
+        let later = stream.messages.range(..at.1).filter_map(|(seq, it)| {
+            let other = self.stories.get(&it.uid?)?;
+            let is_later = it.message.ours(&lineage)? > position;
+            (is_later && !other.given_up).then_some((seq, other.event.topic))
         });
-        let Some((seq, _)) = later.next() else {
+        let later: Vec<_> = later.collect();
+        let Some((seq, _)) = later.first() else {
             return Ok(());
         };
         // one whose topic was moved while it was on its way may land in a stream that ends where the other one did
@@ -386,11 +418,15 @@ impl Env {
         }
         let was_moved = event.committed <= stream.born
             || self.moved[flight.topic].is_some()
+            // they were on their way to another stream, and fitted the end of this one
+            || later.iter().all(|(_, topic)| self.moved[*topic].is_some())
             // somebody has taken it, and the server has forgotten it
             || was_gone
             // others have passed while it was refused, before it was parked
             || event.is_mystery
             || event.reuses_id
+            // earlier flags have passed it over, and later ones take it
+            || event.is_wide
             // its end was lost, and others have filled it before the relay has seen that
             || was_lost && self.has_foreign;
         if !stream.is_replicated && !was_moved && self.due.is_none() {
@@ -415,6 +451,7 @@ impl Env {
     }
 
     pub fn on_dropped(&mut self, id: &str) -> Result<(), End> {
+        let id = id.strip_prefix(OTHER_ID).unwrap_or(id);
         let uids = self.by_id.get(id).cloned().unwrap_or_default();
         let reused = uids
             .iter()
@@ -439,7 +476,10 @@ impl Env {
 
     fn is_resolved(&self, event: &Event) -> bool {
         let is_resolved = |uid: &u64| self.stories.get(uid).is_some_and(Story::is_resolved);
-        if is_resolved(&event.uid) || self.stories.get(&event.uid).is_some_and(|it| it.given_up) {
+        if !self.is_due(event)
+            || is_resolved(&event.uid)
+            || self.stories.get(&event.uid).is_some_and(|it| it.given_up)
+        {
             return true;
         }
         // a restored server has repeated the write: nothing tells the two apart
@@ -450,6 +490,7 @@ impl Env {
                 .is_some_and(|it| it.event.position == event.position)
         });
         same.any(is_resolved)
+            || self.is_copied(event)
             || event.reuses_id
                 && self
                     .by_id
@@ -457,6 +498,16 @@ impl Env {
                     .into_iter()
                     .flatten()
                     .any(is_resolved)
+    }
+
+    /// Somebody's copy of it is there, which JetStream takes for it.
+    fn is_copied(&self, event: &Event) -> bool {
+        let messages = self.streams.iter().flat_map(|it| it.messages.values());
+        let mut messages = messages.map(|it| &it.message);
+        messages.any(|message| {
+            let at = message.position.as_ref().map(|it| it.position);
+            at == Some(event.position) && message.id.as_deref() == Some(&event.id)
+        })
     }
 
     /// The relay tells Postgres.
@@ -524,6 +575,8 @@ pub struct World {
     /// After a restore: what is written again.
     pub repeats: VecDeque<Rc<Transaction>>,
     halted: Option<String>,
+    /// No relay has come up since the flags were refused.
+    were_refused: bool,
 }
 
 /// How a run ended that broke no promise.
@@ -548,8 +601,10 @@ impl World {
         let now = Instant::now();
         let mut faults = Fault::choose(&mut rng);
         // not drawn, so that the other seeds stay what they were
-        if seed % 8 == 3 {
-            faults.push(Fault::HangUp);
+        match seed % 8 {
+            3 => faults.push(Fault::HangUp),
+            6 => faults.push(Fault::Flags),
+            _ => {}
         }
         let mut env = Env {
             off,
@@ -574,6 +629,12 @@ impl World {
             was_elsewhere: false,
             was_doubtful: false,
             moved: [None; TOPICS + 1],
+            setting: Setting::WIDE,
+            earlier: Setting::WIDE,
+            flags_changed: false,
+            counted_otherwise: false,
+            settings: HashMap::new(),
+            narrow_upto: Lsn(0),
             key_was_touched: false,
             has_bare_copies: false,
             has_foreign: false,
@@ -592,6 +653,7 @@ impl World {
             snapshot: None,
             repeats: VecDeque::new(),
             halted: None,
+            were_refused: false,
         }
     }
 
@@ -608,7 +670,9 @@ impl World {
     fn on_halt(&mut self, why: String) -> Outcome {
         trace!(self.env, "halted: {why}");
         let is_unfenced = why.starts_with("unfenced");
+        let is_mixed = why.starts_with("both flags");
         match self.env.due {
+            _ if is_mixed && self.env.counted_otherwise => Ok(Ended::Halted(why)),
             _ if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
             Some("elsewhere") if !why.starts_with("Elsewhere") => {
                 Err(format!("halted for another reason than is due: {why}"))
@@ -656,8 +720,24 @@ impl World {
             Ok(()) => Ok(self.halted.clone()),
             Err(End::Broken(why)) => Err(why),
             Err(End::Halt(why)) => Ok(Some(why)),
+            Err(End::OtherFlags(why)) => Ok(self.on_other_flags(why)),
             Err(End::Connection(why) | End::Session(why)) => Err(format!("not handled: {why}")),
         }
+    }
+
+    /// The operator takes the earlier flags again, as he is told.
+    fn on_other_flags(&mut self, why: String) -> Option<String> {
+        if std::mem::replace(&mut self.were_refused, true) {
+            return Some(format!("both flags are refused after {why}"));
+        }
+        let env = &mut self.env;
+        std::mem::swap(&mut env.setting, &mut env.earlier);
+        trace!(
+            env,
+            "the flags are refused after {why}, and are {:?} again", env.setting
+        );
+        self.relay = None;
+        None
     }
 
     fn try_work(&mut self, much: usize) -> Result<(), End> {
@@ -666,6 +746,7 @@ impl World {
             relay,
             zombies,
             relays,
+            were_refused,
             ..
         } = self;
         let new = *relays;
@@ -673,12 +754,16 @@ impl World {
             true => Duration::ZERO,
             false => HOLD_BACK,
         };
-        let relay = relay.get_or_insert_with(|| Relay::new(new, hold_back, env.now));
+        env.settings.insert(format!("relay-{new}"), env.setting);
+        let relay = relay.get_or_insert_with(|| Relay::new(new, env.setting, hold_back, env.now));
         *relays = (*relays).max(relay.name + 1);
         for _ in 0..much {
             relay.receive(env);
             relay.work(env)?;
             serve(env, relay)?;
+        }
+        if relay.is_up() {
+            *were_refused = false;
         }
         let mut index = 0;
         while index < zombies.len() {
@@ -749,7 +834,7 @@ impl World {
     fn event(&mut self) -> Event {
         let has = |fault| self.faults.contains(&fault);
         let (parks, reuses, loses) = (has(Fault::Park), has(Fault::ReuseIds), has(Fault::Lose));
-        let hangs_up = has(Fault::HangUp);
+        let (hangs_up, changes_flags) = (has(Fault::HangUp), has(Fault::Flags));
         let env = &mut self.env;
         let uid = env.next_uid;
         env.next_uid += 1;
@@ -761,6 +846,7 @@ impl World {
             is_large: false,
             ends: None,
             is_mystery: false,
+            is_wide: changes_flags && uid % 3 == 1,
             reuses_id: false,
             position: Position::default(),
             committed: env.now,
@@ -864,7 +950,7 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             }
             continue;
         }
-        let answer = env.key.put(&write, !env.is_off(Rule::Revision), env.now);
+        let answer = env.put(&write, !env.is_off(Rule::Revision));
         trace!(
             env,
             "relay {} record {}: {answer:?} {}",

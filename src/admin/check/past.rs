@@ -190,7 +190,7 @@ fn continuity_at(
     limit: Duration,
 ) -> Result<Result<(), Broken>, Error> {
     let wal_end = slot::current_lsn(connection)?;
-    let flags = config.mapping.flags();
+    let flags = config.flags();
     let mut continuity = match Continuity::new(anchor, confirmed, wal_end, flags, false) {
         Ok(continuity) => continuity,
         Err(broken) => return Ok(Err(broken)),

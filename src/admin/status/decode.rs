@@ -159,19 +159,21 @@ impl Copy<'_> {
         )
     }
 
-    /// The statement for the next changes: `columns` of those that begin with one of `tags` and are of an outbox, and of
-    /// the begins and messages. Its parameters are [`Copy::name`], [`CHANGES`] and the rest.
-    fn changes(&self, columns: &str, tags: &str) -> String {
+    /// The statement for the next changes: of the begins, of the rows and messages, which all count, and of the descriptions of
+    /// outboxes their tag, and `column` of those that may be events. Its parameters are [`Copy::name`], [`CHANGES`] and the rest.
+    fn changes(&self, column: &str) -> String {
         let messages = match self.prefix {
             Some(_) => ", 'messages', 'true'",
             None => "",
         };
-        // 66: Begin; then tags with the table's object id; 77: Message, of which only transactional ones are events
+        // 66: Begin; 73 and 82: Insert and Relation, with the table's object id; 77: Message, of which only transactional ones count
         format!(
-            "SELECT {columns} FROM pg_catalog.pg_logical_slot_get_binary_changes($1, NULL, $2, \
-             'proto_version', '1', 'publication_names', $3{messages}) WHERE get_byte(data, 0) = 66 \
-             OR get_byte(data, 0) IN ({tags}) AND ('x' || encode(substr(data, 2, 4), 'hex'))::bit(32)::bigint = ANY ($4) \
-             OR get_byte(data, 0) = 77 AND get_byte(data, 1) = 1 AND substr(data, 11, length($5::bytea)) = $5"
+            "SELECT tag, CASE WHEN tag = 66 OR tag IN (73, 82) AND is_outbox \
+             OR tag = 77 AND substr(data, 11, length($5::bytea)) = $5 THEN {column} END \
+             FROM pg_catalog.pg_logical_slot_get_binary_changes($1, NULL, $2, \
+             'proto_version', '1', 'publication_names', $3{messages}), LATERAL (SELECT get_byte(data, 0) AS tag, \
+             ('x' || encode(substr(data, 2, 4), 'hex'))::bit(32)::bigint = ANY ($4) AS is_outbox) AS head \
+             WHERE tag IN (66, 73) OR tag = 82 AND is_outbox OR tag = 77 AND get_byte(data, 1) = 1"
         )
     }
 
@@ -212,16 +214,16 @@ impl Copy<'_> {
     /// With one stream: the first event behind its end.
     fn first_behind(&self, database: &mut Database, end: Position) -> Result<Waiting, Error> {
         self.advance(database, end)?;
-        let columns =
-            "get_byte(data, 0), CASE WHEN get_byte(data, 0) = 66 THEN substr(data, 2, 16) END";
-        // Insert
-        let sql = self.changes(columns, "73");
+        let sql = self.changes("substr(data, 2, 16)");
         let mut events = Events::default();
         self.each(database, &sql, |row| {
-            match row.get::<_, i32>(0) {
-                66 => events.begin(row.get::<_, Option<&[u8]>>(1)),
-                // Insert or Message
-                _ => match events.next() {
+            match (row.get::<_, i32>(0), row.get::<_, Option<&[u8]>>(1)) {
+                (66, begin) => events.begin(begin),
+                (82, _) => {}
+                (_, None) => {
+                    events.next();
+                }
+                (_, Some(_)) => match events.next() {
                     Waiting::Event { at, .. } if at <= end => {}
                     waiting => return ControlFlow::Break(waiting),
                 },
@@ -239,10 +241,15 @@ impl Copy<'_> {
         routes: &Routes,
     ) -> Result<Waiting, Error> {
         self.advance(database, published.least().unwrap_or_default())?;
-        // Insert and Relation
-        let sql = self.changes("data", "73, 82");
+        let sql = self.changes("data");
         let mut search = Search::new(mapping, published, routes);
-        self.each(database, &sql, |row| search.take(row.get(0)))
+        self.each(database, &sql, |row| match row.get::<_, Option<&[u8]>>(1) {
+            Some(data) => search.take(data),
+            None => {
+                search.events.next();
+                ControlFlow::Continue(())
+            }
+        })
     }
 }
 
@@ -342,9 +349,12 @@ impl<'a> Search<'a> {
                     Some(stream.unwrap_or(usize::MAX))
                 }
                 // elsewhere, once the relay has passed it
-                Fate::Park | Fate::Lose => None,
+                Fate::Park | Fate::Lose | Fate::Ignore => None,
             },
-            (Ok(_), _) => return ControlFlow::Continue(()),
+            (Ok(_), _) => {
+                self.events.next();
+                return ControlFlow::Continue(());
+            }
             // the relay halts at it, unless it was let pass once
             (Err(_), _) => None,
         };
@@ -360,7 +370,7 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Counts the events of a transaction, as the reader does.
+/// Counts the rows and messages of a transaction, as the reader does.
 #[derive(Debug, Default)]
 struct Events {
     /// Its commit's LSN, and its time in microseconds, as Postgres counts.

@@ -8,6 +8,7 @@ use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{BucketFault, bucket_faults};
 use crate::jetstream::{self, streams};
 use crate::nats;
+use crate::outbox::flags::Flags;
 use crate::outbox::lineage::{Lineage, NotInHistory};
 use crate::outbox::position::SourcePosition;
 use crate::postgres::Lsn;
@@ -228,12 +229,12 @@ fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
             streams: Vec::new(),
             quiescent: false,
             lenient: false,
+            // it does not say
+            flags: Flags::default(),
         },
         ripening: None,
         matured: None,
         told_lsn: lsn,
-        // it does not say
-        flags: String::new(),
         publication: old.publication,
         writer: String::new(),
         writes: 0,

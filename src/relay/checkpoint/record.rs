@@ -5,8 +5,8 @@
 //! `read_after` or a lower one. All LSNs of a record are on its one timeline; [`Record::rebase`] reads them on a server
 //! whose history left that timeline.
 
+use crate::outbox::flags::Flags;
 use crate::outbox::lineage::{Conflict, Lineage, NotInHistory};
-use crate::outbox::mapping::Flags;
 use crate::outbox::position::{Position, Source, SourcePosition};
 use crate::postgres::Lsn;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -32,9 +32,9 @@ pub struct AnchorEvent {
     /// When its transaction was committed, in microseconds since 2000-01-01 UTC: a restored server that repeats the same
     /// writes gives the same LSNs, but another time.
     pub commit_time_us: i64,
-    /// The digest of the flags that made it an event. Empty: not known.
+    /// Those that made it an event.
     #[serde(default)]
-    pub flags: String,
+    pub flags: Flags,
 }
 
 impl fmt::Display for Anchor {
@@ -47,12 +47,6 @@ impl fmt::Display for Anchor {
 }
 
 impl Anchor {
-    /// It is an event that other flags have made.
-    pub fn has_other_flags(&self, flags: &Flags) -> bool {
-        let event = self.event.as_ref();
-        event.is_some_and(|event| !event.flags.is_empty() && event.flags != flags.digest)
-    }
-
     /// Everything that was committed before `lsn`.
     pub fn bare(lsn: Lsn) -> Anchor {
         Anchor {
@@ -106,6 +100,9 @@ pub struct Cut {
     /// accepted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lenient: bool,
+    /// What the streams have after the anchor was made by these.
+    #[serde(default)]
+    pub flags: Flags,
 }
 
 impl Cut {
@@ -158,10 +155,6 @@ pub struct Record {
     /// The most that Postgres may have been told.
     #[serde(with = "as_text")]
     pub told_lsn: Lsn,
-    /// The digest of the flags by which the writer publishes: what is in the streams after the youngest cut was made by them. Empty:
-    /// not known.
-    #[serde(default)]
-    pub flags: String,
     /// What the publication published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,
@@ -246,7 +239,7 @@ pub(crate) mod tests {
             event: Some(AnchorEvent {
                 id: id.into(),
                 commit_time_us: 8_000,
-                flags: "f".into(),
+                flags: flags(),
             }),
         }
     }
@@ -266,7 +259,12 @@ pub(crate) mod tests {
             }],
             quiescent: false,
             lenient: false,
+            flags: flags(),
         }
+    }
+
+    pub(crate) fn flags() -> Flags {
+        Flags::new("p", true, "m")
     }
 
     pub(crate) fn record(young: u64, ripening: u64, matured: u64) -> Record {
@@ -280,7 +278,6 @@ pub(crate) mod tests {
             matured: Some(cut(matured)),
             told_lsn: Lsn(young + 5),
             publication: Some("all".into()),
-            flags: "f".into(),
             writer: "we".into(),
             writes: 3,
         }

@@ -12,6 +12,7 @@
 use super::record::{Cut, Record, Ripening};
 use crate::jetstream::Delivery;
 use crate::jetstream::ack::{AckError, AckErrorKind, PubAck};
+use crate::outbox::flags::Flags;
 use crate::outbox::lineage::{Conflict, Lineage};
 use crate::postgres::Lsn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,9 @@ const REFRESH: Duration = Duration::from_secs(20);
 const LONGEST_UNSEEN: Duration = Duration::from_secs(60);
 /// Writes that fail for so long are warned of, and again after as long.
 const WARN_AFTER: Duration = Duration::from_secs(60);
+
+/// Of so many writers it is known that the key has held their values.
+const MOST_WRITERS: usize = 16;
 
 /// At-least-once delivery tells Postgres at once what is acknowledged.
 pub const ANYTHING: Lsn = Lsn(u64::MAX);
@@ -67,8 +71,8 @@ pub struct Identity {
     pub slot: String,
     /// A name for this process that no other has.
     pub writer: String,
-    /// The digest of its flags that make events.
-    pub flags: String,
+    /// Its flags that make events.
+    pub flags: Flags,
     /// How it delivers.
     pub delivery: Delivery,
 }
@@ -119,6 +123,8 @@ pub struct Store {
     confirmed_lsn: Lsn,
     /// What the key holds, as far as we know.
     held: Option<Record>,
+    /// Whose values the key was seen to hold, one after the other, and the last number of each.
+    writers: Vec<(String, u64)>,
     /// The key's last revision, as far as we know; 0: it has none.
     revision: u64,
     /// The server's clock in milliseconds since 1970, and when it was that.
@@ -142,6 +148,7 @@ impl Store {
             timeline: 0,
             confirmed_lsn: Lsn::INVALID,
             held: None,
+            writers: Vec::new(),
             revision: 0,
             clock: None,
             pending: None,
@@ -172,12 +179,6 @@ impl Store {
     /// What the publication was last seen to publish.
     pub fn publication(&self) -> SeenPublication {
         self.publication.clone()
-    }
-
-    /// What is in the streams after the record's youngest cut was made by other flags.
-    pub fn has_other_flags(&self) -> bool {
-        let held = self.held.as_ref().map(|held| &held.flags);
-        held.is_some_and(|flags| !flags.is_empty() && *flags != self.identity.flags)
     }
 
     /// What the key holds, as far as we know.
@@ -239,12 +240,8 @@ impl Store {
                 .and_then(|record| record.publication.clone());
             self.publication.set(seen);
         }
-        let is_older = |record: &Record| {
-            let held = self.held.as_ref();
-            held.is_some_and(|held| held.writer == record.writer && held.writes > record.writes)
-        };
         let mut record = record;
-        if let Some(record) = record.as_mut().filter(|record| is_older(record)) {
+        if let Some(record) = record.as_mut().filter(|record| !self.is_newer(record)) {
             // put back: what came after it may have found that its older cuts are no longer true
             record.ripening = None;
             record.matured = None;
@@ -260,6 +257,25 @@ impl Store {
             true => Err(Overtaken),
             false => Ok(()),
         })
+    }
+
+    /// The key holds this; `false`: it had held a later one before.
+    fn is_newer(&mut self, record: &Record) -> bool {
+        let known = self.writers.iter().position(|(it, _)| *it == record.writer);
+        let Some(known) = known else {
+            self.writers.push((record.writer.clone(), record.writes));
+            if self.writers.len() > MOST_WRITERS {
+                self.writers.remove(0);
+            }
+            return true;
+        };
+        let is_last = known + 1 == self.writers.len();
+        let Some((_, writes)) = self.writers.get_mut(known).filter(|_| is_last) else {
+            return false;
+        };
+        let is_newer = record.writes >= *writes;
+        *writes = record.writes.max(*writes);
+        is_newer
     }
 
     /// The connection is gone: no answer will come.
@@ -293,10 +309,21 @@ impl Store {
             let held = self.held.as_ref().and_then(|held| held.matured.clone());
             matured = matured.filter(fits).or(held.filter(fits));
         }
+        let agreed = self.held.as_ref().map(|held| &held.young);
+        let agreed = agreed.filter(|_| !fell_back);
         let older = ripening.iter_mut().map(|it| &mut it.cut);
-        for stream in older.chain(&mut matured).flat_map(|cut| &mut cut.streams) {
-            let end = end(&stream.name).unwrap_or(u64::MAX);
-            stream.read_after = stream.read_after.min(end);
+        for older in older.chain(&mut matured) {
+            older.flags = older.flags.and(&self.identity.flags);
+            for stream in &mut older.streams {
+                let end = end(&stream.name).unwrap_or(u64::MAX);
+                stream.read_after = stream.read_after.min(end);
+                // a stream that was seen to be the same by its witness, and has another `created` now
+                let was = agreed.and_then(|young| young.stream(&stream.name));
+                let was = was.filter(|it| it.witness.is_some() && it.created == stream.created);
+                if let Some(now) = was.and_then(|_| cut.stream(&stream.name)) {
+                    stream.created.clone_from(&now.created);
+                }
+            }
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
@@ -371,7 +398,6 @@ impl Store {
             ripening: Some(ripening),
             matured,
             publication: self.publication.get(),
-            flags: self.identity.flags.clone(),
             writer: self.identity.writer.clone(),
             writes: self.writes,
         };
@@ -408,6 +434,7 @@ impl Store {
                 }
                 self.failing = None;
                 self.seen = sent;
+                self.is_newer(&record);
                 self.held = Some(record);
                 Ok(true)
             }
@@ -481,7 +508,7 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::tests::{cut, record};
+    use super::super::record::tests::{cut, flags, record};
     use super::*;
     use crate::jetstream::ack::ApiError;
     use crate::outbox::position::Source;
@@ -505,7 +532,7 @@ mod tests {
             bucket: "bucket".into(),
             slot: "s".into(),
             writer: "we".into(),
-            flags: "f".into(),
+            flags: flags(),
             delivery: Delivery::ExactlyOnce,
         };
         let mut store = Store::new(identity, HOLD_BACK, now);
@@ -593,6 +620,54 @@ mod tests {
         let matured = claim.matured.expect("it stays");
         assert_eq!(matured.streams[0].read_after, 0x9);
         assert_eq!(matured.streams[0].witness, cut(0x10).streams[0].witness);
+    }
+
+    #[test]
+    fn what_was_put_back_keeps_no_older_cuts_however_often_it_is_read() {
+        let start = Instant::now();
+        let theirs = Record {
+            writer: "they".into(),
+            ..record(0x30, 0x20, 0x10)
+        };
+        let mut store = store(Some(theirs.clone()), start);
+        assert!(store.held().is_some_and(|it| it.matured.is_some()));
+        let older = write(&mut store, 0x40, start, 0);
+        write(&mut store, 0x50, start, 2);
+        for put_back in [older, theirs] {
+            for _ in 0..2 {
+                let _ = store.on_read(value(Some(put_back.clone())), &lineage(), start);
+                let held = store.held().expect("it was read");
+                assert_eq!((&held.young, &held.ripening), (&put_back.young, &None));
+                assert_eq!(held.matured, None);
+            }
+        }
+    }
+
+    #[test]
+    fn older_cuts_learn_of_other_flags_and_of_another_name_for_the_same_stream() {
+        let start = Instant::now();
+        let mut held = record(0x30, 0x20, 0x10);
+        let ripening = held.ripening.as_mut().unwrap();
+        (ripening.cut.flags, ripening.since_ms) = (Flags::new("q", true, "m"), Some(1_000_000));
+        let mut store = store(Some(held), start);
+        let mut now = cut(0x30);
+        now.streams[0].created = "later".into();
+        let mut claim = |fell_back| -> Record {
+            let claim = store.claim(now.clone(), fell_back, |_| None, Lsn::INVALID, start);
+            serde_json::from_slice(&claim.body).unwrap()
+        };
+        let claimed = claim(false);
+        let ripening = claimed.ripening.unwrap().cut;
+        assert!(!ripening.flags.counts_as(&flags()) && ripening.flags != flags());
+        assert_eq!(ripening.streams[0].created, "later");
+        let matured = claimed.matured.unwrap();
+        assert_eq!(
+            (&matured.flags, &*matured.streams[0].created),
+            (&flags(), "later")
+        );
+        // which stream it is is not known
+        let matured = claim(true).matured.unwrap();
+        assert_eq!(matured.streams[0].created, cut(0x10).streams[0].created);
     }
 
     #[test]

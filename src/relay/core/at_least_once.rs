@@ -87,7 +87,7 @@ impl AtLeastOnce {
             if !self.window.has_room(event.spans().size()) {
                 break;
             }
-            if event.fate() == Fate::Lose {
+            if matches!(event.fate(), Fate::Lose | Fate::Ignore) {
                 self.tally.given_up += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();

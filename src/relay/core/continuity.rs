@@ -8,7 +8,7 @@
 //! Until continuity is proven nothing may be told to Postgres, and nothing is published that comes after the anchor.
 
 use crate::outbox::batch::{Batch, Change};
-use crate::outbox::mapping::Flags;
+use crate::outbox::flags::Flags;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::Anchor;
@@ -26,10 +26,12 @@ pub struct Continuity {
 #[derive(Debug)]
 struct Expected {
     anchor: Anchor,
-    /// The slot was confirmed beyond the anchor's commit, or it may have been a message, and no messages are asked for any more.
+    /// The slot was confirmed beyond the anchor's commit, or other flags may have Postgres leave it out.
     may_skip: bool,
-    /// The flags that make events have changed: the transaction is compared, its events cannot be.
-    has_other_flags: bool,
+    /// The flags count positions as they did: otherwise the transaction is compared, and what is in it cannot be.
+    is_counted: bool,
+    /// They make the same event of it.
+    is_mapped: bool,
     /// Its transaction has begun, and is the right one.
     begun: bool,
 }
@@ -76,7 +78,6 @@ impl Continuity {
         is_lenient: bool,
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
-        let has_other_flags = anchor.has_other_flags(&flags);
         let lenient_until = is_lenient.then_some(wal_end);
         let has_it = match anchor.event {
             Some(_) => commit_lsn < wal_end,
@@ -88,10 +89,11 @@ impl Continuity {
                 wal_end,
             });
         }
-        let expected = anchor.event.is_some().then(|| Expected {
+        let expected = anchor.event.as_ref().map(|event| Expected {
             anchor: anchor.clone(),
-            may_skip: confirmed_lsn > commit_lsn || has_other_flags && !flags.take_messages,
-            has_other_flags,
+            may_skip: confirmed_lsn > commit_lsn || !flags.counts_as(&event.flags),
+            is_counted: flags.counts_as(&event.flags),
+            is_mapped: flags.maps_as(&event.flags),
             begun: false,
         });
         Ok(Continuity {
@@ -171,13 +173,13 @@ impl Continuity {
         };
         for change in batch.changes() {
             match *change {
-                Change::Event(spans) if spans.position == expected.anchor.position => {
+                Change::Event(spans) if expected.is_at(spans.position) => {
                     let event = batch.event(&spans);
                     expected.on_event(event.id)?;
                     self.expected = None;
                     return Ok(());
                 }
-                Change::Commit { .. } if !expected.has_other_flags => {
+                Change::Commit { .. } if expected.is_counted => {
                     return Err(Broken::TooShort(expected.anchor.clone()));
                 }
                 Change::Commit { .. } => {
@@ -261,11 +263,16 @@ impl Expected {
         }
     }
 
+    /// The anchor is there.
+    fn is_at(&self, position: Position) -> bool {
+        self.is_counted && position == self.anchor.position
+    }
+
     fn on_event(&self, id: &str) -> Result<(), Broken> {
         let expected = self.anchor.event.as_ref();
         // earlier versions gave no id to an event that was given up
         let is_it = expected.is_none_or(|event| event.id.is_empty() || event.id == id);
-        if self.has_other_flags || is_it {
+        if !self.is_mapped || is_it {
             return Ok(());
         }
         Err(Broken::OtherEvent {
@@ -291,17 +298,17 @@ mod tests {
             event: Some(AnchorEvent {
                 id: "b".into(),
                 commit_time_us: 8,
-                flags: "own".into(),
+                flags: own(),
             }),
         }
     }
 
-    fn flags(are_others: bool, take_messages: bool) -> Flags {
-        let digest = if are_others { "other" } else { "own" };
-        Flags {
-            digest: digest.into(),
-            take_messages,
-        }
+    fn own() -> Flags {
+        Flags::new("p", true, "m")
+    }
+
+    fn of_other_tables() -> Flags {
+        Flags::new("p", true, "n")
     }
 
     /// Events of the transaction at `lsn` with these ids, from `first` on, and what ends the batch.
@@ -348,8 +355,8 @@ mod tests {
     }
 
     /// What becomes of these batches in turn: whether continuity is proven, or why not.
-    fn judge(confirmed: u64, other_flags: bool, batches: &[Batch]) -> Result<bool, Broken> {
-        judge_with(confirmed, flags(other_flags, true), batches)
+    fn judge(confirmed: u64, batches: &[Batch]) -> Result<bool, Broken> {
+        judge_with(confirmed, own(), batches)
     }
 
     fn judge_with(confirmed: u64, flags: Flags, batches: &[Batch]) -> Result<bool, Broken> {
@@ -363,43 +370,40 @@ mod tests {
     #[test]
     fn the_anchors_transaction_with_its_time_and_event_proves_it() {
         let whole = batch(100, 1, &["a", "b"], commit(100, 8));
-        assert_eq!(judge(50, false, &[whole]), Ok(true));
+        assert_eq!(judge(50, &[whole]), Ok(true));
         let halves = [
             batch(100, 1, &["a"], open(100, 8)),
             batch(100, 2, &["b"], commit(100, 8)),
         ];
-        assert_eq!(judge(50, false, &halves[..1]), Ok(false));
-        assert_eq!(judge(50, false, &halves), Ok(true));
+        assert_eq!(judge(50, &halves[..1]), Ok(false));
+        assert_eq!(judge(50, &halves), Ok(true));
         // a keepalive from before it says nothing
         let early = [
             batch(0, 1, &[], keepalive(100)),
             batch(100, 1, &["a", "b"], commit(100, 8)),
         ];
-        assert_eq!(judge(50, false, &early), Ok(true));
+        assert_eq!(judge(50, &early), Ok(true));
     }
 
     #[test]
     fn another_transaction_at_its_place_breaks_it() {
         let repeated = batch(100, 1, &["a", "b"], commit(100, 9));
         assert!(matches!(
-            judge(50, false, &[repeated]),
+            judge(50, &[repeated]),
             Err(Broken::OtherTransaction(_))
         ));
         let older = batch(90, 1, &["a", "b"], commit(90, 8));
         assert!(matches!(
-            judge(50, false, &[older]),
+            judge(50, &[older]),
             Err(Broken::OtherTransaction(_))
         ));
         let other = batch(100, 1, &["a", "x"], commit(100, 8));
         assert!(matches!(
-            judge(50, false, &[other]),
+            judge(50, &[other]),
             Err(Broken::OtherEvent { .. })
         ));
         let short = batch(100, 1, &["a"], commit(100, 8));
-        assert!(matches!(
-            judge(50, false, &[short]),
-            Err(Broken::TooShort(_))
-        ));
+        assert!(matches!(judge(50, &[short]), Err(Broken::TooShort(_))));
     }
 
     #[test]
@@ -408,58 +412,51 @@ mod tests {
             batch(120, 1, &["c"], commit(120, 9)),
             batch(0, 1, &[], keepalive(101)),
         ] {
-            let legal = judge(101, false, std::slice::from_ref(&later));
+            let legal = judge(101, std::slice::from_ref(&later));
             assert_eq!(legal, Ok(true));
             // confirming the commit's own LSN repeats the transaction
-            assert!(matches!(
-                judge(100, false, &[later]),
-                Err(Broken::NotThere { .. })
-            ));
+            assert!(matches!(judge(100, &[later]), Err(Broken::NotThere { .. })));
         }
     }
 
     #[test]
     fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
         for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
-            let continuity =
-                Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), flags(false, true), false);
+            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), own(), false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
         for (wal_end, has_it) in [(99, false), (100, true)] {
             let bare = Anchor::bare(Lsn(100));
-            let continuity =
-                Continuity::new(&bare, Lsn(50), Lsn(wal_end), flags(false, true), false);
+            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), own(), false);
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
     }
 
     #[test]
-    fn with_other_flags_the_transaction_is_compared_and_its_events_are_not() {
-        let other = batch(100, 1, &["x"], commit(100, 8));
-        assert_eq!(judge(50, true, &[other]), Ok(true));
-        let repeated = batch(100, 1, &["x"], commit(100, 9));
-        assert!(judge(50, true, &[repeated]).is_err());
-        let none_left = batch(100, 1, &[], commit(100, 8));
-        assert_eq!(judge(50, true, &[none_left]), Ok(true));
+    fn other_flags_may_make_another_event_of_the_same_row_or_none() {
+        let judge = |batch| judge_with(50, of_other_tables(), &[batch]);
+        let other = || batch(100, 1, &["x", "y"], commit(100, 8));
+        assert_eq!(judge(other()), Ok(true));
+        let mut none = Batch::default();
+        none.push_ignored(anchor().position);
+        none.push(commit(100, 8).unwrap());
+        assert_eq!(judge(none), Ok(true));
+        let repeated = batch(100, 1, &["x", "y"], commit(100, 9));
+        assert!(judge(repeated).is_err());
+        let short = batch(100, 1, &["x"], commit(100, 8));
+        assert!(matches!(judge(short), Err(Broken::TooShort(_))));
+        assert!(judge(batch(120, 1, &["c"], commit(120, 9))).is_err());
     }
 
-    /// Postgres sends a transaction of messages to who asks for messages.
     #[test]
-    fn who_takes_no_messages_any_more_may_miss_the_anchors_transaction() {
-        let later = || batch(120, 1, &["c"], commit(120, 9));
-        let position = || batch(0, 1, &[], keepalive(101));
-        for (flags, may) in [
-            (flags(true, false), true),
-            (flags(true, true), false),
-            (flags(false, false), false),
-        ] {
-            for sent in [later(), position()] {
-                let found = judge_with(50, flags.clone(), &[sent]);
-                assert_eq!(found.is_ok(), may, "{flags:?}: {found:?}");
-            }
-            // what is sent is compared
-            let repeated = batch(100, 1, &["x"], commit(100, 9));
-            assert!(judge_with(50, flags, &[repeated]).is_err());
+    fn what_another_publication_sends_need_not_have_the_anchor() {
+        for flags in [Flags::new("q", true, "m"), Flags::new("p", false, "m")] {
+            let judge = |batch| judge_with(50, flags.clone(), &[batch]);
+            assert_eq!(judge(batch(120, 1, &["c"], commit(120, 9))), Ok(true));
+            assert_eq!(judge(batch(0, 1, &[], keepalive(101))), Ok(true));
+            assert_eq!(judge(batch(100, 1, &["x"], commit(100, 8))), Ok(true));
+            let repeated = batch(100, 1, &["x", "b"], commit(100, 9));
+            assert!(judge(repeated).is_err(), "what is sent is compared");
         }
     }
 }

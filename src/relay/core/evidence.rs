@@ -150,6 +150,11 @@ impl Evidence {
         of_it.map(|found| found.seq).min()
     }
 
+    /// The last event's position.
+    pub fn last(&self) -> Option<Position> {
+        self.found.iter().map(|found| found.position).max()
+    }
+
     /// An event after `position` is in the stream.
     pub fn has_after(&self, position: Position, stream: usize) -> bool {
         let of_it = self.found.iter().filter(|found| found.stream == stream);

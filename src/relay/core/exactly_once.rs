@@ -16,13 +16,15 @@ use super::doubt::Doubt;
 use super::elsewhere::Elsewhere;
 use super::evidence::{Evidence, Message, Verdict};
 use super::gate::Gate;
-use super::resume::{Resumed, StreamFacts};
+use super::resume::Resumed;
+use super::resume::facts::StreamFacts;
 use super::stream::Stream;
 use super::trouble::{Cause, Halt, Trouble};
 use super::window::{Commit, Limits, Resolved, Window};
 use super::{Next, Tally};
 use crate::jetstream::wire::{self, Publish};
 use crate::outbox::batch::{Batch, Event, Fate};
+use crate::outbox::flags::Flags;
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
@@ -69,6 +71,9 @@ struct Connected {
     streams: Vec<Stream>,
     missing: Vec<StreamCut>,
     evidence: Evidence,
+    /// The last of it when it was read, and the flags that made it.
+    evidence_upto: Position,
+    flags: Flags,
     /// What was asked to be read, and is not answered yet.
     asked: Option<Asked>,
     /// What was published last is parked: nothing goes before it is acknowledged, as it did not go before all else was.
@@ -80,8 +85,7 @@ struct Connected {
 #[derive(Debug)]
 struct Reached {
     anchor: Anchor,
-    /// What is not after this was resolved before the start: the anchor's position, or the end of its transaction, where its
-    /// events were counted by other flags.
+    /// What is not after this was resolved before the start: the anchor's position, or the end of its transaction.
     before: Position,
     /// The event that was resolved last in this session, and the transaction that ended last.
     event: Option<Event>,
@@ -122,9 +126,7 @@ impl ExactlyOnce {
     ) -> ExactlyOnce {
         let resumed = &connection.resumed;
         let mut before = resumed.anchor.position;
-        if resumed.anchor.has_other_flags(continuity.flags())
-            && resumed.stored_lsn > before.commit_lsn
-        {
+        if resumed.stored_lsn > before.commit_lsn {
             before.ordinal = u32::MAX;
         }
         let mut core = ExactlyOnce {
@@ -191,7 +193,9 @@ impl ExactlyOnce {
             capacity,
             streams: streams.collect(),
             missing,
+            evidence_upto: evidence.last().unwrap_or_default(),
             evidence,
+            flags: resumed.flags,
             asked: None,
             is_parking: false,
             agreement: Agreement::new(now),
@@ -294,15 +298,15 @@ impl ExactlyOnce {
         }
         if position <= self.reached.before {
             // R1: not after the anchor, so resolved
-            self.tally.already_stored += 1;
+            self.tally.already_stored += u64::from(event.fate() != Fate::Ignore);
             return Ok(Judged::Resolved(None));
         }
         if let Some(stored) = self.find(&event)? {
-            self.tally.already_stored += 1;
+            self.tally.already_stored += u64::from(event.fate() != Fate::Ignore);
             return Ok(Judged::Resolved(Some(stored)));
         }
-        if event.fate() == Fate::Lose {
-            self.tally.given_up += 1;
+        if matches!(event.fate(), Fate::Lose | Fate::Ignore) {
+            self.tally.given_up += u64::from(event.fate() == Fate::Lose);
             return Ok(Judged::Resolved(None));
         }
         let must_be_alone = event.fate() == Fate::Park
@@ -324,6 +328,8 @@ impl ExactlyOnce {
             return Ok(None);
         }
         let position = event.position();
+        // the same row, of which other flags have made another event
+        let is_other = !connected.flags.maps_as(self.continuity.flags());
         let name = |streams: &[Stream], index: usize| {
             let stream = streams.get(index);
             stream
@@ -333,22 +339,22 @@ impl ExactlyOnce {
         loop {
             match connected.evidence.verdict(position, event.id()) {
                 Verdict::Publish => return Ok(None),
-                Verdict::Stored(stream, seq) => {
-                    if let Some(stream) = connected.streams.get_mut(stream) {
-                        stream.latest = stream.latest.max(position);
-                    }
-                    return Ok(Some((stream, seq)));
-                }
                 Verdict::OtherId(..) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
                 }
-                Verdict::OtherId(stream, _) => {
+                Verdict::OtherId(stream, _) if !is_other => {
                     return Err(Trouble::Halt(Halt::OtherId {
                         stream: name(&connected.streams, stream),
                         position,
                         id: event.id().to_string(),
                     }));
+                }
+                Verdict::Stored(stream, seq) | Verdict::OtherId(stream, seq) => {
+                    if let Some(stream) = connected.streams.get_mut(stream) {
+                        stream.latest = stream.latest.max(position);
+                    }
+                    return Ok(Some((stream, seq)));
                 }
                 Verdict::NotSent(found) => {
                     let mut events = self.window.events();

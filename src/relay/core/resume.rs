@@ -11,84 +11,16 @@
 //! A stream that the cut does not speak of, and each one without a cut, is read from its end back to a message of ours at
 //! or before the anchor that was not late, or to its start: what was published before that one is older still.
 
+pub mod facts;
+
 use super::evidence::{Evidence, Message};
-use crate::outbox::lineage::Lineage;
+use crate::outbox::flags::Flags;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::{Anchor, Cut, StreamCut, Witness};
+use facts::{Facts, StreamFacts};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
-
-/// A stream as the server describes it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StreamFacts {
-    /// Its name.
-    pub name: String,
-    /// The JetStream domain that it is in; empty without one.
-    pub domain: String,
-    /// When it was created.
-    pub created: String,
-    /// It has more than one replica.
-    pub is_replicated: bool,
-    /// The lowest sequence still there.
-    pub first_seq: u64,
-    /// The highest sequence given so far.
-    pub last_seq: u64,
-    /// It captures something of the prefix, or the park subject.
-    pub is_routed: bool,
-    /// Its last message stays while an older one does; see
-    /// [`keeps_its_end`](crate::jetstream::streams::StreamConfig::keeps_its_end). What is gone from there was lost or deleted,
-    /// and not consumed.
-    pub keeps_its_end: bool,
-    /// The same of each message.
-    pub keeps_its_order: bool,
-}
-
-/// What a resume begins with.
-#[derive(Clone, Debug)]
-pub struct Facts {
-    /// The server that the copy stream comes from.
-    pub lineage: Lineage,
-    /// The cuts to resume with, the youngest first.
-    pub cuts: Vec<Cut>,
-    /// The copy stream goes on where it is: no other cut will do than the youngest.
-    pub goes_on: bool,
-    /// Postgres was told of the oldest of them: what a stream has lost of it, the slot cannot send again.
-    pub oldest_is_matured: bool,
-    /// Where to begin without a cut: the slot's position.
-    pub confirmed_lsn: Lsn,
-    /// Every stream under the prefix or named in a cut.
-    pub streams: Vec<StreamFacts>,
-    /// Nothing rules out that the streams were written with at-least-once delivery last: messages of ours without a fence
-    /// are told from copies.
-    pub maybe_unfenced: bool,
-    /// What is lost is lost (`-resume-anyway`).
-    pub accept_loss: bool,
-}
-
-impl Facts {
-    /// A stream that captures nothing of ours any more is forgotten once what it holds of ours has matured: all of it was read
-    /// before the matured cut, and nothing has come since. `missing`: the streams that are gone. The cut of a core that goes on
-    /// is no matured one.
-    pub fn forget_left(&mut self, missing: &mut Vec<StreamCut>) {
-        let is_matured = self.oldest_is_matured && !self.goes_on;
-        let Some(matured) = self.cuts.last().filter(|_| is_matured) else {
-            return;
-        };
-        let is_over = |it: &&StreamCut| {
-            let stream = self.streams.iter().find(|stream| stream.name == it.name);
-            stream.is_none_or(|stream| !stream.is_routed && stream.last_seq <= it.read_after)
-                && self.cuts.iter().all(|cut| cut.stream(&it.name) == Some(it))
-        };
-        let left = matured.streams.iter().filter(is_over);
-        let left: Vec<String> = left.map(|it| it.name.clone()).collect();
-        for cut in &mut self.cuts {
-            cut.streams.retain(|it| !left.contains(&it.name));
-        }
-        self.streams.retain(|it| !left.contains(&it.name));
-        missing.retain(|it| !left.contains(&it.name));
-    }
-}
 
 /// What to read.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -201,6 +133,27 @@ pub struct Resumed {
     pub unfenced: Option<(usize, Position)>,
     /// Foreign messages that were read in each stream.
     pub foreign: Vec<u64>,
+    /// What is stored after the anchor was made by these.
+    pub flags: Flags,
+}
+
+impl Resumed {
+    /// It is not the youngest cut.
+    pub fn fell_back(&self) -> bool {
+        self.cut != Some(0)
+    }
+
+    /// R24: for what is stored after the anchor, or only a part of the anchor's transaction, Postgres sent other rows than it sends
+    /// by these flags.
+    pub fn is_mixed(&self, flags: &Flags) -> bool {
+        let Anchor { position, event } = &self.anchor;
+        let is_partial = self.stored_lsn <= position.commit_lsn;
+        let partial = event.as_ref().filter(|_| is_partial);
+        let has_more =
+            !self.evidence.is_empty() || !self.quiescent && self.gone.iter().any(Option::is_some);
+        partial.is_some_and(|event| !event.flags.counts_as(flags))
+            || has_more && !self.flags.counts_as(flags)
+    }
 }
 
 /// See the module.
@@ -252,7 +205,7 @@ impl Resume {
     pub fn new(facts: Facts) -> Resume {
         let mut reads = BTreeSet::new();
         for (index, stream) in facts.streams.iter().enumerate() {
-            let cuts = facts.cuts.iter();
+            let cuts = facts.known.cuts.iter();
             let witnesses = cuts.filter_map(|cut| cut.stream(&stream.name)?.witness.as_ref());
             let there =
                 witnesses.filter(|it| (stream.first_seq..=stream.last_seq).contains(&it.seq));
@@ -261,7 +214,11 @@ impl Resume {
                 reads.insert(Read::Message(index, stream.last_seq));
             }
             // a backup that was restored, or a new stream? What is in it tells
-            let mut cuts = facts.cuts.iter().filter_map(|cut| cut.stream(&stream.name));
+            let mut cuts = facts
+                .known
+                .cuts
+                .iter()
+                .filter_map(|cut| cut.stream(&stream.name));
             // (of one that never had a message nats-server says 0 for both)
             let is_empty = stream.last_seq < stream.first_seq.max(1);
             if !is_empty && cuts.any(|it| it.created != stream.created) {
@@ -350,6 +307,8 @@ impl Resume {
         let gone = gone
             .map(|(index, seq)| self.gone_first(index).or(*seq))
             .collect();
+        // without a cut that agrees it is as with the oldest
+        let of_cut = self.cut().or(self.facts.known.cuts.last());
         let streams = self.facts.streams.iter().enumerate();
         let streams = streams.map(|(index, facts)| StreamCut {
             name: facts.name.clone(),
@@ -361,8 +320,8 @@ impl Resume {
             stored_lsn,
             cut: self.chosen,
             quiescent: self.cut().is_some_and(|cut| cut.quiescent),
-            // without a cut that agrees it is as with the oldest
-            is_lenient: (self.cut().or(self.facts.cuts.last())).is_some_and(|cut| cut.lenient),
+            is_lenient: of_cut.is_some_and(|cut| cut.lenient),
+            flags: of_cut.map_or(Flags::default(), |cut| cut.flags.clone()),
             streams: streams.collect(),
             anchor,
             evidence: self.evidence,
@@ -375,19 +334,19 @@ impl Resume {
     }
 
     fn cut(&self) -> Option<&Cut> {
-        self.facts.cuts.get(self.chosen?)
+        self.facts.known.cuts.get(self.chosen?)
     }
 
     fn anchor(&self) -> (Anchor, Lsn) {
         match self.cut() {
             Some(cut) => (cut.anchor.clone(), cut.stored_lsn),
-            None => (Anchor::bare(self.facts.confirmed_lsn), Lsn::INVALID),
+            None => (Anchor::bare(self.facts.known.confirmed_lsn), Lsn::INVALID),
         }
     }
 
     /// The youngest cut that all streams agree with. R2, R3.
     fn choose(&mut self) -> Result<(), Lost> {
-        for index in 0..self.facts.cuts.len() {
+        for index in 0..self.facts.known.cuts.len() {
             let Some(lost) = self.disagreement(index) else {
                 self.chosen = Some(index);
                 return Ok(());
@@ -395,13 +354,13 @@ impl Resume {
             self.disagreed.push(lost);
         }
         match self.disagreed.last() {
-            Some(lost) if self.facts.goes_on => return Err(lost.clone()),
+            Some(lost) if self.facts.known.goes_on => return Err(lost.clone()),
             // from the oldest on, and each stream from its start where it does not agree
-            Some(lost) if self.facts.oldest_is_matured => {
+            Some(lost) if self.facts.known.oldest_is_matured => {
                 if !lost.how.is_of_operator() && !self.facts.accept_loss {
                     return Err(lost.clone());
                 }
-                self.chosen = self.facts.cuts.len().checked_sub(1);
+                self.chosen = self.facts.known.cuts.len().checked_sub(1);
             }
             // Postgres was told nothing yet: the slot has everything
             _ => {}
@@ -410,7 +369,7 @@ impl Resume {
     }
 
     fn disagreement(&self, cut: usize) -> Option<Lost> {
-        let cut = self.facts.cuts.get(cut)?;
+        let cut = self.facts.known.cuts.get(cut)?;
         let lost = cut.streams.iter().filter_map(|of_cut| {
             let how = self.disagrees(of_cut)?;
             Some(Lost {
@@ -478,7 +437,7 @@ impl Resume {
     /// A stream that was created again holds what nobody publishes again: an event of before the oldest cut, at its first
     /// or its last sequence. (The API restores a backup as a new stream, with the sequences that its messages had.)
     fn is_restored(&self, index: usize, stream: &StreamFacts) -> bool {
-        let Some(oldest) = self.facts.cuts.last() else {
+        let Some(oldest) = self.facts.known.cuts.last() else {
             return false;
         };
         let is_older = |seq| {
@@ -583,7 +542,7 @@ impl Resume {
             }
             return;
         }
-        if self.facts.maybe_unfenced
+        if self.facts.known.maybe_unfenced
             && let Some(position) = message.unfenced(lineage)
         {
             if position > anchor {

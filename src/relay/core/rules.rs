@@ -50,10 +50,12 @@ pub enum Rule {
     Looks = 22,
     /// R23: It is told nothing that this session did not receive.
     Received = 23,
+    /// R24: What was published while Postgres sent other rows is not compared with what it sends now.
+    Flags = 24,
 }
 
 /// All of them.
-pub const ALL: [Rule; 23] = [
+pub const ALL: [Rule; 24] = [
     Rule::Anchor,
     Rule::Agreement,
     Rule::FallBack,
@@ -77,4 +79,5 @@ pub const ALL: [Rule; 23] = [
     Rule::HoldBack,
     Rule::Looks,
     Rule::Received,
+    Rule::Flags,
 ];

@@ -1,7 +1,7 @@
 //! A stream as the core knows it: its fence, its witness, and how many publishes may be on their way to it.
 
 use super::fence::Fence;
-use super::resume::StreamFacts;
+use super::resume::facts::StreamFacts;
 use crate::jetstream::ack::Origin;
 use crate::outbox::batch::Event;
 use crate::outbox::lineage::Lineage;

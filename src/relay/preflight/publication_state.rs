@@ -26,6 +26,9 @@ const MOST_HOLES: usize = 100;
 /// What was seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublicationState {
+    /// `-publication`. Empty: not known.
+    #[serde(default)]
+    name: String,
     /// `pg_publication.oid`: another one under the same name is another publication.
     oid: u32,
     /// By which names partitions come.
@@ -71,6 +74,7 @@ impl PublicationState {
         let publication = outboxes.publication.as_ref()?;
         let seen = |tree| Outbox::of(tree, config);
         Some(PublicationState {
+            name: config.publication.clone(),
             oid: publication.oid,
             via_root: publication.via_root,
             outboxes: outboxes.trees().filter_map(seen).collect(),
@@ -144,7 +148,8 @@ impl PublicationState {
                 "create it again, and the slot with it",
             ));
         };
-        if now.oid != self.oid {
+        let is_given_another = !self.name.is_empty() && self.name != config.publication;
+        if now.oid != self.oid && !is_given_another {
             return Some(halts(
                 format!("publication {name} was dropped and created again"),
                 "",

@@ -4,8 +4,9 @@ use super::{Interrupt, Publisher};
 use crate::jetstream::client::Link;
 use crate::postgres::Lsn;
 use crate::relay::checkpoint::store::Overtaken;
-use crate::relay::connect::{Connector, From};
+use crate::relay::connect::Connector;
 use crate::relay::core::Core;
+use crate::relay::core::resume::facts::Known;
 use crate::relay::core::trouble::{Cause, Trouble};
 use crate::relay::error::{Error, Verdict};
 use crate::relay::vitals::{Phase, ReconnectCause};
@@ -117,7 +118,7 @@ impl Publisher<'_> {
             return Err(Error::Overtaken);
         }
         let cut = core.on_disconnect();
-        let resumed = connector.resume(found, store, From::Core(cut));
+        let resumed = connector.resume(found, store, Known::of_core(cut));
         let (link, connection) = resumed.map_err(|error| match error {
             // the slot still has what is lost: a new session begins with an older cut
             Error::Lost(lost) => Error::Regressed(lost),

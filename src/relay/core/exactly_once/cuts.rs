@@ -22,13 +22,18 @@ impl ExactlyOnce {
             });
             of_streams.chain(connected.missing.iter().cloned())
         });
+        let anchor = self.anchor();
+        let behind = connected.filter(|it| anchor.position < it.evidence_upto);
         Cut {
-            anchor: self.anchor(),
             stored_lsn: self.reached.stored_lsn,
             streams: streams.collect(),
             quiescent: self.is_quiescent,
-            lenient: self.continuity.is_lenient()
-                && connected.is_some_and(|it| !it.evidence.is_empty()),
+            lenient: self.continuity.is_lenient() && behind.is_some(),
+            flags: match behind {
+                Some(connected) => connected.flags.and(self.continuity.flags()),
+                None => self.continuity.flags().clone(),
+            },
+            anchor,
         }
     }
 
@@ -85,7 +90,7 @@ impl ExactlyOnce {
                 id: event.id().to_string(),
                 commit_time_us: time_us
                     .expect("a batch tells the time of each transaction that it has events of"),
-                flags: self.continuity.flags().digest.clone(),
+                flags: self.continuity.flags().clone(),
             }),
         }
     }

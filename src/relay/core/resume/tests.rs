@@ -1,4 +1,6 @@
+use super::facts::Known;
 use super::*;
+use crate::outbox::lineage::Lineage;
 use crate::outbox::position::{Source, SourcePosition};
 use crate::relay::checkpoint::record::AnchorEvent;
 
@@ -40,6 +42,10 @@ fn foreign(seq: u64) -> Message {
     }
 }
 
+fn flags() -> Flags {
+    Flags::new("p", true, "m")
+}
+
 /// Everything up to event `lsn` is resolved, which is in stream A at `seq`; nothing after it is at or before that.
 fn cut(lsn: u64, seq: u64) -> Cut {
     Cut {
@@ -48,7 +54,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
             event: Some(AnchorEvent {
                 id: lsn.to_string(),
                 commit_time_us: 0,
-                flags: String::new(),
+                flags: flags(),
             }),
         },
         stored_lsn: Lsn(lsn + 1),
@@ -63,6 +69,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
         }],
         quiescent: false,
         lenient: false,
+        flags: flags(),
     }
 }
 
@@ -82,12 +89,13 @@ fn stream(name: &str, last_seq: u64) -> StreamFacts {
 fn facts(cuts: Vec<Cut>, streams: Vec<StreamFacts>) -> Facts {
     Facts {
         lineage: lineage(),
-        cuts,
-        oldest_is_matured: true,
-        goes_on: false,
-        confirmed_lsn: Lsn(1),
+        known: Known {
+            cuts,
+            oldest_is_matured: true,
+            confirmed_lsn: Lsn(1),
+            ..Known::default()
+        },
         streams,
-        maybe_unfenced: false,
         accept_loss: false,
     }
 }
@@ -175,21 +183,17 @@ fn a_stream_that_was_deleted_by_an_operator_halts_nothing() {
 
 #[test]
 fn what_postgres_was_not_told_is_taken_from_the_slot_again() {
-    let told_nothing = Facts {
-        oldest_is_matured: false,
-        ..facts(vec![cut(30, 3)], vec![stream("A", 0)])
-    };
+    let mut told_nothing = facts(vec![cut(30, 3)], vec![stream("A", 0)]);
+    told_nothing.known.oldest_is_matured = false;
     let resumed = resume(told_nothing.clone(), &[&[]]).unwrap();
     assert_eq!((resumed.cut, resumed.anchor), (None, Anchor::bare(Lsn(1))));
     assert!(!resumed.is_lenient);
     let mut other_wal = told_nothing.clone();
-    other_wal.cuts[0].lenient = true;
+    other_wal.known.cuts[0].lenient = true;
     let resumed = resume(other_wal, &[&[]]).unwrap();
     assert!(resumed.is_lenient, "events of another WAL may be there");
-    let goes_on = Facts {
-        goes_on: true,
-        ..told_nothing
-    };
+    let mut goes_on = told_nothing;
+    goes_on.known.goes_on = true;
     assert!(
         resume(goes_on, &[&[]]).is_err(),
         "the copy stream has gone on"
@@ -248,14 +252,36 @@ fn after_at_least_once_an_event_without_a_fence_is_told_of() {
         ..ours(1, lsn)
     };
     let with = |maybe_unfenced, lsn| {
-        let facts = Facts {
-            maybe_unfenced,
-            confirmed_lsn: Lsn(20),
-            ..facts(Vec::new(), vec![stream("A", 1)])
-        };
+        let mut facts = facts(Vec::new(), vec![stream("A", 1)]);
+        facts.known.maybe_unfenced = maybe_unfenced;
+        facts.known.confirmed_lsn = Lsn(20);
         resume(facts, &[&[unfenced(lsn)]]).unwrap().unfenced
     };
     assert_eq!(with(true, 30), Some((0, at(30).position)));
     assert_eq!(with(true, 10), None, "before the slot's position");
     assert_eq!(with(false, 30), None, "a copy of somebody's");
+}
+
+#[test]
+fn what_was_counted_otherwise_is_refused_and_only_that() {
+    let held = [ours(1, 10), ours(2, 40)];
+    let streams = || vec![stream("A", 2)];
+    let more = resume(facts(vec![cut(10, 1)], streams()), &[&held]).unwrap();
+    let nothing = resume(facts(vec![cut(40, 2)], streams()), &[&held]).unwrap();
+    let mut partial = nothing.clone();
+    partial.stored_lsn = partial.anchor.position.commit_lsn;
+    let other_publication = Flags::new("q", true, "m");
+    assert!(more.is_mixed(&other_publication));
+    assert!(!nothing.is_mixed(&other_publication));
+    assert!(partial.is_mixed(&other_publication));
+    // the same row, of which another event is made or none
+    let other_tables = Flags::new("p", true, "n");
+    for resumed in [&more, &nothing, &partial] {
+        assert!(!resumed.is_mixed(&other_tables) && !resumed.is_mixed(&flags()));
+    }
+    // they were changed and changed back behind an older cut
+    let mut older = cut(10, 1);
+    older.flags = flags().and(&other_publication);
+    let lost = facts(vec![cut(50, 3), older], streams());
+    assert!(resume(lost, &[&held]).unwrap().is_mixed(&flags()));
 }
