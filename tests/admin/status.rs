@@ -121,9 +121,9 @@ fn an_event_that_one_of_several_streams_lacks_is_lag() {
         rig.nats.client().api("STREAM.UPDATE.A", &config);
     };
     room_for(1);
-    // another's message counts, and is no event
+    // another's messages count, and are no events
     rig.pg.execute(
-        "BEGIN; SELECT pg_logical_emit_message(true, 'of another', 'x'); \
+        "BEGIN; SELECT pg_logical_emit_message(true, 'of another', 'x') FROM generate_series(1, 5); \
          INSERT INTO outbox SELECT gen_random_uuid(), kind, 'a', '{}' \
          FROM unnest(ARRAY['account', 'order', 'account', 'order']) AS kind; COMMIT",
     );
