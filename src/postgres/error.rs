@@ -220,6 +220,8 @@ pub struct ServerError {
     pub hint: Option<String>,
     /// What the server was doing.
     pub context: Option<String>,
+    /// The server's function that raised it, never translated.
+    pub routine: Option<String>,
 }
 
 impl ServerError {
@@ -241,6 +243,7 @@ impl ServerError {
                 b'D' => error.detail = Some(value),
                 b'H' => error.hint = Some(value),
                 b'W' => error.context = Some(value),
+                b'R' => error.routine = Some(value),
                 _ => {}
             }
         }

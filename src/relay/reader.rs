@@ -341,7 +341,8 @@ impl Reader<'_> {
         match message {
             None => return Ok(Some(Ended::ByServer)),
             Some(ReplicationMessage::Notice(notice)) => {
-                if notice.message.contains("skipped loading publication") {
+                // "skipped loading publication", in whatever language
+                if notice.routine.as_deref() == Some("LoadPublications") {
                     return Err(Error::publication_skipped(&*notice));
                 }
                 log::info!(notice:% = notice; "postgres says");
