@@ -310,7 +310,7 @@ impl Batch {
         self.bytes.len()
     }
 
-    /// Adds the end of a transaction with events.
+    /// Adds the end of a transaction that something of was added.
     pub fn push(&mut self, change: Change) {
         self.changes.push(change);
     }

@@ -39,6 +39,11 @@ impl Flags {
         self.counts_as(other) && same(self.parts().1, other.parts().1)
     }
 
+    /// Positions were counted in several ways.
+    pub fn are_several(&self) -> bool {
+        self.parts().0 == SEVERAL
+    }
+
     /// Those of a time in which the relay had these and then the others.
     pub fn and(&self, other: &Flags) -> Flags {
         let both = |own: &str, other: &str| match (own, other) {

@@ -51,7 +51,12 @@ pub enum Error {
         told: Lsn,
     },
     /// Postgres sends other rows than it did for what is stored after this.
-    OtherFlags(Position),
+    OtherFlags {
+        /// The anchor.
+        after: Position,
+        /// Starting with the earlier flags helps: there were no others before these.
+        may_go_back: bool,
+    },
     /// Server, slot or publication are not as the relay needs them: the rules that failed.
     Preflight(Vec<Finding>),
     /// A stream is not as the relay needs it, or the publication: what is wrong, and what to do.
@@ -201,7 +206,7 @@ impl Error {
             Error::Preflight(_)
             | Error::Setup(_)
             | Error::SlotMoved { .. }
-            | Error::OtherFlags(_)
+            | Error::OtherFlags { .. }
             | Error::Halt(Halt::Closed { .. })
             | Error::NoCheckpoint { .. }
             | Error::Unfenced { .. }
@@ -271,11 +276,14 @@ impl fmt::Display for Error {
                  copy; what was committed between the two may be missing in the stream and must be published by hand; then \
                  pass -resume-anyway once"
             ),
-            Error::OtherFlags(position) => write!(
+            Error::OtherFlags { after, may_go_back } => write!(
                 f,
-                "resume: another -publication or -no-messages has Postgres send other rows than it sent for what is stored after {position}, \
-                 so that the two cannot be compared; start once with the earlier flags and stop in order (-drain does), or pass \
-                 -resume-anyway once"
+                "resume: another -publication or -no-messages has Postgres send other rows than it sent for what is stored after {after}, \
+                 so that the two cannot be compared; {}pass -resume-anyway once, which publishes what the slot still has, again too",
+                match may_go_back {
+                    true => "start once with the earlier flags and stop in order (-drain does); or ",
+                    false => "",
+                }
             ),
             Error::Unfenced { stream, at, stored } => write!(
                 f,

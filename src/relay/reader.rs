@@ -64,7 +64,7 @@ pub struct Reader<'a> {
     pub is_first: bool,
     /// Everything up to here is resolved: the anchor.
     pub resolved: Position,
-    /// An earlier relay has published nothing beyond this.
+    /// What is no event is shown if it was committed before this: earlier flags may have made one of it.
     pub earlier_upto: Lsn,
 }
 
@@ -112,26 +112,36 @@ struct Transaction {
     commit_time_us: i64,
     xid: u32,
     /// So many rows and messages of it have come.
-    rows: u32,
+    rows: u64,
     /// The batches have something of it.
     is_shown: bool,
 }
 
 impl Transaction {
     /// Where the next row or message of it stands, whatever becomes of that.
-    fn next_place(&mut self, resolved: Position) -> Result<Place, Error> {
-        let rows = self.rows.checked_add(1);
-        self.rows = rows.ok_or(Error::Internal("a transaction of more than 2^32 rows"))?;
+    fn next_place(&mut self, resolved: Position) -> Place {
+        self.rows += 1;
         let position = Position {
             commit_lsn: self.commit_lsn,
-            ordinal: self.rows,
+            ordinal: self.rows.try_into().unwrap_or(u32::MAX),
         };
-        Ok(Place {
+        Place {
             position,
             commit_time_us: self.commit_time_us,
             xid: self.xid,
             is_resolved: position <= resolved,
-        })
+        }
+    }
+
+    /// An event was added: the batches have something of it.
+    fn show(&mut self) -> Result<(), Error> {
+        self.is_shown = true;
+        match self.rows < u32::MAX.into() {
+            true => Ok(()),
+            false => Err(Error::Internal(
+                "an event behind 2^32 rows of its transaction",
+            )),
+        }
     }
 }
 
@@ -430,14 +440,18 @@ impl Reader<'_> {
         state: &mut State,
     ) -> Result<LargePart, Error> {
         let transaction = inside(&mut state.transaction, message, at)?;
-        let place = transaction.next_place(self.resolved)?;
+        let place = transaction.next_place(self.resolved);
         transaction.is_shown |= self.ignore(place, &mut state.batch);
         Ok(LargePart::PassedOver)
     }
 
     /// A row or message that is no event: shown to the publisher where an earlier relay, by other flags, may have made one of it.
     fn ignore(&self, place: Place, batch: &mut Batch) -> bool {
-        let is_shown = place.position.commit_lsn < self.earlier_upto;
+        let Position {
+            commit_lsn,
+            ordinal,
+        } = place.position;
+        let is_shown = commit_lsn < self.earlier_upto && ordinal < u32::MAX;
         if is_shown {
             batch.push_ignored(place.position);
         }
@@ -475,15 +489,15 @@ impl Reader<'_> {
                 decoded(pieces.finish(), at)?;
                 let batch = &mut state.batch;
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
-                let place = transaction.next_place(self.resolved)?;
+                let place = transaction.next_place(self.resolved);
                 (self.mapper).insert(relation_id, row.values(), place, batch)?;
-                transaction.is_shown = true;
+                transaction.show()?;
             }
             Some(LargePart::Content(content)) => {
                 let transaction = inside(&mut state.transaction, "Message", at)?;
-                let place = transaction.next_place(self.resolved)?;
+                let place = transaction.next_place(self.resolved);
                 (self.mapper).message(content.value(), place, &mut state.batch)?;
-                transaction.is_shown = true;
+                transaction.show()?;
             }
         }
         Ok(())
@@ -545,7 +559,7 @@ impl Reader<'_> {
             }
             Message::Insert { relation_id, tuple } => {
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
-                let place = transaction.next_place(self.resolved)?;
+                let place = transaction.next_place(self.resolved);
                 let values = tuple.iter().map(|value| match value {
                     TupleValue::Null => Value::Null,
                     TupleValue::UnchangedToast => Value::UnchangedToast,
@@ -553,8 +567,10 @@ impl Reader<'_> {
                     TupleValue::Binary(bytes) => Value::Binary(bytes),
                 });
                 let batch = &mut state.batch;
-                transaction.is_shown |= (self.mapper).insert(relation_id, values, place, batch)?
-                    || self.ignore(place, batch);
+                match (self.mapper).insert(relation_id, values, place, batch)? {
+                    true => transaction.show()?,
+                    false => transaction.is_shown |= self.ignore(place, batch),
+                }
             }
             Message::Update { relation_id, .. } => log::debug!(relation_id; "ignored an update"),
             Message::Delete { relation_id, .. } => log::trace!(relation_id; "ignored a delete"),
@@ -566,11 +582,11 @@ impl Reader<'_> {
                 ..
             } => {
                 let transaction = inside(&mut state.transaction, "Message", at)?;
-                let place = transaction.next_place(self.resolved)?;
+                let place = transaction.next_place(self.resolved);
                 if self.mapper.is_event_prefix(prefix.0) {
                     let content = Value::Text(content.0);
                     self.mapper.message(content, place, &mut state.batch)?;
-                    transaction.is_shown = true;
+                    transaction.show()?;
                 } else {
                     transaction.is_shown |= self.ignore(place, &mut state.batch);
                 }

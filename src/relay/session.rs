@@ -96,7 +96,7 @@ struct Begun {
     core: Core,
     /// Everything up to here was resolved before; the copy stream starts at its commit.
     resolved: Position,
-    /// An earlier relay has published nothing beyond this.
+    /// See [`ExactlyOnce::earlier_upto`].
     earlier_upto: Lsn,
     has_record: bool,
     published: PublicationState,
@@ -161,6 +161,7 @@ impl<'a> Session<'a> {
             matches!(
                 error,
                 Error::Halt(Discontinuous(_) | NotSent { .. } | OtherId { .. })
+                    | Error::OtherFlags { .. }
             )
         };
         match outcome {
@@ -300,13 +301,13 @@ impl<'a> Session<'a> {
         let read = connector.read_key(&found, &mut self.store);
         if self.config.delivery == Delivery::ExactlyOnce {
             let _ = read?;
-            let published = self.check_publication(connection.peer(), facts)?;
-            let (link, core, earlier_upto) =
+            let published = self.check_publication(connector, &found, connection.peer(), facts)?;
+            let (link, core) =
                 self.start_exactly_once(connector, found, connection, slot, limits)?;
             return Ok(Begun {
                 link,
                 resolved: core.resolved_before(),
-                earlier_upto,
+                earlier_upto: core.earlier_upto(),
                 core: Core::ExactlyOnce(Box::new(core)),
                 has_record: true,
                 published,
@@ -319,7 +320,7 @@ impl<'a> Session<'a> {
             // what is not allowed ends the connection
             found = connector.find(tries, &mut self.said)?;
         }
-        let published = self.check_publication(connection.peer(), facts)?;
+        let published = self.check_publication(connector, &found, connection.peer(), facts)?;
         let core = AtLeastOnce::start(limits, connector.capacity(&found));
         Ok(Begun {
             link: found.link,
@@ -339,7 +340,7 @@ impl<'a> Session<'a> {
         connection: &mut Connection,
         slot: &Slot,
         limits: Limits,
-    ) -> Result<(Link, ExactlyOnce, Lsn), Error> {
+    ) -> Result<(Link, ExactlyOnce), Error> {
         let confirmed_lsn = slot.confirmed_flush_lsn;
         let held = self.store.held();
         // R20
@@ -371,8 +372,11 @@ impl<'a> Session<'a> {
         let fell_back = resumed.fell_back();
         let anchor = &resumed.anchor;
         let flags = self.config.flags();
-        if resumed.is_mixed(&flags) && self.accepted == Accepted::Nothing {
-            return Err(Error::OtherFlags(anchor.position));
+        if resumed.is_mixed(&flags) && self.accepted != Accepted::OtherWal {
+            return Err(Error::OtherFlags {
+                after: anchor.position,
+                may_go_back: !resumed.flags.are_several(),
+            });
         }
         let continuity = match self.accepted {
             Accepted::OtherWal => Ok(Continuity::accepted(wal_end, flags)),
@@ -383,7 +387,7 @@ impl<'a> Session<'a> {
         let lineage = connector.lineage.clone();
         let mut core = ExactlyOnce::start(lineage, limits, continuity, found, wal_end, now);
         connector.claim(&link, &mut core, &mut self.store, fell_back, confirmed_lsn)?;
-        Ok((link, core, wal_end))
+        Ok((link, core))
     }
 }
 
@@ -399,6 +403,8 @@ impl Session<'_> {
     /// Sees that what reached an earlier session, or an earlier process, still does.
     fn check_publication(
         &mut self,
+        connector: &Connector<'_>,
+        found: &Found,
         peer: &str,
         mut facts: Facts,
     ) -> Result<PublicationState, Error> {
@@ -407,7 +413,7 @@ impl Session<'_> {
         let remembered = || PublicationState::from_text(&seen.get()?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
-        let lost = match before {
+        let lost = match &before {
             Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
             None => None,
         };
@@ -415,7 +421,14 @@ impl Session<'_> {
             Some(lost) if accept => {
                 log::warn!("going on although {} (-resume-anyway)", lost.found);
             }
-            Some(lost) => return Err(Error::Preflight(vec![lost])),
+            Some(lost) => {
+                if let Some(mut before) = before.filter(|it| it.may_forget()) {
+                    before.loses(&lost);
+                    seen.set(Some(before.to_text()));
+                    connector.record_publication(found, &mut self.store);
+                }
+                return Err(Error::Preflight(vec![lost]));
+            }
             None => {}
         }
         let findings = publication::START
@@ -492,7 +505,7 @@ struct Threads<'a> {
     upto: Option<Lsn>,
     /// Everything up to here was resolved before.
     resolved: Position,
-    /// An earlier relay has published nothing beyond this.
+    /// See [`ExactlyOnce::earlier_upto`].
     earlier_upto: Lsn,
     wal_sender_timeout: Duration,
     vitals: &'a Vitals,

@@ -3,7 +3,7 @@
 
 use crate::operators::{capture, edit, halts};
 use crate::operators_bucket::record;
-use crate::rig::{Rig, SLOT, STREAM};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::natsclient::NatsClient;
 use serde_json::json;
 
@@ -230,4 +230,72 @@ fn another_publication_is_another_flag() {
     rig.pg.execute(&row("orders", "5"));
     rig.drain(&OTHER);
     assert_eq!(rig.ids(), ["1", "2", "3", "4", "5"]);
+}
+
+/// What cannot be compared is published again: nothing is taken for stored that only has the place of something else.
+#[test]
+fn another_publication_that_is_accepted_loses_nothing() {
+    let rig = Rig::start_with_tables(TABLES);
+    let mut client = rig.nats.client();
+    forget_at_once(&mut client);
+    rig.pg.execute(
+        "CREATE PUBLICATION both_tables FOR TABLE outbox, orders; CREATE PUBLICATION one FOR TABLE outbox",
+    );
+    let earlier = ["-publication=both_tables", "-table=outbox"];
+    rig.pg.execute(&row("outbox", "1"));
+    rig.drain(&earlier);
+    let (subject, older) = record(&mut client);
+    let rows = ["orders", "outbox", "outbox", "outbox"]
+        .iter()
+        .zip(["x", "2", "3", "4"]);
+    let rows: Vec<String> = rows.map(|(table, id)| row(table, id)).collect();
+    rig.pg
+        .execute(&format!("BEGIN; {}; COMMIT", rows.join("; ")));
+    rig.drain(&earlier);
+    // a relay that was killed when the first of them was stored
+    client.publish(&subject, &[], &older);
+    for seq in [3, 4] {
+        client.api(
+            &format!("STREAM.MSG.DELETE.{STREAM}"),
+            &json!({ "seq": seq }),
+        );
+    }
+    let later = ["-publication=one", "-table=outbox"];
+    let hint = "start once with the earlier flags";
+    halts(rig.relay(&later), 78, &[hint]);
+    rig.drain(&[&later[..], &["-resume-anyway"]].concat());
+    assert_eq!(rig.ids(), ["1", "2", "2", "3", "4"]);
+    rig.drain(&later);
+    assert_eq!(rig.ids(), ["1", "2", "2", "3", "4"]);
+}
+
+#[test]
+fn another_publication_that_is_accepted_within_a_transaction_loses_nothing() {
+    const ROWS: usize = 30_000;
+    let rig = Rig::start_with_tables(TABLES);
+    forget_at_once(&mut rig.nats.client());
+    rig.pg.execute(
+        "CREATE PUBLICATION both_tables FOR TABLE outbox, orders; CREATE PUBLICATION one FOR TABLE outbox",
+    );
+    // slow enough to be stopped within the transaction
+    let mut relay = rig.relay(&["-publication=both_tables", "-table=outbox", "-inflight=1"]);
+    rig.pg.execute(&format!(
+        "BEGIN; {}; INSERT INTO outbox SELECT n, 't', 'a', '{{}}' FROM generate_series(1, {ROWS}) n; COMMIT",
+        row("orders", "x")
+    ));
+    rig.wait_for_messages(1);
+    relay.term();
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+    assert!(rig.nats.client().message_count(STREAM) < ROWS as u64);
+    let later = ["-publication=one", "-table=outbox"];
+    halts(
+        rig.relay(&later),
+        78,
+        &["start once with the earlier flags"],
+    );
+    rig.drain(&[&later[..], &["-resume-anyway"]].concat());
+    let mut ids: Vec<usize> = rig.ids().iter().map(|id| id.parse().unwrap()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids, (1..=ROWS).collect::<Vec<_>>());
 }

@@ -83,6 +83,7 @@ struct Session {
     lineage: Lineage,
     confirmed: Lsn,
     wal_end: Lsn,
+    earlier_upto: Lsn,
     epoch: u64,
     core: Option<Core>,
     is_streaming: bool,
@@ -270,10 +271,12 @@ impl Relay {
 
     fn read_key(&mut self, env: &mut Env) -> Result<(), End> {
         if self.session.is_none() {
+            self.store.start_over();
             self.session = Some(Session {
                 lineage: lineage(env),
                 confirmed: env.pg.confirmed,
                 wal_end: env.pg.wal_end,
+                earlier_upto: Lsn::INVALID,
                 epoch: env.pg_epoch,
                 core: None,
                 is_streaming: false,
@@ -563,6 +566,7 @@ impl Relay {
         };
         if let Some(Core::ExactlyOnce(core)) = &session.core {
             session.is_streaming = true;
+            session.earlier_upto = core.earlier_upto();
             let start = match env.is_off(Rule::Anchor) {
                 true => core.resolved_before().commit_lsn.max(core.stored_lsn()),
                 false => core.resolved_before().commit_lsn,
@@ -600,7 +604,7 @@ impl Relay {
                 if self.setting.takes(event) {
                     push(&mut batch, event, *position, &self.setting.id(event));
                     session.is_shown = true;
-                } else if transaction.commit_lsn < session.wal_end {
+                } else if transaction.commit_lsn < session.earlier_upto {
                     batch.push_ignored(*position);
                     session.is_shown = true;
                 }

@@ -133,7 +133,9 @@ pub struct Store {
     /// When the key was last seen to hold that.
     seen: Instant,
     next: Instant,
+    /// So many, in the life of the process; and whether there were any since it last began.
     writes: u64,
+    has_written: bool,
     /// Writes fail; when that is to be warned of.
     failing: Option<Instant>,
     publication: SeenPublication,
@@ -155,6 +157,7 @@ impl Store {
             seen: now,
             next: now,
             writes: 0,
+            has_written: false,
             failing: None,
             publication: SeenPublication::default(),
         }
@@ -230,7 +233,6 @@ impl Store {
             }
             record
         });
-        let wrote_before = self.writes > 0;
         let is_ours = record
             .as_ref()
             .is_none_or(|record| record.writer == self.identity.writer);
@@ -253,7 +255,7 @@ impl Store {
         self.pending = None;
         self.seen = now;
         self.next = now;
-        Ok(match wrote_before && !is_ours {
+        Ok(match self.has_written && !is_ours {
             true => Err(Overtaken),
             false => Ok(()),
         })
@@ -261,21 +263,20 @@ impl Store {
 
     /// The key holds this; `false`: it had held a later one before.
     fn is_newer(&mut self, record: &Record) -> bool {
-        let known = self.writers.iter().position(|(it, _)| *it == record.writer);
-        let Some(known) = known else {
-            self.writers.push((record.writer.clone(), record.writes));
-            if self.writers.len() > MOST_WRITERS {
-                self.writers.remove(0);
-            }
-            return true;
-        };
-        let is_last = known + 1 == self.writers.len();
-        let Some((_, writes)) = self.writers.get_mut(known).filter(|_| is_last) else {
-            return false;
-        };
-        let is_newer = record.writes >= *writes;
-        *writes = record.writes.max(*writes);
-        is_newer
+        let mut writers = self.writers.iter();
+        let known = writers.position(|(writer, _)| *writer == record.writer);
+        let last = self.writers.last();
+        let is_again = last == Some(&(record.writer.clone(), record.writes));
+        let known =
+            known.and_then(|index| self.writers.get(index).map(|(_, writes)| (index, *writes)));
+        match known {
+            Some((_, writes)) if record.writes <= writes => return is_again,
+            Some((index, _)) => drop(self.writers.remove(index)),
+            None if self.writers.len() == MOST_WRITERS => drop(self.writers.remove(0)),
+            None => {}
+        }
+        self.writers.push((record.writer.clone(), record.writes));
+        true
     }
 
     /// The connection is gone: no answer will come.
@@ -285,7 +286,7 @@ impl Store {
 
     /// Another record counts now: this process begins again as a new one would.
     pub fn start_over(&mut self) {
-        self.writes = 0;
+        self.has_written = false;
     }
 
     /// R13: the record of a start or a new connection, to be written before anything is published: the cut that was resumed
@@ -320,13 +321,22 @@ impl Store {
                 // a stream that was seen to be the same by its witness, and has another `created` now
                 let was = agreed.and_then(|young| young.stream(&stream.name));
                 let was = was.filter(|it| it.witness.is_some() && it.created == stream.created);
-                if let Some(now) = was.and_then(|_| cut.stream(&stream.name)) {
+                let now = cut.stream(&stream.name).filter(|it| it.witness.is_some());
+                if let Some(now) = now.filter(|_| was.is_some()) {
                     stream.created.clone_from(&now.created);
                 }
             }
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
+    }
+
+    /// What the publication was seen to have lost is written before the relay halts, if there is a record: whoever starts it again
+    /// is to know.
+    pub fn write_publication(&mut self, now: Instant) -> Option<Write> {
+        let young = self.held.as_ref()?.young.clone();
+        let (ripening, matured) = self.ripened(now);
+        Some(self.send(young, ripening, matured, now))
     }
 
     /// It is time for a write, and none is on its way.
@@ -378,6 +388,7 @@ impl Store {
         now: Instant,
     ) -> Write {
         self.writes += 1;
+        self.has_written = true;
         let held = self.held.as_ref().map(|held| held.told_lsn);
         let told_lsn = match self.identity.delivery {
             Delivery::AtLeastOnce => ANYTHING,
@@ -640,6 +651,32 @@ mod tests {
                 assert_eq!((&held.young, &held.ripening), (&put_back.young, &None));
                 assert_eq!(held.matured, None);
             }
+        }
+    }
+
+    #[test]
+    fn who_begins_again_or_takes_turns_with_another_has_not_been_put_back() {
+        let start = Instant::now();
+        let mut store = store(None, start);
+        let read = |store: &mut Store, record: &Record| {
+            let _ = store.on_read(value(Some(record.clone())), &lineage(), start);
+            assert!(store.held().is_some_and(|held| held.ripening.is_some()));
+            store.start_over();
+        };
+        for lsn in [0x10, 0x20, 0x30] {
+            write(&mut store, lsn, start, lsn);
+        }
+        store.start_over();
+        let mut theirs = Record {
+            writer: "they".into(),
+            ..record(0x30, 0x20, 0x10)
+        };
+        for lsn in [0x40, 0x50] {
+            let ours = write(&mut store, lsn, start, lsn);
+            read(&mut store, &ours);
+            theirs.writes += 1;
+            theirs.ripening.as_mut().unwrap().since_ms = Some(1_000_000);
+            read(&mut store, &theirs);
         }
     }
 

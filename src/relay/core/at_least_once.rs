@@ -87,7 +87,7 @@ impl AtLeastOnce {
             if !self.window.has_room(event.spans().size()) {
                 break;
             }
-            if matches!(event.fate(), Fate::Lose | Fate::Ignore) {
+            if event.fate() == Fate::Lose {
                 self.tally.given_up += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();

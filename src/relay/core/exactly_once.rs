@@ -61,6 +61,8 @@ pub struct ExactlyOnce {
     cut_at_disconnect: Option<Cut>,
     elsewhere: Elsewhere,
     is_quiescent: bool,
+    /// What was committed from here on no earlier relay has published by other flags.
+    earlier_upto: Lsn,
     tally: Tally,
 }
 
@@ -129,6 +131,11 @@ impl ExactlyOnce {
         if resumed.stored_lsn > before.commit_lsn {
             before.ordinal = u32::MAX;
         }
+        // the anchor itself may be a row that is none of our events
+        let earlier_upto = match resumed.flags == *continuity.flags() {
+            true => Lsn(before.commit_lsn.0.saturating_add(1)),
+            false => wal_end,
+        };
         let mut core = ExactlyOnce {
             lineage,
             replies: limits.replies,
@@ -148,6 +155,7 @@ impl ExactlyOnce {
             cut_at_disconnect: None,
             elsewhere: Elsewhere::default(),
             is_quiescent: false,
+            earlier_upto,
             tally: Tally::default(),
         };
         core.resume(connection, now);
@@ -206,6 +214,11 @@ impl ExactlyOnce {
     /// Everything up to here was resolved before the start: the copy stream starts at its commit.
     pub fn resolved_before(&self) -> Position {
         self.reached.before
+    }
+
+    /// A row or message that was committed before this may be an event of earlier flags, or the anchor, without being one of ours.
+    pub fn earlier_upto(&self) -> Lsn {
+        self.earlier_upto
     }
 
     /// The connection is gone. Returns the cut to resume with.
@@ -329,7 +342,10 @@ impl ExactlyOnce {
         }
         let position = event.position();
         // the same row, of which other flags have made another event
-        let is_other = !connected.flags.maps_as(self.continuity.flags());
+        let (own, made_by) = (self.continuity.flags(), &connected.flags);
+        let is_other = position.commit_lsn < self.earlier_upto
+            && made_by.counts_as(own)
+            && !made_by.maps_as(own);
         let name = |streams: &[Stream], index: usize| {
             let stream = streams.get(index);
             stream

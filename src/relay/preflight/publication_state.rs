@@ -90,6 +90,11 @@ impl PublicationState {
         }
     }
 
+    /// What is found to be missing is not known yet.
+    pub fn may_forget(&self) -> bool {
+        self.lost.is_none()
+    }
+
     /// For the checkpoint.
     pub fn to_text(&self) -> String {
         let short = match self.outboxes.len() > MOST_NAMED {

@@ -88,6 +88,9 @@ impl ExactlyOnce {
                     if position > resolved && !out.contains(&position) {
                         let id = message.id.as_deref().unwrap_or_default();
                         connected.evidence.add(position, index, seq, id);
+                        if position.commit_lsn < self.earlier_upto {
+                            connected.evidence_upto = connected.evidence_upto.max(position);
+                        }
                     }
                 }
                 None => foreign += 1,
