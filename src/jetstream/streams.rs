@@ -202,6 +202,13 @@ pub fn parse_info(body: &[u8]) -> Result<Option<StreamInfo>, AckError> {
 
 /// nats-server's code for a stream without `max_bytes` in an account that asks for it (`max_bytes_required`).
 pub const MAX_BYTES_REQUIRED: u32 = 10113;
+/// The error code of a stream whose subjects another one captures.
+pub const SUBJECTS_OVERLAP: u32 = 10065;
+
+/// The subjects of all keys of a bucket (ADR-8).
+pub fn bucket_subjects(bucket: &str) -> String {
+    format!("$KV.{bucket}.>")
+}
 /// What a bucket gets there: room for a thousand slots.
 pub const BUCKET_BYTES: u64 = 16 << 20;
 
@@ -226,7 +233,7 @@ pub fn set(object: &mut Value, field: &str, value: Value) {
 pub fn create_bucket_request(bucket: &str, replicas: u32, max_bytes: Option<u64>) -> Request {
     let name = format!("KV_{bucket}");
     let mut body = json!({
-        "name": name, "subjects": [format!("$KV.{bucket}.>")], "storage": "file", "retention": "limits",
+        "name": name, "subjects": [bucket_subjects(bucket)], "storage": "file", "retention": "limits",
         "max_msgs_per_subject": 1, "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_msg_size": -1,
         "discard": "new", "num_replicas": replicas.max(1), "deny_delete": true, "allow_rollup_hdrs": true, "allow_direct": true,
     });

@@ -554,3 +554,21 @@ fn a_tier_of_the_account_is_nearly_full() {
         "warn: tier R1: its files take 90.0 kB of 100.0 kB"
     );
 }
+
+#[test]
+fn a_stream_captures_what_is_the_buckets() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::start(),
+    };
+    rig.pg.seed_setup();
+    let subjects = json!({ "subjects": ["events.>", "$KV.>"] });
+    rig.nats.client().add_stream_with(stream(&subjects));
+    let report = check(&rig, &[], &[("nats.checkpoint", "fail")]);
+    let word = format!("stream {STREAM} captures $KV.{SLOT}.>");
+    assert!(report.to_string().contains(&word), "{report}");
+    let mut relay = rig.relay(&[]);
+    assert_eq!(relay.wait_exit(DEADLINE), 78);
+    let last = relay.log().pop().expect("it says why");
+    assert!(last.contains(&word), "{last}");
+}

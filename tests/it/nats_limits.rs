@@ -69,7 +69,7 @@ fn a_lowered_max_payload_is_found_by_what_the_server_refuses() {
     // the third comes after the one that is parked
     rig.wait_for_messages(2);
     let log = relay.log().join("\n");
-    assert!(log.contains("parked an event"), "{log}");
+    assert!(log.contains("parking an event"), "{log}");
     assert_eq!(rig.nats.client().message_count("parked"), 1);
 }
 

@@ -145,7 +145,7 @@ fn what_cannot_be_an_event_is_parked_in_its_place() {
         assert_eq!(ids(&messages), wanted);
         let said = log
             .iter()
-            .filter(|line| line.contains("parked an event"))
+            .filter(|line| line.contains("parking an event"))
             .count();
         assert_eq!(said, if round == 0 { 4 } else { 0 });
         assert_eq!(counted(&log, "parked"), if round == 0 { 4 } else { 0 });

@@ -109,6 +109,8 @@ enum Bucket {
     /// As nobody could be asked.
     Unknown,
     Missing,
+    /// Another stream captures its subjects.
+    Captured(String),
     Unreadable(String),
     Found {
         config: Box<StreamConfig>,
@@ -399,6 +401,14 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
             "the relay creates it if it may",
             format!("jetstream-outbox setup, or: nats kv add {bucket}"),
         ),
+        Bucket::Captured(stream) => lacks(
+            NAME,
+            format!(
+                "stream {stream} captures $KV.{bucket}.>, which is bucket {bucket}'s, and so that cannot be created"
+            ),
+            why,
+            format!("take the subject out of {stream}: nats stream edit {stream} --subjects=..."),
+        ),
         Bucket::Unreadable(error) => lacks(
             NAME,
             format!("bucket {bucket}: {error}"),
@@ -673,7 +683,13 @@ fn read_bucket(
     );
     let info = match bus.stream(&name) {
         Ok(Some(info)) => info,
-        Ok(None) => return Bucket::Missing,
+        Ok(None) => {
+            let others = bus.streams(&streams::bucket_subjects(&config.checkpoint));
+            return match others.ok().and_then(|others| others.into_iter().next()) {
+                Some(other) => Bucket::Captured(other.config.name),
+                None => Bucket::Missing,
+            };
+        }
         Err(error) => return Bucket::Unreadable(error.to_string()),
     };
     let value = match bus.message(last_message_request(&name, &key)) {

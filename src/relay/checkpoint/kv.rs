@@ -185,7 +185,19 @@ fn open(
         }
         made => made,
     };
-    made.map_err(sort)
+    made.map_err(|error| {
+        let code = error.api_error().map(|it| it.err_code);
+        let subjects = streams::bucket_subjects(bucket);
+        let others = (code == Some(streams::SUBJECTS_OVERLAP))
+            .then(|| streams::list(link, &subjects, timeout).ok()?.into_iter().next());
+        match others.flatten() {
+            Some(other) => Error::Lasting(format!(
+                "stream {} captures {subjects}, which are its subjects: take them out of the stream",
+                other.config.name
+            )),
+            None => sort(error),
+        }
+    })
 }
 
 /// Whether another try may go better.

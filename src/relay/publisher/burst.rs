@@ -57,7 +57,7 @@ impl Publisher<'_> {
                         let event = publish.event.view();
                         log::warn!(
                             id = event.id, table = event.table, position:% = event.position, cause = park::cause(event.headers);
-                            "parked an event that cannot be published"
+                            "parking an event that cannot be published"
                         );
                     }
                     burst.push(publish);
