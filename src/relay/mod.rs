@@ -1,6 +1,6 @@
 //! The relay: a supervisor that runs one session after another, and what a session is made of.
 //!
-//! [`session`] connects both sides and starts the three threads: [`reader`], [`publisher`], [`feedback`].
+//! [`session`] connects both sides, and [`threads`] are the three that then work: [`reader`], [`publisher`], [`feedback`].
 //! They share [`progress`] and are ended by [`stop`]. What the publisher decides is decided in [`core`]. [`slot`] and
 //! [`connect`] read what each side holds before a start, [`checkpoint`] what an earlier process has left; [`preflight`]
 //! judges what Postgres holds.
@@ -26,6 +26,7 @@ pub mod session;
 pub mod slot;
 pub mod slot_wal;
 pub mod stop;
+pub mod threads;
 pub mod vitals;
 
 use crate::config::Config;
@@ -34,12 +35,13 @@ use crate::outbox::mapper::Mapper;
 use error::{Error, Verdict};
 use outage::{Outage, WORKING};
 use repeated::Repeated;
-use session::{Ended, Session};
+use session::Session;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stop::Stop;
+use threads::Ended;
 use vitals::{Phase, Vitals};
 
 /// How often a standby looks whether the slot is free: the time a takeover takes at most.
