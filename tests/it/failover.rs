@@ -12,7 +12,7 @@ use crate::support::nats::Nats;
 use crate::support::natsclient::StreamMessage;
 use crate::support::oracle::{Event, Expected};
 use crate::support::postgres::{Builder, Postgres, SEED_SETUP};
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, halts};
 use crate::support::wait::{eventually, secs, throughout};
 use jetstream_outbox::outbox::position::SourcePosition;
 
@@ -392,16 +392,13 @@ fn fail_over() -> Pair {
 }
 
 #[track_caller]
-fn assert_halts(pair: &Pair, mut relay: Relay) {
+fn assert_halts(pair: &Pair, relay: Relay) {
     pair.old
         .execute("INSERT INTO outbox VALUES (gen_random_uuid(), 'account', 'abandoned', '{}')");
-    let code = relay.wait_exit(DEADLINE);
-    let log = relay.log();
-    let last = log.last().expect("it says why");
-    assert_eq!(code, 78, "{last}");
-    assert!(
-        last.contains("on a timeline that is not in this server's history"),
-        "{last}"
+    halts(
+        relay,
+        78,
+        &["on a timeline that is not in this server's history"],
     );
     let messages = pair.nats.client().read_all(STREAM);
     pair.expected.check(&messages).assert_clean();

@@ -5,7 +5,7 @@ use crate::rig::{DEADLINE, Rig, UUID_SQL, counted, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Direction, Mode, Proxy};
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, halts};
 use crate::support::wait::{eventually, pause, secs};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -206,19 +206,7 @@ fn a_store_put_back_beyond_what_the_slot_keeps_halts_the_relay() {
         });
     });
     // the checkpoint went with it
-    halts(&mut relay, 78, "an old copy");
-}
-
-/// The last line names the choice.
-#[track_caller]
-fn halts(relay: &mut Relay, code: i32, choice: &str) {
-    assert_eq!(relay.wait_exit(secs(60)), code);
-    let log = relay.log();
-    let last = log.last().expect("the relay says why it ends");
-    assert!(
-        last.contains(choice) && last.contains("-resume-anyway"),
-        "{last}"
-    );
+    halts(&mut relay, 78, &["an old copy", "-resume-anyway"]);
 }
 
 #[test]

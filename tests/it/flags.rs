@@ -1,10 +1,11 @@
 //! Flags that make events, or say what becomes of those that cannot be published, are changed between two runs: what is resolved
 //! stays so, and what the new flags take is relayed.
 
-use crate::operators::{capture, edit, halts};
+use crate::operators::{capture, edit};
 use crate::operators_bucket::record;
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
 use crate::support::natsclient::NatsClient;
+use crate::support::relay::halts;
 use serde_json::json;
 
 const TABLES: &str = "\

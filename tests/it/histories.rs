@@ -3,6 +3,7 @@
 use crate::rig::{Rig, SLOT, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
+use crate::support::relay::halts;
 use jetstream_outbox::postgres::Lsn;
 
 fn ids(rig: &Rig) -> Vec<String> {
@@ -12,13 +13,6 @@ fn ids(rig: &Rig) -> Vec<String> {
 
 /// Runs the relay until it ends by itself, which must be with this code; the last line of its log.
 #[track_caller]
-fn halts(rig: &Rig, code: i32) -> String {
-    let (found, log) = rig.run(&[]);
-    let last = log.last().cloned().expect("it says why");
-    assert_eq!(found, code, "{last}");
-    last
-}
-
 /// A database that was dumped and restored, or went through pg_upgrade: one flag accepts it.
 #[test]
 fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() {
@@ -46,7 +40,7 @@ fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() 
         new.commit_event(number, "a");
     }
     for _ in 0..2 {
-        let last = halts(&new, 78);
+        let last = halts(new.relay(&[]), 78, &[]);
         assert!(
             last.contains("was written from another Postgres system")
                 && last.contains("-accept-new-system"),
@@ -96,7 +90,7 @@ fn another_event_at_the_same_position_halts() {
         .publish("events.account.a", &headers, b"{}");
     // whoever supervises it starts it again
     for _ in 0..2 {
-        let last = halts(&rig, 65);
+        let last = halts(rig.relay(&[]), 65, &[]);
         for part in [
             "another event than Postgres",
             &commit_lsn.to_string(),

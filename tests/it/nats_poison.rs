@@ -1,12 +1,12 @@
 //! Events that the server ends the connection over, or leaves without an answer, and streams that refuse whatever comes: they
 //! are put aside or halt the relay by name. An outage never puts anything aside.
 
-use crate::operators::{Load, assert_each_once, halts, wait_for_confirmation};
+use crate::operators::{Load, assert_each_once, wait_for_confirmation};
 use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Mode, Proxy};
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, halts};
 use crate::support::wait::{eventually, pause};
 use serde_json::{Value, json};
 use std::time::Duration;

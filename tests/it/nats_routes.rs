@@ -1,11 +1,12 @@
 //! Where a subject leads is the account's matter: mappings, partitions and imports. Where an event stays in the stream that
 //! captures its subject, all promises hold; where it does not, the relay says so and ends.
 
-use crate::operators::{Load, assert_each_once, halts, stop};
+use crate::operators::{Load, assert_each_once, stop};
 use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::{Builder, Nats};
 use crate::support::natsclient::StreamMessage;
 use crate::support::postgres::Postgres;
+use crate::support::relay::halts;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::fs;

@@ -199,15 +199,3 @@ pub fn stop(mut relay: Relay) -> Vec<String> {
     assert_eq!(relay.wait_exit(DEADLINE), 0);
     relay.log()
 }
-
-/// The relay ends by itself; its last line, which has all these parts.
-#[track_caller]
-pub fn halts(mut relay: Relay, code: i32, parts: &[&str]) -> String {
-    let found = relay.wait_exit(DEADLINE);
-    let last = relay.log().last().cloned().expect("it says why");
-    assert_eq!(found, code, "{last}");
-    for part in parts {
-        assert!(last.contains(part), "{part:?} is not in {last}");
-    }
-    last
-}

@@ -1,8 +1,9 @@
 //! Operators delete the checkpoint's bucket, and put it back to an older state.
 
-use crate::operators::{Load, assert_each_once, edit, halts, insert, stop, wait_for_confirmation};
+use crate::operators::{Load, assert_each_once, edit, insert, stop, wait_for_confirmation};
 use crate::rig::{DEADLINE, Rig, STREAM};
 use crate::support::natsclient::NatsClient;
+use crate::support::relay::halts;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};

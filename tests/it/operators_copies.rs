@@ -1,8 +1,9 @@
 //! Mirrors promoted, streams moved by sources, backups restored: the procedures of the manual, step by step.
 
-use crate::operators::{Load, capture, edit, halts, insert, stop};
+use crate::operators::{Load, capture, edit, insert, stop};
 use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::natsclient::NatsClient;
+use crate::support::relay::halts;
 use crate::support::wait::eventually;
 use serde_json::{Value, json};
 

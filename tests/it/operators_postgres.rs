@@ -3,11 +3,12 @@
 //! The relay halts by name, and goes on with `--resume-anyway`, once: what was committed since is then published, each event
 //! once; and what the lost history had published stays in the stream.
 
-use crate::operators::{capture, edit, halts, ids, insert, stop, wait_for_confirmation};
+use crate::operators::{capture, edit, ids, insert, stop, wait_for_confirmation};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::command;
 use crate::support::natsclient::NatsClient;
 use crate::support::postgres::Postgres;
+use crate::support::relay::halts;
 use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
 use std::ops::RangeInclusive;

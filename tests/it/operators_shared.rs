@@ -2,13 +2,13 @@
 //! of ours, and somebody who answers in the stream's place.
 
 use crate::operators::{
-    Load, assert_each_once, edit, events, halts, ids, insert, stop, wait_for_confirmation,
+    Load, assert_each_once, edit, events, ids, insert, stop, wait_for_confirmation,
 };
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::nats::{Nats, NatsCluster};
 use crate::support::natsclient::{NatsClient, StreamMessage};
 use crate::support::postgres::Postgres;
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, halts};
 use crate::support::wait::{eventually, pause, secs, throughout};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;

@@ -1,7 +1,7 @@
 //! What is inserted into an outbox and does not reach the relay halts it, before more rows are lost unseen.
 
 use crate::rig::{DEADLINE, Rig, SLOT, UUID_SQL, uuid};
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, halts};
 use crate::support::wait::eventually;
 use serde_json::json;
 
@@ -81,13 +81,12 @@ fn wait_for(rig: &Rig, name: &str, count: u64) {
 
 /// It ends, and says why and what to do.
 #[track_caller]
-fn halts(mut relay: Relay, word: &str) {
-    let code = relay.wait_exit(DEADLINE);
-    let last = relay.log().last().cloned().unwrap_or_default();
-    assert_eq!(code, 78, "{last}");
-    for word in [word, "level=error", "-resume-anyway", "compare the table"] {
-        assert!(last.contains(word), "{word:?} is not in {last}");
-    }
+fn halts_as_rows_are_missing(relay: Relay, word: &str) {
+    halts(
+        relay,
+        78,
+        &[word, "level=error", "-resume-anyway", "compare the table"],
+    );
 }
 
 #[test]
@@ -103,7 +102,7 @@ fn a_publication_that_is_narrowed_while_a_relay_runs_halts_it_and_so_it_does_the
         rig.pg.execute(&change.replace("{p}", name));
     }
     for (relay, (_, _, word)) in relays.into_iter().zip(NARROWED) {
-        halts(relay, word);
+        halts_as_rows_are_missing(relay, word);
     }
     // what an earlier process has seen counts, until it is accepted, and then what is there counts
     for (name, _, word) in NARROWED {
@@ -120,7 +119,7 @@ fn a_publication_that_is_narrowed_while_a_relay_runs_halts_it_and_so_it_does_the
         } else {
             word
         };
-        halts(relay(&rig, name, &["--drain"]), word);
+        halts_as_rows_are_missing(relay(&rig, name, &["--drain"]), word);
         for args in [&["--drain", "--resume-anyway"][..], &["--drain"]] {
             let mut relay = relay(&rig, name, args);
             assert_eq!(relay.wait_exit(DEADLINE), 0, "{name}: {:?}", relay.log());
@@ -139,7 +138,7 @@ fn a_publication_that_is_narrowed_while_no_relay_runs_halts_the_next_one() {
     }
     for (name, change, word) in NARROWED {
         rig.pg.execute(&change.replace("{p}", name));
-        halts(relay(&rig, name, &["--drain"]), word);
+        halts_as_rows_are_missing(relay(&rig, name, &["--drain"]), word);
     }
     // to put it back brings nothing back
     insert(&rig, "outbox", 2);
@@ -154,7 +153,7 @@ fn a_publication_that_is_narrowed_while_no_relay_runs_halts_the_next_one() {
             _ => "ALTER PUBLICATION {p} SET TABLE outbox",
         };
         rig.pg.execute(&back.replace("{p}", name));
-        halts(relay(&rig, name, &["--drain"]), word);
+        halts_as_rows_are_missing(relay(&rig, name, &["--drain"]), word);
         if ["dropped", "cut"].contains(&name) {
             // what was written meanwhile Postgres does not decode, or sends without its payload
             continue;
@@ -261,7 +260,7 @@ fn what_was_written_without_the_publication_halts_the_relay_until_the_slot_is_mo
         "CREATE PUBLICATION {SLOT} FOR TABLE outbox WITH (publish = 'insert')"
     ));
     insert(&rig, "outbox", 3);
-    halts(rig.relay(&["--drain"]), "was dropped and created again");
+    halts_as_rows_are_missing(rig.relay(&["--drain"]), "was dropped and created again");
     let (code, log) = rig.run(&["--drain", "--resume-anyway"]);
     missing(code, &log);
     rig.pg.execute(&advice);
@@ -278,13 +277,8 @@ fn what_was_written_without_the_publication_halts_the_relay_until_the_slot_is_mo
 
 /// It ends with this code, and says where the table's events are and how to get them.
 #[track_caller]
-fn halts_for_the_name(mut relay: Relay, code: i32, word: &str) {
-    let found = relay.wait_exit(DEADLINE);
-    let last = relay.log().last().cloned().unwrap_or_default();
-    assert_eq!(found, code, "{last}");
-    for word in [word, "level=error", "name both in -"] {
-        assert!(last.contains(word), "{word:?} is not in {last}");
-    }
+fn halts_for_the_name(relay: Relay, code: i32, word: &str) {
+    halts(relay, code, &[word, "level=error", "name both in -"]);
 }
 
 /// Rows come under the name that their table had when they were written.

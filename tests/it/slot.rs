@@ -2,17 +2,18 @@
 
 use crate::rig::{DEADLINE, Rig, SLOT, uuid};
 use crate::support::postgres::Postgres;
+use crate::support::relay::halts;
 use crate::support::wait::{eventually, secs};
 use std::time::Duration;
 
 /// Runs until the relay ends by itself, which must be because the slot was moved.
 #[track_caller]
-fn halts(rig: &Rig) {
-    let (code, log) = rig.run(&[]);
-    let log = log.join("\n");
-    assert_eq!(code, 78, "{log}");
-    assert!(log.contains("dropped and re-created"), "{log}");
-    assert!(log.contains("-resume-anyway"), "{log}");
+fn halts_at_the_slot(rig: &Rig) {
+    halts(
+        rig.relay(&[]),
+        78,
+        &["dropped and re-created", "-resume-anyway"],
+    );
 }
 
 /// A rig that has published one event in an orderly run.
@@ -32,8 +33,8 @@ fn a_slot_that_was_made_anew_halts_until_told_otherwise() {
         .execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"));
     rig.add_slot(SLOT);
     rig.commit_event(3, "a");
-    halts(&rig);
-    halts(&rig);
+    halts_at_the_slot(&rig);
+    halts_at_the_slot(&rig);
     assert_eq!(rig.messages().len(), 1);
     rig.drain(&["--resume-anyway"]);
     assert_eq!(
@@ -53,7 +54,7 @@ fn a_slot_that_somebody_else_has_read_halts() {
         "SELECT count(*) FROM pg_logical_slot_get_binary_changes('{SLOT}', NULL, NULL, 'proto_version', '1', \
          'publication_names', '{SLOT}')"
     ));
-    halts(&rig);
+    halts_at_the_slot(&rig);
     rig.drain(&["--resume-anyway"]);
 }
 

@@ -1,10 +1,11 @@
 //! What others set or change around the relay, and what it must not depend on or must not pass over.
 
-use crate::operators::{capture, edit, halts};
+use crate::operators::{capture, edit};
 use crate::operators_bucket::{BUCKET, record};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, counted, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
+use crate::support::relay::halts;
 use crate::support::wait::eventually;
 use serde_json::json;
 

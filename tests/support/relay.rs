@@ -3,7 +3,8 @@
 use super::nats::Nats;
 use super::postgres::Postgres;
 use super::process::{Process, Signal, lock};
-use super::wait::eventually;
+use super::wait::{eventually, secs};
+use std::borrow::BorrowMut;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -153,4 +154,17 @@ impl Drop for Relay {
             eprintln!("---- log of the relay ----\n{}", self.log().join("\n"));
         }
     }
+}
+
+/// The relay ends by itself, with this code; its last line, which has all these parts.
+#[track_caller]
+pub fn halts(mut relay: impl BorrowMut<Relay>, code: i32, parts: &[&str]) -> String {
+    let relay = relay.borrow_mut();
+    let found = relay.wait_exit(secs(60));
+    let last = relay.log().last().cloned().expect("it says why");
+    assert_eq!(found, code, "{last}");
+    for part in parts {
+        assert!(last.contains(part), "{part:?} is not in {last}");
+    }
+    last
 }
