@@ -21,6 +21,8 @@ const TAIL_LINES: usize = 12;
 pub struct Settings {
     inflight: &'static str,
     ack_timeout: &'static str,
+    /// They make the same events of the same rows, and are others.
+    mapping: &'static [&'static str],
 }
 
 impl Settings {
@@ -28,6 +30,7 @@ impl Settings {
     pub const SLOW: Settings = Settings {
         inflight: "64",
         ack_timeout: "10s",
+        mapping: &[],
     };
 
     /// A small window leaves much to be sent, a large one has much on its way; a short patience makes late copies, a
@@ -36,6 +39,7 @@ impl Settings {
         Settings {
             inflight: ["4", "64", "1024", "4096"][random.usize(0..4)],
             ack_timeout: ["500ms", "2s", "5s"][random.usize(0..3)],
+            mapping: [&[][..], &["-table=outbox"], &["-table=public.outbox"]][random.usize(0..3)],
         }
     }
 }
@@ -90,6 +94,7 @@ impl<'a> Fleet<'a> {
         let Settings {
             inflight,
             ack_timeout,
+            mapping,
         } = settings;
         let args = ["-db", &db, "-nats", &servers, "-hold-back", &self.hold_back];
         let more = ["-ack-timeout", ack_timeout, "-inflight", inflight];
@@ -99,12 +104,12 @@ impl<'a> Fleet<'a> {
             true => &["-accept-new-system"],
             false => &[],
         };
-        let args = [&args[..], &more, &prefix, shared, flags].concat();
+        let args = [&args[..], &more, &prefix, shared, mapping, flags].concat();
         let relay = Relay::run(&args, &[]);
         let id = relay.id();
         self.world.note(&format!(
             "relay {number} started as process {id} with -inflight {inflight} -ack-timeout {ack_timeout} {}",
-            flags.join(" ")
+            [mapping, flags].concat().join(" ")
         ));
         lock(&self.relays).push((number, relay));
         number

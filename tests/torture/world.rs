@@ -129,6 +129,9 @@ impl World {
             .own_system_id()
             .build();
         pg.seed_setup();
+        pg.execute(
+            "CREATE TABLE noise (number int); ALTER PUBLICATION jetstream_outbox ADD TABLE noise",
+        );
         crate::ledger::Ledger::set_up(&pg);
         World {
             system_id: pg.system_id(),

@@ -236,6 +236,10 @@ impl Transaction {
 }
 
 fn insert(sql: &mut String, ids: &[EventId]) {
+    // rows of a table that is no outbox, which count in the positions
+    if ids.len() % 3 == 1 {
+        sql.push_str("INSERT INTO noise VALUES (1);");
+    }
     let mut separator = "INSERT INTO outbox VALUES ";
     for id in ids {
         let _ = write!(
