@@ -10,9 +10,9 @@ use super::core::trouble::Halt;
 use super::core::window::Limits;
 use super::core::{Core, Tally};
 use super::error::Error;
-use super::preflight::publication_state::PublicationState;
+use super::preflight::publication_state::{PublicationState, are_missing};
 use super::preflight::watch::Watch;
-use super::preflight::{Facts, Level, publication};
+use super::preflight::{Facts, Level, failures_of, publication};
 use super::repeated::Repeated;
 use super::slot::{self, Slot};
 use super::stop::Stop;
@@ -387,10 +387,12 @@ impl Session<'_> {
             Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
             None => None,
         };
+        let failures = failures_of(&[&publication::START], &facts, config);
         match lost {
             Some(lost) if accept => {
                 log::warn!("going on although {} (-resume-anyway)", lost.found);
             }
+            Some(lost) if !failures.is_empty() && !are_missing(&lost) => {}
             Some(lost) => {
                 if let Some(mut before) = before.filter(|it| it.may_forget()) {
                     before.loses(&lost);
@@ -401,16 +403,15 @@ impl Session<'_> {
             }
             None => {}
         }
+        if !failures.is_empty() {
+            return Err(Error::Preflight(failures));
+        }
         let findings = publication::START
             .iter()
             .flat_map(|rule| rule(&facts, config));
-        for finding in findings.filter(|finding| finding.level != Level::Ok) {
-            match finding.level {
-                Level::Fail => return Err(Error::Preflight(vec![finding])),
-                _ if self.said.is_new(&finding.found, Instant::now()) => {
-                    log::warn!("{}", finding.sentence());
-                }
-                _ => {}
+        for finding in findings.filter(|finding| finding.level == Level::Warn) {
+            if self.said.is_new(&finding.found, Instant::now()) {
+                log::warn!("{}", finding.sentence());
             }
         }
         let now = PublicationState::of(&facts.outboxes, config).unwrap_or_default();

@@ -85,7 +85,7 @@ impl PublicationState {
 
     /// This was found, and halts the relay; if it means that rows are missing, that is remembered.
     pub fn loses(&mut self, found: &Finding) {
-        if found.advice.as_ref().is_some_and(|it| it.why == MISSING) {
+        if are_missing(found) {
             self.lost = Some(found.found.clone());
         }
     }
@@ -189,6 +189,11 @@ impl PublicationState {
         };
         (self.outboxes.iter()).find_map(|outbox| outbox.lost(&seen))
     }
+}
+
+/// By this finding rows may be missing.
+pub fn are_missing(found: &Finding) -> bool {
+    found.advice.as_ref().is_some_and(|it| it.why == MISSING)
 }
 
 impl Digest {
