@@ -143,10 +143,38 @@ pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
     if how.watch {
         return watch(config, how);
     }
-    let mut bus = Bus::connect(&config.nats)?;
     let mut database = Database::connect(&config.db, Access::Read)?;
-    let standing = look(&mut database, &mut bus, config, &mut None)?;
-    tell(&standing, how, "")
+    let bus = Bus::connect(&config.nats).map_err(Error::from);
+    match bus.and_then(|mut bus| look(&mut database, &mut bus, config, &mut None)) {
+        Ok(standing) => tell(&standing, how, ""),
+        Err(error) => {
+            say(&without_nats(Some(&mut database), config, how, &error))?;
+            Err(error)
+        }
+    }
+}
+
+/// What there is to say without NATS: where the slot stands, which may be what fills a disk. Empty if Postgres does not say it either.
+fn without_nats(
+    database: Option<&mut Database>,
+    config: &Config,
+    how: &operation::Status,
+    error: &Error,
+) -> String {
+    let is_of_nats = !matches!(error, Error::Postgres(_) | Error::Sql { .. });
+    let database = database.filter(|_| is_of_nats);
+    let slot = database.and_then(|database| read_slot(database, config).ok());
+    match (slot, how.json) {
+        (None, true) => format!("{}\n", json!({ "error": error.to_string() })),
+        (None, false) => String::new(),
+        (Some((slot, _)), true) => {
+            format!(
+                "{}\n",
+                json!({ "slot": slot_json(&slot), "error": error.to_string() })
+            )
+        }
+        (Some((slot, _)), false) => slot_text(&slot),
+    }
 }
 
 /// Prints until somebody ends it. What a server that is away says stands in place of the figures, until it is back.
@@ -177,10 +205,13 @@ fn watch(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
             Ok(standing) => {
                 tell(&standing, how, &line)?;
             }
-            Err(error) => say(&match how.json {
-                true => format!("{}\n", json!({ "error": error.to_string() })),
-                false => format!("unknown  {error}; trying again\n{line}"),
-            })?,
+            Err(error) => {
+                let slot = without_nats(database.as_mut(), config, how, &error);
+                say(&match how.json {
+                    true => slot,
+                    false => format!("{slot}unknown  {error}; trying again\n{line}"),
+                })?;
+            }
         }
         thread::sleep(INTERVAL.saturating_sub(start.elapsed()));
     }
@@ -448,7 +479,6 @@ fn read_slot(database: &mut Database, config: &Config) -> Result<(Slot, Option<u
 }
 
 fn json_of(standing: &Standing) -> Value {
-    let slot = &standing.slot;
     let streams: Vec<Value> = standing
         .streams
         .iter()
@@ -462,18 +492,8 @@ fn json_of(standing: &Standing) -> Value {
             })
         })
         .collect();
-    let holder = slot.holder.as_ref().map(|holder| {
-        json!({
-            "pid": holder.pid, "application_name": holder.application, "client_addr": holder.address,
-            "backend_start": holder.since,
-        })
-    });
     json!({
-        "slot": {
-            "name": slot.name, "confirmed_flush_lsn": slot.confirmed.map(|lsn| lsn.to_string()),
-            "current_lsn": slot.current.to_string(), "retained_bytes": slot.retained_bytes,
-            "wal_status": slot.wal_status, "holder": holder,
-        },
+        "slot": slot_json(&standing.slot),
         "streams": streams,
         "lag_bytes": standing.lag_bytes,
         "lag_seconds": standing.waiting.seconds(Timestamp::now()),
@@ -481,9 +501,25 @@ fn json_of(standing: &Standing) -> Value {
     })
 }
 
-fn text_of(standing: &Standing) -> String {
-    let slot = &standing.slot;
-    let size = |count: Option<u64>| count.map_or("unknown".to_string(), bytes);
+fn slot_json(slot: &Slot) -> Value {
+    let holder = slot.holder.as_ref().map(|holder| {
+        json!({
+            "pid": holder.pid, "application_name": holder.application, "client_addr": holder.address,
+            "backend_start": holder.since,
+        })
+    });
+    json!({
+        "name": slot.name, "confirmed_flush_lsn": slot.confirmed.map(|lsn| lsn.to_string()),
+        "current_lsn": slot.current.to_string(), "retained_bytes": slot.retained_bytes,
+        "wal_status": slot.wal_status, "holder": holder,
+    })
+}
+
+fn size(count: Option<u64>) -> String {
+    count.map_or("unknown".to_string(), bytes)
+}
+
+fn slot_text(slot: &Slot) -> String {
     let confirmed = slot
         .confirmed
         .map_or("nothing".into(), |lsn| lsn.to_string());
@@ -517,6 +553,11 @@ fn text_of(standing: &Standing) -> String {
             )
         }
     };
+    text
+}
+
+fn text_of(standing: &Standing) -> String {
+    let mut text = slot_text(&standing.slot);
     for stream in &standing.streams {
         text += &format!("stream   {}: {} messages, ", stream.name, stream.messages);
         text += &match &stream.tail {

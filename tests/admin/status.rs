@@ -455,6 +455,25 @@ fn the_copy_of_the_slot_is_the_sessions_own() {
     watched.process.kill();
 }
 
+#[test]
+fn without_nats_the_slot_is_told_all_the_same() {
+    let rig = Rig::start();
+    rig.nats.stop();
+    let plain = on(&rig, &["status"]);
+    assert_eq!(plain.code, 69, "{plain:?}");
+    assert!(
+        plain.stdout.starts_with(&format!("slot     {SLOT} at ")),
+        "{plain:?}"
+    );
+    assert!(plain.stderr.contains("connect to NATS"), "{plain:?}");
+    let json = on(&rig, &["status", "-json"]).json(69);
+    assert_eq!(json["slot"]["name"], SLOT, "{json}");
+    assert!(
+        json["error"].as_str().is_some_and(|it| it.contains("NATS")),
+        "{json}"
+    );
+}
+
 /// A machine that hangs, a network that swallows: nothing is refused, and nothing comes.
 #[test]
 fn watching_says_soon_that_a_server_does_not_answer() {
