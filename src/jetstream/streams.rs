@@ -202,13 +202,6 @@ pub fn parse_info(body: &[u8]) -> Result<Option<StreamInfo>, AckError> {
 
 /// nats-server's code for a stream without `max_bytes` in an account that asks for it (`max_bytes_required`).
 pub const MAX_BYTES_REQUIRED: u32 = 10113;
-/// The error code of a stream whose subjects another one captures.
-pub const SUBJECTS_OVERLAP: u32 = 10065;
-
-/// The subjects of all keys of a bucket (ADR-8).
-pub fn bucket_subjects(bucket: &str) -> String {
-    format!("$KV.{bucket}.>")
-}
 /// What a bucket gets there: room for a thousand slots.
 pub const BUCKET_BYTES: u64 = 16 << 20;
 
@@ -226,6 +219,14 @@ pub fn set(object: &mut Value, field: &str, value: Value) {
     if let Some(object) = object.as_object_mut() {
         object.insert(field.into(), value);
     }
+}
+
+/// The error code of a stream whose subjects another one captures.
+pub const SUBJECTS_OVERLAP: u32 = 10065;
+
+/// The subjects of all keys of a bucket (ADR-8).
+pub fn bucket_subjects(bucket: &str) -> String {
+    format!("$KV.{bucket}.>")
 }
 
 /// Asks for a new key-value bucket with one value a key (ADR-8); [`parse_info`] reads the answer. The server sets the window of

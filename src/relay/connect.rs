@@ -381,19 +381,6 @@ impl Connector<'_> {
         Ok(())
     }
 
-    /// Writes what the publication has lost, as well as it goes: the relay halts over it anyway.
-    pub fn record_publication(&self, found: &Found, store: &mut Store) {
-        let subject = store.subject(self.lineage.source.system_id);
-        let Some(write) = store.write_publication(Instant::now()) else {
-            return;
-        };
-        let timeout = self.config.nats.request_timeout;
-        if let Err(error) = kv::write(&found.link, &subject, &write, timeout) {
-            let error = no_checkpoint(store.bucket(), error);
-            log::warn!(bucket = store.bucket(); "what the publication has lost is not recorded: {error}");
-        }
-    }
-
     /// Without a record, the last message under our subjects tells whether another Postgres system wrote here before.
     fn check_system(&self, found: &Found) -> Result<(), Error> {
         if self.config.accept_new_system || self.config.delivery == Delivery::AtLeastOnce {

@@ -10,9 +10,9 @@ use super::core::trouble::Halt;
 use super::core::window::Limits;
 use super::core::{Core, Tally};
 use super::error::Error;
-use super::preflight::publication_state::{PublicationState, are_missing};
+use super::preflight::publication_state::PublicationState;
 use super::preflight::watch::Watch;
-use super::preflight::{Facts, Level, failures_of, publication};
+use super::preflight::{Facts, Level, publication};
 use super::repeated::Repeated;
 use super::slot::{self, Slot};
 use super::stop::Stop;
@@ -271,7 +271,7 @@ impl<'a> Session<'a> {
         let read = connector.read_key(&found, &mut self.store);
         if self.config.delivery == Delivery::ExactlyOnce {
             let _ = read?;
-            let published = self.check_publication(connector, &found, connection.peer(), facts)?;
+            let published = self.check_publication(connection.peer(), facts)?;
             let (link, core) =
                 self.start_exactly_once(connector, found, connection, slot, limits)?;
             return Ok(Begun {
@@ -290,7 +290,7 @@ impl<'a> Session<'a> {
             // what is not allowed ends the connection
             found = connector.find(tries, &mut self.said)?;
         }
-        let published = self.check_publication(connector, &found, connection.peer(), facts)?;
+        let published = self.check_publication(connection.peer(), facts)?;
         let core = AtLeastOnce::start(limits, connector.capacity(&found));
         Ok(Begun {
             link: found.link,
@@ -373,8 +373,6 @@ impl Session<'_> {
     /// Sees that what reached an earlier session, or an earlier process, still does.
     fn check_publication(
         &mut self,
-        connector: &Connector<'_>,
-        found: &Found,
         peer: &str,
         mut facts: Facts,
     ) -> Result<PublicationState, Error> {
@@ -383,35 +381,27 @@ impl Session<'_> {
         let remembered = || PublicationState::from_text(&seen.get()?);
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
-        let lost = match &before {
+        let lost = match before {
             Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
             None => None,
         };
-        let failures = failures_of(&[&publication::START], &facts, config);
         match lost {
             Some(lost) if accept => {
                 log::warn!("going on although {} (-resume-anyway)", lost.found);
             }
-            Some(lost) if !failures.is_empty() && !are_missing(&lost) => {}
-            Some(lost) => {
-                if let Some(mut before) = before.filter(|it| it.may_forget()) {
-                    before.loses(&lost);
-                    seen.set(Some(before.to_text()));
-                    connector.record_publication(found, &mut self.store);
-                }
-                return Err(Error::Preflight(vec![lost]));
-            }
+            Some(lost) => return Err(Error::Preflight(vec![lost])),
             None => {}
-        }
-        if !failures.is_empty() {
-            return Err(Error::Preflight(failures));
         }
         let findings = publication::START
             .iter()
             .flat_map(|rule| rule(&facts, config));
-        for finding in findings.filter(|finding| finding.level == Level::Warn) {
-            if self.said.is_new(&finding.found, Instant::now()) {
-                log::warn!("{}", finding.sentence());
+        for finding in findings.filter(|finding| finding.level != Level::Ok) {
+            match finding.level {
+                Level::Fail => return Err(Error::Preflight(vec![finding])),
+                _ if self.said.is_new(&finding.found, Instant::now()) => {
+                    log::warn!("{}", finding.sentence());
+                }
+                _ => {}
             }
         }
         let now = PublicationState::of(&facts.outboxes, config).unwrap_or_default();

@@ -22,7 +22,7 @@ pub struct Slot {
     pub wal_sender_timeout: Duration,
 }
 
-/// Checks server and slot, and gives what was read.
+/// Checks server, slot and publication, and gives what was read.
 pub fn check(connection: &mut Connection, config: &Config) -> Result<(Slot, Facts), Error> {
     let mut facts = preflight::read(connection, config)?;
     // an older one is refused, and may not know the statement
@@ -30,10 +30,9 @@ pub fn check(connection: &mut Connection, config: &Config) -> Result<(Slot, Fact
         let mut plain = plain(config, connection.peer())?;
         facts.outboxes = outboxes::read(&mut plain, &config.publication, &config.mapping, &[])?;
     }
-    // what is wrong with the publication alone is for those who know what it was
-    let fails = !preflight::failures_before_publication(&facts, config).is_empty();
-    let Some(slot) = facts.slot.as_ref().filter(|_| !fails) else {
-        return Err(Error::Preflight(preflight::failures(&facts, config)));
+    let failures = preflight::failures(&facts, config);
+    let Some(slot) = facts.slot.as_ref().filter(|_| failures.is_empty()) else {
+        return Err(Error::Preflight(failures));
     };
     if slot.active_pid.is_some() {
         return Err(Error::SlotInUse {

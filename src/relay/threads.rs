@@ -56,7 +56,7 @@ pub(super) struct Threads<'a> {
     pub(super) upto: Option<Lsn>,
     /// Everything up to here was resolved before.
     pub(super) resolved: Position,
-    /// See [`ExactlyOnce::earlier_upto`].
+    /// See [`ExactlyOnce::earlier_upto`](super::core::exactly_once::ExactlyOnce::earlier_upto).
     pub(super) earlier_upto: Lsn,
     pub(super) wal_sender_timeout: Duration,
     pub(super) vitals: &'a Vitals,

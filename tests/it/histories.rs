@@ -11,8 +11,6 @@ fn ids(rig: &Rig) -> Vec<String> {
     messages.iter().map(|m| m.id().to_string()).collect()
 }
 
-/// Runs the relay until it ends by itself, which must be with this code; the last line of its log.
-#[track_caller]
 /// A database that was dumped and restored, or went through pg_upgrade: one flag accepts it.
 #[test]
 fn another_system_halts_until_it_is_accepted_and_goes_on_behind_what_is_there() {

@@ -192,6 +192,7 @@ impl Env {
 
     /// Somebody deletes what is in a stream; also what a crash has taken before: he does not ask what was in it.
     fn take_away(&mut self, serial: u64) {
+        self.has_lost = true;
         for copy in self.stories.values_mut().flat_map(|it| &mut it.copies) {
             if copy.at.0 == serial {
                 copy.state = State::Gone;
@@ -200,6 +201,7 @@ impl Env {
     }
 
     fn remove(&mut self, index: usize, seq: u64) {
+        self.has_lost = true;
         let stream = &mut self.streams[index];
         let serial = stream.serial;
         if let Some(stored) = stream.remove(seq) {
@@ -224,6 +226,7 @@ impl Env {
         let (serial, name) = (stream.serial, stream.name.clone());
         let lost = stream.regress(end);
         trace!(self, "{name} regresses from {last_seq} to {end}");
+        self.has_lost = true;
         for stored in lost {
             self.mark(serial, stored.message.seq, stored.uid, State::Lost);
         }
@@ -327,10 +330,11 @@ impl World {
             5 => setting.sends_wide = false,
             _ => {}
         }
-        env.earlier = std::mem::replace(&mut env.setting, setting);
+        env.setting = setting;
         env.flags_changed = true;
         env.counted_otherwise |= !setting.sends_wide;
         trace!(env, "the flags are {setting:?}");
+        self.were_refused = false;
     }
 
     fn strike_key(&mut self, fault: Fault) {

@@ -107,7 +107,7 @@ pub enum Wire {
 /// A process, and the connections it has.
 pub struct Relay {
     pub name: u64,
-    setting: Setting,
+    pub setting: Setting,
     store: Store,
     session: Option<Session>,
     stage: Stage,

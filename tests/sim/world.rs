@@ -56,6 +56,8 @@ pub struct Story {
     pub dropped: bool,
     /// It went with the WAL that it was in, or the slot was moved past it.
     pub given_up: bool,
+    /// A relay by whose flags it is no event has gone past it.
+    passed_over: bool,
 }
 
 impl Story {
@@ -97,16 +99,15 @@ pub struct Env {
     was_doubtful: bool,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
-    /// The flags of the relays that start now, those before, and whether they were ever changed.
+    /// The flags of the relays that start now, those of the last that came up, and whether they were ever changed.
     pub setting: Setting,
     pub earlier: Setting,
     pub flags_changed: bool,
     /// Positions were counted in two ways: where a stream has lost something since, only the operator knows what to do.
     pub counted_otherwise: bool,
+    pub has_lost: bool,
     /// Those of each writer.
     settings: HashMap<String, Setting>,
-    /// Up to here flags have resolved everything by which wide events are none.
-    narrow_upto: Lsn,
     /// The record is not what it was.
     pub key_was_touched: bool,
     /// A message of ours without a fence is no copy, for all that is known.
@@ -139,14 +140,20 @@ impl Env {
         {
             let young = &record.young;
             let upto = young.stored_lsn.max(young.anchor.position.commit_lsn);
-            self.narrow_upto = self.narrow_upto.max(upto);
+            let passed = (self.pg.transactions.iter()).flat_map(|it| &it.events);
+            for event in passed.filter(|it| it.is_wide && it.position.commit_lsn <= upto) {
+                if let Some(story) = self.stories.get_mut(&event.uid) {
+                    story.passed_over |= !story.is_resolved();
+                }
+            }
         }
         answer
     }
 
     /// It is promised for these flags.
     fn is_due(&self, event: &Event) -> bool {
-        !event.is_wide || self.setting.takes(event) && event.position.commit_lsn > self.narrow_upto
+        let story = self.stories.get(&event.uid);
+        !event.is_wide || self.setting.takes(event) && !story.is_some_and(|story| story.passed_over)
     }
 
     pub fn is_key_down(&self) -> bool {
@@ -177,6 +184,7 @@ impl Env {
                 copies: Vec::new(),
                 dropped: false,
                 given_up: false,
+                passed_over: false,
             };
             self.stories.insert(event.uid, story);
         }
@@ -500,9 +508,10 @@ impl Env {
                     .any(is_resolved)
     }
 
-    /// Somebody's copy of it is there, which JetStream takes for it.
+    /// Somebody's copy of it is in its stream, which JetStream takes for it.
     fn is_copied(&self, event: &Event) -> bool {
-        let messages = self.streams.iter().flat_map(|it| it.messages.values());
+        let home = (self.streams.iter()).filter(|it| it.topics.contains(&event.topic));
+        let messages = home.flat_map(|it| it.messages.values());
         let mut messages = messages.map(|it| &it.message);
         messages.any(|message| {
             let at = message.position.as_ref().map(|it| it.position);
@@ -576,7 +585,7 @@ pub struct World {
     pub repeats: VecDeque<Rc<Transaction>>,
     halted: Option<String>,
     /// No relay has come up since the flags were refused.
-    were_refused: bool,
+    pub were_refused: bool,
 }
 
 /// How a run ended that broke no promise.
@@ -633,8 +642,8 @@ impl World {
             earlier: Setting::WIDE,
             flags_changed: false,
             counted_otherwise: false,
+            has_lost: false,
             settings: HashMap::new(),
-            narrow_upto: Lsn(0),
             key_was_touched: false,
             has_bare_copies: false,
             has_foreign: false,
@@ -672,7 +681,9 @@ impl World {
         let is_unfenced = why.starts_with("unfenced");
         let is_mixed = why.starts_with("both flags");
         match self.env.due {
-            _ if is_mixed && self.env.counted_otherwise => Ok(Ended::Halted(why)),
+            _ if is_mixed && self.env.counted_otherwise && self.env.has_lost => {
+                Ok(Ended::Halted(why))
+            }
             _ if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
             Some("elsewhere") if !why.starts_with("Elsewhere") => {
                 Err(format!("halted for another reason than is due: {why}"))
@@ -731,7 +742,7 @@ impl World {
             return Some(format!("both flags are refused after {why}"));
         }
         let env = &mut self.env;
-        std::mem::swap(&mut env.setting, &mut env.earlier);
+        env.setting = env.earlier;
         trace!(
             env,
             "the flags are refused after {why}, and are {:?} again", env.setting
@@ -764,6 +775,7 @@ impl World {
         }
         if relay.is_up() {
             *were_refused = false;
+            env.earlier = relay.setting;
         }
         let mut index = 0;
         while index < zombies.len() {

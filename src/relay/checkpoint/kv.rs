@@ -192,7 +192,7 @@ fn open(
             .then(|| streams::list(link, &subjects, timeout).ok()?.into_iter().next());
         match others.flatten() {
             Some(other) => Error::Lasting(format!(
-                "stream {} captures {subjects}, which are its subjects: take them out of the stream",
+                "stream {} captures {subjects}, which are the bucket's subjects; take them out of that stream",
                 other.config.name
             )),
             None => sort(error),

@@ -261,7 +261,8 @@ impl Store {
         })
     }
 
-    /// The key holds this; `false`: it had held a later one before.
+    /// The key holds this; `false`: it had held a later one before. (Of a writer that another had followed, only what it cannot have
+    /// written before counts as later.)
     fn is_newer(&mut self, record: &Record) -> bool {
         let mut writers = self.writers.iter();
         let known = writers.position(|(writer, _)| *writer == record.writer);
@@ -329,14 +330,6 @@ impl Store {
         }
         self.confirmed_lsn = self.confirmed_lsn.max(confirmed_lsn);
         self.send(cut, ripening, matured, now)
-    }
-
-    /// What the publication was seen to have lost is written before the relay halts, if there is a record: whoever starts it again
-    /// is to know.
-    pub fn write_publication(&mut self, now: Instant) -> Option<Write> {
-        let young = self.held.as_ref()?.young.clone();
-        let (ripening, matured) = self.ripened(now);
-        Some(self.send(young, ripening, matured, now))
     }
 
     /// It is time for a write, and none is on its way.

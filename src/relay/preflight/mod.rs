@@ -121,11 +121,6 @@ pub fn failures(facts: &Facts, config: &Config) -> Vec<Finding> {
     failures_of(&START, facts, config)
 }
 
-/// The same without what is wrong with the publication.
-pub fn failures_before_publication(facts: &Facts, config: &Config) -> Vec<Finding> {
-    failures_of(&[&server::START, &slot::START], facts, config)
-}
-
 /// What fails of these rules.
 pub fn failures_of(rules: &[&[Rule]], facts: &Facts, config: &Config) -> Vec<Finding> {
     let rules = rules.iter().flat_map(|rules| rules.iter());

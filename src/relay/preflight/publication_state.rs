@@ -85,14 +85,9 @@ impl PublicationState {
 
     /// This was found, and halts the relay; if it means that rows are missing, that is remembered.
     pub fn loses(&mut self, found: &Finding) {
-        if are_missing(found) {
+        if found.advice.as_ref().is_some_and(|it| it.why == MISSING) {
             self.lost = Some(found.found.clone());
         }
-    }
-
-    /// What is found to be missing is not known yet.
-    pub fn may_forget(&self) -> bool {
-        self.lost.is_none()
     }
 
     /// For the checkpoint.
@@ -147,13 +142,17 @@ impl PublicationState {
     fn lost_now(&self, facts: &Facts, config: &Config) -> Option<Finding> {
         let outboxes = &facts.outboxes;
         let name = identifier(&config.publication);
+        let is_given_another = !self.name.is_empty() && self.name != config.publication;
         let Some(now) = &outboxes.publication else {
+            // that there is none of this name is said by another rule
+            if is_given_another {
+                return None;
+            }
             return Some(halts(
                 format!("publication {name} was dropped"),
                 "create it again, and the slot with it",
             ));
         };
-        let is_given_another = !self.name.is_empty() && self.name != config.publication;
         if now.oid != self.oid && !is_given_another {
             return Some(halts(
                 format!("publication {name} was dropped and created again"),
@@ -189,11 +188,6 @@ impl PublicationState {
         };
         (self.outboxes.iter()).find_map(|outbox| outbox.lost(&seen))
     }
-}
-
-/// By this finding rows may be missing.
-pub fn are_missing(found: &Finding) -> bool {
-    found.advice.as_ref().is_some_and(|it| it.why == MISSING)
 }
 
 impl Digest {

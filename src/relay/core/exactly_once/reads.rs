@@ -118,12 +118,14 @@ impl ExactlyOnce {
         };
         pending.suspect = None;
         let (id, position) = (pending.event.id().to_string(), pending.event.position());
+        // in place of another WAL, or counted otherwise, its own message may have another position
+        let is_lenient = self.continuity.is_lenient();
         let is_its_own = |message: &Message| {
             let at = message
                 .position
                 .as_ref()
                 .filter(|at| self.lineage.shares(at));
-            at.is_some_and(|at| at.position == position)
+            at.is_some_and(|at| is_lenient || at.position == position)
         };
         let streams = self.connection.as_ref().map(|it| &it.streams);
         let known = streams.and_then(|it| it.get(stream));
