@@ -143,8 +143,12 @@ pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
     if how.watch {
         return watch(config, how);
     }
-    let mut database = Database::connect(&config.db, Access::Read)?;
     let bus = Bus::connect(&config.nats).map_err(Error::from);
+    let (mut database, bus) = match (Database::connect(&config.db, Access::Read), bus) {
+        (Ok(database), bus) => (database, bus),
+        (Err(_), Err(error)) => return Err(error),
+        (Err(error), Ok(_)) => return Err(error),
+    };
     match bus.and_then(|mut bus| look(&mut database, &mut bus, config, &mut None)) {
         Ok(standing) => tell(&standing, how, ""),
         Err(error) => {

@@ -123,6 +123,7 @@ impl World {
                         expected_stream: None,
                         is_late: false,
                         sent: self.now,
+                        routed: self.now,
                     });
                 }
                 Ok(Next::Nothing) => break,

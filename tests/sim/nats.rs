@@ -32,6 +32,8 @@ pub struct Flight {
     pub expected_stream: Option<String>,
     pub is_late: bool,
     pub sent: Instant,
+    /// When its relay was told where the topics lead.
+    pub routed: Instant,
 }
 
 #[derive(Clone, Debug)]

@@ -50,6 +50,8 @@ pub enum Fault {
     HangUp,
     // the flags that make events
     Flags,
+    // a publish goes to another stream of the same name, which answers
+    Namesake,
     // after these a halt is due
     Restore,
     Clone,
@@ -226,7 +228,7 @@ impl Env {
         let (serial, name) = (stream.serial, stream.name.clone());
         let lost = stream.regress(end);
         trace!(self, "{name} regresses from {last_seq} to {end}");
-        self.has_lost = true;
+        (self.has_lost, self.has_regressed) = (true, true);
         for stored in lost {
             self.mark(serial, stored.message.seq, stored.uid, State::Lost);
         }
@@ -251,7 +253,7 @@ impl World {
             | Fault::SlotMoved => {
                 self.strike_postgres(fault);
             }
-            Fault::ReuseIds | Fault::Park | Fault::Lose | Fault::HangUp => {}
+            Fault::ReuseIds | Fault::Park | Fault::Lose | Fault::HangUp | Fault::Namesake => {}
             Fault::Flags => self.change_flags(),
             _ => self.strike_streams(fault),
         }
@@ -413,7 +415,9 @@ impl World {
                 }
                 env.due = Some("slot moved");
                 let told = env.key.record().map(|record| record.told_lsn);
-                env.moved_slot = told.is_some_and(|told| told < env.pg.wal_end);
+                // where all is stored that is skipped, a record on its way may say so yet
+                let skips = env.has_unresolved();
+                env.moved_slot = skips && told.is_some_and(|told| told < env.pg.wal_end);
                 let skipped = env.pg.transactions.clone();
                 env.give_up(&skipped);
                 env.pg.confirmed = env.pg.wal_end;

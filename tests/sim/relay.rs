@@ -100,7 +100,7 @@ struct Session {
 
 /// On its way to the server.
 pub enum Wire {
-    Publish(Flight),
+    Publish(Box<Flight>),
     Ping,
 }
 
@@ -126,6 +126,8 @@ pub struct Relay {
     ponged: u64,
     /// The connection is over.
     pub ended: Option<EndedBy>,
+    /// Since when it has known where the topics lead.
+    up_since: Instant,
     /// It was frozen and revived; its Postgres session is another's by now.
     pub zombie_since: Option<Instant>,
     /// Since when there are publishes that the record lacks.
@@ -169,6 +171,7 @@ impl Relay {
             pongs: 0,
             ponged: 0,
             ended: None,
+            up_since: now,
             zombie_since: None,
             unrecorded: None,
         }
@@ -223,7 +226,7 @@ impl Relay {
     pub fn hang_up(&mut self, env: &mut Env) {
         let out = std::mem::take(&mut self.out).into_iter();
         let flights = out.filter_map(|it| match it {
-            Wire::Publish(flight) => Some(flight),
+            Wire::Publish(flight) => Some(*flight),
             Wire::Ping => None,
         });
         env.leave_behind(flights.collect(), std::mem::take(&mut self.writes));
@@ -559,6 +562,7 @@ impl Relay {
             core.on_recorded(now);
         }
         self.stage = Stage::Up;
+        self.up_since = now;
         self.unrecorded = None;
         self.next_look = env.now + LOOK_INTERVAL;
         let Some(session) = self.session.as_mut().filter(|it| !it.is_streaming) else {
@@ -732,6 +736,7 @@ impl Relay {
                             .map(|name| name.to_string()),
                         is_late: publish.is_late && !env.is_off(Rule::Late),
                         sent: now,
+                        routed: self.up_since,
                     };
                     trace!(
                         env,
@@ -747,7 +752,7 @@ impl Relay {
                         let why = "much is published that the record lacks";
                         return Err(End::Broken(why.into()));
                     }
-                    self.out.push_back(Wire::Publish(flight));
+                    self.out.push_back(Wire::Publish(Box::new(flight)));
                 }
                 Ok(Next::Ping) => {
                     self.pings += 1;
@@ -770,7 +775,10 @@ impl Relay {
                     match core.on_read(messages, now) {
                         Ok(Some((id, message))) => {
                             trace!(env, "relay {}: drops {id}: {message:?}", self.name);
-                            env.on_dropped(&id)?;
+                            // one that was overtaken may not know the timeline, and decides nothing any more
+                            if self.zombie_since.is_none() {
+                                env.on_dropped(&id)?;
+                            }
                         }
                         Ok(None) => {}
                         Err(trouble) => return Ok(Err(trouble)),

@@ -97,6 +97,9 @@ pub struct Env {
     leaf_turn: usize,
     was_elsewhere: bool,
     was_doubtful: bool,
+    /// Publishes go elsewhere now and then; those that did, which do not so again.
+    has_namesake: bool,
+    swallowed: HashSet<u64>,
     /// When the topic was last moved to another stream.
     pub moved: [Option<Instant>; TOPICS + 1],
     /// The flags of the relays that start now, those of the last that came up, and whether they were ever changed.
@@ -106,6 +109,7 @@ pub struct Env {
     /// Positions were counted in two ways: where a stream has lost something since, only the operator knows what to do.
     pub counted_otherwise: bool,
     pub has_lost: bool,
+    pub has_regressed: bool,
     /// Those of each writer.
     settings: HashMap<String, Setting>,
     /// The record is not what it was.
@@ -269,6 +273,24 @@ impl Env {
         Ok(())
     }
 
+    /// Another stream of the same name has taken it, and answers.
+    fn swallow(&mut self, flight: &Flight) -> Option<Answer> {
+        let home = (self.streams.iter()).find(|it| it.topics.contains(&flight.topic))?;
+        let is_taken = self.has_namesake && flight.uid % 97 == 5 && !self.is_healed;
+        if !is_taken || !self.swallowed.insert(flight.uid) {
+            return None;
+        }
+        let origin = Origin {
+            stream: home.name.clone(),
+            domain: String::new(),
+        };
+        let ack = PubAck {
+            seq: 200_000 + flight.uid,
+            duplicate: false,
+        };
+        Some(Ok((ack, Arc::new(origin))))
+    }
+
     // the promises
 
     /// How the server ends the connection over a publish, if it does.
@@ -403,6 +425,10 @@ impl Env {
                 flight.id, record.young.anchor.position
             ));
         }
+        // what an abandoned WAL had is in no order with what its successor has
+        if self.stories.get(&flight.uid).is_some_and(|it| it.given_up) {
+            return Ok(());
+        }
         let lineage = self.pg.lineage();
         let Some(stream) = self.streams.iter().find(|it| it.serial == at.0) else {
             return Ok(());
@@ -417,7 +443,7 @@ impl Env {
             return Ok(());
         };
         // one whose topic was moved while it was on its way may land in a stream that ends where the other one did
-        let has_strayed = self.moved[flight.topic].is_some_and(|at| at >= flight.sent);
+        let has_strayed = self.moved[flight.topic].is_some_and(|at| at >= flight.routed);
         if !flight.is_late && !has_strayed && self.due.is_none() {
             return broken(format!(
                 "{} at {} comes after {seq}, which is later, and is not marked late",
@@ -432,6 +458,7 @@ impl Env {
             || was_gone
             // others have passed while it was refused, before it was parked
             || event.is_mystery
+            || event.ends.is_some()
             || event.reuses_id
             // earlier flags have passed it over, and later ones take it
             || event.is_wide
@@ -465,12 +492,12 @@ impl Env {
             .iter()
             .filter_map(|uid| self.stories.get(uid))
             .any(|it| it.event.reuses_id);
-        // a record that was put back does not know what was published after it
+        // it was stored, and somebody has taken it, which the relay does not know by a record that was put back, or by a cut that it
+        // went back to
         let stories = uids.iter().filter_map(|uid| self.stories.get(uid));
-        let was_stored = self.key_was_touched
-            && stories
-                .flat_map(|it| &it.copies)
-                .any(|copy| copy.state == State::Gone);
+        let mut copies = stories.flat_map(|it| &it.copies);
+        let was_stored = (self.key_was_touched || self.has_regressed)
+            && copies.any(|copy| copy.state == State::Gone);
         if !reused && self.due.is_none() && !was_stored {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
@@ -497,15 +524,13 @@ impl Env {
                 .get(uid)
                 .is_some_and(|it| it.event.position == event.position)
         });
-        same.any(is_resolved)
-            || self.is_copied(event)
-            || event.reuses_id
-                && self
-                    .by_id
-                    .get(&event.id)
-                    .into_iter()
-                    .flatten()
-                    .any(is_resolved)
+        if same.any(is_resolved) || self.is_copied(event) {
+            return true;
+        }
+        // of several with one id JetStream keeps any, while it remembers the id
+        let all = || self.by_id.get(&event.id).into_iter().flatten();
+        let stories = || all().filter_map(|uid| self.stories.get(uid));
+        stories().any(|it| it.event.reuses_id) && stories().any(Story::is_resolved)
     }
 
     /// Somebody's copy of it is in its stream, which JetStream takes for it.
@@ -561,6 +586,11 @@ impl Env {
         Ok(())
     }
 
+    /// Something that was committed is not stored.
+    pub fn has_unresolved(&self) -> bool {
+        self.check_all().is_err()
+    }
+
     fn check_all(&self) -> Result<(), String> {
         for event in self.pg.transactions.iter().flat_map(|it| &it.events) {
             if !self.is_resolved(event) {
@@ -613,6 +643,7 @@ impl World {
         match seed % 8 {
             3 => faults.push(Fault::HangUp),
             6 => faults.push(Fault::Flags),
+            4 if seed % 16 == 12 => faults.push(Fault::Namesake),
             _ => {}
         }
         let mut env = Env {
@@ -637,12 +668,15 @@ impl World {
             leaf_turn: 0,
             was_elsewhere: false,
             was_doubtful: false,
+            has_namesake: faults.contains(&Fault::Namesake),
+            swallowed: HashSet::new(),
             moved: [None; TOPICS + 1],
             setting: Setting::WIDE,
             earlier: Setting::WIDE,
             flags_changed: false,
             counted_otherwise: false,
             has_lost: false,
+            has_regressed: false,
             settings: HashMap::new(),
             key_was_touched: false,
             has_bare_copies: false,
@@ -895,7 +929,7 @@ impl World {
 pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
     for _ in 0..env.rng.usize(..8) {
         let flight = match relay.out.pop_front() {
-            Some(Wire::Publish(flight)) => flight,
+            Some(Wire::Publish(flight)) => *flight,
             Some(Wire::Ping) => {
                 relay.pongs += 1;
                 continue;
@@ -917,7 +951,9 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
         };
         let story = env.stories.get(&flight.uid);
         let is_mystery = story.is_some_and(|it| it.event.is_mystery) && flight.topic != PARKED;
+        let swallowed = env.swallow(&flight);
         let answer = match refuses {
+            _ if let Some(answer) = swallowed => answer,
             _ if is_mystery => Err(refused(400, 19999, "nobody knows")),
             0 => Err(AckError::NoResponders),
             1 => Err(refused(503, 10077, "no space left on device")),

@@ -10,6 +10,9 @@ use crate::outbox::batch::Event;
 use crate::outbox::position::Position;
 use std::time::Instant;
 
+/// So far before the end the last message of ours is read again with what came after it.
+const NEAR: u64 = 64;
+
 impl ExactlyOnce {
     /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
     pub(super) fn next_read(&mut self) -> Option<Next> {
@@ -22,10 +25,13 @@ impl ExactlyOnce {
             streams.find(|(_, stream)| stream.fence.is_broken() && stream.fence.waiting() == 0)?;
         let (known, end) = (stream.fence.known(), stream.gap_end());
         if end > known {
+            // the last of ours is read again, if it is near: the server may have lost it, and others have filled its place
+            let witness = stream.witness(&self.lineage).map(|it| it.seq);
+            let near = witness.filter(|seq| (*seq..seq + NEAR).contains(&known));
             connected.asked = Some(Asked::Gap(index));
             return Some(Next::Read {
                 stream: stream.name().to_string(),
-                from: known + 1,
+                from: near.unwrap_or(known + 1),
                 to: end,
             });
         }
@@ -54,7 +60,7 @@ impl ExactlyOnce {
         let asked = self.connection.as_mut().and_then(|it| it.asked.take());
         match asked {
             Some(Asked::Gap(index)) => {
-                self.on_gap(index, messages, now);
+                self.on_gap(index, messages, now)?;
                 Ok(None)
             }
             Some(Asked::Suspect { token, stream, seq }) => {
@@ -66,7 +72,12 @@ impl ExactlyOnce {
     }
 
     /// What came to a stream that refused something: late copies of our own publishes, and foreign messages.
-    fn on_gap(&mut self, index: usize, messages: Vec<(u64, Option<Message>)>, now: Instant) {
+    fn on_gap(
+        &mut self,
+        index: usize,
+        messages: Vec<(u64, Option<Message>)>,
+        now: Instant,
+    ) -> Result<(), Trouble> {
         let out: Vec<Position> = (self.window.events())
             .filter(|it| matches!(it.state, State::Resolved(_)))
             .map(|it| it.event.position())
@@ -74,10 +85,21 @@ impl ExactlyOnce {
         let resolved = self.reached.event.as_ref().map(Event::position);
         let resolved = resolved.unwrap_or_default().max(self.reached.before);
         let Some(connected) = &mut self.connection else {
-            return;
+            return Ok(());
         };
+        let stream = connected.streams.get(index);
+        let known = stream.map_or(0, |stream| stream.fence.known());
+        if let Some(stream) = stream
+            && let Some(witness) = stream.witness(&self.lineage)
+            && let Some((_, Some(found))) = messages.iter().find(|(seq, _)| *seq == witness.seq)
+            && !found.is_at(&witness.position, &self.lineage)
+        {
+            // R22
+            let cause = Cause::Disagrees(stream.name().to_string());
+            return Err(Trouble::Reconnect(cause));
+        }
         let (mut foreign, mut last) = (0, 0);
-        for (seq, message) in messages {
+        for (seq, message) in messages.into_iter().filter(|(seq, _)| *seq > known) {
             let Some(message) = message else {
                 self.doubt.on_gone(index, seq, None);
                 continue;
@@ -103,6 +125,7 @@ impl ExactlyOnce {
             self.tally.foreign += foreign;
         }
         self.restart(index, last);
+        Ok(())
     }
 
     /// What the event under `token` is called a duplicate of. R8.
