@@ -37,7 +37,7 @@ fn leaders_that_step_down_lose_repeat_and_reorder_nothing() {
             run.wait_for_relay("leaders stepping down");
         }
     }
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn nodes_killed_one_after_the_other_lose_repeat_and_reorder_nothing() {
             eventually("the node to catch up", secs(60), || caught_up(&cluster));
         }
     }
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// A replicated stream cannot be told which message must be the last one, so events may pass one that was refused
@@ -110,5 +110,5 @@ fn a_cluster_without_a_majority_loses_repeats_and_reorders_nothing() {
     cluster.nodes[2].thaw();
     cluster.nodes[1].start_again();
     run.wait_for_relay("two of three nodes away");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }

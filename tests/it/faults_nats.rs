@@ -23,7 +23,7 @@ fn a_restarted_or_killed_nats_server_loses_repeats_and_reorders_nothing() {
         nats.start_again();
         run.wait_for_relay("SIGKILL");
     }
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// Its connections stay open for the grace period, in which JetStream answers no more.
@@ -43,7 +43,7 @@ fn a_nats_server_in_lame_duck_mode_loses_repeats_and_reorders_nothing() {
         run.wait_for_relay("lame duck mode");
     }
     relay.wait_for_log("lame duck mode", secs(1));
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// At such a pace the relay is often hit while it connects or reads back.
@@ -59,7 +59,7 @@ fn a_nats_server_killed_again_and_again_loses_repeats_and_reorders_nothing() {
     }
     // a relay that is told to stop while it connects confirms nothing
     run.wait_for_relay("the last kill");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn a_nats_server_frozen_for_half_a_minute_loses_repeats_and_reorders_nothing() {
     throughout("the relay", secs(30), || relay.is_running());
     nats.thaw();
     run.wait_for_relay("30 s frozen");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// What stands in the socket of a frozen server is stored once it is thawed, after the relay has given the
@@ -97,7 +97,7 @@ fn a_nats_server_frozen_beyond_the_ack_timeout_stores_no_late_copies() {
         nats.thaw();
         run.wait_for_commits(50);
     }
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn a_relay_that_starts_against_a_frozen_nats_server_waits_for_it() {
     relay.wait_for_log("level=warn", secs(60));
     nats.thaw();
     run.wait_for_relay("frozen at the start");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// The walsender that serves the slot, and since when its session exists.
@@ -143,7 +143,7 @@ fn three_minutes_of_back_pressure_do_not_cost_the_session_to_postgres() {
     assert_eq!(walsender(&mut client), before);
     let peak_kb = relay.rss_peak_kb().expect("the relay runs");
     assert!(peak_kb < 32 * 1024, "resident set of {peak_kb} KiB");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// Repeats are caught by the message ids, and an event waits for the one before it under its subject.

@@ -44,7 +44,7 @@ impl Rig {
 
     #[track_caller]
     fn finish(self) {
-        self.run.finish(self.relay).assert_confirmed();
+        self.run.finish_confirmed(self.relay);
         drop(self.nats);
     }
 }

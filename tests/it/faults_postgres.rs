@@ -64,7 +64,7 @@ fn faults_of_postgres_lose_repeat_and_reorder_nothing() {
             run.wait_for_relay(name);
         }
     }
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// Each session begins with all that is held back: it is found stored, not published.
@@ -92,7 +92,7 @@ fn walsenders_terminated_at_any_moment_lose_repeat_and_reorder_nothing() {
         terminate_walsender(&run.pg);
     }
     run.wait_for_relay("the last end");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// A Postgres that shuts down waits until its walsenders have everything confirmed.
@@ -133,7 +133,7 @@ fn stops_while_jetstream_stands_still(backlog: fn(&Scenario)) {
     run.pg.start_again();
     nats.thaw();
     run.wait_for_relay("a stop of Postgres");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 #[track_caller]

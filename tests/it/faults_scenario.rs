@@ -15,6 +15,8 @@ use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
 use crate::support::truth::{self, Confirmed, Logged, TooEarly};
 use crate::support::wait::{eventually, secs};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use jetstream_outbox::postgres::Lsn;
 use serde_json::{Value, json};
@@ -79,15 +81,6 @@ impl fmt::Debug for Outcome {
 }
 
 impl Outcome {
-    /// With `--hold-back 0` a relay that stops in order leaves nothing to repeat.
-    #[track_caller]
-    pub fn assert_confirmed(&self) {
-        assert!(
-            self.confirmed >= self.last_end_lsn,
-            "not all is confirmed: {self:?}"
-        );
-    }
-
     /// A scenario shorter than the hold-back confirms nothing.
     #[track_caller]
     pub fn assert_held_back(&self) {
@@ -287,6 +280,34 @@ impl Scenario {
             log: relay.log(),
             ..outcome
         }
+    }
+
+    /// With `--hold-back 0` a relay that has caught up, and stops in order, leaves nothing to repeat.
+    #[track_caller]
+    pub fn finish_confirmed(mut self, relay: Relay) {
+        self.stop_writing();
+        let end = self.truth().last().map_or(Lsn::INVALID, |it| it.end_lsn);
+        // one that is told to stop between two sessions tells nobody how far it is
+        eventually("the record to have everything", DEADLINE, || {
+            let mut client = self.try_nats().map_err(|error| error.to_string())?;
+            let last = json!({ "last_by_subj": "$KV.jetstream_outbox.>" });
+            let found = client.try_api("STREAM.MSG.GET.KV_jetstream_outbox", &last);
+            let found = found.map_err(|error| error.to_string())?;
+            let value = found["message"]["data"].as_str().unwrap_or_default();
+            let value = BASE64_STANDARD.decode(value).unwrap_or_default();
+            let record: Value = serde_json::from_slice(&value).unwrap_or_default();
+            let stored = record["young"]["stored_lsn"].as_str();
+            let stored: Option<Lsn> = stored.and_then(|text| text.parse().ok());
+            match stored {
+                Some(lsn) if lsn >= end => Ok(()),
+                stored => Err(format!("{stored:?} of {end}")),
+            }
+        });
+        let outcome = self.finish(relay);
+        assert!(
+            outcome.confirmed >= outcome.last_end_lsn,
+            "not all is confirmed: {outcome:?}"
+        );
     }
 
     /// Judges messages that were read in another way; the relay must have ended.

@@ -247,7 +247,7 @@ fn a_stream_that_is_missing_is_waited_for() {
     run.wait_for_commits(300);
     nats.client().add_seed_stream();
     run.wait_for_relay("a missing stream");
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
 }
 
 /// The first event of the window is refused, because another's message stands in its place; none behind it
@@ -346,7 +346,7 @@ fn messages_of_others_cost_neither_order_nor_events() {
         .iter()
         .filter(|line| line.contains("others write to the streams of the events"))
         .count();
-    run.finish(relay).assert_confirmed();
+    run.finish_confirmed(relay);
     assert!(
         (1..=3).contains(&warned),
         "once a minute, not {warned} times"
