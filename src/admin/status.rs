@@ -158,7 +158,8 @@ pub fn run(config: &Config, how: &operation::Status) -> Result<Exit, Error> {
     }
 }
 
-/// What there is to say without NATS: where the slot stands, which may be what fills a disk. Empty if Postgres does not say it either.
+/// What there is to say without NATS: where the slot stands, which may be what fills a disk. After an error of Postgres that is nothing, or
+/// the error as JSON.
 fn without_nats(
     database: Option<&mut Database>,
     config: &Config,

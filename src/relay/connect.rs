@@ -253,17 +253,16 @@ impl Connector<'_> {
     fn catch_up(&self, link: &Link, info: &mut StreamInfo, acked_seq: u64) -> Result<(), Error> {
         let timeout = self.config.nats.request_timeout;
         let deadline = Instant::now() + CATCH_UP_LIMIT;
-        if info.state.last_seq < acked_seq && info.config.num_replicas > 1 {
+        let lags =
+            |info: &StreamInfo| info.state.last_seq < acked_seq && info.config.num_replicas > 1;
+        if lags(info) {
             log::info!(
                 stream = info.config.name.as_str(), last_seq = info.state.last_seq, acknowledged = acked_seq;
                 "the stream ends before what it had acknowledged: waiting for its leader to catch up, for {} s at most",
                 CATCH_UP_LIMIT.as_secs()
             );
         }
-        while info.state.last_seq < acked_seq
-            && info.config.num_replicas > 1
-            && Instant::now() < deadline
-        {
+        while lags(info) && Instant::now() < deadline {
             self.stop.wait(CATCH_UP_PAUSE);
             if self.stop.is_stopping() {
                 return Err(Error::Stopped);

@@ -557,11 +557,7 @@ fn a_tier_of_the_account_is_nearly_full() {
 
 #[test]
 fn a_stream_captures_what_is_the_buckets() {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     let subjects = json!({ "subjects": ["events.>", "$KV.>"] });
     rig.nats.client().add_stream_with(stream(&subjects));
     let report = check(&rig, &[], &[("nats.checkpoint", "fail")]);

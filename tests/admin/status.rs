@@ -2,8 +2,6 @@
 
 use crate::command::{command, on, run, servers};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
-use crate::support::nats::Nats;
-use crate::support::postgres::Postgres;
 use crate::support::process::Process;
 use crate::support::wait::{eventually, secs, throughout};
 use serde_json::{Value, json};
@@ -104,11 +102,7 @@ fn wait_for_lag(rig: &Rig, what: &str) {
 /// What one stream has refused stands before what another one has taken.
 #[test]
 fn an_event_that_one_of_several_streams_lacks_is_lag() {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     for (name, subjects) in [
         ("A", "events.account.>"),
         ("O", "events.order.>"),

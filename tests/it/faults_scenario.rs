@@ -8,6 +8,7 @@
 //! A poller notes `confirmed_flush_lsn` with the time throughout. The server's own time of each message
 //! then tells whether anything was ever confirmed before it was stored.
 
+use crate::operators_bucket::try_record;
 use crate::support::nats::Nats;
 use crate::support::natsclient::{NatsClient, StreamMessage};
 use crate::support::oracle::{Event, Expected};
@@ -15,8 +16,6 @@ use crate::support::postgres::Postgres;
 use crate::support::relay::Relay;
 use crate::support::truth::{self, Confirmed, Logged, TooEarly};
 use crate::support::wait::{eventually, secs};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use jetstream_outbox::postgres::Lsn;
 use serde_json::{Value, json};
@@ -290,12 +289,8 @@ impl Scenario {
         // one that is told to stop between two sessions tells nobody how far it is
         eventually("the record to have everything", DEADLINE, || {
             let mut client = self.try_nats().map_err(|error| error.to_string())?;
-            let last = json!({ "last_by_subj": "$KV.jetstream_outbox.>" });
-            let found = client.try_api("STREAM.MSG.GET.KV_jetstream_outbox", &last);
-            let found = found.map_err(|error| error.to_string())?;
-            let value = found["message"]["data"].as_str().unwrap_or_default();
-            let value = BASE64_STANDARD.decode(value).unwrap_or_default();
-            let record: Value = serde_json::from_slice(&value).unwrap_or_default();
+            let (_, value) = try_record(&mut client).map_err(|error| error.to_string())?;
+            let record: Value = serde_json::from_slice(&value).expect("a record");
             let stored = record["young"]["stored_lsn"].as_str();
             let stored: Option<Lsn> = stored.and_then(|text| text.parse().ok());
             match stored {

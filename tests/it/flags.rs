@@ -3,7 +3,7 @@
 
 use crate::operators::{capture, edit};
 use crate::operators_bucket::record;
-use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM, counted};
 use crate::support::natsclient::NatsClient;
 use crate::support::relay::halts;
 use serde_json::json;
@@ -299,4 +299,27 @@ fn another_publication_that_is_accepted_within_a_transaction_loses_nothing() {
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids, (1..=ROWS).collect::<Vec<_>>());
+}
+
+/// JetStream knows the ids, and says of each event that it is a duplicate of one at another place: it is the same one.
+#[test]
+fn what_jetstream_remembers_of_another_publication_is_no_other_event() {
+    let rig = Rig::start_with_tables(TABLES);
+    rig.pg.execute(
+        "CREATE PUBLICATION both_tables FOR TABLE outbox, orders; CREATE PUBLICATION one FOR TABLE outbox",
+    );
+    let earlier = ["-publication=both_tables", "-table=outbox"];
+    rig.pg.execute(&row("outbox", "1"));
+    rig.drain(&earlier);
+    let mut client = rig.nats.client();
+    let (subject, older) = record(&mut client);
+    let rows = ["orders", "outbox", "outbox"].iter().zip(["x", "2", "3"]);
+    let rows: Vec<String> = rows.map(|(table, id)| row(table, id)).collect();
+    rig.pg
+        .execute(&format!("BEGIN; {}; COMMIT", rows.join("; ")));
+    rig.drain(&earlier);
+    client.publish(&subject, &[], &older);
+    let log = rig.drain(&["-publication=one", "-table=outbox", "-resume-anyway"]);
+    assert_eq!(rig.ids(), ["1", "2", "3"]);
+    assert_eq!(counted(&log, "dropped"), 0, "{log:#?}");
 }

@@ -188,11 +188,7 @@ fn what_authentication_and_tls_lack_ends_the_relay_unless_another_host_may_come_
 
 #[test]
 fn a_stream_that_cannot_carry_the_promises_is_refused_and_one_with_limits_warned_of_once() {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     rig.commit_event(1, "a");
     // nats-server removes the folder of all streams with the last of them, and at its leisure: so one stays,
     // and each has another name
@@ -269,11 +265,7 @@ fn a_stream_that_cannot_carry_the_promises_is_refused_and_one_with_limits_warned
 
 #[test]
 fn what_is_missing_in_nats_is_waited_for_and_named() {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     rig.commit_event(1, "a");
     let relay = rig.relay(&[]);
     let said = relay.wait_for_log("no stream captures it", DEADLINE);

@@ -25,13 +25,18 @@ fn delete_bucket(client: &mut NatsClient) {
 
 /// The record's subject, and its value.
 pub fn record(client: &mut NatsClient) -> (String, Vec<u8>) {
+    try_record(client).expect("read the record")
+}
+
+/// The same while NATS may be away, or nothing is written yet.
+pub fn try_record(client: &mut NatsClient) -> std::io::Result<(String, Vec<u8>)> {
     let last = json!({ "last_by_subj": "$KV.jetstream_outbox.>" });
-    let found = client.api(&format!("STREAM.MSG.GET.{BUCKET}"), &last);
+    let found = client.try_api(&format!("STREAM.MSG.GET.{BUCKET}"), &last)?;
     let message = &found["message"];
     let value = message["data"].as_str().expect("a value");
     let subject = message["subject"].as_str().expect("a subject");
     let value = BASE64_STANDARD.decode(value).expect("base64");
-    (subject.to_string(), value)
+    Ok((subject.to_string(), value))
 }
 
 #[test]

@@ -21,11 +21,7 @@ const AT_ONCE: [&str; 2] = ["--hold-back", "0"];
 
 /// The stream of the events forgets ids at once, so that JetStream does not help by knowing them.
 fn forgetful() -> Rig {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     rig.nats.client().add_stream_with(json!({
         "name": STREAM, "subjects": ["events.>"], "duplicate_window": 100_000_000,
     }));
@@ -353,11 +349,7 @@ fn a_sourced_copy_that_takes_its_streams_place_gets_nothing_twice() {
 /// While the source is there, its copies in another of our streams prove nothing and hinder nothing.
 #[test]
 fn a_stream_of_ours_that_copies_another_of_ours_hinders_nothing() {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     let mut client = rig.nats.client();
     client.add_stream("A", &["events.account.>"]);
     client.add_stream_with(json!({
@@ -507,11 +499,7 @@ fn eight_relays_on_one_replicated_stream_keep_their_connections_and_their_order(
 /// What is consumed from a work queue, by a consumer that never rests.
 #[test]
 fn a_work_queue_that_is_consumed_loses_and_repeats_nothing_over_crashes_at_load() {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     let mut client = rig.nats.client();
     client.add_stream_with(
         json!({ "name": STREAM, "subjects": ["events.>"], "retention": "workqueue" }),

@@ -4,9 +4,7 @@ use crate::operators::{
     Load, assert_each_once, capture, edit, events, ids, insert, stop, wait_for_confirmation,
 };
 use crate::rig::{DEADLINE, Rig, uuid};
-use crate::support::nats::Nats;
 use crate::support::natsclient::NatsClient;
-use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, pause, secs};
 use serde_json::{Value, json};
 
@@ -24,11 +22,7 @@ fn two_streams() -> Rig {
 }
 
 fn with_streams(add: impl FnOnce(&mut NatsClient)) -> Rig {
-    let rig = Rig {
-        pg: Postgres::start(),
-        nats: Nats::start(),
-    };
-    rig.pg.seed_setup();
+    let rig = Rig::start_without_stream();
     add(&mut rig.nats.client());
     rig
 }

@@ -38,6 +38,16 @@ impl Rig {
         rig
     }
 
+    /// With the seed's table, publication and slot, and no stream.
+    pub fn start_without_stream() -> Rig {
+        let rig = Rig {
+            pg: Postgres::start(),
+            nats: Nats::start(),
+        };
+        rig.pg.seed_setup();
+        rig
+    }
+
     /// With the seed's stream, the tables that `sql` makes, a publication for all tables, and then the slot.
     pub fn start_with_tables(sql: &str) -> Rig {
         let rig = Rig {

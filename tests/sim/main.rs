@@ -12,7 +12,8 @@
 //! connection too; a crashed server answers nothing for two seconds; publishes arrive at most 50 s late, within the
 //! deduplication window; a topic with such publishes on their way is not moved back; Postgres is not restored or promoted once more
 //! before the relay has seen it; without a record, a stream that has left the prefix is not found; a stream that has left the
-//! prefix does not lose its end.
+//! prefix does not lose its end; flags are changed while nothing is on its way, and not with a bucket that was lost or put back; and
+//! who has changed what Postgres sends halts where a stream has lost something since.
 //!
 //! `SIM_SEEDS=n` and `SIM_FIRST=n` choose other seeds, `SIM_SEED=n` one alone, with its trace; `SIM_RULE=n` one rule.
 

@@ -1,11 +1,10 @@
 //! The torture: everything fails at random while writers write, and the whole stream is judged at the end.
 //!
 //! Writers commit and roll back transactions of 1 to 5,000 rows side by side. Meanwhile the relay, its network,
-//! nats-server and Postgres are killed, frozen, cut off, and put back, by a seeded generator, see [`faults`]; each relay is started with
-//! other flags of the same meaning. Then
-//! all is healed, and the stream must hold what Postgres' log says was committed: each event once, in the order of
-//! the commits, with its payload; nothing may have been confirmed before it was stored for the hold-back;
-//! and no relay may have ended but by our signals.
+//! nats-server and Postgres are killed, frozen, cut off, and put back, by a seeded generator, see [`faults`]; and each relay
+//! is started with other flags of the same meaning. Then all is healed, and the stream must hold what Postgres' log says was
+//! committed: each event once, in the order of the commits, with its payload; nothing may have been confirmed before it was
+//! stored for the hold-back; and no relay may have ended but by our signals.
 //!
 //! A third setup has operators at work too, who move subjects between streams, split, merge, fill and delete these, and put
 //! Postgres back to a snapshot or to clones of one, with foreign messages and a second service beside, see [`operators`]. There
