@@ -223,28 +223,40 @@ impl fmt::Display for Origin {
 /// The most origins that are remembered; a publisher meets as many as it has streams.
 const MAX_ORIGINS: usize = 64;
 
+/// So many acks share one reference, then a new one is made: two threads that count at one place wait for each other.
+const MAX_SHARED: usize = 64;
+
 /// The origins met so far, so that an ack costs no memory of its own: it bears a counted reference, and to compare two that
 /// come from one place is to compare two addresses.
 #[derive(Debug, Default)]
-pub struct Origins(Vec<Arc<Origin>>);
+pub struct Origins {
+    met: Vec<Arc<Origin>>,
+    asked: usize,
+}
 
 impl Origins {
     /// The origin of this name. The last one asked for is found first.
     fn intern(&mut self, stream: &str, domain: &str) -> Arc<Origin> {
         let is_it = |origin: &Arc<Origin>| origin.stream == stream && origin.domain == domain;
-        if let Some(at) = self.0.iter().rposition(is_it) {
-            let last = self.0.len() - 1;
-            self.0.swap(at, last);
-            return self.0.get(last).cloned().unwrap_or_default();
+        if let Some(at) = self.met.iter().rposition(is_it) {
+            let last = self.met.len() - 1;
+            self.met.swap(at, last);
+            self.asked = (self.asked + 1) % MAX_SHARED;
+            if let Some(origin) = self.met.get_mut(last)
+                && self.asked == 0
+            {
+                *origin = Arc::new(Origin::clone(origin));
+            }
+            return self.met.get(last).cloned().unwrap_or_default();
         }
         let origin = Arc::new(Origin {
             stream: stream.into(),
             domain: domain.into(),
         });
-        if self.0.len() == MAX_ORIGINS {
-            self.0.clear();
+        if self.met.len() == MAX_ORIGINS {
+            self.met.clear();
         }
-        self.0.push(origin.clone());
+        self.met.push(origin.clone());
         origin
     }
 }
@@ -453,7 +465,7 @@ mod tests {
         for number in 0..1000 {
             from(&format!(r#"{{"stream":"S{number}","seq":1}}"#));
         }
-        assert!(origins.0.len() <= MAX_ORIGINS);
+        assert!(origins.met.len() <= MAX_ORIGINS);
     }
 
     #[test]
