@@ -329,7 +329,7 @@ impl<'a> Session<'a> {
         };
         let known = Known {
             also,
-            ..Known::of_record(&self.store, confirmed_lsn, Instant::now())
+            ..Known::of_record(&mut self.store, confirmed_lsn, Instant::now())
         };
         let (link, found) = connector.resume(found, &self.store, known)?;
         // another relay may have published while this one read: the WAL that it did so from ends behind all that was read

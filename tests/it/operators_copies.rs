@@ -1,7 +1,7 @@
 //! Mirrors promoted, streams moved by sources, backups restored: the procedures of the manual, step by step.
 
 use crate::operators::{Load, capture, edit, insert, stop};
-use crate::rig::{DEADLINE, Rig, STREAM, uuid};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM, uuid};
 use crate::support::natsclient::NatsClient;
 use crate::support::relay::halts;
 use crate::support::wait::eventually;
@@ -189,6 +189,35 @@ fn a_stream_that_is_restored_from_a_young_backup_is_completed() {
     let said = "going back to where the checkpoint and the streams agree";
     assert!(log.iter().any(|line| line.contains(said)), "{log:#?}");
     assert_eq!(all_ids(&mut client, STREAM), numbered(10));
+}
+
+/// Whichever cut is gone back to after that: the slot sends nothing before the place that it was moved to.
+#[test]
+fn a_stream_that_loses_its_end_after_a_moved_slot_was_accepted_gets_it_back() {
+    let rig = Rig::start();
+    let mut client = rig.nats.client();
+    for number in 1..=2 {
+        rig.pg.execute(&insert(number, "account"));
+    }
+    rig.drain(&[]);
+    let backup = client.snapshot(STREAM);
+    // nobody publishes it, as the operator knows
+    rig.pg.execute(&insert(3, "account"));
+    rig.pg.execute(&format!(
+        "SELECT pg_replication_slot_advance('{SLOT}', pg_current_wal_lsn())"
+    ));
+    halts(
+        rig.relay(&[]),
+        78,
+        &["moved by somebody else", "-resume-anyway"],
+    );
+    rig.pg.execute(&insert(4, "account"));
+    rig.drain(&["--resume-anyway"]);
+    client.api(&format!("STREAM.DELETE.{STREAM}"), &Value::Null);
+    client.restore(&backup);
+    rig.drain(&[]);
+    let expected = [1, 2, 4].map(uuid);
+    assert_eq!(all_ids(&mut client, STREAM), expected);
 }
 
 /// The slot no longer has what is missing: the relay says so, and goes on when it is told to.

@@ -6,7 +6,8 @@
 //! come in order, what comes after a later event is marked late, nothing at or before the record's anchor is published, nothing
 //! is dropped whose id is its own, nothing is put aside that neither server nor stream refuses; nothing is confirmed that was not received, is not stored, or that the record does not tell.
 //! Once the faults are over everything committed is stored and confirmed within a bounded time. A run halts only if that is
-//! due: Postgres was restored or cloned, the slot was moved, another stream answers.
+//! due: Postgres was restored or cloned, the slot was moved, another stream answers. In a quarter of the seeds the operator then
+//! passes `-resume-anyway`, as he is told, and all of it holds on, but for what he has accepted.
 //!
 //! What is beyond the proof, and left out: a replicated stream loses something only with all its servers, and then the
 //! connection too; a crashed server answers nothing for two seconds; publishes arrive at most 50 s late, within the

@@ -348,6 +348,7 @@ impl World {
                 trace!(env, "the bucket is lost");
                 env.key.lose();
                 env.key_was_touched = true;
+                env.forget_accepted();
             }
             Fault::KeyBack => {
                 let age = Duration::from_secs(env.rng.u64(..20));
@@ -355,6 +356,7 @@ impl World {
                 if let Some(time) = env.now.checked_sub(age) {
                     env.key.put_back(time);
                     env.key_was_touched = true;
+                    env.forget_accepted();
                 }
             }
             _ => {

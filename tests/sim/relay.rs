@@ -11,6 +11,7 @@ use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::{Batch, Change};
 use jetstream_outbox::outbox::lineage::Lineage;
 use jetstream_outbox::outbox::park;
+use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
 use jetstream_outbox::relay::checkpoint::record::StreamCut;
 use jetstream_outbox::relay::checkpoint::store::{Identity, Overtaken, Store, Write};
@@ -22,7 +23,7 @@ use jetstream_outbox::relay::core::exactly_once::{Connection, ExactlyOnce};
 use jetstream_outbox::relay::core::resume::facts::{Facts, Known, StreamFacts};
 use jetstream_outbox::relay::core::resume::{Answer as Found, Read, Resume};
 use jetstream_outbox::relay::core::rules::Rule;
-use jetstream_outbox::relay::core::trouble::{Cause, Trouble};
+use jetstream_outbox::relay::core::trouble::{Cause, Halt, Trouble};
 use jetstream_outbox::relay::core::window::Limits;
 use jetstream_outbox::relay::core::{Core, Next};
 use std::collections::VecDeque;
@@ -52,6 +53,14 @@ pub enum End {
     OtherFlags(String),
     /// A promise is broken.
     Broken(String),
+}
+
+/// What the operator has accepted with `-resume-anyway`; as in `relay::session`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accepted {
+    Nothing,
+    Loss,
+    OtherWal,
 }
 
 /// What is connected so far.
@@ -108,6 +117,7 @@ pub enum Wire {
 pub struct Relay {
     pub name: u64,
     pub setting: Setting,
+    pub accepted: Accepted,
     store: Store,
     session: Option<Session>,
     stage: Stage,
@@ -134,6 +144,12 @@ pub struct Relay {
     unrecorded: Option<Instant>,
 }
 
+/// Of these halts `-resume-anyway` makes a start with another WAL.
+fn is_other_wal(why: &str) -> bool {
+    let others = ["Discontinuous", "NotSent", "OtherId"];
+    others.iter().any(|it| why.starts_with(it))
+}
+
 /// R18.
 fn lineage(env: &Env) -> Lineage {
     let mut lineage = env.pg.lineage();
@@ -157,6 +173,7 @@ impl Relay {
         Relay {
             name,
             setting,
+            accepted: Accepted::Nothing,
             store: Store::new(identity, hold_back, now),
             session: None,
             stage: Stage::Down,
@@ -201,6 +218,19 @@ impl Relay {
                 Ok(())
             }
             Err(End::Session(why)) => {
+                if self.session.as_ref().is_some_and(|it| it.is_streaming) {
+                    self.accepted = Accepted::Nothing;
+                }
+                self.end_session(env, &why);
+                Ok(())
+            }
+            Err(End::Halt(why)) if self.accepted == Accepted::Loss && is_other_wal(&why) => {
+                self.accepted = Accepted::OtherWal;
+                self.end_session(env, &why);
+                Ok(())
+            }
+            Err(End::OtherFlags(why)) if self.accepted == Accepted::Loss => {
+                self.accepted = Accepted::OtherWal;
                 self.end_session(env, &why);
                 Ok(())
             }
@@ -309,6 +339,7 @@ impl Relay {
         if session.core.is_none()
             && let Some(record) = self.store.held()
             && record.is_exceeded(session.confirmed)
+            && self.accepted == Accepted::Nothing
             && !env.is_off(Rule::Told)
         {
             return Err(End::Halt(format!(
@@ -338,7 +369,12 @@ impl Relay {
         let known = match own_cut {
             Some(cut) => Known::of_core(cut),
             None => {
-                let mut known = Known::of_record(&self.store, session.confirmed, env.now);
+                let also = match self.accepted {
+                    Accepted::OtherWal => self.store.disown(),
+                    Accepted::Nothing | Accepted::Loss => Vec::new(),
+                };
+                let known = Known::of_record(&mut self.store, session.confirmed, env.now);
+                let mut known = Known { also, ..known };
                 if env.is_off(Rule::FallBack) {
                     known.cuts.truncate(1);
                 }
@@ -371,7 +407,7 @@ impl Relay {
             lineage: session.lineage.clone(),
             known,
             streams,
-            accept_loss: false,
+            accept_loss: self.accepted != Accepted::Nothing,
         };
         facts.forget_left(&mut missing);
         let connection = Unresumed {
@@ -468,11 +504,13 @@ impl Relay {
             resumed.gone,
             resumed.unfenced
         );
-        if let Some(unfenced) = resumed.unfenced {
+        let accepted = self.accepted;
+        if let Some(unfenced) = resumed.unfenced.filter(|_| accepted == Accepted::Nothing) {
             return Err(End::Halt(format!("unfenced: {unfenced:?}")));
         }
         let flags = self.setting.flags();
-        if session.core.is_none() && !env.is_off(Rule::Flags) && resumed.is_mixed(&flags) {
+        let is_mixed = resumed.is_mixed(&flags) && accepted != Accepted::OtherWal;
+        if session.core.is_none() && !env.is_off(Rule::Flags) && is_mixed {
             return Err(End::OtherFlags(format!("{}", resumed.anchor)));
         }
         let fell_back = session.core.is_none() && resumed.fell_back();
@@ -487,7 +525,8 @@ impl Relay {
             Some(Core::AtLeastOnce(_)) => unreachable!("exactly-once"),
             None => {
                 let anchor = &connection.resumed.anchor;
-                let continuity = match env.is_off(Rule::Continuity) {
+                let is_accepted = accepted == Accepted::OtherWal;
+                let continuity = match is_accepted || env.is_off(Rule::Continuity) {
                     true => Ok(Continuity::accepted(session.wal_end, flags)),
                     false => {
                         let (confirmed, wal_end) = (session.confirmed, session.wal_end);
@@ -500,7 +539,10 @@ impl Relay {
                         )
                     }
                 };
-                let continuity = continuity.map_err(|broken| End::Halt(format!("{broken:?}")))?;
+                let continuity = continuity.map_err(|broken| {
+                    let halt = Halt::Discontinuous(broken);
+                    End::Halt(format!("{halt:?}"))
+                })?;
                 let limits = Limits {
                     inflight: env.rng.usize(1..12),
                     inflight_bytes: 1 << 20,
@@ -523,6 +565,11 @@ impl Relay {
         let Some(Core::ExactlyOnce(core)) = &mut session.core else {
             return Ok(());
         };
+        match accepted {
+            Accepted::Nothing => {}
+            Accepted::Loss => env.accept_loss(core.resolved_before(), confirmed),
+            Accepted::OtherWal => env.accept_loss(Position::default(), confirmed),
+        }
         let cut = core.cut_to_record();
         let end = |name: &str| core.end_of(name);
         let write = self.store.claim(cut, fell_back, end, confirmed, env.now);
@@ -568,6 +615,7 @@ impl Relay {
         let Some(session) = self.session.as_mut().filter(|it| !it.is_streaming) else {
             return Ok(());
         };
+        env.on_accepted(self.accepted);
         if let Some(Core::ExactlyOnce(core)) = &session.core {
             session.is_streaming = true;
             session.earlier_upto = core.earlier_upto();

@@ -3,7 +3,7 @@
 use crate::nats::{Answer, Flight, Key, Stream, refused};
 use crate::operator::Fault;
 use crate::postgres::{Event, OTHER_ID, PARKED, Postgres, Setting, TOPICS, Transaction};
-use crate::relay::{End, HOLD_BACK, Relay, Wire};
+use crate::relay::{Accepted, End, HOLD_BACK, Relay, Wire};
 use jetstream_outbox::jetstream::ack::{AckError, Origin, PubAck};
 use jetstream_outbox::nats::EndedBy;
 use jetstream_outbox::outbox::batch::Fate;
@@ -73,6 +73,8 @@ pub struct Env {
     off: Option<Rule>,
     /// The slot was moved beyond what the record tells.
     pub moved_slot: bool,
+    /// The operator has passed `-resume-anyway`.
+    pub was_accepted: bool,
     pub rng: fastrand::Rng,
     pub now: Instant,
     pub begun: Instant,
@@ -207,6 +209,41 @@ impl Env {
             self,
             "commit {} {events:?}, ends at {}", transaction.commit_lsn, transaction.end_lsn
         );
+    }
+
+    /// The operator has accepted what is lost: what the streams lack up to `resolved`, and what the slot does not send.
+    pub fn accept_loss(&mut self, resolved: Position, confirmed: Lsn) {
+        trace!(
+            self,
+            "accepted: what is lost up to {resolved} or {confirmed}"
+        );
+        for transaction in &self.pg.transactions {
+            for event in &transaction.events {
+                let is_over = transaction.end_lsn <= confirmed || event.position <= resolved;
+                if let Some(story) = self.stories.get_mut(&event.uid).filter(|_| is_over) {
+                    story.given_up |= !story.is_resolved();
+                }
+            }
+        }
+        (self.moved_slot, self.was_accepted) = (false, true);
+    }
+
+    /// Nothing tells any more what was accepted.
+    pub fn forget_accepted(&mut self) {
+        if self.was_accepted {
+            self.due = Some("forgotten");
+        }
+    }
+
+    /// A relay goes on with what was accepted: it has no reason to halt any more. Before another WAL is seen to be another, it may
+    /// be found to be so later.
+    pub fn on_accepted(&mut self, accepted: Accepted) {
+        let is_over = match accepted {
+            Accepted::Nothing => false,
+            Accepted::Loss => self.due == Some("slot moved"),
+            Accepted::OtherWal => true,
+        };
+        self.due = self.due.filter(|_| !is_over);
     }
 
     /// The events of these transactions need not be published any more.
@@ -492,11 +529,11 @@ impl Env {
             .iter()
             .filter_map(|uid| self.stories.get(uid))
             .any(|it| it.event.reuses_id);
-        // it was stored, and somebody has taken it, which the relay does not know by a record that was put back, or by a cut that it
-        // went back to
+        // it was stored, and somebody has taken it, which the relay does not know by a record that was put back or disowned, or
+        // by a cut that it went back to
         let stories = uids.iter().filter_map(|uid| self.stories.get(uid));
         let mut copies = stories.flat_map(|it| &it.copies);
-        let was_stored = (self.key_was_touched || self.has_regressed)
+        let was_stored = (self.key_was_touched || self.has_regressed || self.was_accepted)
             && copies.any(|copy| copy.state == State::Gone);
         if !reused && self.due.is_none() && !was_stored {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
@@ -616,6 +653,10 @@ pub struct World {
     halted: Option<String>,
     /// No relay has come up since the flags were refused.
     pub were_refused: bool,
+    /// So often the operator still passes `-resume-anyway` where a halt says so.
+    anyways: u32,
+    /// He does, until a relay comes up.
+    is_accepting: bool,
 }
 
 /// How a run ended that broke no promise.
@@ -649,6 +690,7 @@ impl World {
         let mut env = Env {
             off,
             moved_slot: false,
+            was_accepted: false,
             now,
             begun: now,
             is_healed: false,
@@ -697,6 +739,8 @@ impl World {
             repeats: VecDeque::new(),
             halted: None,
             were_refused: false,
+            anyways: if seed % 4 == 1 { 3 } else { 0 },
+            is_accepting: false,
         }
     }
 
@@ -764,10 +808,30 @@ impl World {
         match outcome {
             Ok(()) => Ok(self.halted.clone()),
             Err(End::Broken(why)) => Err(why),
-            Err(End::Halt(why)) => Ok(Some(why)),
-            Err(End::OtherFlags(why)) => Ok(self.on_other_flags(why)),
+            Err(End::Halt(why)) => Ok(self.resume_anyway(why)),
+            Err(End::OtherFlags(why)) => {
+                let why = self.on_other_flags(why);
+                Ok(why.and_then(|why| self.resume_anyway(why)))
+            }
             Err(End::Connection(why) | End::Session(why)) => Err(format!("not handled: {why}")),
         }
+    }
+
+    /// The operator does what a halt says. `Some`: it says something else, or he has had enough.
+    fn resume_anyway(&mut self, why: String) -> Option<String> {
+        let says_so = self.env.due != Some("elsewhere");
+        if self.anyways == 0 || !says_so || self.on_halt(why.clone()).is_err() {
+            return Some(why);
+        }
+        trace!(self.env, "the operator passes -resume-anyway");
+        self.anyways -= 1;
+        self.is_accepting = true;
+        if let Some(mut relay) = self.relay.take() {
+            relay.hang_up(&mut self.env);
+        }
+        // that takes him a while: nothing is on its way any more
+        self.env.forget_all_late();
+        None
     }
 
     /// The operator takes the earlier flags again, as he is told.
@@ -792,6 +856,7 @@ impl World {
             zombies,
             relays,
             were_refused,
+            is_accepting,
             ..
         } = self;
         let new = *relays;
@@ -800,7 +865,13 @@ impl World {
             false => HOLD_BACK,
         };
         env.settings.insert(format!("relay-{new}"), env.setting);
-        let relay = relay.get_or_insert_with(|| Relay::new(new, env.setting, hold_back, env.now));
+        let relay = relay.get_or_insert_with(|| {
+            let mut relay = Relay::new(new, env.setting, hold_back, env.now);
+            if *is_accepting {
+                relay.accepted = Accepted::Loss;
+            }
+            relay
+        });
         *relays = (*relays).max(relay.name + 1);
         for _ in 0..much {
             relay.receive(env);
@@ -810,6 +881,7 @@ impl World {
         if relay.is_up() {
             *were_refused = false;
             env.earlier = relay.setting;
+            *is_accepting = false;
         }
         let mut index = 0;
         while index < zombies.len() {

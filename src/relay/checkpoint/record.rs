@@ -112,7 +112,7 @@ impl Cut {
     }
 
     /// What was committed before `lsn` is resolved, whatever became of it: the slot does not send it any more.
-    pub fn move_to(&mut self, lsn: Lsn) {
+    fn move_to(&mut self, lsn: Lsn) {
         if self.anchor.position.commit_lsn < lsn {
             self.anchor = Anchor::bare(lsn);
             self.stored_lsn = self.stored_lsn.max(lsn);
@@ -195,6 +195,17 @@ impl Record {
     /// A slot at `confirmed_lsn` was moved or re-created by somebody else: Postgres was not told that much.
     pub fn is_exceeded(&self, confirmed_lsn: Lsn) -> bool {
         confirmed_lsn > self.told_lsn
+    }
+
+    /// The slot was moved to `confirmed_lsn`, which is accepted: whichever cut is resumed with, now or later, the slot sends
+    /// nothing before that.
+    pub fn move_to(&mut self, confirmed_lsn: Lsn) {
+        let ripening = self.ripening.iter_mut().map(|ripening| &mut ripening.cut);
+        let older = ripening.chain(&mut self.matured);
+        older
+            .chain([&mut self.young])
+            .for_each(|cut| cut.move_to(confirmed_lsn));
+        self.told_lsn = self.told_lsn.max(confirmed_lsn);
     }
 
     /// Its cuts, the youngest first.

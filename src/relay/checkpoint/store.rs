@@ -189,6 +189,14 @@ impl Store {
         self.held.as_ref()
     }
 
+    /// The slot stands at `confirmed_lsn`, whoever has moved it there.
+    pub fn accept_slot(&mut self, confirmed_lsn: Lsn) {
+        let held = self.held.as_mut();
+        if let Some(record) = held.filter(|record| record.is_exceeded(confirmed_lsn)) {
+            record.move_to(confirmed_lsn);
+        }
+    }
+
     /// The record is of another WAL, which is accepted: neither its cuts nor what Postgres was told count for this one. Returns
     /// the streams that it names: what they hold is evidence as before, also where it captures nothing of ours any more.
     pub fn disown(&mut self) -> Vec<String> {
@@ -512,6 +520,7 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::Anchor;
     use super::super::record::tests::{cut, flags, record};
     use super::*;
     use crate::jetstream::ack::ApiError;
@@ -624,6 +633,28 @@ mod tests {
         let matured = claim.matured.expect("it stays");
         assert_eq!(matured.streams[0].read_after, 0x9);
         assert_eq!(matured.streams[0].witness, cut(0x10).streams[0].witness);
+    }
+
+    #[test]
+    fn a_moved_slot_that_is_accepted_moves_every_cut() {
+        let start = Instant::now();
+        let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
+        let told = Lsn(0x35);
+        store.accept_slot(told);
+        assert_eq!(store.held(), Some(&record(0x30, 0x20, 0x10)));
+        let moved = Lsn(0x40);
+        store.accept_slot(moved);
+        let held = store.held().expect("it was read");
+        assert!(!held.is_exceeded(moved));
+        for cut in held.cuts() {
+            assert_eq!((&cut.anchor, cut.stored_lsn), (&Anchor::bare(moved), moved));
+        }
+        // and so it is written
+        let young = held.young.clone();
+        let claim = store.claim(young, false, |_| Some(9), moved, start);
+        let claim: Record = serde_json::from_slice(&claim.body).unwrap();
+        let anchors: Vec<_> = claim.cuts().map(|cut| cut.anchor.clone()).collect();
+        assert_eq!(anchors, [(); 3].map(|()| Anchor::bare(moved)));
     }
 
     #[test]

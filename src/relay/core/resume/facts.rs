@@ -61,12 +61,10 @@ impl Known {
 
     /// A session starts: what the record says. A slot at `confirmed_lsn` that was moved by somebody else is taken as it is:
     /// whoever cannot accept that has halted before (R20).
-    pub fn of_record(store: &Store, confirmed_lsn: Lsn, now: Instant) -> Known {
-        let (mut cuts, oldest_is_matured) = store.cuts(now);
+    pub fn of_record(store: &mut Store, confirmed_lsn: Lsn, now: Instant) -> Known {
+        store.accept_slot(confirmed_lsn);
+        let (cuts, oldest_is_matured) = store.cuts(now);
         let held = store.held();
-        if held.is_some_and(|record| record.is_exceeded(confirmed_lsn)) {
-            cuts.iter_mut().for_each(|cut| cut.move_to(confirmed_lsn));
-        }
         Known {
             cuts,
             goes_on: false,
