@@ -18,7 +18,7 @@
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
 //! | [`nats`] | the one connection to NATS: handshake, TLS, protocol; knows no JetStream |
 //! | [`postgres`] | connection strings, TLS, authentication, the replication stream, pgoutput |
-//! | [`lookup`], `random`, `loopback` | under both: addresses of a host, names that nobody else has, a socket for one client |
+//! | [`lookup`], `random`, `loopback`, `uri` | under both: addresses of a host, names that nobody else has, a socket for one client, percent-encoding |
 //!
 //! The manual for whoever runs it is [`manual`]; [`manual::_15_architecture`] follows one row through the code.
 //!
@@ -46,3 +46,4 @@ pub mod outbox;
 pub mod postgres;
 mod random;
 pub mod relay;
+mod uri;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// From the ground up. What stands beside each other in a row knows nothing of the other.
 const LAYERS: &[&[&str]] = &[
-    &["random"],
+    &["random", "uri"],
     &["lookup", "loopback", "exit", "cli", "logging"],
     &["nats", "postgres"],
     &["outbox"],
