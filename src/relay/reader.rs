@@ -18,7 +18,7 @@ use crate::outbox::mapper::Mapper;
 use crate::outbox::plan::{Place, Value};
 use crate::outbox::position::Position;
 use crate::postgres::error::ServerError;
-use crate::postgres::pgoutput::{self, DecodeError, Message, TupleValue};
+use crate::postgres::pgoutput::{self, DecodeError, Message};
 use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crate::postgres::sqlstate::Meaning;
@@ -560,12 +560,7 @@ impl Reader<'_> {
             Message::Insert { relation_id, tuple } => {
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
                 let place = transaction.next_place(self.resolved);
-                let values = tuple.iter().map(|value| match value {
-                    TupleValue::Null => Value::Null,
-                    TupleValue::UnchangedToast => Value::UnchangedToast,
-                    TupleValue::Text(text) => Value::Text(text),
-                    TupleValue::Binary(bytes) => Value::Binary(bytes),
-                });
+                let values = tuple.iter().map(Value::from);
                 let batch = &mut state.batch;
                 match (self.mapper).insert(relation_id, values, place, batch)? {
                     true => transaction.show()?,
