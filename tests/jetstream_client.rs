@@ -343,26 +343,6 @@ fn refusals_are_named() {
 }
 
 #[test]
-fn a_call_hands_on_the_answers_to_others() {
-    let server = Server::start();
-    let link = server.connect();
-    create_stream(&link, "");
-    link.put(7, "events.kept", 0, b"{}");
-    eventually("the write to be answered", LONG, || {
-        !link.answers().is_empty()
-    });
-    let mut others = Vec::new();
-    let request = streams::message_request("EVENTS", 1);
-    let found = streams::message_among(&link, request, LONG, |other| others.push(other));
-    assert_eq!(found.unwrap().unwrap().data, b"{}");
-    let [Answer::Reply(Reply { token: 7, result })] = &others[..] else {
-        panic!("{others:?}");
-    };
-    let answer = String::from_utf8_lossy(result.as_ref().unwrap());
-    assert!(answer.contains(r#""seq":1"#), "{answer}");
-}
-
-#[test]
 fn a_server_without_jetstream_is_named() {
     let server = Server::without_jetstream("");
     let link = server.connect();

@@ -3,7 +3,7 @@
 //! This file: how a stream is configured and what is in it. [`stored`]: a message read back. [`routes`]: which stream captures a
 //! subject. [`bucket`]: the stream behind a key-value bucket.
 //!
-//! Pure but for [`list`], [`info`], [`message`], [`message_among`] and [`probe`], which ask. The answers' fields are those of
+//! Pure but for [`list`], [`info`], [`message`] and [`probe`], which ask. The answers' fields are those of
 //! nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1); unknown ones are ignored, so that newer
 //! servers can be talked to.
 
@@ -17,8 +17,8 @@ pub use bucket::{
 };
 pub use routes::{Routes, matches, probe};
 pub use stored::{
-    StoredMessage, last_message_request, message, message_among, message_request,
-    next_message_request, parse_message_head,
+    StoredMessage, last_message_request, message, message_request, next_message_request,
+    parse_message_head,
 };
 
 use super::ack::{AckError, ApiError};
@@ -148,24 +148,24 @@ pub(super) fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserializ
 }
 
 /// One page of the names of the streams whose subjects overlap `subject`, from the `offset`th on.
-pub fn names_request(subject: &str, offset: usize) -> Request {
+fn names_request(subject: &str, offset: usize) -> Request {
     let body = json!({ "subject": subject, "offset": offset });
     ("STREAM.NAMES".into(), body.to_string().into())
 }
 
 /// A page of names.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Names {
+struct Names {
     /// How many there are on all pages.
     #[serde(default)]
-    pub total: usize,
+    total: usize,
     /// The names on this page.
     #[serde(default, deserialize_with = "null_as_default")]
-    pub streams: Vec<String>,
+    streams: Vec<String>,
 }
 
 /// Reads the answer to [`names_request`].
-pub fn parse_names(body: &[u8]) -> Result<Names, AckError> {
+fn parse_names(body: &[u8]) -> Result<Names, AckError> {
     parse(body)
 }
 

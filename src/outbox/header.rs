@@ -27,7 +27,7 @@ pub const ENCODED: &str = "Outbox-Encoded";
 pub const MAX_LEN: usize = 60_000;
 
 /// What JetStream offers to publishers, in lower case: lifetime and schedules (ADR-43, ADR-51).
-pub const OFFERED: [&str; 6] = [
+const OFFERED: [&str; 6] = [
     "nats-ttl",
     "nats-schedule",
     "nats-schedule-target",

@@ -209,14 +209,6 @@ impl Mapper {
         Ok(())
     }
 
-    /// Whether the rows of a relation become events.
-    ///
-    /// # Errors
-    /// [`MapError::UnknownRelation`].
-    pub fn is_outbox(&self, relation_id: u32) -> Result<bool, MapError> {
-        Ok(self.plan(relation_id)?.is_some())
-    }
-
     fn plan(&self, relation_id: u32) -> Result<Option<&Plan>, MapError> {
         match self.relations.get(&relation_id) {
             Some(Relation::Outbox(plan)) => Ok(Some(plan)),

@@ -19,7 +19,7 @@ pub const DEFAULT: &str = "{prefix}.{aggregatetype}.{aggregateid}";
 pub const MAX_COLUMNS: usize = 8;
 
 /// Bytes of literal text that a template may have.
-pub const MAX_TEXT_LEN: usize = 255;
+const MAX_TEXT_LEN: usize = 255;
 
 const PREFIX: &str = "{prefix}.";
 

@@ -2,7 +2,7 @@
 
 use super::{Request, ask, none_if, parse};
 use crate::jetstream::ack::AckError;
-use crate::jetstream::client::{Answer, Api, Link};
+use crate::jetstream::client::Api;
 use crate::jetstream::error::Error;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -131,17 +131,6 @@ pub fn message(
     timeout: Duration,
 ) -> Result<Option<StoredMessage>, Error> {
     ask(link, request, timeout, parse_message)
-}
-
-/// As [`message`], on a link on which other answers are due: hands them on.
-pub fn message_among(
-    link: &Link,
-    (api, body): Request,
-    timeout: Duration,
-    other: impl FnMut(Answer),
-) -> Result<Option<StoredMessage>, Error> {
-    let answer = link.call_among(&api, &body, timeout, other)?;
-    parse_message(&answer).map_err(|source| Error::Api { api, source })
 }
 
 #[cfg(test)]
