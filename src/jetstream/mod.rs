@@ -15,14 +15,10 @@ pub mod wire;
 
 pub use error::Error;
 
-/// The header of the fence (ADR-22): the sequence that the stream must end at.
-pub const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
+pub use wire::{EXPECTED_LAST_SEQUENCE, MSG_ID, OUTBOX_LATE, OUTBOX_POSITION};
 
-/// The header that carries a [`SourcePosition`](crate::outbox::position::SourcePosition).
-pub const OUTBOX_POSITION: &str = "Outbox-Position";
-
-/// The header of an event that was published after later ones.
-pub const OUTBOX_LATE: &str = "Outbox-Late";
+/// The header of a copy, which names the stream that it came from.
+pub const STREAM_SOURCE: &str = "Nats-Stream-Source";
 
 /// What a consumer may rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

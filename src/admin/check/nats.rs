@@ -19,7 +19,7 @@ use crate::jetstream::preflight::{BucketFault, Preflight, bucket_faults, preflig
 use crate::jetstream::streams::{
     self, StreamConfig, StreamInfo, key_write_subject, last_message_request, matches,
 };
-use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
+use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION, STREAM_SOURCE};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
 use crate::outbox::subject::MAX_SUBJECT_LEN;
@@ -612,7 +612,7 @@ fn read_stream(
             position,
             // a copy proves nothing either way
             fenced: message.header(EXPECTED_LAST_SEQUENCE).is_some()
-                || message.header("Nats-Stream-Source").is_some(),
+                || message.header(STREAM_SOURCE).is_some(),
         });
     }
     let subject = probe_subject(&info.config.subjects, &config.prefix);
