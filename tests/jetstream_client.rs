@@ -12,14 +12,15 @@ use jetstream_outbox::nats::options::{Options, ServerUrl};
 use jetstream_outbox::outbox::batch::{Batch, Event};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::Write;
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use support::files::temp_dir;
 use support::nats::{Builder, Nats};
 use support::operator::{self, Operator};
 use support::process::lock;
+use support::scripted_nats;
 use support::wait::{eventually, pause};
 
 const LONG: Duration = Duration::from_secs(30);
@@ -903,28 +904,10 @@ fn large_events_go_through_tls() {
     pipeline(&link, 64, 64, 64, 900_000);
 }
 
-/// A server that a real one cannot be made to be: it greets each connection, and hands each line, and the connection,
-/// to a clone of `hear`. Ends with the process.
+/// What reaches a scripted server.
 fn fake_server(hear: impl FnMut(&str, &mut TcpStream) + Clone + Send + 'static) -> Options {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let info = r#"INFO {"server_id":"N","version":"2.15.1","proto":1,"go":"go1","host":"h","port":1,"headers":true,"max_payload":1048576,"client_id":5}"#;
-            // whoever has come may be gone
-            let _ = write!(stream, "{info}\r\n");
-            let mut hear = hear.clone();
-            std::thread::spawn(move || {
-                let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-                lines
-                    .map_while(Result::ok)
-                    .for_each(|line| hear(&line, &mut stream));
-            });
-        }
-    });
     Options {
-        servers: vec![ServerUrl::parse(&address).unwrap()],
+        servers: vec![ServerUrl::parse(&scripted_nats::serve_lines(hear)).unwrap()],
         connect_timeout: Duration::from_secs(1),
         ..Options::default()
     }
