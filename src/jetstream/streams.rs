@@ -1,7 +1,7 @@
 //! Streams, and what they hold: requests and answers of the JetStream API.
 //!
-//! This file: how a stream is configured and what is in it. [`stored`]: a message read back. [`routes`]: which stream captures a
-//! subject. [`bucket`]: the stream behind a key-value bucket.
+//! This file: how a stream is configured and what is in it. `stored`: a message read back. `routes`: which stream captures a
+//! subject. `bucket`: the stream behind a key-value bucket.
 //!
 //! Pure but for [`list`], [`info`], [`message`] and [`probe`], which ask. The answers' fields are those of
 //! nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1); unknown ones are ignored, so that newer

@@ -51,7 +51,7 @@ pub enum TemplateError {
     EmptyToken,
     /// More than [`MAX_COLUMNS`] columns.
     TooManyColumns,
-    /// More than [`MAX_TEXT_LEN`] bytes of literal text.
+    /// More than `MAX_TEXT_LEN` bytes of literal text.
     TooLong,
 }
 

@@ -1,4 +1,4 @@
-//! What ends a session, and whether another may follow. What a person reads of it is in [`words`].
+//! What ends a session, and whether another may follow. What a person reads of it is in `words`.
 
 mod words;
 

@@ -25,7 +25,7 @@ pub fn bucket_subjects(bucket: &str) -> String {
     format!("$KV.{bucket}.>")
 }
 
-/// Asks for a new key-value bucket with one value a key (ADR-8); [`parse_info`] reads the answer. The server sets the window of
+/// Asks for a new key-value bucket with one value a key (ADR-8); [`parse_info`](super::parse_info) reads the answer. The server sets the window of
 /// duplicates, for which it may have a limit.
 pub fn create_bucket_request(bucket: &str, replicas: u32, max_bytes: Option<u64>) -> Request {
     let name = format!("KV_{bucket}");

@@ -107,7 +107,7 @@ const NEVER: u64 = 1 << 53;
 /// Returns the answer, which tells who has it, whatever the API reports: a mapping, an import or a leaf node may lead elsewhere.
 ///
 /// # Errors
-/// [`AckError::NoResponders`]: nobody has.
+/// [`NoResponders`](crate::jetstream::ack::AckError::NoResponders): nobody has.
 pub fn probe(link: &Link, subject: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
     link.put_now(subject, NEVER, &[], timeout)
 }
