@@ -503,6 +503,30 @@ impl Reader<'_> {
         Ok(())
     }
 
+    /// The end of a transaction.
+    fn commit(
+        &mut self,
+        ended: &Transaction,
+        end_lsn: Lsn,
+        commit_time_us: i64,
+        state: &mut State,
+    ) {
+        // the first one proves which WAL this is, also without events
+        if ended.is_shown || std::mem::take(&mut self.is_first) {
+            self.is_first = false;
+            self.vitals.waits_too(commit_time_us);
+            state.batch.push(Change::Commit {
+                commit_lsn: ended.commit_lsn,
+                end_lsn,
+                commit_time_us,
+            });
+        } else {
+            state.batch.push_boundary(end_lsn);
+        }
+        self.progress.received(end_lsn);
+        state.reached = state.reached.max(end_lsn);
+    }
+
     /// One pgoutput message.
     fn take(&mut self, message: Message<'_>, at: Lsn, state: &mut State) -> Result<(), Error> {
         match message {
@@ -536,20 +560,7 @@ impl Reader<'_> {
                     let message = "Commit";
                     return Err(Error::OutOfPlace { message, at });
                 };
-                // the first one proves which WAL this is, also without events
-                if ended.is_shown || std::mem::take(&mut self.is_first) {
-                    self.is_first = false;
-                    self.vitals.waits_too(commit_time_us);
-                    state.batch.push(Change::Commit {
-                        commit_lsn,
-                        end_lsn,
-                        commit_time_us,
-                    });
-                } else {
-                    state.batch.push_boundary(end_lsn);
-                }
-                self.progress.received(end_lsn);
-                state.reached = state.reached.max(end_lsn);
+                self.commit(&ended, end_lsn, commit_time_us, state);
             }
             Message::Relation(relation) => {
                 // its own LSN is none
