@@ -263,7 +263,7 @@ impl Config {
     }
 
     /// [`Config::settings`] as one line of `key=value`.
-    pub fn summary(&self) -> String {
+    fn summary(&self) -> String {
         let pairs = self.settings.iter();
         pairs
             .map(|(name, value)| format!("{name}={}", Logfmt(value)))

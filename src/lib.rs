@@ -18,6 +18,7 @@
 //! | [`outbox`] | what a row becomes: subject, id, body, position |
 //! | [`nats`] | the one connection to NATS: handshake, TLS, protocol; knows no JetStream |
 //! | [`postgres`] | connection strings, TLS, authentication, the replication stream, pgoutput |
+//! | [`lookup`], `random`, `loopback`, `uri` | under both: addresses of a host, names that nobody else has, a socket for one client, percent-encoding |
 //!
 //! The manual for whoever runs it is [`manual`]; [`manual::_15_architecture`] follows one row through the code.
 //!
@@ -36,9 +37,13 @@ pub mod exit;
 pub mod jetstream;
 pub mod logging;
 pub mod lookup;
+#[cfg(feature = "admin")]
+mod loopback;
 pub mod manual;
 pub mod nats;
 pub mod observe;
 pub mod outbox;
 pub mod postgres;
+mod random;
 pub mod relay;
+mod uri;

@@ -12,14 +12,15 @@ use jetstream_outbox::nats::options::{Options, ServerUrl};
 use jetstream_outbox::outbox::batch::{Batch, Event};
 use jetstream_outbox::outbox::position::Position;
 use jetstream_outbox::postgres::Lsn;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::Write;
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use support::files::temp_dir;
 use support::nats::{Builder, Nats};
 use support::operator::{self, Operator};
 use support::process::lock;
+use support::scripted_nats;
 use support::wait::{eventually, pause};
 
 const LONG: Duration = Duration::from_secs(30);
@@ -340,26 +341,6 @@ fn refusals_are_named() {
     publish(&link, events(1, 1, 1));
     let Ack { reply, result, .. } = next_ack(&link);
     assert_eq!((reply, result.unwrap_err()), (1, AckError::NoResponders));
-}
-
-#[test]
-fn a_call_hands_on_the_answers_to_others() {
-    let server = Server::start();
-    let link = server.connect();
-    create_stream(&link, "");
-    link.put(7, "events.kept", 0, b"{}");
-    eventually("the write to be answered", LONG, || {
-        !link.answers().is_empty()
-    });
-    let mut others = Vec::new();
-    let request = streams::message_request("EVENTS", 1);
-    let found = streams::message_among(&link, request, LONG, |other| others.push(other));
-    assert_eq!(found.unwrap().unwrap().data, b"{}");
-    let [Answer::Reply(Reply { token: 7, result })] = &others[..] else {
-        panic!("{others:?}");
-    };
-    let answer = String::from_utf8_lossy(result.as_ref().unwrap());
-    assert!(answer.contains(r#""seq":1"#), "{answer}");
 }
 
 #[test]
@@ -923,28 +904,10 @@ fn large_events_go_through_tls() {
     pipeline(&link, 64, 64, 64, 900_000);
 }
 
-/// A server that a real one cannot be made to be: it greets each connection, and hands each line, and the connection,
-/// to a clone of `hear`. Ends with the process.
+/// What reaches a scripted server.
 fn fake_server(hear: impl FnMut(&str, &mut TcpStream) + Clone + Send + 'static) -> Options {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let info = r#"INFO {"server_id":"N","version":"2.15.1","proto":1,"go":"go1","host":"h","port":1,"headers":true,"max_payload":1048576,"client_id":5}"#;
-            // whoever has come may be gone
-            let _ = write!(stream, "{info}\r\n");
-            let mut hear = hear.clone();
-            std::thread::spawn(move || {
-                let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-                lines
-                    .map_while(Result::ok)
-                    .for_each(|line| hear(&line, &mut stream));
-            });
-        }
-    });
     Options {
-        servers: vec![ServerUrl::parse(&address).unwrap()],
+        servers: vec![ServerUrl::parse(&scripted_nats::serve_lines(hear)).unwrap()],
         connect_timeout: Duration::from_secs(1),
         ..Options::default()
     }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// From the ground up. What stands beside each other in a row knows nothing of the other.
 const LAYERS: &[&[&str]] = &[
-    &["lookup", "exit", "cli", "logging"],
+    &["random", "uri"],
+    &["lookup", "loopback", "exit", "cli", "logging"],
     &["nats", "postgres"],
     &["outbox"],
     &["jetstream"],

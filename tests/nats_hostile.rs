@@ -12,9 +12,10 @@ use jetstream_outbox::nats::Error;
 use jetstream_outbox::nats::options::{Options, ServerUrl};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use support::scripted_nats::{self, INFO, say};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -24,8 +25,6 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 /// How much more memory than before a test may have at its peak, whatever is sent. (Buffers of 64 kB, stacks of threads.)
 const MAX_GROWTH_KB: u64 = 16 * 1024;
 
-const INFO: &str =
-    r#"INFO {"server_id":"N","version":"2.15.1","headers":true,"max_payload":1048576}"#;
 const TLS_INFO: &str = r#"INFO {"server_id":"N","version":"2.15.1","headers":true,"max_payload":1048576,"tls_required":true}"#;
 
 /// Memory is the process', so the tests take turns.
@@ -58,18 +57,14 @@ fn within_memory<T>(run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// A server that does this with each client; the options to reach it.
+/// What reaches a server that does this with each client.
 fn server(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> Options {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = listener.local_addr().unwrap().to_string();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let (stream, serve) = (stream.unwrap(), serve.clone());
-            std::thread::spawn(move || serve(stream));
-        }
-    });
+    options(&scripted_nats::serve(serve))
+}
+
+fn options(address: &str) -> Options {
     Options {
-        servers: vec![ServerUrl::parse(&url).unwrap()],
+        servers: vec![ServerUrl::parse(address).unwrap()],
         connect_timeout: Duration::from_millis(700),
         request_timeout: Duration::from_millis(700),
         ..Options::default()
@@ -78,23 +73,14 @@ fn server(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> Options {
 
 /// One that greets, lets the client in, waits for a request and then goes on.
 fn server_after_request(go_on: impl Fn(&mut TcpStream, &str) + Clone + Send + 'static) -> Options {
-    server(move |mut stream| {
-        say(&mut stream, &format!("{INFO}\r\n"));
-        let reader = BufReader::new(stream.try_clone().unwrap());
-        for line in reader.lines().map_while(Result::ok) {
-            if line == "PING" {
-                say(&mut stream, "PONG\r\n");
-            }
-            if let Some(reply) = line.strip_prefix("PUB ") {
-                go_on(&mut stream, reply.split(' ').nth(1).unwrap());
-            }
+    options(&scripted_nats::serve_lines(move |line, stream| {
+        if line == "PING" {
+            say(stream, "PONG\r\n");
         }
-    })
-}
-
-/// Whoever listens may be gone.
-fn say(stream: &mut TcpStream, text: &str) {
-    let _ = stream.write_all(text.as_bytes());
+        if let Some(reply) = line.strip_prefix("PUB ") {
+            go_on(stream, reply.split(' ').nth(1).unwrap());
+        }
+    }))
 }
 
 /// A byte now and then, until nobody listens.
@@ -211,6 +197,24 @@ fn silence_after_each_step_is_named() {
             let error = result.clone().map_err(AckError::from).unwrap_err();
             break assert_eq!(error, AckError::NoAnswer);
         }
+    }
+}
+
+#[test]
+fn what_is_no_nats_server_is_named() {
+    let _turn = turn();
+    for (said, expected) in [
+        (
+            "SSH-2.0-x\r\n",
+            r#"it is no NATS server: the line "SSH-2.0-x""#,
+        ),
+        ("INFO {}\r\n", "missing field `max_payload`"),
+        ("INFO {\"max_payload\":1}\r\n", "headers are off"),
+        ("PING\r\n", "does not begin with INFO"),
+        ("", "closed the connection"),
+        ("INFO {", "closed the connection"),
+    ] {
+        refused(&server(move |mut stream| say(&mut stream, said)), expected);
     }
 }
 

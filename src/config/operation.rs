@@ -15,7 +15,7 @@ const REPLICAS: RangeInclusive<u32> = 1..=5;
 /// nats-server's least `duplicate_window`.
 const WINDOW: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::MAX;
 /// nats-server's own default.
-pub const DEFAULT_WINDOW: Duration = Duration::from_secs(120);
+const DEFAULT_WINDOW: Duration = Duration::from_secs(120);
 
 /// What an operator wants done.
 #[derive(Debug, PartialEq)]

@@ -35,7 +35,10 @@ pub trait Api {
 /// Drops what else comes meanwhile, so it is for a link on which nothing is due.
 impl Api for Link {
     fn call(&self, api: &str, body: &[u8], timeout: Duration) -> Result<Vec<u8>, Error> {
-        self.call_among(api, body, timeout, |_| ())
+        let call = self.next_calls(1);
+        let subject = format!("{}.{api}", self.api_prefix);
+        self.send(call, &subject, None, body, timeout);
+        self.wait_for(call, api, timeout)
     }
 }
 
@@ -129,21 +132,7 @@ impl Link {
     ) -> Result<Vec<u8>, Error> {
         let call = self.next_calls(1);
         self.send(call, subject, Some(last), body, timeout);
-        self.wait_for(call, subject, timeout, |_| ())
-    }
-
-    /// As [`call`](Api::call), and hands on what else comes meanwhile.
-    pub fn call_among(
-        &self,
-        api: &str,
-        body: &[u8],
-        timeout: Duration,
-        other: impl FnMut(Answer),
-    ) -> Result<Vec<u8>, Error> {
-        let call = self.next_calls(1);
-        let subject = format!("{}.{api}", self.api_prefix);
-        self.send(call, &subject, None, body, timeout);
-        self.wait_for(call, api, timeout, other)
+        self.wait_for(call, subject, timeout)
     }
 
     /// As [`call`](Self::call) for `count` requests, `at_once` of them on their way at a time. `take` is given each answer
@@ -240,13 +229,7 @@ impl Link {
         });
     }
 
-    fn wait_for(
-        &self,
-        call: u64,
-        asked: &str,
-        timeout: Duration,
-        mut other: impl FnMut(Answer),
-    ) -> Result<Vec<u8>, Error> {
+    fn wait_for(&self, call: u64, asked: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
         let mut deadline = Instant::now() + timeout;
         let mut is_late = false;
         loop {
@@ -262,16 +245,11 @@ impl Link {
                     after: timeout,
                 });
             };
-            let mut found = None;
-            for answer in answers {
-                match answer {
-                    Answer::Reply(Reply { token, result }) if token == call => {
-                        found = Some(result);
-                    }
-                    answer => other(answer),
-                }
-            }
-            if let Some(result) = found {
+            let mut results = answers.into_iter().filter_map(|answer| match answer {
+                Answer::Reply(Reply { token, result }) => (token == call).then_some(result),
+                _ => None,
+            });
+            if let Some(result) = results.next() {
                 return reply(result, || asked.into(), timeout);
             }
         }

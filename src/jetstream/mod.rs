@@ -2,26 +2,23 @@
 //!
 //! [`client`] is the link to a server: events and their PubAcks, requests of the JetStream API and their answers, over one
 //! connection. [`ack`] reads PubAcks and errors; [`streams`] knows which stream captures a subject, [`preflight`] whether a
-//! stream can carry the promises, [`sources`] what copies from it; [`wire`] is what a publish looks like.
+//! stream can carry the promises, `sources` (feature `admin`) what copies from it; [`wire`] is what a publish looks like.
 
 pub mod ack;
 pub mod client;
 pub mod error;
 pub mod preflight;
+#[cfg(feature = "admin")]
 pub mod sources;
 pub mod streams;
 pub mod wire;
 
 pub use error::Error;
 
-/// The header of the fence (ADR-22): the sequence that the stream must end at.
-pub const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
+pub use wire::{EXPECTED_LAST_SEQUENCE, MSG_ID, OUTBOX_LATE, OUTBOX_POSITION};
 
-/// The header that carries a [`SourcePosition`](crate::outbox::position::SourcePosition).
-pub const OUTBOX_POSITION: &str = "Outbox-Position";
-
-/// The header of an event that was published after later ones.
-pub const OUTBOX_LATE: &str = "Outbox-Late";
+/// The header of a copy, which names the stream that it came from.
+pub const STREAM_SOURCE: &str = "Nats-Stream-Source";
 
 /// What a consumer may rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

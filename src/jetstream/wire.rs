@@ -11,16 +11,40 @@ use crate::outbox::batch::{Event, EventSpans, Parts};
 use std::io::Write;
 use std::sync::Arc;
 
+/// A header that is read back, too: its name, and how its line begins.
+macro_rules! header {
+    ($(#[$doc:meta])* $name:ident, $line:ident = $text:literal) => {
+        $(#[$doc])*
+        pub const $name: &str = $text;
+        const $line: &str = concat!("\r\n", $text, ": ");
+    };
+}
+
+header! {
+    /// The header of the fence (ADR-22): the sequence that the stream must end at.
+    EXPECTED_LAST_SEQUENCE, FENCE = "Nats-Expected-Last-Sequence"
+}
+header! {
+    /// The header of the message id.
+    MSG_ID, ID = "Nats-Msg-Id"
+}
+header! {
+    /// The header that carries a [`SourcePosition`](crate::outbox::position::SourcePosition).
+    OUTBOX_POSITION, POSITION = "Outbox-Position"
+}
+header! {
+    /// The header of an event that was published after later ones.
+    OUTBOX_LATE, LATE = "Outbox-Late"
+}
+
 const VERSION: &str = "NATS/1.0";
-const EXPECTED_LAST_SEQUENCE: &str = "\r\nNats-Expected-Last-Sequence: ";
-const MSG_ID: &str = "\r\nNats-Msg-Id: ";
 const EXPECTED_LAST_MSG_ID: &str = "\r\nNats-Expected-Last-Msg-Id: ";
 const EXPECTED_STREAM: &str = "\r\nNats-Expected-Stream: ";
-const OUTBOX_POSITION: &str = "\r\nOutbox-Position: ";
-const OUTBOX_LATE: &str = "\r\nOutbox-Late: true";
+const TRUE: &str = "true";
+const LATE_LEN: usize = LATE.len() + TRUE.len();
 const END: &str = "\r\n\r\n";
 /// What every block has, but for the values.
-const FRAME_LEN: usize = VERSION.len() + MSG_ID.len() + END.len();
+const FRAME_LEN: usize = VERSION.len() + ID.len() + END.len();
 
 /// An event to publish.
 #[derive(Clone, Debug)]
@@ -49,7 +73,7 @@ impl Publish {
     fn extra_len(&self) -> usize {
         let stream = self.expected_stream.as_ref();
         stream.map_or(0, |stream| EXPECTED_STREAM.len() + stream.len())
-            + if self.is_late { OUTBOX_LATE.len() } else { 0 }
+            + if self.is_late { LATE_LEN } else { 0 }
     }
 }
 
@@ -125,10 +149,10 @@ fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u
     let start = out.len();
     text(out, VERSION);
     if let Some(seq) = publish.expected_last_sequence {
-        text(out, EXPECTED_LAST_SEQUENCE);
+        text(out, FENCE);
         number(out, seq);
     }
-    text(out, MSG_ID);
+    text(out, ID);
     out.extend_from_slice(event.id);
     if let Some(last_id) = last_id {
         text(out, EXPECTED_LAST_MSG_ID);
@@ -139,9 +163,10 @@ fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u
         text(out, stream);
     }
     if publish.is_late {
-        text(out, OUTBOX_LATE);
+        text(out, LATE);
+        text(out, TRUE);
     }
-    text(out, OUTBOX_POSITION);
+    text(out, POSITION);
     text(out, position_source);
     // writing to a Vec cannot fail
     let _ = write!(out, " {}", publish.event.position());
@@ -171,10 +196,10 @@ pub fn size(
     expected_last_msg_id_len: Option<usize>,
     position_source_len: usize,
 ) -> usize {
-    let fence = expected_last_sequence.map_or(0, |seq| EXPECTED_LAST_SEQUENCE.len() + digits(seq))
+    let fence = expected_last_sequence.map_or(0, |seq| FENCE.len() + digits(seq))
         + expected_last_msg_id_len.map_or(0, |len| EXPECTED_LAST_MSG_ID.len() + len);
     let lsn = event.position.commit_lsn.0;
-    let position = OUTBOX_POSITION.len()
+    let position = POSITION.len()
         + position_source_len
         + hex_digits(lsn >> 32)
         + hex_digits(lsn & 0xFFFF_FFFF)
@@ -187,9 +212,9 @@ pub fn size(
 /// counts `max_payload`.
 pub fn room(max_payload: usize, position_source_len: usize) -> usize {
     const LONGEST: usize = FRAME_LEN
-        + EXPECTED_LAST_SEQUENCE.len()
+        + FENCE.len()
         + EXPECTED_LAST_MSG_ID.len()
-        + OUTBOX_POSITION.len()
+        + POSITION.len()
         + 20
         + crate::outbox::percent::MAX_LEN
         + " FFFFFFFF/FFFFFFFF 4294967295".len();
@@ -198,7 +223,7 @@ pub fn room(max_payload: usize, position_source_len: usize) -> usize {
 
 /// How many bytes the optional headers of a publish have: [`Publish::expected_stream`] and [`Publish::is_late`].
 pub fn extra_len(expected_stream: &str) -> usize {
-    EXPECTED_STREAM.len() + expected_stream.len() + OUTBOX_LATE.len()
+    EXPECTED_STREAM.len() + expected_stream.len() + LATE_LEN
 }
 
 fn digits(number: u64) -> usize {

@@ -15,8 +15,8 @@ use super::handshake::{self, Session};
 use super::info::ServerInfo;
 use super::options::{Options, ServerUrl};
 use super::protocol::{self, ServerOp};
-use super::sign_in;
 use super::tls;
+use crate::random::unique;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
@@ -168,7 +168,7 @@ impl<A: Send + 'static> Connection<A> {
         first: usize,
         read_ack: impl FnMut(u64, Option<&str>, &[u8]) -> A + Send + 'static,
     ) -> Result<Connection<A>, Error> {
-        let inbox = sign_in::unique().map_err(|source| Error::Unreachable {
+        let inbox = unique().map_err(|source| Error::Unreachable {
             server: "any server".into(),
             source,
         })?;

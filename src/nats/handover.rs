@@ -11,19 +11,18 @@ use super::connection::max_reply;
 use super::error::{EndedBy, Error};
 use super::handshake::{Session, Timed};
 use super::protocol::{self, ServerOp};
-use super::{sign_in, tls};
+use super::tls;
+use crate::loopback::Offer;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustls::client::ClientConnection;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the other client may take to connect; it does so at once. Also the longest write to either side.
+/// The longest write to either side.
 const LIMIT: Duration = Duration::from_secs(10);
-/// Between two looks whether it has connected.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
 /// What the other client says to be let in has some hundred bytes.
 const MAX_HELLO_BYTES: u64 = 64 * 1024;
 /// Carried at once.
@@ -57,10 +56,8 @@ pub fn hand_over(session: Session) -> Result<Handover, Error> {
         server: server_name.clone(),
         source,
     };
-    let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    let token = sign_in::unique().map_err(failed)?;
+    let offer = Offer::new().map_err(failed)?;
+    let (address, token) = (offer.address, offer.token.clone());
     let (report, lost) = bounded(1);
     let limit = max_reply(&session.info);
     // with every field that the crate insists on
@@ -76,11 +73,8 @@ pub fn hand_over(session: Session) -> Result<Handover, Error> {
     });
     let (run, expected) = (carrier.clone(), token.clone());
     let carry = move || {
-        let ended = accept(&listener, &greeting, &expected).and_then(|client| {
-            // nobody else may come in
-            drop(listener);
-            run.carry(client, session.bytes, limit)
-        });
+        let accepted = offer.accept(|client, by| let_in(client, &greeting, &expected, by));
+        let ended = accepted.and_then(|client| run.carry(client, session.bytes, limit));
         run.over(ended.map_or_else(
             |error| run.broken(&error),
             |()| Error::Lost {
@@ -111,34 +105,13 @@ impl Drop for Handover {
 /// The client that was let in, and what it has said since.
 type Client = (TcpStream, Vec<u8>);
 
-/// Waits for whoever connects and gives the token.
-fn accept(listener: &TcpListener, greeting: &str, token: &str) -> io::Result<Client> {
-    let deadline = Instant::now() + LIMIT;
-    while Instant::now() < deadline {
-        match listener.accept() {
-            Ok((client, _)) => {
-                // a stranger's failure is not ours
-                if let Ok(Some(client)) = let_in(client, greeting, token, deadline) {
-                    return Ok(client);
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(ACCEPT_PAUSE),
-            Err(error) => return Err(error),
-        }
-    }
-    Err(io::ErrorKind::TimedOut.into())
-}
-
-/// The server's half of a handshake: INFO, CONNECT, PING, PONG.
+/// The server's half of a handshake: INFO, CONNECT, PING, PONG. Gives what came after it.
 fn let_in(
-    client: TcpStream,
+    stream: &TcpStream,
     greeting: &str,
     token: &str,
     deadline: Instant,
-) -> io::Result<Option<Client>> {
-    client.set_nonblocking(false)?;
-    client.set_nodelay(true)?;
-    let stream = &client;
+) -> io::Result<Option<Vec<u8>>> {
     (Timed { stream, deadline }).write_all(greeting.as_bytes())?;
     let mut reader = BufReader::new((Timed { stream, deadline }).take(MAX_HELLO_BYTES));
     let (mut connect, mut ping) = (String::new(), String::new());
@@ -148,9 +121,7 @@ fn let_in(
         return Ok(None);
     }
     (Timed { stream, deadline }).write_all(b"PONG\r\n")?;
-    let said = reader.buffer().to_vec();
-    client.set_read_timeout(None)?;
-    Ok(Some((client, said)))
+    Ok(Some(reader.buffer().to_vec()))
 }
 
 impl Carrier {

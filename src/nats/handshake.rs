@@ -503,54 +503,6 @@ mod tests {
         sign_in(&options, &server, "").err().expect("it is refused")
     }
 
-    /// What a server that sends `greeting` and then closes (or stays silent) is said to be.
-    fn check(greeting: Vec<u8>, close: bool, expected: &str) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = listener.local_addr().unwrap().to_string();
-        let thread = std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            // the client may have gone away in the middle
-            let _ = stream.write_all(&greeting);
-            (!close).then_some(stream)
-        });
-        let error = attempt(&url, Duration::from_millis(300));
-        assert!(error.to_string().contains(expected), "{error}");
-        drop(thread.join());
-    }
-
-    #[test]
-    fn says_what_is_wrong_with_a_server() {
-        check(
-            b"SSH-2.0-x\r\n".to_vec(),
-            false,
-            r#"it is no NATS server: the line "SSH-2.0-x""#,
-        );
-        check(
-            b"INFO {}\r\n".to_vec(),
-            false,
-            "missing field `max_payload`",
-        );
-        check(
-            b"INFO {\"max_payload\":1}\r\n".to_vec(),
-            false,
-            "headers are off",
-        );
-        check(
-            b"INFO {\"headers\":true,\"max_payload\":1}\r\n-ERR 'maximum connections exceeded'\r\n"
-                .to_vec(),
-            true,
-            "maximum connections exceeded",
-        );
-        check(b"-ERR 'too many'\r\n".to_vec(), true, "too many");
-        check(b"PING\r\n".to_vec(), true, "does not begin with INFO");
-        check(vec![b'x'; 100_000], false, "a line of more than");
-        check(Vec::new(), true, "closed the connection");
-        check(b"INFO {".to_vec(), true, "closed the connection");
-        check(Vec::new(), false, "sent no NATS greeting");
-        check(Vec::new(), false, "handshake_first needs -nats-tls-first");
-        check(b"INFO {".to_vec(), false, "sent no NATS greeting");
-    }
-
     #[test]
     fn says_that_nobody_is_there() {
         let port = {

@@ -3,6 +3,7 @@
 //! URLs follow the NATS clients' convention: `nats://user:password@host:port`, `tls://token@host`, or a bare
 //! host; port 4222 unless told. User and password are percent-decoded, as in RFC 3986.
 
+use crate::uri::percent_decode;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -209,36 +210,13 @@ pub fn parse_servers(text: &str) -> Result<Vec<ServerUrl>, ParseServerError> {
 }
 
 fn parse_auth(text: &str) -> Result<Option<UrlAuth>, ParseServerError> {
+    let decode = |text| percent_decode(text).ok_or(ParseServerError::Escape);
     Ok(match text.split_once(':') {
         Some(("", _)) => return Err(ParseServerError::User),
-        Some((user, password)) => Some(UrlAuth::UserPassword(
-            percent_decode(user)?,
-            percent_decode(password)?,
-        )),
+        Some((user, password)) => Some(UrlAuth::UserPassword(decode(user)?, decode(password)?)),
         None if text.is_empty() => None,
-        None => Some(UrlAuth::Token(percent_decode(text)?)),
+        None => Some(UrlAuth::Token(decode(text)?)),
     })
-}
-
-fn percent_decode(text: &str) -> Result<String, ParseServerError> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => {
-                let mut digit = || {
-                    bytes
-                        .next()
-                        .and_then(|byte| char::from(byte).to_digit(16))
-                        .ok_or(ParseServerError::Escape)
-                };
-                // two hexadecimal digits fit a byte
-                (digit()? << 4 | digit()?) as u8
-            }
-            byte => byte,
-        });
-    }
-    String::from_utf8(decoded).map_err(|_| ParseServerError::Escape)
 }
 
 impl FromStr for ServerUrl {

@@ -8,7 +8,6 @@ use super::nkey::Nkey;
 use super::options::{Options, ServerUrl, UrlAuth};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
-use ring::rand::{SecureRandom, SystemRandom};
 use serde::Serialize;
 use std::io::{self, Read};
 use std::path::Path;
@@ -125,15 +124,6 @@ impl Identity {
         line.extend_from_slice(b"\r\n");
         line
     }
-}
-
-/// Letters and digits that nobody else has, and nobody can guess.
-pub fn unique() -> io::Result<String> {
-    let mut random = [0; 16];
-    SystemRandom::new()
-        .fill(&mut random)
-        .map_err(|_| io::Error::other("no random numbers"))?;
-    Ok(format!("{:032x}", u128::from_ne_bytes(random)))
 }
 
 /// The JWT is what a line of dashes precedes and another one follows; the seed may come before or after it, and comments

@@ -2,7 +2,7 @@
 //!
 //! A header is a line of the block before the body (ADR-4): `Name: value`. A name is one or more visible ASCII
 //! characters but the colon. Names that begin with `Nats-` or `Outbox-`, in any case, are not the writer's: a
-//! `Nats-Msg-Id` of its own would undo the promises. Some are what JetStream offers to publishers ([`OFFERED`]),
+//! `Nats-Msg-Id` of its own would undo the promises. Some are what JetStream offers to publishers (`OFFERED`),
 //! and the operator may map a column to one of them.
 //!
 //! A value stands as it is, unless a header line would not carry it unchanged: control characters, white space
@@ -27,7 +27,7 @@ pub const ENCODED: &str = "Outbox-Encoded";
 pub const MAX_LEN: usize = 60_000;
 
 /// What JetStream offers to publishers, in lower case: lifetime and schedules (ADR-43, ADR-51).
-pub const OFFERED: [&str; 6] = [
+const OFFERED: [&str; 6] = [
     "nats-ttl",
     "nats-schedule",
     "nats-schedule-target",

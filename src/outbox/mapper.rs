@@ -209,14 +209,6 @@ impl Mapper {
         Ok(())
     }
 
-    /// Whether the rows of a relation become events.
-    ///
-    /// # Errors
-    /// [`MapError::UnknownRelation`].
-    pub fn is_outbox(&self, relation_id: u32) -> Result<bool, MapError> {
-        Ok(self.plan(relation_id)?.is_some())
-    }
-
     fn plan(&self, relation_id: u32) -> Result<Option<&Plan>, MapError> {
         match self.relations.get(&relation_id) {
             Some(Relation::Outbox(plan)) => Ok(Some(plan)),
@@ -456,39 +448,52 @@ impl Mapper {
                 lose(batch)
             }
             OnPoison::Park => {
-                let (mut home, mut headers) = (Vec::new(), Vec::new());
-                if plan.write_subject(picked, &mut home).is_err() {
-                    home.clear();
-                }
-                if let Some(extras) = &plan.extras
-                    && plan
-                        .write_headers(extras, picked, place, true, &mut headers)
-                        .is_err()
-                {
-                    headers.clear();
-                }
-                // both were written from texts
-                let home = String::from_utf8_lossy(&home);
-                let headers = String::from_utf8_lossy(&headers);
-                let write = |draft: &mut Draft<'_>| -> Result<(), Infallible> {
-                    draft.subject(|out| append(policy.park_subject.as_bytes(), out))?;
-                    draft.id(|out| append(&id, out))?;
-                    draft.headers(|out| {
-                        park::write_headers(&headers, &cause, &home, out);
-                        if let Some(len) = cut {
-                            park::write_body_cut(len, out);
-                        }
-                        Ok::<(), Infallible>(())
-                    })?;
-                    draft.body(|out| {
-                        body(out);
-                        Ok(())
-                    })
-                };
-                let Ok(()) = batch.draft(&plan.label, place.position, Fate::Park, write);
+                self.park(plan, picked, (&id, &cause), (body, cut), place, batch);
                 Ok(())
             }
         }
+    }
+
+    /// Writes the event that tells of one that cannot be published.
+    fn park(
+        &self,
+        plan: &Plan,
+        picked: &[Value<'_>],
+        (id, cause): (&[u8], &str),
+        (body, cut): (impl FnOnce(&mut Vec<u8>), Option<usize>),
+        place: Place,
+        batch: &mut Batch,
+    ) {
+        let (mut home, mut headers) = (Vec::new(), Vec::new());
+        if plan.write_subject(picked, &mut home).is_err() {
+            home.clear();
+        }
+        if let Some(extras) = &plan.extras
+            && plan
+                .write_headers(extras, picked, place, true, &mut headers)
+                .is_err()
+        {
+            headers.clear();
+        }
+        // both were written from texts
+        let home = String::from_utf8_lossy(&home);
+        let headers = String::from_utf8_lossy(&headers);
+        let write = |draft: &mut Draft<'_>| -> Result<(), Infallible> {
+            draft.subject(|out| append(self.mapping.policy.park_subject.as_bytes(), out))?;
+            draft.id(|out| append(id, out))?;
+            draft.headers(|out| {
+                park::write_headers(&headers, cause, &home, out);
+                if let Some(len) = cut {
+                    park::write_body_cut(len, out);
+                }
+                Ok::<(), Infallible>(())
+            })?;
+            draft.body(|out| {
+                body(out);
+                Ok(())
+            })
+        };
+        let Ok(()) = batch.draft(&plan.label, place.position, Fate::Park, write);
     }
 }
 

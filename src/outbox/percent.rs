@@ -11,6 +11,7 @@
 //!
 //! Which characters may not stand is for [`super::subject`] and [`super::message_id`] to say.
 
+use crate::uri::percent_decode;
 use ring::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 
 /// The longest encoded value, in bytes.
@@ -87,19 +88,7 @@ pub fn decode(encoded: &str) -> Option<String> {
     if encoded == "%" {
         return Some(String::new());
     }
-    let nibble = |byte: u8| char::from(byte).to_digit(16);
-    let mut value = Vec::with_capacity(encoded.len());
-    let mut bytes = encoded.bytes();
-    while let Some(byte) = bytes.next() {
-        value.push(match byte {
-            b'%' => {
-                let (high, low) = (nibble(bytes.next()?)?, nibble(bytes.next()?)?);
-                u8::try_from(high << 4 | low).ok()?
-            }
-            plain => plain,
-        });
-    }
-    String::from_utf8(value).ok()
+    percent_decode(encoded)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::position::Position;
 use super::problem::{EventSource, MapError, ValueProblem};
 use super::template::Subject;
 use super::{json, message_id};
+use crate::postgres::pgoutput::TupleValue;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -73,6 +74,17 @@ pub enum Value<'a> {
     Undecodable(&'a [u8]),
 }
 
+impl<'a> From<TupleValue<'a>> for Value<'a> {
+    fn from(value: TupleValue<'a>) -> Value<'a> {
+        match value {
+            TupleValue::Null => Value::Null,
+            TupleValue::UnchangedToast => Value::UnchangedToast,
+            TupleValue::Text(text) => Value::Text(text),
+            TupleValue::Binary(bytes) => Value::Binary(bytes),
+        }
+    }
+}
+
 impl fmt::Debug for Value<'_> {
     /// Tells the kind and the length; the content may be a payload.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -131,7 +143,7 @@ pub(super) struct Extras {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct CloudEvent {
+struct CloudEvent {
     source: String,
     /// The slots of the type, and of what stands for it where there is none.
     types: [Option<usize>; 2],
@@ -146,7 +158,7 @@ pub(super) enum Body {
 }
 
 impl Body {
-    pub(super) fn of_type(type_id: u32) -> Body {
+    fn of_type(type_id: u32) -> Body {
         match type_id {
             JSON_OID | JSONB_OID => Body::CompactJson,
             BYTEA_OID => Body::RawBytes,

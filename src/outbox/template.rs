@@ -19,7 +19,7 @@ pub const DEFAULT: &str = "{prefix}.{aggregatetype}.{aggregateid}";
 pub const MAX_COLUMNS: usize = 8;
 
 /// Bytes of literal text that a template may have.
-pub const MAX_TEXT_LEN: usize = 255;
+const MAX_TEXT_LEN: usize = 255;
 
 const PREFIX: &str = "{prefix}.";
 
@@ -51,7 +51,7 @@ pub enum TemplateError {
     EmptyToken,
     /// More than [`MAX_COLUMNS`] columns.
     TooManyColumns,
-    /// More than [`MAX_TEXT_LEN`] bytes of literal text.
+    /// More than `MAX_TEXT_LEN` bytes of literal text.
     TooLong,
 }
 

@@ -11,17 +11,13 @@ use super::connection::Connection;
 use super::error::Error;
 use super::limits::{MAX_MESSAGE_BYTES, WRITE_TIMEOUT};
 use super::stream::Stream;
-use ring::rand::{SecureRandom, SystemRandom};
+use crate::loopback::Offer;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the other client may take to connect; it does so at once.
-const ACCEPT_LIMIT: Duration = Duration::from_secs(10);
-/// Between two looks whether it has.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
 /// How often an unanswered request's deadline is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// Version 3.0 of the protocol, which every server since 7.4 speaks.
@@ -45,19 +41,12 @@ pub struct Handover {
 pub fn hand_over(connection: Connection, answer_limit: Duration) -> Result<Handover, Error> {
     let doing = "hand the session over";
     let io = |source| Error::Io { doing, source };
-    let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(io)?;
-    let address = listener.local_addr().map_err(io)?;
-    listener.set_nonblocking(true).map_err(io)?;
-    let mut random = [0; 16];
-    SystemRandom::new()
-        .fill(&mut random)
-        .map_err(|_| io(io::Error::other("no random numbers")))?;
-    let token = format!("{:032x}", u128::from_ne_bytes(random));
+    let offer = Offer::new().map_err(io)?;
+    let (address, token) = (offer.address, offer.token.clone());
     let expected = token.clone();
     let run = move || {
-        let served = accept(&listener, &expected).and_then(|mut client| {
-            // nobody else may come in
-            drop(listener);
+        let accepted = offer.accept(|client, by| started_up(client, expected.as_bytes(), by));
+        let served = accepted.and_then(|(mut client, ())| {
             client.write_all(&welcome(&connection))?;
             carry(&connection.stream, &client, answer_limit)
         });
@@ -72,35 +61,10 @@ pub fn hand_over(connection: Connection, answer_limit: Duration) -> Result<Hando
     Ok(Handover { address, token })
 }
 
-/// Waits for whoever connects and starts up with the token.
-fn accept(listener: &TcpListener, token: &str) -> io::Result<TcpStream> {
-    let deadline = Instant::now() + ACCEPT_LIMIT;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let client = match listener.accept() {
-            Ok((client, _)) => client,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                thread::sleep(ACCEPT_PAUSE);
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
-        client.set_nonblocking(false)?;
-        client.set_nodelay(true)?;
-        client.set_read_timeout(Some(left))?;
-        // a stranger's failure is not ours
-        if started_up(&client).is_ok_and(|user| user.as_deref() == Some(token.as_bytes())) {
-            client.set_read_timeout(None)?;
-            return Ok(client);
-        }
-    }
-}
-
-/// Reads a start-up message and gives its user.
-fn started_up(mut client: &TcpStream) -> io::Result<Option<Vec<u8>>> {
+/// Reads a start-up message; its user must be the token.
+fn started_up(mut client: &TcpStream, token: &[u8], deadline: Instant) -> io::Result<Option<()>> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    client.set_read_timeout(Some(left))?;
     let mut word = [0; 4];
     client.read_exact(&mut word)?;
     let length = (u32::from_be_bytes(word) as usize)
@@ -114,7 +78,7 @@ fn started_up(mut client: &TcpStream) -> io::Result<Option<Vec<u8>>> {
             let mut words = parameters.split(|byte| *byte == 0);
             while let (Some(name), Some(value)) = (words.next(), words.next()) {
                 if name == b"user" {
-                    return Ok(Some(value.to_vec()));
+                    return Ok((value == token).then_some(()));
                 }
             }
             Ok(None)

@@ -19,7 +19,9 @@ use crate::jetstream::ack::{AckError, parse_refusal};
 use crate::jetstream::client::{self, Link};
 use crate::jetstream::preflight::preflight;
 use crate::jetstream::streams::{self, Routes, StreamInfo};
-use crate::jetstream::{self, Delivery, EXPECTED_LAST_SEQUENCE, OUTBOX_LATE, OUTBOX_POSITION};
+use crate::jetstream::{
+    self, Delivery, EXPECTED_LAST_SEQUENCE, MSG_ID, OUTBOX_LATE, OUTBOX_POSITION, STREAM_SOURCE,
+};
 use crate::outbox::lineage::{Conflict, Lineage};
 use crate::outbox::park::OnPoison;
 use crate::outbox::position::SourcePosition;
@@ -460,13 +462,13 @@ pub fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
         position: stored
             .header(OUTBOX_POSITION)
             .and_then(|text| text.parse().ok()),
-        id: stored.header("Nats-Msg-Id").map(str::to_string),
+        id: stored.header(MSG_ID).map(str::to_string),
         expected_last_sequence: stored
             .header(EXPECTED_LAST_SEQUENCE)
             .and_then(|text| text.parse().ok()),
         // ADR-8: the stream's name, the sequence there, and more
         copied_from: stored
-            .header("Nats-Stream-Source")
+            .header(STREAM_SOURCE)
             .and_then(|text| text.split_ascii_whitespace().next())
             .map(str::to_string),
         is_late: stored.header(OUTBOX_LATE).is_some(),

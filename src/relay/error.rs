@@ -1,4 +1,6 @@
-//! What ends a session, whether another may follow, and what a person reads.
+//! What ends a session, and whether another may follow. What a person reads of it is in `words`.
+
+mod words;
 
 use super::core::capacity::TooLarge;
 use super::core::resume::Lost;
@@ -12,7 +14,6 @@ use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
 use crate::postgres;
 use crate::postgres::Lsn;
-use crate::postgres::connection::quote_literal;
 use crate::postgres::pgoutput::DecodeError;
 use std::fmt;
 
@@ -230,224 +231,6 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Postgres(error) => write!(f, "{error}{}", remedy(error)),
-            Error::Nats(error) => write!(f, "{error}"),
-            Error::ReadBack(error) => {
-                write!(f, "read the streams back: {error}")?;
-                match error {
-                    jetstream::Error::Nats(_) => f.write_str(
-                        "; if that comes again and again, an answer is over nats-server's max_pending (4/3 of the largest message): \
-                         raise that",
-                    ),
-                    _ => Ok(()),
-                }
-            }
-            Error::NoStream(subject) => write!(
-                f,
-                "find the stream of {subject}: no stream captures it; create one (jetstream-outbox setup, with the relay's flags), \
-                 the relay goes on by itself"
-            ),
-            Error::NoCheckpoint { bucket, reason } => write!(
-                f,
-                "use the checkpoint: the key-value bucket {bucket} cannot be used: {reason}; exactly-once delivery needs it: allow the user what \
-                 `jetstream-outbox setup -print-nats` lists, or create the bucket, or pass -delivery at-least-once"
-            ),
-            Error::SlotInUse { slot, pid } => {
-                write!(f, "start replication: slot {slot} is in use")?;
-                if let Some(pid) = pid {
-                    write!(
-                        f,
-                        " by the server process {pid} (pg_stat_activity tells whose)"
-                    )?;
-                }
-                Ok(())
-            }
-            Error::SlotMoved {
-                slot,
-                confirmed,
-                told,
-            } => write!(
-                f,
-                "check the slot: {slot} is at {confirmed}, but this relay has confirmed {told} at most: the slot was dropped and \
-                 re-created, or moved by somebody else (another program, pg_replication_slot_advance), or the checkpoint is an old \
-                 copy; what was committed between the two may be missing in the stream and must be published by hand; then \
-                 pass -resume-anyway once"
-            ),
-            Error::OtherFlags { after, may_go_back } => write!(
-                f,
-                "resume: another -publication or -no-messages has Postgres send other rows than it sent for what is stored after {after}, \
-                 so that the two cannot be compared; {}pass -resume-anyway once, which publishes what the slot still has, again too",
-                match may_go_back {
-                    true => "start once with the earlier flags and stop in order (-drain does); or ",
-                    false => "",
-                }
-            ),
-            Error::Unfenced { stream, at, stored } => write!(
-                f,
-                "read the stream back: {stream} has events up to {at} without a fence, as -delivery at-least-once or a promoted mirror has them: after \
-                 {stored} an event may be missing that exactly-once would take for stored; run once with \
-                 -delivery at-least-once -drain until that ends with 0 (within the stream's deduplication window nothing comes \
-                 twice), then start the relay again; where none is missing, pass -resume-anyway once"
-            ),
-            Error::Preflight(findings) => {
-                f.write_str("check Postgres: ")?;
-                for (index, finding) in findings.iter().enumerate() {
-                    let separator = if index == 0 { "" } else { "; also: " };
-                    write!(f, "{separator}{}", finding.sentence())?;
-                }
-                Ok(())
-            }
-            Error::Setup(what) => f.write_str(what),
-            Error::PublicationSkipped { notice, slot } => write!(
-                f,
-                "read the replication stream: Postgres leaves the publication's rows out ({notice}); nothing of it is confirmed. \
-                 Name the right publication with -publication; or, if this one was dropped for a while, make it anew, publish by \
-                 hand what the stream lacks, and move the slot past that time: \
-                 SELECT pg_replication_slot_advance({}, pg_current_wal_lsn()); and then pass -resume-anyway once",
-                quote_literal(slot)
-            ),
-            Error::Decode { error, at } => {
-                write!(f, "decode the pgoutput message at {at}: {error}")
-            }
-            Error::OutOfPlace { message, at } => {
-                write!(
-                    f,
-                    "read the replication stream: a {message} message at {at}, where none can be: see what stands between the \
-                     relay and Postgres"
-                )
-            }
-            Error::OutOfOrder(position) => write!(
-                f,
-                "read the replication stream: the event at {position} comes after a later one, which Postgres never sends"
-            ),
-            Error::Undecodable(undecodable) => write!(f, "{undecodable}"),
-            Error::Map { error, slot } => {
-                write!(f, "{error}")?;
-                if let Some(behind) = error.behind() {
-                    if matches!(**error, MapError::Value { .. }) {
-                        f.write_str(
-                            "; park such events (-on-poison park, also for setup, which gives them a stream)",
-                        )?;
-                    }
-                    write!(
-                        f,
-                        "; or publish this transaction's events otherwise, then move the slot \
-                         past it: SELECT pg_replication_slot_advance({}, '{behind}'); and then pass -resume-anyway once",
-                        quote_literal(slot)
-                    )?;
-                }
-                Ok(())
-            }
-            Error::TooLarge {
-                event,
-                too_large:
-                    TooLarge {
-                        size,
-                        limit,
-                        setting,
-                    },
-            } => write!(
-                f,
-                "publish {event}: {size} bytes are more than the {limit} that NATS accepts; nothing from it on is confirmed: \
-                 raise {setting}, then start the relay again, or park such events (-on-poison park, also for setup, which gives \
-                 them a stream)"
-            ),
-            Error::Refused { event, why } => write!(
-                f,
-                "publish {event}: {why}; nothing from it on is confirmed: have the stream or the server take it (a limit, a \
-                 permission, a feature of the stream), then start the relay again, or park such events (-on-poison park, also \
-                 for setup, which gives them a stream)"
-            ),
-            Error::GaveUp(reason) => write!(
-                f,
-                "no working session for -max-outage: {reason}; nothing is lost, start the relay again when that is mended"
-            ),
-            Error::Regressed(lost) => write!(
-                f,
-                "read the stream back: {lost}; what it lost is published again from the slot"
-            ),
-            Error::Lost(lost) => write!(
-                f,
-                "read the stream back: {lost}, and Postgres has been told to forget events up to later than that: restore the \
-                 stream from a newer backup, or accept the gap and pass -resume-anyway once"
-            ),
-            Error::Conflict {
-                of,
-                conflict: Conflict::OtherSystem(at),
-            } => write!(
-                f,
-                "resume {of}: its last event ({at}) was written from another Postgres system; if this database \
-                 replaces that one (pg_upgrade, a restored dump), pass -accept-new-system once: what this slot sends is then \
-                 published after it"
-            ),
-            Error::Conflict {
-                of,
-                conflict: Conflict::OtherTimeline(at),
-            } => write!(
-                f,
-                "resume {of}: its last event ({at}) was written on a timeline that is not in this server's history; \
-                 connect to the server that was promoted, this one is behind or abandoned"
-            ),
-            Error::Halt(halt) => write!(f, "{halt}"),
-            Error::Overtaken => f.write_str(
-                "read the checkpoint: another relay with this slot's name has written it; looking again who has the slot",
-            ),
-            Error::Stopped => f.write_str("the relay is to stop"),
-            Error::ServerShutsDown => f.write_str("Postgres shuts down"),
-            Error::EndedByServer => f.write_str("Postgres ended the replication stream"),
-            Error::Internal(what) => write!(f, "internal error: {what}; please report it"),
-        }
-    }
-}
-
-impl fmt::Display for Undecodable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Undecodable {
-            error,
-            at,
-            commit_lsn,
-            reached,
-            is_for_good,
-            slot,
-        } = self;
-        let place = commit_lsn.or(at.filter(|_| error.is_of_message()));
-        match (commit_lsn, at) {
-            (Some(commit_lsn), _) => write!(
-                f,
-                "decode the transaction that was committed at {commit_lsn}"
-            ),
-            (None, Some(at)) => write!(f, "decode the WAL at {at}"),
-            (None, None) => write!(f, "decode the WAL after {reached}"),
-        }?;
-        write!(f, ": Postgres cannot: {error}")?;
-        if !is_for_good {
-            return Ok(());
-        }
-        f.write_str("; nothing from there on is confirmed, and it will be the same each time: publish this transaction's events otherwise, ")?;
-        let advance = format!(
-            "SELECT pg_replication_slot_advance({}, ",
-            quote_literal(slot)
-        );
-        match place {
-            // what begins before the slot's position is skipped
-            Some(place) => write!(
-                f,
-                "then move the slot past it: {advance}'{}')",
-                Lsn(place.0.saturating_add(1))
-            ),
-            None => write!(
-                f,
-                "then move the slot past its commit, which pg_waldump shows: {advance}'<its LSN>'). Where the WAL itself is damaged \
-                 that fails as well: then drop the slot and create it again"
-            ),
-        }?;
-        f.write_str("; and then pass -resume-anyway once")
-    }
-}
-
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
@@ -460,20 +243,6 @@ impl std::error::Error for Error {
             _ => None,
         }
     }
-}
-
-/// What to do about an error of Postgres that ends the relay, where the error itself does not say it.
-fn remedy(error: &postgres::Error) -> String {
-    let remedy = match error.sqlstate() {
-        Some("28000") => Some(
-            "check the user of -db, and pg_hba.conf: for the relay the lines of the database count, not those of replication",
-        ),
-        Some("42501") => Some(
-            "the role needs REPLICATION (ALTER ROLE … REPLICATION), and CONNECT on the database",
-        ),
-        _ => error.remedy(),
-    };
-    remedy.map_or_else(String::new, |remedy| format!("; {remedy}"))
 }
 
 impl From<postgres::Error> for Error {

@@ -18,7 +18,7 @@ use crate::outbox::mapper::Mapper;
 use crate::outbox::plan::{Place, Value};
 use crate::outbox::position::Position;
 use crate::postgres::error::ServerError;
-use crate::postgres::pgoutput::{self, DecodeError, Message, TupleValue};
+use crate::postgres::pgoutput::{self, DecodeError, Message};
 use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crate::postgres::sqlstate::Meaning;
@@ -503,6 +503,30 @@ impl Reader<'_> {
         Ok(())
     }
 
+    /// The end of a transaction.
+    fn commit(
+        &mut self,
+        ended: &Transaction,
+        end_lsn: Lsn,
+        commit_time_us: i64,
+        state: &mut State,
+    ) {
+        // the first one proves which WAL this is, also without events
+        if ended.is_shown || std::mem::take(&mut self.is_first) {
+            self.is_first = false;
+            self.vitals.waits_too(commit_time_us);
+            state.batch.push(Change::Commit {
+                commit_lsn: ended.commit_lsn,
+                end_lsn,
+                commit_time_us,
+            });
+        } else {
+            state.batch.push_boundary(end_lsn);
+        }
+        self.progress.received(end_lsn);
+        state.reached = state.reached.max(end_lsn);
+    }
+
     /// One pgoutput message.
     fn take(&mut self, message: Message<'_>, at: Lsn, state: &mut State) -> Result<(), Error> {
         match message {
@@ -536,20 +560,7 @@ impl Reader<'_> {
                     let message = "Commit";
                     return Err(Error::OutOfPlace { message, at });
                 };
-                // the first one proves which WAL this is, also without events
-                if ended.is_shown || std::mem::take(&mut self.is_first) {
-                    self.is_first = false;
-                    self.vitals.waits_too(commit_time_us);
-                    state.batch.push(Change::Commit {
-                        commit_lsn,
-                        end_lsn,
-                        commit_time_us,
-                    });
-                } else {
-                    state.batch.push_boundary(end_lsn);
-                }
-                self.progress.received(end_lsn);
-                state.reached = state.reached.max(end_lsn);
+                self.commit(&ended, end_lsn, commit_time_us, state);
             }
             Message::Relation(relation) => {
                 // its own LSN is none
@@ -560,12 +571,7 @@ impl Reader<'_> {
             Message::Insert { relation_id, tuple } => {
                 let transaction = inside(&mut state.transaction, "Insert", at)?;
                 let place = transaction.next_place(self.resolved);
-                let values = tuple.iter().map(|value| match value {
-                    TupleValue::Null => Value::Null,
-                    TupleValue::UnchangedToast => Value::UnchangedToast,
-                    TupleValue::Text(text) => Value::Text(text),
-                    TupleValue::Binary(bytes) => Value::Binary(bytes),
-                });
+                let values = tuple.iter().map(Value::from);
                 let batch = &mut state.batch;
                 match (self.mapper).insert(relation_id, values, place, batch)? {
                     true => transaction.show()?,

@@ -151,24 +151,8 @@ impl Threads<'_> {
             settled: false,
             tally: Tally::default(),
         });
-        let shuts_down = first == First::ServerShutsDown;
-        let result = match (left.result, read, fed_back) {
-            (Err(error), _, _) => Err(error),
-            (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
-            // it has closed the connection, which is all that the reader sees
-            (_, _, Ok(Err(error @ postgres::Error::Timeout { .. }))) => Err(Error::Postgres(error)),
-            (_, Ok(Err(error)), _) => Err(error),
-            (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
-            _ if shuts_down => Err(Error::ServerShutsDown),
-            (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
-            (_, Ok(Ok(reader::Ended::Drained)), _) if left.settled => Ok(Ended::Drained),
-            (_, Ok(Ok(reader::Ended::Drained)), _) => Ok(Ended::Stopped),
-            (_, Ok(Ok(reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
-        };
-        let result = match first {
-            First::Lost(findings) => Err(Error::Preflight(findings)),
-            _ => result,
-        };
+        let tally = left.tally;
+        let result = ending(first, left, read, fed_back);
         // whatever ended the session: what is stored by now is told to Postgres if it still listens
         let told = feedback::last(writer, progress).and_then(|()| stream.finish(GOODBYE_LIMIT));
         if let Err(error) = told {
@@ -176,7 +160,7 @@ impl Threads<'_> {
         }
         Outcome {
             result,
-            tally: left.tally,
+            tally,
             published: watch.into_state(),
         }
     }
@@ -218,6 +202,31 @@ impl Threads<'_> {
                 }
             }
         }
+    }
+}
+
+/// Of what the threads report, that which ended the session.
+fn ending(
+    first: First,
+    published: Left,
+    read: thread::Result<Result<reader::Ended, Error>>,
+    fed_back: thread::Result<Result<(), postgres::Error>>,
+) -> Result<Ended, Error> {
+    let shuts_down = first == First::ServerShutsDown;
+    if let First::Lost(findings) = first {
+        return Err(Error::Preflight(findings));
+    }
+    match (published.result, read, fed_back) {
+        (Err(error), _, _) => Err(error),
+        (_, Err(_), _) | (_, _, Err(_)) => Err(PANICKED),
+        // it has closed the connection, which is all that the reader sees
+        (_, _, Ok(Err(error @ postgres::Error::Timeout { .. }))) => Err(Error::Postgres(error)),
+        (_, Ok(Err(error)), _) => Err(error),
+        (_, _, Ok(Err(error))) => Err(Error::Postgres(error)),
+        _ if shuts_down => Err(Error::ServerShutsDown),
+        (_, Ok(Ok(reader::Ended::ByServer)), _) => Err(Error::EndedByServer),
+        (_, Ok(Ok(reader::Ended::Drained)), _) if published.settled => Ok(Ended::Drained),
+        (_, Ok(Ok(reader::Ended::Drained | reader::Ended::Stopped)), _) => Ok(Ended::Stopped),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::check_postgres::{check, finding, set_up};
 use crate::command::{on, run};
-use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM, stream};
 use crate::support::nats::Nats;
 use crate::support::operator::Operator;
 use crate::support::postgres::Postgres;
@@ -29,15 +29,6 @@ fn replace(rig: &Rig, streams: &[Value]) {
     streams
         .iter()
         .for_each(|stream| nats.add_stream_with(stream.clone()));
-}
-
-/// A stream of `events.>`, with these settings in place of the defaults.
-fn stream(settings: &Value) -> Value {
-    let mut config = json!({ "name": STREAM, "subjects": ["events.>"] });
-    for (name, value) in settings.as_object().expect("settings") {
-        config[name] = value.clone();
-    }
-    config
 }
 
 #[test]
@@ -136,11 +127,7 @@ fn a_stream_that_cannot_carry_the_promises() {
     check(&rig, &[], &[]);
     replace(&rig, &[stream(&json!({}))]);
     check(&rig, &[], &[]);
-    let mut sealed = rig.nats.client().stream_info(STREAM)["config"].clone();
-    sealed["sealed"] = json!(true);
-    rig.nats
-        .client()
-        .api(&format!("STREAM.UPDATE.{STREAM}"), &sealed);
+    rig.set_stream(&json!({ "sealed": true }));
     check(
         &rig,
         &[],

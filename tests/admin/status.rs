@@ -66,11 +66,8 @@ fn an_event_that_waits_is_told_until_it_is_published() {
 #[test]
 fn the_second_half_of_a_transaction_is_lag() {
     let rig = Rig::start();
-    let room_for = |max_msgs: i32| {
-        let config = json!({ "name": STREAM, "subjects": ["events.>"], "max_msgs": max_msgs, "discard": "new" });
-        let api = format!("STREAM.UPDATE.{STREAM}");
-        rig.nats.client().api(&api, &config);
-    };
+    let room_for =
+        |max_msgs: i32| rig.set_stream(&json!({ "max_msgs": max_msgs, "discard": "new" }));
     room_for(6);
     rig.commit_event(1, "a");
     rig.pg.execute(

@@ -228,11 +228,7 @@ fn a_json_column_keeps_the_order_of_its_headers_and_a_header_may_set_the_lifetim
     let rig = Rig::start_with_tables(
         "CREATE TABLE outbox (id int, aggregatetype text, aggregateid text, payload text, meta json, ttl text)",
     );
-    let config =
-        serde_json::json!({ "name": SLOT, "subjects": ["events.>"], "allow_msg_ttl": true });
-    rig.nats
-        .client()
-        .api(&format!("STREAM.UPDATE.{SLOT}"), &config);
+    rig.set_stream(&serde_json::json!({ "allow_msg_ttl": true }));
     check(
         &rig,
         &["--headers-column=meta", "--header=ttl=Nats-TTL"],

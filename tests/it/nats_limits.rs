@@ -1,6 +1,6 @@
 //! What NATS allows may change while the relay runs: it is asked again before an event is called too large.
 
-use crate::rig::{DEADLINE, Rig, STREAM, uuid};
+use crate::rig::{DEADLINE, Rig, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use serde_json::json;
@@ -76,13 +76,7 @@ fn a_lowered_max_payload_is_found_by_what_the_server_refuses() {
 #[test]
 fn a_raised_max_msg_size_is_found_before_an_event_is_called_too_large() {
     let rig = start(LARGE);
-    let limit = |max_msg_size: i32| {
-        let config =
-            json!({ "name": STREAM, "subjects": ["events.>"], "max_msg_size": max_msg_size });
-        rig.nats
-            .client()
-            .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
-    };
+    let limit = |max_msg_size: i32| rig.set_stream(&json!({ "max_msg_size": max_msg_size }));
     limit(2_000);
     let relay = rig.relay(&[]);
     rig.commit_event(1, "a");

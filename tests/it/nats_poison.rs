@@ -2,7 +2,7 @@
 //! are put aside or halt the relay by name. An outage never puts anything aside.
 
 use crate::operators::{Load, assert_each_once, wait_for_confirmation};
-use crate::rig::{DEADLINE, Rig, STREAM, uuid};
+use crate::rig::{DEADLINE, Rig, STREAM, stream, uuid};
 use crate::support::nats::Nats;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Mode, Proxy};
@@ -185,15 +185,6 @@ fn no_outage_puts_an_event_aside() {
     assert!(!log.contains("parking an event"), "{log}");
 }
 
-/// A stream of the same subjects that takes no ordinary message.
-fn stream(settings: &Value) -> Value {
-    let mut config = json!({ "name": STREAM, "subjects": ["events.>"] });
-    for (name, value) in settings.as_object().expect("settings") {
-        config[name] = value.clone();
-    }
-    config
-}
-
 #[test]
 fn a_stream_that_takes_no_event_halts_the_relay_by_name() {
     for (settings, words) in [
@@ -208,9 +199,7 @@ fn a_stream_that_takes_no_event_halts_the_relay_by_name() {
             rig.commit_event(1, "a");
             rig.wait_for_messages(1);
             if settings["sealed"] == true {
-                let mut config = client.stream_info(STREAM)["config"].clone();
-                config["sealed"] = json!(true);
-                client.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+                rig.set_stream(&settings);
             } else {
                 client.api(&format!("STREAM.DELETE.{STREAM}"), &Value::Null);
                 client.add_stream_with(stream(&settings));

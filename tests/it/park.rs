@@ -22,12 +22,10 @@ fn rig(own_stream: bool) -> Rig {
 }
 
 fn capture_parked(rig: &Rig, own_stream: bool) {
-    let mut client = rig.nats.client();
-    if own_stream {
-        client.add_stream(PARKED, &["jetstream_outbox.parked"]);
-    } else {
-        let config = json!({ "name": STREAM, "subjects": ["events.>", "jetstream_outbox.parked"] });
-        client.api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+    let parked = "jetstream_outbox.parked";
+    match own_stream {
+        true => rig.nats.client().add_stream(PARKED, &[parked]),
+        false => rig.set_stream(&json!({ "subjects": ["events.>", parked] })),
     }
 }
 
@@ -332,10 +330,7 @@ fn a_limit_that_is_lowered_while_the_relay_runs_is_noticed_by_the_refusal() {
 #[test]
 fn an_event_whose_lifetime_the_server_cannot_read_is_parked_without_it() {
     let rig = rig(true);
-    let config = json!({ "name": STREAM, "subjects": ["events.>"], "allow_msg_ttl": true });
-    rig.nats
-        .client()
-        .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+    rig.set_stream(&json!({ "allow_msg_ttl": true }));
     insert(&rig, "'1'", "'1h'", "'x'");
     insert(&rig, "'2'", "'soon'", "'x'");
     insert(&rig, "'3'", "'2h'", "'x'");
@@ -414,10 +409,7 @@ const LIFETIME: &str = "--header=aggregateid=Nats-TTL";
 
 fn rig_with_lifetimes() -> Rig {
     let rig = rig(true);
-    let config = json!({ "name": STREAM, "subjects": ["events.>"], "allow_msg_ttl": true });
-    rig.nats
-        .client()
-        .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
+    rig.set_stream(&json!({ "allow_msg_ttl": true }));
     rig
 }
 

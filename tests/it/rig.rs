@@ -5,6 +5,7 @@ use crate::support::natsclient::StreamMessage;
 use crate::support::postgres::{self, Postgres};
 use crate::support::relay::Relay;
 use crate::support::wait::{eventually, secs};
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// The seed's name for the slot, the publication and the stream.
@@ -122,6 +123,12 @@ impl Rig {
         });
     }
 
+    /// Gives the stream these settings in place of the server's.
+    pub fn set_stream(&self, settings: &Value) {
+        let api = format!("STREAM.UPDATE.{STREAM}");
+        self.nats.client().api(&api, &stream(settings));
+    }
+
     /// Commits one event into the seed's table, under `events.account.<aggregateid>`.
     #[track_caller]
     pub fn commit_event(&self, number: u64, aggregateid: &str) {
@@ -130,6 +137,15 @@ impl Rig {
             "INSERT INTO outbox VALUES ('{id}', 'account', '{aggregateid}', '{{\"n\": {number}}}')"
         ));
     }
+}
+
+/// The stream of the seed, with these settings in place of the server's.
+pub fn stream(settings: &Value) -> Value {
+    let mut config = json!({ "name": STREAM, "subjects": ["events.>"] });
+    for (name, value) in settings.as_object().expect("settings") {
+        config[name] = value.clone();
+    }
+    config
 }
 
 /// The uuid of this number, as the tests' SQL makes it too: see [`UUID_SQL`].

@@ -95,13 +95,7 @@ fn all_before_a_row_that_cannot_be_an_event_is_stored_and_the_advice_leads_past_
 #[test]
 fn an_event_that_is_too_large_stops_the_relay_until_the_stream_takes_it() {
     let rig = Rig::start();
-    let limit = |max_msg_size: i32| {
-        let config =
-            json!({ "name": STREAM, "subjects": ["events.>"], "max_msg_size": max_msg_size });
-        rig.nats
-            .client()
-            .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
-    };
+    let limit = |max_msg_size: i32| rig.set_stream(&json!({ "max_msg_size": max_msg_size }));
     limit(2_000);
     commit_each(&rig, 1, 500);
     let text = "x".repeat(3_000);
@@ -255,12 +249,7 @@ fn a_second_signal_ends_a_relay_at_once_that_waits_for_acks() {
 #[test]
 fn an_event_that_no_stream_captures_waits_for_one_and_so_does_what_comes_behind_it() {
     let rig = Rig::start();
-    let capture = |subjects: &[&str]| {
-        let config = json!({ "name": STREAM, "subjects": subjects });
-        rig.nats
-            .client()
-            .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
-    };
+    let capture = |subjects: &[&str]| rig.set_stream(&json!({ "subjects": subjects }));
     capture(&["events.account.>"]);
     commit_each(&rig, 1, 20);
     let before = rig.pg.current_wal_lsn();
@@ -290,12 +279,8 @@ fn an_event_that_no_stream_captures_waits_for_one_and_so_does_what_comes_behind_
 #[test]
 fn a_drain_that_waits_for_room_ends_on_sigterm_and_does_not_call_itself_drained() {
     let rig = Rig::start();
-    let room_for = |max_msgs: i32| {
-        let config = json!({ "name": STREAM, "subjects": ["events.>"], "max_msgs": max_msgs, "discard": "new" });
-        rig.nats
-            .client()
-            .api(&format!("STREAM.UPDATE.{STREAM}"), &config);
-    };
+    let room_for =
+        |max_msgs: i32| rig.set_stream(&json!({ "max_msgs": max_msgs, "discard": "new" }));
     room_for(1);
     commit_each(&rig, 1, 2);
     let mut relay = rig.relay(&["--drain"]);

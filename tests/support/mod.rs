@@ -22,5 +22,6 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod relay;
+pub mod scripted_nats;
 pub mod truth;
 pub mod wait;

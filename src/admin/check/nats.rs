@@ -19,7 +19,7 @@ use crate::jetstream::preflight::{BucketFault, Preflight, bucket_faults, preflig
 use crate::jetstream::streams::{
     self, StreamConfig, StreamInfo, key_write_subject, last_message_request, matches,
 };
-use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION};
+use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION, STREAM_SOURCE};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
 use crate::outbox::subject::MAX_SUBJECT_LEN;
@@ -453,7 +453,7 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
             (text.rsplit_once("; ")).unwrap_or((text, "name another subject with -park-subject"));
         return vec![fail(NAME, why, WHY, fix)];
     }
-    let mut findings = vec![match park {
+    let can = match park {
         Park::Missing => fail(
             NAME,
             format!("no stream captures {subject}"),
@@ -492,27 +492,28 @@ fn parking(facts: &Facts, config: &Config) -> Vec<Finding> {
             NAME,
             format!("events are parked under {subject}, in stream {stream}"),
         ),
-    }];
-    if let Park::Found {
+    };
+    std::iter::once(can).chain(kept(park)).collect()
+}
+
+/// Whether what is parked stays.
+fn kept(park: &Park) -> Vec<Finding> {
+    let Park::Found {
         stream, preflight, ..
     } = park
-    {
-        findings.extend(preflight.warnings.iter().map(|text| {
-            let (what, why) = text.split_once(": ").unwrap_or((
-                text,
-                "a parked event that is gone can be published by nobody",
-            ));
-            warn(
-                NAME,
-                format!("stream {stream}: {what}"),
-                why,
-                format!(
-                    "nats stream edit {stream}, or a new stream where the setting cannot be changed"
-                ),
-            )
-        }));
-    }
-    findings
+    else {
+        return Vec::new();
+    };
+    let finding = |text: &String| {
+        let gone = "a parked event that is gone can be published by nobody";
+        let (what, why) = text.split_once(": ").unwrap_or((text, gone));
+        let found = format!("stream {stream}: {what}");
+        let fix = format!(
+            "nats stream edit {stream}, or a new stream where the setting cannot be changed"
+        );
+        warn("nats.parking", found, why, fix)
+    };
+    preflight.warnings.iter().map(finding).collect()
 }
 
 /// Looks for the park subject, and tries it.
@@ -612,7 +613,7 @@ fn read_stream(
             position,
             // a copy proves nothing either way
             fenced: message.header(EXPECTED_LAST_SEQUENCE).is_some()
-                || message.header("Nats-Stream-Source").is_some(),
+                || message.header(STREAM_SOURCE).is_some(),
         });
     }
     let subject = probe_subject(&info.config.subjects, &config.prefix);

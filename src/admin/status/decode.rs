@@ -18,7 +18,7 @@ use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
 use crate::postgres::Lsn;
 use crate::postgres::connection::{quote_identifier, quote_literal};
-use crate::postgres::pgoutput::{self, Message, TupleValue};
+use crate::postgres::pgoutput::{self, Message};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -317,12 +317,7 @@ impl<'a> Search<'a> {
                 return ControlFlow::Continue(());
             }
             Message::Insert { relation_id, tuple } => {
-                let values = tuple.iter().map(|value| match value {
-                    TupleValue::Null => Value::Null,
-                    TupleValue::UnchangedToast => Value::UnchangedToast,
-                    TupleValue::Text(text) => Value::Text(text),
-                    TupleValue::Binary(bytes) => Value::Binary(bytes),
-                });
+                let values = tuple.iter().map(Value::from);
                 let place = self.events.next_place();
                 self.mapper.insert(relation_id, values, place, &mut batch)
             }

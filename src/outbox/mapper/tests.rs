@@ -34,7 +34,7 @@ fn describe(mapper: &mut Mapper, name: &str, columns: &[(&str, u32)]) -> Result<
         .iter()
         .map(|&(name, type_id)| ColumnInfo { name, type_id });
     mapper.relation(TABLE, "public", name, columns, AT.commit_lsn)?;
-    mapper.is_outbox(TABLE)
+    Ok(mapper.plan(TABLE)?.is_some())
 }
 
 /// Subject, id and body of the event that a row of the table `outbox` with `columns` becomes.
@@ -356,7 +356,7 @@ fn an_outbox_that_is_renamed_out_of_the_named_ones_is_an_error() {
 fn a_relation_that_was_not_described_is_an_error() {
     let mapper = Mapper::new(&Mapping::new("events"));
     let unknown = MapError::UnknownRelation { relation_id: 9 };
-    assert_eq!(mapper.is_outbox(9), Err(unknown.clone()));
+    assert_eq!(mapper.plan(9).err(), Some(unknown.clone()));
     let row = std::iter::empty();
     assert_eq!(
         mapper.insert(9, row, PLACE, &mut Batch::default()),

@@ -265,11 +265,6 @@ impl ConnInfo {
         self.password_inline
     }
 
-    /// Who connects.
-    pub fn user(&self) -> &str {
-        &self.user
-    }
-
     /// To which database.
     pub fn dbname(&self) -> &str {
         &self.dbname

@@ -5,6 +5,7 @@
 //! Source: <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS>.
 
 use super::ConnInfoError;
+use crate::uri::percent_decode;
 
 /// Is it one? If so, what follows the scheme.
 pub(super) fn strip_scheme(text: &str) -> Option<&str> {
@@ -101,17 +102,6 @@ fn host_and_port(text: &str) -> Result<(&str, &str), ConnInfoError> {
 
 /// Resolves `%xx`. The text itself stays out of the error: it may be a password.
 fn decode(text: &str, what: &'static str) -> Result<String, ConnInfoError> {
-    let digit = |byte: Option<&u8>| byte.and_then(|&b| char::from(b).to_digit(16));
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes().iter();
-    while let Some(&byte) = rest.next() {
-        bytes.push(match byte {
-            b'%' => match (digit(rest.next()), digit(rest.next())) {
-                (Some(high), Some(low)) if high + low > 0 => (high << 4 | low) as u8,
-                _ => return Err(ConnInfoError::Percent(what)),
-            },
-            byte => byte,
-        });
-    }
-    String::from_utf8(bytes).map_err(|_| ConnInfoError::Percent(what))
+    let decoded = percent_decode(text).filter(|it| !it.contains('\0'));
+    decoded.ok_or(ConnInfoError::Percent(what))
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// So long outstanding acks are waited for when the session ends before everything is settled.
-pub const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// So long the last write of the record is tried; without it the next start reads back more. A cluster
 /// that has just lost a node needs some seconds to find the bucket a leader.
 const RECORD_LIMIT: Duration = Duration::from_secs(5);

@@ -55,9 +55,10 @@ impl Default for Limits {
     }
 }
 
+const NAME: &str = "nats.account";
+
 /// Warns before it is full, and fails when it is too full for what is missing.
 pub fn judge(facts: &Facts, _: &Config) -> Vec<Finding> {
-    const NAME: &str = "nats.account";
     let account = match &facts.account {
         None => return Vec::new(),
         // the relay does without, so it is no reason to ask for the permission
@@ -104,18 +105,7 @@ pub fn judge(facts: &Facts, _: &Config) -> Vec<Finding> {
             "jetstream-outbox setup -max-bytes 10GB, or as much as the streams are to hold",
         ));
     }
-    for part in &parts {
-        let storage = part.usage.storage;
-        if let Some(most) = part.most().filter(|most| storage > most / 10 * 8) {
-            findings.push(warn(
-                NAME,
-                format!("{}its files take {} of {}", part.name, bytes(storage), bytes(most)),
-                "at the limit JetStream refuses events, and the relay waits while Postgres keeps the log",
-                "raise max_file of the account (in its token: disk_storage), or let its streams drop what is old: \
-                 nats stream edit ... --max-age=...",
-            ));
-        }
-    }
+    findings.extend(parts.iter().filter_map(nearly_full));
     if findings.is_empty() {
         let found = each(&|part| {
             let Usage {
@@ -137,6 +127,23 @@ pub fn judge(facts: &Facts, _: &Config) -> Vec<Finding> {
         findings.push(ok(NAME, found));
     }
     findings
+}
+
+fn nearly_full(part: &Part<'_>) -> Option<Finding> {
+    let storage = part.usage.storage;
+    let most = part.most().filter(|most| storage > most / 10 * 8)?;
+    Some(warn(
+        NAME,
+        format!(
+            "{}its files take {} of {}",
+            part.name,
+            bytes(storage),
+            bytes(most)
+        ),
+        "at the limit JetStream refuses events, and the relay waits while Postgres keeps the log",
+        "raise max_file of the account (in its token: disk_storage), or let its streams drop what is old: \
+         nats stream edit ... --max-age=...",
+    ))
 }
 
 /// What one set of limits is for.

@@ -4,6 +4,7 @@ use super::{Facts, Finding, Stream, fail, ok, warn};
 use crate::admin::bus::Bus;
 use crate::config::Config;
 use crate::jetstream::Error;
+use crate::jetstream::STREAM_SOURCE;
 use crate::jetstream::client::Link;
 use crate::jetstream::sources::{Aggregate, Fault, copied_seq};
 use crate::jetstream::streams::{StreamInfo, last_message_request, next_message_request};
@@ -96,7 +97,7 @@ fn left(
             None => {
                 let last = last_message_request(name, &source.stored_under(&wanted));
                 let last = bus.message(last)?;
-                let header = last.as_ref().and_then(|it| it.header("Nats-Stream-Source"));
+                let header = last.as_ref().and_then(|it| it.header(STREAM_SOURCE));
                 header.and_then(|header| copied_seq(header, origin))
             }
         };

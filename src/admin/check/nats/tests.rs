@@ -2,17 +2,9 @@
 
 use super::*;
 use crate::admin::check::finding::Level;
-use crate::cli::{self, Invocation};
+use crate::admin::check::tests::expect;
 use crate::jetstream::streams::{StreamConfig, StreamState};
-use std::ffi::OsString;
-
-pub(super) fn config(args: &[&str]) -> Config {
-    let args = [&["-db", "host=h"], args].concat();
-    let Ok(Invocation::Relay(cli)) = cli::parse(args.iter().map(OsString::from)) else {
-        panic!("{args:?} do not parse");
-    };
-    Config::load(&cli, &|_| None).unwrap()
-}
+pub(super) use crate::relay::preflight::tests::config;
 
 /// As setup leaves them.
 pub(super) fn good() -> Facts {
@@ -117,25 +109,7 @@ fn check_with(
         .iter()
         .flat_map(|judge| judge(&facts, &config))
         .collect();
-    let bad: Vec<String> = findings
-        .iter()
-        .filter(|finding| finding.level != Level::Ok)
-        .map(|finding| {
-            assert_eq!((finding.name, finding.level), (name, level), "{finding}");
-            finding.to_string()
-        })
-        .collect();
-    assert_eq!(bad.len(), usize::from(level != Level::Ok), "{bad:?}");
-    let text = match bad.first() {
-        Some(text) => text.clone(),
-        None => findings
-            .iter()
-            .map(|finding| format!("{finding}\n"))
-            .collect(),
-    };
-    for part in parts {
-        assert!(text.contains(part), "{part}: {text}");
-    }
+    expect(&findings, level, name, parts);
 }
 
 #[track_caller]

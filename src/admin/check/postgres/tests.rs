@@ -1,6 +1,7 @@
 //! Each finding, from facts as a server may tell them.
 
 use super::*;
+use crate::admin::check::tests::expect;
 use crate::relay::preflight::Level;
 use crate::relay::preflight::slot::Slot;
 use crate::relay::preflight::tests::{config, good as shared};
@@ -32,25 +33,7 @@ fn check_with(
         .chain(&SLOT_JUDGES)
         .flat_map(|judge| judge(&facts, &config))
         .collect();
-    let bad: Vec<String> = findings
-        .iter()
-        .filter(|finding| finding.level != Level::Ok)
-        .map(|finding| {
-            assert_eq!((finding.name, finding.level), (name, level), "{finding}");
-            finding.to_string()
-        })
-        .collect();
-    assert_eq!(bad.len(), usize::from(level != Level::Ok), "{bad:?}");
-    let text = match bad.first() {
-        Some(text) => text.clone(),
-        None => findings
-            .iter()
-            .map(|finding| format!("{finding}\n"))
-            .collect(),
-    };
-    for part in parts {
-        assert!(text.contains(part), "{part}: {text}");
-    }
+    expect(&findings, level, name, parts);
 }
 
 #[track_caller]
