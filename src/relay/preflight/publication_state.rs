@@ -49,7 +49,7 @@ struct Outbox {
     oid: u32,
     schema: String,
     name: String,
-    /// Of the row filters of its members, if they have any.
+    /// Of the row filters of its members, if they have any: of what they let through, not of their text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     filter: Option<u64>,
     /// Columns that take part in an event and are not sent.
@@ -220,7 +220,7 @@ impl Outbox {
         relayed.peek()?;
         let (mut filters, mut unsent) = (Vec::new(), Vec::new());
         for (table, mapping) in relayed {
-            filters.extend(table.filter.as_deref());
+            filters.extend(table.filter_hash);
             let used = mapping.used_columns().into_iter();
             let is_unsent = |name: &&str| table.column(name).is_some_and(|column| !column.sent);
             unsent.extend(used.filter(is_unsent).map(str::to_string));
@@ -229,14 +229,12 @@ impl Outbox {
         unsent.dedup();
         filters.sort_unstable();
         filters.dedup();
-        let holes = tree
-            .iter()
-            .filter(|table| table.holds_rows() && !table.reaches());
+        let holes = outboxes::holes(tree);
         Some(Outbox {
             oid: root.oid,
             schema: root.schema.clone(),
             name: root.name.clone(),
-            filter: (!filters.is_empty()).then(|| hash(&filters.join("\n"))),
+            filter: (!filters.is_empty()).then(|| hash(&format!("{filters:?}"))),
             unsent,
             holes: holes.map(|table| table.oid).take(MOST_HOLES).collect(),
         })
@@ -274,10 +272,10 @@ impl Outbox {
             // the operator's own wish
             return None;
         }
-        let is_new_hole = |table: &&Table| {
-            table.holds_rows() && !table.reaches() && !self.holes.contains(&table.oid)
-        };
-        if let Some(hole) = tree.iter().find(is_new_hole)
+        // nor is a parent that it was given part of it
+        let is_above = |hole: &Table| hole.oid == hole.root && hole.oid != self.oid;
+        let is_new = |hole: &&Table| !self.holes.contains(&hole.oid) && !is_above(hole);
+        if let Some(hole) = outboxes::holes(tree).find(is_new)
             && self.holes.len() < MOST_HOLES
         {
             return Some(halts(
@@ -300,6 +298,21 @@ impl Outbox {
             ));
         }
         let Some(now) = Outbox::of(tree, config) else {
+            let is_missed = |it: &&Table| it.is_sent_by_name() && !is_wanted(&it.schema, &it.name);
+            // what did reach has left it
+            let mut holding = tree.iter().filter(|table| table.holds_rows());
+            if holding.all(|table| self.holes.contains(&table.oid)) {
+                return None;
+            }
+            if let Some(other) = tree.iter().find(is_missed) {
+                return Some(halts(
+                    format!(
+                        "the rows of {was} come under the name of {} now, which -table does not name",
+                        other.sql()
+                    ),
+                    "name both in -table",
+                ));
+            }
             return Some(fail(
                 NAME,
                 format!(
@@ -345,9 +358,7 @@ impl Outbox {
             None => "was dropped and created again".to_string(),
         };
         let tree = seen.index.trees.get(&successor.oid)?;
-        let holes: Vec<&Table> = (tree.iter())
-            .filter(|table| table.holds_rows() && !table.reaches())
-            .collect();
+        let holes: Vec<&Table> = outboxes::holes(tree).collect();
         if !holes.is_empty() {
             return Some(halts(
                 format!("table {was} {how}, and publication {name} does not hold it"),
