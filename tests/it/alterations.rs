@@ -402,3 +402,177 @@ fn a_database_that_is_renamed_is_named() {
     assert_eq!(runs.wait_exit(DEADLINE), 0, "{:#?}", runs.log());
     assert_eq!(rig.ids(), ["1", "2"]);
 }
+
+/// Nothing of what is stored is taken for another event, whatever its id is called by now.
+#[test]
+fn what_an_id_is_made_of_may_be_renamed() {
+    for (kind, value, text, change) in [
+        (
+            "mood",
+            "'sad'",
+            "sad",
+            "ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'",
+        ),
+        (
+            "pair",
+            "'(1,a)'",
+            "(1,a)",
+            "ALTER TYPE pair ADD ATTRIBUTE more int CASCADE",
+        ),
+        (
+            "regclass",
+            "'things'",
+            "things",
+            "ALTER TABLE things RENAME TO stuff",
+        ),
+        (
+            "regtype",
+            "'mood'",
+            "mood",
+            "ALTER TYPE mood RENAME TO temper",
+        ),
+        (
+            "regrole",
+            "'svc'",
+            "svc",
+            "ALTER ROLE svc RENAME TO service",
+        ),
+        ("regclass", "'things'", "things", "DROP TABLE things"),
+        (
+            "money",
+            "1.5",
+            "$1.50",
+            "ALTER DATABASE postgres SET lc_monetary = 'C.UTF-8'",
+        ),
+    ] {
+        let rig = Rig::start_with_tables(&format!(
+            "CREATE ROLE svc; CREATE TABLE things (); CREATE TYPE mood AS ENUM ('sad'); CREATE TYPE pair AS (n int, t text); \
+             CREATE TABLE outbox (id {kind}, aggregatetype text, aggregateid text, payload text)"
+        ));
+        rig.pg.execute(&format!(
+            "INSERT INTO outbox VALUES ({value}, 'a', 'b', 'c')"
+        ));
+        rig.drain(&["-hold-back", "0"]);
+        rig.pg.execute(change);
+        for _ in 0..2 {
+            let (code, log) = rig.run(&["-drain", "-hold-back", "0"]);
+            assert_eq!(code, 0, "{change}: {log:#?}");
+        }
+        assert_eq!(rig.ids(), [text], "{change}");
+    }
+}
+
+/// What an administrator does to keep the relay out, the code it ends with if no retry can mend that, what it says, and how it is
+/// let in again.
+const SHUT_OUT: [(&str, Option<i32>, &str, &str); 6] = [
+    (
+        "ALTER ROLE svc NOLOGIN",
+        Some(78),
+        "not permitted to log in",
+        "ALTER ROLE svc LOGIN",
+    ),
+    (
+        "ALTER ROLE svc NOREPLICATION",
+        Some(78),
+        "the role needs REPLICATION",
+        "ALTER ROLE svc REPLICATION",
+    ),
+    (
+        "ALTER ROLE svc RENAME TO other",
+        Some(78),
+        "role \\\"svc\\\" does not exist",
+        "ALTER ROLE other RENAME TO svc",
+    ),
+    (
+        "REVOKE CONNECT ON DATABASE shop FROM PUBLIC",
+        Some(78),
+        "permission denied for database",
+        "GRANT CONNECT ON DATABASE shop TO PUBLIC",
+    ),
+    (
+        "ALTER DATABASE shop ALLOW_CONNECTIONS false",
+        Some(78),
+        "not currently accepting connections",
+        "ALTER DATABASE shop ALLOW_CONNECTIONS true",
+    ),
+    // which others may free again
+    (
+        "ALTER DATABASE shop CONNECTION LIMIT 0",
+        None,
+        "too many connections for database",
+        "ALTER DATABASE shop CONNECTION LIMIT -1",
+    ),
+];
+
+#[test]
+fn who_is_kept_out_says_so_and_goes_on_later() {
+    let rig = Rig::start();
+    rig.pg
+        .execute("CREATE ROLE svc LOGIN REPLICATION; CREATE ROLE writer SUPERUSER LOGIN");
+    rig.pg.execute("CREATE DATABASE shop");
+    let mut shop = rig.pg.client_of("shop").expect("shop");
+    let mut run = |sql: &str| shop.batch_execute(sql).expect(sql);
+    run("CREATE TABLE outbox (id text, aggregatetype text, aggregateid text, payload jsonb)");
+    run("CREATE PUBLICATION p FOR TABLE outbox WITH (publish = 'insert')");
+    run("SELECT pg_create_logical_replication_slot('shop', 'pgoutput')");
+    let db = rig.pg.url("svc", "shop");
+    let flags = [
+        "-db",
+        &db,
+        "-slot",
+        "shop",
+        "-publication",
+        "p",
+        "-hold-back",
+        "0",
+    ];
+    let relay = |args: &[&str]| rig.relay(&[&flags[..], args].concat());
+    for (number, (change, code, word, undo)) in SHUT_OUT.into_iter().enumerate() {
+        let mut runs = relay(&[]);
+        runs.wait_for_log("msg=\"connected\"", DEADLINE);
+        rig.pg.execute(change);
+        run(&format!(
+            "INSERT INTO outbox VALUES ('{number}', 'a', 'b', '{{}}')"
+        ));
+        rig.wait_for_messages(number as u64 + 1);
+        rig.pg.terminate_walsender();
+        match code {
+            Some(code) => drop(halts(&mut runs, code, &[word])),
+            None => drop(runs.wait_for_log(word, DEADLINE)),
+        }
+        rig.pg.execute(undo);
+        if code.is_none() {
+            runs.term();
+            assert_eq!(runs.wait_exit(DEADLINE), 0, "{:#?}", runs.log());
+        }
+        let mut runs = relay(&["-drain"]);
+        assert_eq!(runs.wait_exit(DEADLINE), 0, "{undo}: {:#?}", runs.log());
+    }
+    assert_eq!(rig.ids(), ["0", "1", "2", "3", "4", "5"]);
+}
+
+/// A trigger on logging in refuses the relay for a while.
+#[test]
+fn a_login_trigger_that_refuses_is_named_and_waited_for() {
+    if Postgres::major_version() < 17 {
+        return;
+    }
+    let rig = Rig::start();
+    rig.pg.execute("CREATE ROLE svc LOGIN REPLICATION");
+    let db = rig.pg.url("svc", "postgres");
+    let relay = rig.relay(&["-db", &db]);
+    relay.wait_for_log("msg=\"connected\"", DEADLINE);
+    rig.pg.execute(
+        "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS \
+         $$BEGIN IF session_user = 'svc' THEN RAISE EXCEPTION 'closed for tonight'; END IF; END$$; \
+         CREATE EVENT TRIGGER refuse ON login EXECUTE FUNCTION refuse(); ALTER EVENT TRIGGER refuse ENABLE ALWAYS",
+    );
+    rig.commit_event(1, "a");
+    rig.wait_for_messages(1);
+    rig.pg.terminate_walsender();
+    relay.wait_for_log("closed for tonight", DEADLINE);
+    rig.pg.execute("DROP EVENT TRIGGER refuse");
+    rig.commit_event(2, "a");
+    rig.wait_for_messages(2);
+    assert!(relay.is_running());
+}
