@@ -298,31 +298,7 @@ impl Outbox {
             ));
         }
         let Some(now) = Outbox::of(tree, config) else {
-            let is_missed = |it: &&Table| it.is_sent_by_name() && !is_wanted(&it.schema, &it.name);
-            // what did reach has left it
-            let mut holding = tree.iter().filter(|table| table.holds_rows());
-            if holding.all(|table| self.holes.contains(&table.oid)) {
-                return None;
-            }
-            if let Some(other) = tree.iter().find(is_missed) {
-                return Some(halts(
-                    format!(
-                        "the rows of {was} come under the name of {} now, which -table does not name",
-                        other.sql()
-                    ),
-                    "name both in -table",
-                ));
-            }
-            return Some(fail(
-                NAME,
-                format!(
-                    "table {} has not the columns of an outbox any more",
-                    table.sql()
-                ),
-                "its rows would be passed over",
-                "name the columns that it has, by -table, -subject or the flags of columns; what was written before they were renamed comes \
-                 under the earlier names. If it is no outbox any more, start the relay once with -resume-anyway",
-            ));
+            return self.lost_whole(tree, table, config);
         };
         if now.filter.is_some() && now.filter != self.filter {
             return Some(halts(
@@ -340,6 +316,38 @@ impl Outbox {
                 identifier(left_out)
             ),
             "",
+        ))
+    }
+
+    /// No row of the tree becomes an event any more; `table` is what was seen.
+    fn lost_whole(&self, tree: &[Table], table: &Table, config: &Config) -> Option<Finding> {
+        // what did reach has left it
+        let mut holding = tree.iter().filter(|table| table.holds_rows());
+        if holding.all(|table| self.holes.contains(&table.oid)) {
+            return None;
+        }
+        let is_missed = |it: &&Table| {
+            it.is_sent_by_name() && config.mapping.of_table(&it.schema, &it.name).is_none()
+        };
+        if let Some(other) = tree.iter().find(is_missed) {
+            return Some(halts(
+                format!(
+                    "the rows of {} come under the name of {} now, which -table does not name",
+                    self.label().sql(),
+                    other.sql()
+                ),
+                "name both in -table",
+            ));
+        }
+        Some(fail(
+            NAME,
+            format!(
+                "table {} has not the columns of an outbox any more",
+                table.sql()
+            ),
+            "its rows would be passed over",
+            "name the columns that it has, by -table, -subject or the flags of columns; what was written before they were renamed comes \
+             under the earlier names. If it is no outbox any more, start the relay once with -resume-anyway",
         ))
     }
 
