@@ -8,7 +8,7 @@ postgres_versions=(14.23.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.1
 nats_server_versions=(2.10.25 2.11.11 2.12.8 2.14.5 2.14.6)        # and the newest of tools.sh; 2.14.5 forgets when a stream was created
 
 # What does not depend on the servers' versions, or takes minutes, is left out.
-suites=(drain:: failover:: mapping:: observe:: operators_bucket:: operators_postgres:: operators_shared:: operators_streams:: flags:: park:: publication:: slot:: faults_cluster:: faults_nats:: faults_postgres:: faults_relay:: faults_streams::
+suites=(alterations:: drain:: failover:: mapping:: observe:: operators_bucket:: operators_postgres:: operators_shared:: operators_streams:: flags:: park:: publication:: slot:: faults_cluster:: faults_nats:: faults_postgres:: faults_relay:: faults_streams::
   payloads:: seed:: smoke:: subjects:: surroundings:: transactions:: check_nats:: check_postgres:: check_faults:: preflight:: setup:: status:: synchronous:: tail::)
 
 logs=$target/matrix

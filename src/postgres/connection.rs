@@ -160,6 +160,7 @@ impl Connection {
     /// a setting would be others. And nothing of theirs ends what takes long. What Postgres' own subscriber sets
     /// (`libpqrcv_connect`), and what else the text of a type depends on.
     pub fn pin_settings(&mut self) -> Result<(), Error> {
+        const IDLE_SESSION_TIMEOUT: u32 = 140_000;
         const TRANSACTION_TIMEOUT: u32 = 170_000;
         let mut settings = vec![
             ("statement_timeout", "0"),
@@ -173,7 +174,12 @@ impl Connection {
             ("quote_all_identifiers", "off"),
             ("default_transaction_isolation", "read committed"),
             ("default_transaction_deferrable", "off"),
+            // that a publication is left out is a warning since 18
+            ("client_min_messages", "notice"),
         ];
+        if self.server_version_num() >= IDLE_SESSION_TIMEOUT {
+            settings.push(("idle_session_timeout", "0"));
+        }
         if self.server_version_num() >= TRANSACTION_TIMEOUT {
             settings.push(("transaction_timeout", "0"));
         }

@@ -118,6 +118,44 @@ fn an_update_that_moves_a_row_is_refused_with_the_fix() {
         .execute("UPDATE outbox SET payload = '{\"a\": 1}'; DELETE FROM outbox");
 }
 
+/// The same of a row that an UPDATE makes pass the row filter; with the fix it is not sent.
+#[test]
+fn an_update_that_a_row_filter_lets_in_is_not_sent_with_the_fix() {
+    if Postgres::major_version() < 15 {
+        return;
+    }
+    let rig = empty();
+    clear(&rig);
+    rig.pg.execute(&format!(
+        "CREATE TABLE outbox (id uuid NOT NULL, aggregatetype text, aggregateid text, payload jsonb, ready bool); \
+         ALTER TABLE outbox REPLICA IDENTITY FULL; \
+         CREATE PUBLICATION {SLOT} FOR TABLE outbox WHERE (ready) WITH (publish = 'insert, update')"
+    ));
+    rig.add_slot(SLOT);
+    let insert = "INSERT INTO outbox VALUES (gen_random_uuid(), 'account', 'a', '{}', false)";
+    let update = "UPDATE outbox SET ready = true WHERE NOT ready";
+    rig.pg.execute(insert);
+    rig.pg.execute(update);
+    rig.drain(&["--hold-back", "0"]);
+    assert_eq!(rig.messages().len(), 1);
+    let expected = [
+        ("postgres.tables", "warn"),
+        ("postgres.filter_moves", "warn"),
+    ];
+    let findings = check(&rig, &[], &expected);
+    rig.pg
+        .execute(&statements(&findings, "postgres.filter_moves"));
+    rig.pg.execute(insert);
+    rig.pg.execute(update);
+    rig.drain(&["--hold-back", "0"]);
+    assert_eq!(rig.messages().len(), 1);
+    let expected = [
+        ("postgres.tables", "warn"),
+        ("postgres.publication_age", "warn"),
+    ];
+    check(&rig, &[], &expected);
+}
+
 /// What the relay remembers counts for `check` too, and what mends it for both.
 #[test]
 fn what_a_relay_remembers_is_compared() {

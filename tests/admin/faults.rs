@@ -336,6 +336,32 @@ pub const PUBLICATION: &[Fault] = &[
             "warn",
             "has a row filter for public.outbox",
         )], &["ALTER PUBLICATION jetstream_outbox SET TABLE outbox WHERE (aggregatetype <> 'x')"]).since(15),
+    fault(&[
+            (
+                "postgres.tables",
+                "warn",
+                "has a row filter for public.outbox",
+            ),
+            (
+                "postgres.filter_moves",
+                "warn",
+                "publishes updates, and has a row filter for public.outbox",
+            ),
+        ], &[
+            "ALTER TABLE outbox REPLICA IDENTITY FULL",
+            "ALTER PUBLICATION jetstream_outbox SET TABLE outbox WHERE (aggregatetype <> 'x')",
+            "ALTER PUBLICATION jetstream_outbox SET (publish = 'insert, update')",
+        ]).since(15),
+    fault(&[(
+            "postgres.tables",
+            "warn",
+            "public.outbox has no partition yet",
+        )], &[
+            DROP_OUTBOX,
+            "CREATE TABLE outbox (id uuid NOT NULL, aggregatetype text NOT NULL, aggregateid text NOT NULL, payload jsonb) \
+             PARTITION BY RANGE (id)",
+            "CREATE PUBLICATION jetstream_outbox FOR TABLE outbox WITH (publish = 'insert')",
+        ]).flags(&["-table", "outbox"]).since(13),
     fault(&[(
             "postgres.tables",
             "fail",
@@ -553,6 +579,14 @@ pub const LATER: &[Fault] = &[
             "CREATE PUBLICATION jetstream_outbox FOR TABLE a.outbox, b.outbox WITH (publish = 'insert')",
         ]).flags(&["-table", "a.outbox,b.outbox"]),
     fault(&[(
+            "postgres.payload_column",
+            "warn",
+            "column payload of table public.outbox is b.document, a domain over jsonb",
+        )], &[
+            "CREATE SCHEMA b; CREATE DOMAIN b.json AS jsonb; CREATE DOMAIN b.document AS b.json CHECK (VALUE IS NOT NULL)",
+            "ALTER TABLE outbox ALTER payload TYPE b.document",
+        ]),
+    fault(&[(
             "postgres.ids",
             "warn",
             "the ids of public.counted, public.numbered",
@@ -692,6 +726,11 @@ pub const TOGETHER: Fault = Fault {
             "postgres.partition_moves",
             "warn",
             "table k.outbox is partitioned",
+        ),
+        (
+            "postgres.filter_moves",
+            "warn",
+            "publishes updates, and has a row filter for c.outbox",
         ),
         ("postgres.tls", "warn", "not used"),
         ("postgres.messages", "warn", "does not emit messages"),

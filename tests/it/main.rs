@@ -2,6 +2,7 @@
 //!
 //! `scripts/test` gets the servers; `tests/support` starts them.
 
+mod alterations;
 mod credentials;
 mod drain;
 mod encodings;

@@ -357,7 +357,7 @@ struct Lost {
 const PARTED: &str = "CREATE TABLE {p}.outbox (id uuid, aggregatetype text, aggregateid text, payload jsonb) \
     PARTITION BY LIST (aggregatetype); CREATE TABLE {p}.outbox_1 PARTITION OF {p}.outbox FOR VALUES IN ('account'); ";
 
-const LOST: [Lost; 9] = [
+const LOST: [Lost; 10] = [
     Lost {
         name: "renamed",
         before: "",
@@ -431,6 +431,16 @@ const LOST: [Lost; 9] = [
         change: "ALTER PUBLICATION {p} SET (publish_via_partition_root = false)",
         word: "publication switched sends the rows of switched.outbox by other names than before",
         fix: "ALTER PUBLICATION {p} SET (publish_via_partition_root = true)",
+    },
+    Lost {
+        name: "adopted",
+        before: "CREATE TABLE {p}.outbox {t}; CREATE PUBLICATION {p} FOR TABLES IN SCHEMA {p} \
+            WITH (publish = 'insert', publish_via_partition_root)",
+        args: &["-table", "adopted.outbox"],
+        change: "CREATE TABLE {p}.events (LIKE {p}.outbox) PARTITION BY LIST (aggregatetype); \
+            ALTER TABLE {p}.events ATTACH PARTITION {p}.outbox DEFAULT",
+        word: "adopted.outbox come under the name of adopted.events now, which -table does not name",
+        fix: "ALTER TABLE {p}.events DETACH PARTITION {p}.outbox",
     },
 ];
 

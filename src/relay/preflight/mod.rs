@@ -7,7 +7,9 @@
 //!
 //! Facts come as JSON that the server makes of its own catalogs, so that a column which a version lacks is simply absent.
 
+pub mod column_types;
 pub mod minors;
+pub mod moved_rows;
 pub mod outbox_sql;
 pub mod outboxes;
 pub mod probe;

@@ -51,6 +51,9 @@ pub struct Publication {
     pub oid: u32,
     /// It publishes inserts.
     pub inserts: bool,
+    /// It publishes updates.
+    #[serde(default)]
+    pub updates: bool,
     /// It is for all tables.
     pub all_tables: bool,
     /// `publish_via_partition_root`.
@@ -95,6 +98,8 @@ pub struct Table {
     pub elsewhere: bool,
     /// The row filter by which it is published.
     pub filter: Option<String>,
+    /// A hash of it as the catalog keeps it, by the numbers of columns: renaming leaves it as it is.
+    pub filter_hash: Option<i64>,
     /// The publication has a list of its columns.
     #[serde(default)]
     pub listed: bool,
@@ -115,6 +120,8 @@ pub struct Column {
     /// Its type, as SQL spells it.
     #[serde(rename = "type")]
     pub kind: String,
+    /// What a domain is over.
+    pub base: Option<String>,
     /// `attgenerated`: s (stored), v (virtual) or nothing.
     #[serde(default)]
     pub generated: String,
@@ -160,6 +167,21 @@ impl Outboxes {
         }
         index
     }
+}
+
+/// The members of a tree whose rows are not sent. A partitioned table that has no partition yet is its own, unless the
+/// publication will have those that come.
+pub fn holes(tree: &[Table]) -> impl Iterator<Item = &Table> {
+    let is_empty = is_empty(tree);
+    tree.iter().filter(move |table| match is_empty {
+        true => table.kind == 'p' && !table.member,
+        false => table.holds_rows() && !table.reaches(),
+    })
+}
+
+/// It is partitioned, and there is no partition to hold a row.
+pub fn is_empty(tree: &[Table]) -> bool {
+    !tree.iter().any(Table::holds_rows)
 }
 
 /// Finds tables by their oids and names.
@@ -296,9 +318,14 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
     };
     let oids: Vec<String> = remembered.iter().map(u32::to_string).collect();
     let (oids, name, named) = (oids.join(","), quote_literal(publication), named(mapping));
-    let (sent, filter) = match version >= FILTERS {
-        true => ("p.attrs", "pg_catalog.pg_get_expr(p.qual, p.relid)"),
-        false => ("NULL", "NULL"),
+    // where a filter stood in its statement is kept with it
+    let (sent, filter, filter_hash) = match version >= FILTERS {
+        true => (
+            "p.attrs",
+            "pg_catalog.pg_get_expr(p.qual, p.relid)",
+            r"pg_catalog.hashtextextended(pg_catalog.regexp_replace(p.qual::text, ':location -?\d+', '', 'g'), 0)",
+        ),
+        false => ("NULL", "NULL", "NULL"),
     };
     let (attrs, quals) = (
         since(FILTERS, "g.attrs", "NULL"),
@@ -335,7 +362,7 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
     };
     format!(
         "WITH RECURSIVE pub AS MATERIALIZED (
-  SELECT oid, pubname, pubinsert, puballtables, {via_root} AS viaroot FROM pg_catalog.pg_publication WHERE pubname = {name}
+  SELECT oid, pubname, pubinsert, pubupdate, puballtables, {via_root} AS viaroot FROM pg_catalog.pg_publication WHERE pubname = {name}
 ), published AS MATERIALIZED (
   SELECT g.relid, {attrs} AS attrs, {quals} AS qual FROM pub, LATERAL pg_catalog.pg_get_publication_tables(pub.pubname::text) g
 ), columns AS MATERIALIZED (
@@ -370,7 +397,7 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
     LEFT JOIN published p ON p.relid = c.oid LEFT JOIN member m ON m.prrelid = c.oid LEFT JOIN pub ON true,
     LATERAL (SELECT COALESCE(puballtables AND NOT {excepted} OR {by_schema}, false) AS auto) auto
 )
-SELECT 'publication', pg_catalog.json_build_object('oid', oid::bigint, 'inserts', pubinsert, 'all_tables', puballtables,
+SELECT 'publication', pg_catalog.json_build_object('oid', oid::bigint, 'inserts', pubinsert, 'updates', pubupdate, 'all_tables', puballtables,
   'via_root', viaroot, 'except', {except}, 'named', ARRAY(SELECT pg_catalog.json_build_array(c.oid::bigint,
     pg_catalog.format('%I.%I', n.nspname, c.relname)) FROM member m JOIN pg_catalog.pg_class c ON c.oid = m.prrelid
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace ORDER BY c.oid LIMIT 100))::text FROM pub
@@ -383,9 +410,13 @@ SELECT 'table', pg_catalog.json_strip_nulls(pg_catalog.json_build_object('oid', 
     OR EXISTS (SELECT FROM pg_catalog.pg_publication_rel r WHERE r.prpubid <> COALESCE(pub.oid, 0) AND r.prrelid IN (t.oid, t.root)
       AND {included})
     OR {elsewhere_by_schema} END,
-  'filter', CASE WHEN t.via = t.oid THEN {filter} END, 'listed', {listed},
+  'filter', CASE WHEN t.via = t.oid THEN {filter} END, 'filter_hash', CASE WHEN t.via = t.oid THEN {filter_hash} END, 'listed', {listed},
   'columns', CASE WHEN t.via IS DISTINCT FROM t.oid AND t.via IS NOT NULL THEN NULL ELSE
     (SELECT pg_catalog.json_agg(pg_catalog.json_build_object('name', a.attname, 'type', pg_catalog.format_type(a.atttypid, NULL),
+      'base', CASE WHEN a.atttypid >= 16384 THEN (WITH RECURSIVE d(oid) AS (
+          SELECT typbasetype FROM pg_catalog.pg_type WHERE oid = a.atttypid AND typtype = 'd'
+          UNION ALL SELECT y.typbasetype FROM d JOIN pg_catalog.pg_type y ON y.oid = d.oid AND y.typtype = 'd')
+        SELECT pg_catalog.format_type(d.oid, NULL) FROM d JOIN pg_catalog.pg_type y ON y.oid = d.oid AND y.typtype <> 'd') END,
       'generated', a.attgenerated, 'not_null', a.attnotnull, 'sent', {is_sent} AND COALESCE(a.attnum = ANY ({sent}::int2[]), true),
       'expression', pg_catalog.pg_get_expr(d.adbin, d.adrelid),
       'sequence', (SELECT pg_catalog.format('%I.%I', sn.nspname, s.relname) FROM pg_catalog.pg_class s

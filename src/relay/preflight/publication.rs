@@ -4,11 +4,13 @@
 //! come is judged by what Postgres really sends ([`super::outboxes`]), not by the statements that led there. What has become
 //! of it since the relay last looked is for [`super::publication_state`].
 
+use super::column_types;
+use super::moved_rows;
 use super::outbox_sql::{
-    add_columns, create_publication, create_table, keep_partition, publish_whole, send_generated,
-    share_sequence, tables,
+    add_columns, create_publication, create_table, publish_whole, send_generated, share_sequence,
+    tables,
 };
-use super::outboxes::{Column, Key, Outboxes, Table, VIA_ROOT};
+use super::outboxes::{Column, Outboxes, Table, VIA_ROOT, holes, is_empty};
 use super::slot::recreate;
 use super::{Facts, Finding, Level, Rule, fail, ok, warn};
 use crate::config::Config;
@@ -19,18 +21,20 @@ use std::ops::Bound;
 
 const TABLES: &str = "postgres.tables";
 /// Tables that one finding names, and findings that one rule has: a database may have them by the ten thousand.
-const MOST: usize = 10;
+pub(super) const MOST: usize = 10;
 
 /// What must hold while the relay runs: it halts when one fails.
 pub const START: [Rule; 2] = [exists, reached];
 /// What else `check` looks at.
-pub const RULES: [Rule; 6] = [
+pub const RULES: [Rule; 8] = [
     complete,
     ignored,
-    headers_column,
+    column_types::of_headers,
+    column_types::of_payload,
     copies,
     repeated_ids,
-    partition_moves,
+    moved_rows::by_partitions,
+    moved_rows::by_filters,
 ];
 
 fn exists(facts: &Facts, config: &Config) -> Vec<Finding> {
@@ -103,12 +107,16 @@ fn mapping_of<'a>(config: &'a Config, table: &Table) -> Option<&'a TableMapping>
     is_outbox.then_some(mapping)
 }
 
-/// The tables of a tree by whose names rows come and become events.
+/// The tables of a tree by whose names rows come and become events. A partitioned one without partitions stands for those that
+/// will come.
 pub(super) fn relayed<'a>(
     tree: &'a [Table],
     config: &'a Config,
 ) -> impl Iterator<Item = (&'a Table, &'a TableMapping)> {
-    let sent = tree.iter().filter(|table| table.is_sent_by_name());
+    let is_empty = is_empty(tree);
+    let sent = tree.iter().filter(move |table| {
+        table.is_sent_by_name() || is_empty && table.member && table.oid == table.root
+    });
     sent.filter_map(|table| Some((table, mapping_of(config, table)?)))
 }
 
@@ -149,7 +157,7 @@ fn reached(facts: &Facts, config: &Config) -> Vec<Finding> {
 }
 
 /// A few of them, and how many there are.
-fn list(names: &[String]) -> String {
+pub(super) fn list(names: &[String]) -> String {
     match names.get(..MOST) {
         Some(first) if names.len() > MOST => {
             format!("{} and {} more", first.join(", "), names.len() - MOST)
@@ -178,9 +186,7 @@ fn judge_unreached(
     let Some(root) = tree.first() else {
         return Unreached::Elsewhere;
     };
-    let holes: Vec<&Table> = (tree.iter())
-        .filter(|table| table.holds_rows() && !table.reaches())
-        .collect();
+    let holes: Vec<&Table> = holes(tree).collect();
     if holes.is_empty() {
         return Unreached::Elsewhere;
     }
@@ -237,7 +243,7 @@ fn looks_alike(outboxes: &Outboxes, config: &Config, apart: &[&[Table]]) -> Opti
     let roots: Vec<&Table> = apart.iter().filter_map(|tree| tree.first()).collect();
     let names: Vec<String> = roots.iter().map(|table| table.sql()).collect();
     let (first, tree) = (roots.first()?, apart.first()?);
-    let holes: Vec<&Table> = tree.iter().filter(|table| table.holds_rows()).collect();
+    let holes: Vec<&Table> = holes(tree).collect();
     let none = "if it is no outbox of the relay's, name those that are with -table";
     Some(warn(
         TABLES,
@@ -259,8 +265,7 @@ fn looks_alike(outboxes: &Outboxes, config: &Config, apart: &[&[Table]]) -> Opti
 /// Members of a tree that hold rows which are not sent, though others of it are.
 fn not_sent(outboxes: &Outboxes, config: &Config, tree: &[Table]) -> Option<Finding> {
     let root = tree.first()?;
-    let lost = |table: &&Table| table.holds_rows() && !table.reaches();
-    let holes: Vec<&Table> = tree.iter().filter(lost).collect();
+    let holes: Vec<&Table> = holes(tree).collect();
     if holes.is_empty() {
         return None;
     }
@@ -402,30 +407,63 @@ fn via_root(publication: &str) -> String {
     format!("ALTER PUBLICATION {publication} SET (publish_via_partition_root = true);")
 }
 
-/// Rows of a tree that come by names which `-table` does not have, though it has that of the tree.
+/// Rows of a tree that come by names which `-table` does not have, though it has that of the tree, or of the table that they are in.
 fn under_other_names(config: &Config, tree: &[Table]) -> Option<Finding> {
-    let root = tree.first().filter(|root| is_named(config, root))?;
-    let sent = tree.iter().filter(|table| table.is_sent_by_name());
-    let missed: Vec<&Table> = sent.filter(|table| !is_named(config, table)).collect();
-    let first = missed.first()?;
     let name = identifier(&config.publication);
-    let fix = match first.partition {
-        true => via_root(&name),
-        false => format!("add to -table: {}", list_missed(config, &missed)),
+    let root = tree.first()?;
+    let is_meant = |sender: &Table| {
+        let mut members = tree.iter().filter(|table| is_named(config, table));
+        members.any(|table| table.oid == root.oid || table.via == Some(sender.oid))
     };
-    let what = if first.partition {
-        "partitions"
+    let sent = tree.iter().filter(|table| table.is_sent_by_name());
+    let missed: Vec<&Table> = sent
+        .filter(|table| !is_named(config, table) && is_meant(table))
+        .collect();
+    let Some(first) = missed.first() else {
+        return partitions_to_come(config, tree, root);
+    };
+    let list = || format!("add to -table: {}", list_missed(config, &missed));
+    let (found, fix) = if first.oid == root.oid {
+        let found = format!(
+            "publication {name} holds partitions of table {} under its name",
+            root.sql()
+        );
+        (found, list())
+    } else if first.partition {
+        (
+            format!(
+                "publication {name} holds the partitions of table {} under their own names",
+                root.sql()
+            ),
+            via_root(&name),
+        )
     } else {
-        "children"
+        let found = format!(
+            "publication {name} holds the children of table {} under their own names",
+            root.sql()
+        );
+        (found, list())
     };
-    Some(fail(
+    let why = "-table does not name them, so their rows are ignored";
+    Some(fail(TABLES, found, why, fix))
+}
+
+/// There is no partition yet, and one that comes may have a name that `-table` has not.
+fn partitions_to_come(config: &Config, tree: &[Table], root: &Table) -> Option<Finding> {
+    let mut named = config.mapping.tables.iter().map(|it| &it.table);
+    let is_named = named.any(|it| !it.and_longer && it.matches(&root.schema, &root.name));
+    if !is_named || !is_empty(tree) || root.kind != 'p' || !root.member || root.is_sent_by_name() {
+        return None;
+    }
+    let name = identifier(&config.publication);
+    Some(warn(
         TABLES,
         format!(
-            "publication {name} holds the {what} of table {} under their own names",
+            "table {} has no partition yet, and publication {name} will hold those that come under their own names",
             root.sql()
         ),
-        "-table does not name them, so their rows are ignored",
-        fix,
+        "the rows of one that -table does not name are ignored",
+        via_root(&name),
     ))
 }
 
@@ -498,7 +536,7 @@ fn unsent(
 }
 
 /// The table whose columns those of a partition are.
-fn whole<'a>(tree: &'a [Table], table: &'a Table) -> &'a Table {
+pub(super) fn whole<'a>(tree: &'a [Table], table: &'a Table) -> &'a Table {
     tree.first().filter(|_| table.partition).unwrap_or(table)
 }
 
@@ -648,45 +686,6 @@ fn ignored(facts: &Facts, config: &Config) -> Vec<Finding> {
     )]
 }
 
-/// The column whose members become headers can hold none unless it is JSON.
-fn headers_column(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const NAME: &str = "postgres.headers_column";
-    let mut findings = Vec::new();
-    for tree in facts.outboxes.trees() {
-        // partitions are alike
-        let Some((table, mapping)) = relayed(tree, config).next() else {
-            continue;
-        };
-        let wanted = mapping.headers_column.as_ref();
-        let Some(column) = table.column(wanted.map_or("headers", String::as_str)) else {
-            continue;
-        };
-        let (text, quoted) = (whole(tree, table).sql(), identifier(&column.name));
-        let found = format!("column {quoted} of table {text} is {}", column.kind);
-        let fix =
-            format!("ALTER TABLE {text} ALTER COLUMN {quoted} TYPE jsonb USING {quoted}::jsonb;");
-        findings.push(match wanted {
-            _ if matches!(column.kind.as_str(), "json" | "jsonb") => ok(NAME, found),
-            Some(_) => fail(
-                NAME,
-                found,
-                "headers are read from the members of json or jsonb",
-                fix,
-            ),
-            None => warn(
-                NAME,
-                found,
-                "it is not json or jsonb, so no event gets headers from it",
-                format!("{fix} -- or call it something else, if it holds no headers"),
-            ),
-        });
-        if findings.len() == MOST {
-            break;
-        }
-    }
-    findings
-}
-
 /// One table of each tree that is relayed.
 fn outboxes<'a>(
     facts: &'a Facts,
@@ -765,47 +764,6 @@ fn repeated_ids(facts: &Facts, config: &Config) -> Vec<Finding> {
         "an id that another table has used within the deduplication window is dropped as a duplicate",
         fix.unwrap_or_else(|| "use ids of type uuid, or one sequence for all of them".into()),
     )]
-}
-
-/// Postgres sends the row of an UPDATE that moves it to another partition as an insert.
-fn partition_moves(facts: &Facts, config: &Config) -> Vec<Finding> {
-    const WHY: &str =
-        "Postgres sends such a row as a new one, so that its event is published again";
-    let mut findings = Vec::new();
-    for tree in facts.outboxes.trees() {
-        let Some((_, mapping)) = relayed(tree, config).next() else {
-            continue;
-        };
-        // nobody changes what an event says
-        let used = mapping.used_columns();
-        let is_kept = |key: &Key| {
-            let mut columns = key.columns.iter();
-            let is_event = |name: &String| used.contains(&name.as_str());
-            key.kept || !key.moves || !key.columns.is_empty() && columns.all(is_event)
-        };
-        let moves = tree.iter().find_map(|table| {
-            let key = table.key.as_ref().filter(|key| !is_kept(key))?;
-            Some((table, key))
-        });
-        if let Some((table, key)) = moves {
-            let fix = keep_partition(facts.version, table, key)
-                .unwrap_or_else(|| "delete such a row instead of updating it".into());
-            findings.push(warn(
-                "postgres.partition_moves",
-                format!(
-                    "table {} is partitioned by {}, which an UPDATE may change",
-                    table.sql(),
-                    key.text
-                ),
-                WHY,
-                format!("{fix} -- it makes Postgres refuse the UPDATE; delete the row instead"),
-            ));
-        }
-        if findings.len() == MOST {
-            break;
-        }
-    }
-    findings
 }
 
 #[cfg(test)]

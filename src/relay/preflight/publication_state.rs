@@ -49,7 +49,7 @@ struct Outbox {
     oid: u32,
     schema: String,
     name: String,
-    /// Of the row filters of its members, if they have any.
+    /// Of the row filters of its members, if they have any: of what they let through, not of their text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     filter: Option<u64>,
     /// Columns that take part in an event and are not sent.
@@ -220,7 +220,7 @@ impl Outbox {
         relayed.peek()?;
         let (mut filters, mut unsent) = (Vec::new(), Vec::new());
         for (table, mapping) in relayed {
-            filters.extend(table.filter.as_deref());
+            filters.extend(table.filter_hash);
             let used = mapping.used_columns().into_iter();
             let is_unsent = |name: &&str| table.column(name).is_some_and(|column| !column.sent);
             unsent.extend(used.filter(is_unsent).map(str::to_string));
@@ -229,14 +229,12 @@ impl Outbox {
         unsent.dedup();
         filters.sort_unstable();
         filters.dedup();
-        let holes = tree
-            .iter()
-            .filter(|table| table.holds_rows() && !table.reaches());
+        let holes = outboxes::holes(tree);
         Some(Outbox {
             oid: root.oid,
             schema: root.schema.clone(),
             name: root.name.clone(),
-            filter: (!filters.is_empty()).then(|| hash(&filters.join("\n"))),
+            filter: (!filters.is_empty()).then(|| hash(&format!("{filters:?}"))),
             unsent,
             holes: holes.map(|table| table.oid).take(MOST_HOLES).collect(),
         })
@@ -274,10 +272,10 @@ impl Outbox {
             // the operator's own wish
             return None;
         }
-        let is_new_hole = |table: &&Table| {
-            table.holds_rows() && !table.reaches() && !self.holes.contains(&table.oid)
-        };
-        if let Some(hole) = tree.iter().find(is_new_hole)
+        // nor is a parent that it was given part of it
+        let is_above = |hole: &Table| hole.oid == hole.root && hole.oid != self.oid;
+        let is_new = |hole: &&Table| !self.holes.contains(&hole.oid) && !is_above(hole);
+        if let Some(hole) = outboxes::holes(tree).find(is_new)
             && self.holes.len() < MOST_HOLES
         {
             return Some(halts(
@@ -300,16 +298,7 @@ impl Outbox {
             ));
         }
         let Some(now) = Outbox::of(tree, config) else {
-            return Some(fail(
-                NAME,
-                format!(
-                    "table {} has not the columns of an outbox any more",
-                    table.sql()
-                ),
-                "its rows would be passed over",
-                "name the columns that it has, by -table, -subject or the flags of columns; what was written before they were renamed comes \
-                 under the earlier names. If it is no outbox any more, start the relay once with -resume-anyway",
-            ));
+            return self.lost_whole(tree, table, config);
         };
         if now.filter.is_some() && now.filter != self.filter {
             return Some(halts(
@@ -330,6 +319,38 @@ impl Outbox {
         ))
     }
 
+    /// No row of the tree becomes an event any more; `table` is what was seen.
+    fn lost_whole(&self, tree: &[Table], table: &Table, config: &Config) -> Option<Finding> {
+        // what did reach has left it
+        let mut holding = tree.iter().filter(|table| table.holds_rows());
+        if holding.all(|table| self.holes.contains(&table.oid)) {
+            return None;
+        }
+        let is_missed = |it: &&Table| {
+            it.is_sent_by_name() && config.mapping.of_table(&it.schema, &it.name).is_none()
+        };
+        if let Some(other) = tree.iter().find(is_missed) {
+            return Some(halts(
+                format!(
+                    "the rows of {} come under the name of {} now, which -table does not name",
+                    self.label().sql(),
+                    other.sql()
+                ),
+                "name both in -table",
+            ));
+        }
+        Some(fail(
+            NAME,
+            format!(
+                "table {} has not the columns of an outbox any more",
+                table.sql()
+            ),
+            "its rows would be passed over",
+            "name the columns that it has, by -table, -subject or the flags of columns; what was written before they were renamed comes \
+             under the earlier names. If it is no outbox any more, start the relay once with -resume-anyway",
+        ))
+    }
+
     /// Another table has its name now: `table` is what it is called itself, if it was not dropped.
     fn lost_to_successor(&self, seen: &Seen<'_>, table: Option<&Table>) -> Option<Finding> {
         // without one the operator does not want it any more
@@ -345,9 +366,7 @@ impl Outbox {
             None => "was dropped and created again".to_string(),
         };
         let tree = seen.index.trees.get(&successor.oid)?;
-        let holes: Vec<&Table> = (tree.iter())
-            .filter(|table| table.holds_rows() && !table.reaches())
-            .collect();
+        let holes: Vec<&Table> = outboxes::holes(tree).collect();
         if !holes.is_empty() {
             return Some(halts(
                 format!("table {was} {how}, and publication {name} does not hold it"),

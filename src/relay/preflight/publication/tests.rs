@@ -1,6 +1,6 @@
 //! Each rule, from facts as a catalog may have them.
 
-use super::super::outboxes::Publication;
+use super::super::outboxes::{Key, Publication};
 use super::super::tests::{config, good};
 use super::*;
 
