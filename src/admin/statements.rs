@@ -69,6 +69,6 @@ pub fn park_stream(how: &Setup) -> String {
 }
 
 /// Asks for the bucket of the checkpoint.
-pub fn create_bucket(config: &Config, replicas: Option<u32>, max_bytes: Option<u64>) -> Request {
-    create_bucket_request(&config.checkpoint, replicas.unwrap_or(1), max_bytes)
+pub fn create_bucket(config: &Config, replicas: u32, max_bytes: Option<u64>) -> Request {
+    create_bucket_request(&config.checkpoint, replicas, max_bytes)
 }

@@ -7,6 +7,7 @@
 use super::ack::{AckError, ApiError, Origin};
 use super::client::{Answer, Api, Link};
 use super::error::Error;
+use super::sources::Source;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer};
@@ -80,6 +81,11 @@ pub struct StreamConfig {
     pub allow_direct: bool,
     /// `async` acknowledges before the store has written; absent or `default` otherwise.
     pub persist_mode: String,
+    /// It copies all of another stream, and takes nothing else.
+    pub mirror: Option<Source>,
+    /// It copies from other streams, beside what it captures.
+    #[serde(deserialize_with = "null_as_default")]
+    pub sources: Vec<Source>,
 }
 
 impl StreamConfig {

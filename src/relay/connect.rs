@@ -417,6 +417,10 @@ impl Connector<'_> {
 pub fn no_checkpoint(bucket: &str, error: kv::Error) -> Error {
     match error {
         kv::Error::Passing(error) => Error::Nats(error),
+        kv::Error::NoRoom(refused) => Error::NoRoom {
+            bucket: bucket.into(),
+            refused,
+        },
         kv::Error::Lasting(reason) | kv::Error::Unreadable(reason) => Error::NoCheckpoint {
             bucket: bucket.into(),
             reason,

@@ -6,6 +6,7 @@ use super::core::trouble::{Halt, Refusal};
 use super::preflight::Finding;
 use crate::exit::Exit;
 use crate::jetstream;
+use crate::jetstream::ack::ApiError;
 use crate::nats;
 use crate::outbox::lineage::Conflict;
 use crate::outbox::position::Position;
@@ -33,6 +34,13 @@ pub enum Error {
         bucket: String,
         /// Why.
         reason: String,
+    },
+    /// The checkpoint has no room for the record.
+    NoRoom {
+        /// The bucket.
+        bucket: String,
+        /// What JetStream says.
+        refused: ApiError,
     },
     /// Another process holds the slot.
     SlotInUse {
@@ -199,6 +207,7 @@ impl Error {
             Error::Postgres(_) => Verdict::Retry,
             Error::Nats(_) | Error::ReadBack(_) | Error::NoStream(_) => Verdict::Retry,
             Error::Regressed(_)
+            | Error::NoRoom { .. }
             | Error::Overtaken
             | Error::Stopped
             | Error::ServerShutsDown
@@ -254,6 +263,11 @@ impl fmt::Display for Error {
                 f,
                 "use the checkpoint: the key-value bucket {bucket} cannot be used: {reason}; exactly-once delivery needs it: allow the user what \
                  `jetstream-outbox setup -print-nats` lists, or create the bucket, or pass -delivery at-least-once"
+            ),
+            Error::NoRoom { bucket, refused } => write!(
+                f,
+                "write the checkpoint: the key-value bucket {bucket} has no room for the record: {refused}: raise its limits (nats stream edit \
+                 KV_{bucket} --max-bytes=16MB, --max-msgs=-1), or make room on the server or in the account; the relay goes on by itself"
             ),
             Error::SlotInUse { slot, pid } => {
                 write!(f, "start replication: slot {slot} is in use")?;

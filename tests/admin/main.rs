@@ -2,6 +2,7 @@
 #![cfg(feature = "admin")]
 
 mod aggregate;
+mod bucket;
 mod catalog;
 mod check_faults;
 mod check_nats;
