@@ -35,6 +35,7 @@ mod operators_streams;
 mod park;
 mod payloads;
 mod publication;
+mod renewals;
 mod rig;
 mod secrets;
 mod seed;

@@ -63,7 +63,7 @@ fn bucket(storage: &str, write: Tried) -> Bucket {
     let config = StreamConfig {
         subjects: vec!["$KV.jetstream_outbox.>".into()],
         storage: storage.into(),
-        num_replicas: 1,
+        num_replicas: 3,
         max_msgs_per_subject: 1,
         discard: "new".into(),
         ..StreamConfig::default()
