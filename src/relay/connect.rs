@@ -390,7 +390,8 @@ impl Connector<'_> {
             let name = &info.config.name;
             for filter in self.filters() {
                 let last = streams::last_message_request(name, &filter);
-                let last = streams::message(&found.link, last, timeout)?;
+                let last = streams::message(&found.link, last, timeout);
+                let last = last.map_err(Error::ReadBack)?;
                 let at = last.and_then(|message| {
                     message
                         .header(OUTBOX_POSITION)?

@@ -245,14 +245,7 @@ impl fmt::Display for Error {
             Error::Postgres(error) => write!(f, "{error}{}", remedy(error)),
             Error::Nats(error) => write!(f, "{error}"),
             Error::ReadBack(error) => {
-                write!(f, "read the streams back: {error}")?;
-                match error {
-                    jetstream::Error::Nats(_) => f.write_str(
-                        "; if that comes again and again, an answer is over nats-server's max_pending (4/3 of the largest message): \
-                         raise that",
-                    ),
-                    _ => Ok(()),
-                }
+                write!(f, "read the streams back: {}", error.while_reading())
             }
             Error::NoStream(subject) => write!(
                 f,

@@ -19,6 +19,7 @@ mod histories;
 mod http;
 mod internal;
 mod large;
+mod leaf;
 mod mapping;
 mod nats_limits;
 mod nats_poison;

@@ -549,7 +549,9 @@ fn read_park(bus: &mut Bus<'_, Link>, config: &Config) -> Option<Park> {
                         false => try_write(bus, subject),
                     },
                     read: match config.delivery {
-                        Delivery::ExactlyOnce => last.map(drop).map_err(|error| error.to_string()),
+                        Delivery::ExactlyOnce => {
+                            last.map(drop).map_err(|error| error.while_reading())
+                        }
                         Delivery::AtLeastOnce => Ok(()),
                     },
                     stream,
@@ -635,7 +637,7 @@ fn read_stream(
     Stream {
         publish,
         elsewhere,
-        read: last.map(drop).map_err(|error| error.to_string()),
+        read: last.map(drop).map_err(|error| error.while_reading()),
         info,
     }
 }
