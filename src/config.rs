@@ -314,7 +314,7 @@ fn database(
     cli: &Cli,
     warnings: &mut Vec<String>,
 ) -> Result<(ConnInfo, bool), ConfigError> {
-    let given = connection_string(from, cli, warnings)?;
+    let (given, file) = connection_string(from, cli, warnings)?;
     let is_on_command_line = given.origin == Origin::Flag;
     if given.origin == Origin::Default && !libpq_names_a_database(from) {
         // nobody connects to it
@@ -327,15 +327,15 @@ fn database(
         warnings.push(exposed("db"));
     }
     from.show("db", &db.to_string());
-    Ok((db, true))
+    Ok((file.into_iter().fold(db, ConnInfo::from_file), true))
 }
 
-/// `-db`, or what stands in the file of `-db-file`, with a warning of that file.
+/// `-db`, or what stands in the file of `-db-file`, with a warning of that file, and its path.
 fn connection_string(
     from: &Sources<'_>,
     cli: &Cli,
     warnings: &mut Vec<String>,
-) -> Result<Setting, ConfigError> {
+) -> Result<(Setting, Option<PathBuf>), ConfigError> {
     if cli.db.is_some() && cli.db_file.is_some() {
         return Err(ConfigError::Together(
             "-db and -db-file are two ways to name the database; give one of them",
@@ -348,7 +348,7 @@ fn connection_string(
         false => from.credential("db-file", &cli.db_file, "db")?,
     };
     let Some(path) = file else {
-        return Ok(from.secret("db", cli.db.as_ref(), ""));
+        return Ok((from.secret("db", cli.db.as_ref(), ""), None));
     };
     let (value, open) = read_secret(&path).map_err(|source| ConfigError::File {
         setting: "-db-file".to_string(),
@@ -364,7 +364,7 @@ fn connection_string(
     if setting.value.is_empty() {
         return setting.secret(|_| Err(format!("{} is empty", path.display())));
     }
-    Ok(setting)
+    Ok((setting, Some(path)))
 }
 
 /// How to reach NATS.

@@ -7,8 +7,9 @@ use super::statements::{
 };
 use crate::config::Config;
 use crate::config::operation::{Setup, Side};
+use crate::jetstream::bucket::{BUCKET_BYTES, key_write_subject};
 use crate::jetstream::sources::source;
-use crate::jetstream::streams::{BUCKET_BYTES, Request, key_write_subject};
+use crate::jetstream::streams::Request;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::publish_function;
 use crate::postgres::connection::quote_literal;
@@ -156,7 +157,11 @@ fn nats(config: &Config, how: &Setup) -> String {
     let bucket_bytes = (how.max_bytes > 0).then_some(BUCKET_BYTES);
     let requests = std::iter::once(create_stream(config, how))
         .chain(create_park_stream(config, how))
-        .chain([create_bucket(config, how.replicas, bucket_bytes)])
+        .chain([create_bucket(
+            config,
+            how.replicas.unwrap_or(1),
+            bucket_bytes,
+        )])
         .chain(aggregate(config, how));
     for (subject, body) in requests {
         // what is asked for is JSON, and JSON of ours has no single quote

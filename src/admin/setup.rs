@@ -16,9 +16,11 @@ use crate::config::Config;
 use crate::config::operation::Setup;
 use crate::exit::Exit;
 use crate::jetstream;
-use crate::jetstream::preflight::{Wanted, bucket_faults, preflight as judge_stream};
+use crate::jetstream::bucket;
+use crate::jetstream::bucket::{BUCKET_BYTES, MAX_BYTES_REQUIRED};
+use crate::jetstream::preflight::{Wanted, preflight as judge_stream};
 use crate::jetstream::sources::captures_all;
-use crate::jetstream::streams::{BUCKET_BYTES, MAX_BYTES_REQUIRED, Request, StreamInfo};
+use crate::jetstream::streams::{Request, StreamInfo};
 use crate::nats::info::ServerInfo;
 use crate::outbox::mapping::TableName;
 use crate::outbox::message::{PUBLISH_SIGNATURE, publish_function};
@@ -231,12 +233,21 @@ fn bucket(
     report: &mut Report,
 ) -> Result<(), Error> {
     let what = format!("checkpoint bucket {}", config.checkpoint);
+    // it is there where the streams are
+    let replicas = match how.replicas {
+        Some(replicas) => replicas,
+        None => {
+            let streams = bus.streams(&format!("{}.>", config.prefix))?;
+            let replicas = streams.iter().map(|stream| stream.config.num_replicas);
+            replicas.max().unwrap_or(1)
+        }
+    };
     let outcome = match bus.stream(&format!("KV_{}", config.checkpoint))? {
         None => {
-            let made = bus.create(create_bucket(config, how.replicas, None));
+            let made = bus.create(create_bucket(config, replicas, None));
             match made.err() {
                 Some(error) if asks_for_max_bytes(&error) => {
-                    bus.create(create_bucket(config, how.replicas, Some(BUCKET_BYTES)))?;
+                    bus.create(create_bucket(config, replicas, Some(BUCKET_BYTES)))?;
                 }
                 Some(error) => return Err(error.into()),
                 None => {}
@@ -244,7 +255,9 @@ fn bucket(
             Outcome::Created
         }
         Some(found) => {
-            let faults = bucket_faults(&found.config).into_iter();
+            let faults = bucket::faults(&config.checkpoint, &found, replicas);
+            // a record of this slot may be in it
+            let faults = faults.into_iter().chain(bucket::is_full(&found, true));
             Outcome::Found(
                 faults
                     .map(|fault| format!("it {}: {}", fault.what, fault.why))

@@ -3,8 +3,9 @@
 
 use crate::config::Config;
 use crate::config::operation::Setup;
+use crate::jetstream::bucket::create_bucket_request;
 use crate::jetstream::sources;
-use crate::jetstream::streams::{Request, create_bucket_request, matches, set};
+use crate::jetstream::streams::{Request, matches, set};
 pub use crate::relay::preflight::outbox_sql::{
     create_publication, create_table, mapping_of, tables,
 };
@@ -69,6 +70,6 @@ pub fn park_stream(how: &Setup) -> String {
 }
 
 /// Asks for the bucket of the checkpoint.
-pub fn create_bucket(config: &Config, replicas: Option<u32>, max_bytes: Option<u64>) -> Request {
-    create_bucket_request(&config.checkpoint, replicas.unwrap_or(1), max_bytes)
+pub fn create_bucket(config: &Config, replicas: u32, max_bytes: Option<u64>) -> Request {
+    create_bucket_request(&config.checkpoint, replicas, max_bytes)
 }

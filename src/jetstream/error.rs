@@ -27,6 +27,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// What it is called where messages are read from streams, which makes the largest answers.
+    pub fn while_reading(&self) -> String {
+        match self {
+            Error::Nats(nats::Error::Lost { .. }) => format!(
+                "{self}; if that comes again and again, nats-server has a max_pending of less than three of the largest messages: raise \
+                 that"
+            ),
+            error => error.to_string(),
+        }
+    }
+
     /// The error object of the JetStream API, if it is one.
     pub fn api_error(&self) -> Option<&ApiError> {
         match self {

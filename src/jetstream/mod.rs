@@ -2,13 +2,14 @@
 //!
 //! [`client`] is the link to a server: events and their PubAcks, requests of the JetStream API and their answers, over one
 //! connection. [`ack`] reads PubAcks and errors; [`streams`] knows which stream captures a subject, [`preflight`] whether a
-//! stream can carry the promises, `sources` (feature `admin`) what copies from it; [`wire`] is what a publish looks like.
+//! stream can carry the promises, [`bucket`] whether the checkpoint's can hold the record, [`sources`] what copies from it; [`wire`] is
+//! what a publish looks like.
 
 pub mod ack;
+pub mod bucket;
 pub mod client;
 pub mod error;
 pub mod preflight;
-#[cfg(feature = "admin")]
 pub mod sources;
 pub mod streams;
 pub mod wire;

@@ -385,7 +385,7 @@ pub fn captures_all(pattern: &str, wanted: &str) -> bool {
 }
 
 /// There is a subject that both stand for.
-fn overlap(one: &str, other: &str) -> bool {
+pub fn overlap(one: &str, other: &str) -> bool {
     let (mut one, mut other) = (one.split('.'), other.split('.'));
     loop {
         return match (one.next(), other.next()) {

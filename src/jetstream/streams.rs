@@ -1,20 +1,15 @@
 //! Streams, and what they hold: requests and answers of the JetStream API.
 //!
 //! This file: how a stream is configured and what is in it. `stored`: a message read back. `routes`: which stream captures a
-//! subject. `bucket`: the stream behind a key-value bucket.
+//! subject.
 //!
 //! Pure but for [`list`], [`info`], [`message`] and [`probe`], which ask. The answers' fields are those of
 //! nats-server's `StreamConfig`, `StreamState` and `StoredMsg` (ADR-1); unknown ones are ignored, so that newer
 //! servers can be talked to.
 
-mod bucket;
 mod routes;
 mod stored;
 
-pub use bucket::{
-    BUCKET_BYTES, MAX_BYTES_REQUIRED, SUBJECTS_OVERLAP, bucket_subjects, create_bucket_request,
-    key_write_subject,
-};
 pub use routes::{Routes, matches, probe};
 pub use stored::{
     StoredMessage, last_message_request, message, message_request, next_message_request,
@@ -24,6 +19,7 @@ pub use stored::{
 use super::ack::{AckError, ApiError};
 use super::client::Api;
 use super::error::Error;
+use super::sources::Source;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -94,6 +90,11 @@ pub struct StreamConfig {
     pub allow_direct: bool,
     /// `async` acknowledges before the store has written; absent or `default` otherwise.
     pub persist_mode: String,
+    /// It copies all of another stream, and takes nothing else.
+    pub mirror: Option<Source>,
+    /// It copies from other streams, beside what it captures.
+    #[serde(deserialize_with = "null_as_default")]
+    pub sources: Vec<Source>,
 }
 
 impl StreamConfig {

@@ -584,7 +584,9 @@ impl<A, F: FnMut(u64, Option<&str>, &[u8]) -> A> Incoming<F> {
                     self.shared.send_now(&mut out);
                 }
                 Ok(Came::End) => {
-                    return self.ended("the server closed the connection", EndedBy::Silence);
+                    let reason =
+                        "the server closed the connection without a word (its log says why)";
+                    return self.ended(reason, EndedBy::Silence);
                 }
                 Err(error) => return self.failed(&error),
             }

@@ -80,7 +80,7 @@ pub fn hand_over(session: Session) -> Result<Handover, Error> {
             |()| Error::Lost {
                 by: EndedBy::Silence,
                 server: run.server_name.clone(),
-                reason: "the server closed the connection".into(),
+                reason: "the server closed the connection without a word (its log says why)".into(),
             },
         ));
     };

@@ -81,6 +81,7 @@ impl Connection {
     /// # Errors
     /// [`Error::Connect`], with what every host that was tried has said.
     pub fn connect(info: &ConnInfo) -> Result<Connection, Error> {
+        let info = &info.renewed();
         let mut hosts: Vec<&Host> = info.hosts.iter().collect();
         if info.load_balance {
             shuffle(&mut hosts);

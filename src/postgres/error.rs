@@ -85,6 +85,16 @@ impl Error {
         }
     }
 
+    /// The server did not let us in, or we did not trust it: by a password, a certificate or a line of pg_hba.conf, which may be
+    /// about to be renewed.
+    pub fn is_of_sign_in(&self) -> bool {
+        match self {
+            Error::Connect(attempts) => attempts.iter().any(|(_, error)| error.is_of_sign_in()),
+            Error::Auth(_) | Error::Tls { .. } => true,
+            error => matches!(error.sqlstate(), Some("28P01" | "28000")),
+        }
+    }
+
     /// A connection pooler stands in between, and passes no replication on. PgBouncer before 1.23 does not take the start-up
     /// parameter, by a code that it has for much else; those that ignore it have replication commands run as SQL.
     fn is_of_a_pooler(&self) -> bool {

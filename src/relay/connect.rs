@@ -392,7 +392,8 @@ impl Connector<'_> {
             let name = &info.config.name;
             for filter in self.filters() {
                 let last = streams::last_message_request(name, &filter);
-                let last = streams::message(&found.link, last, timeout)?;
+                let last = streams::message(&found.link, last, timeout);
+                let last = last.map_err(Error::ReadBack)?;
                 let at = last.and_then(|message| {
                     message
                         .header(OUTBOX_POSITION)?
@@ -419,6 +420,10 @@ impl Connector<'_> {
 pub fn no_checkpoint(bucket: &str, error: kv::Error) -> Error {
     match error {
         kv::Error::Passing(error) => Error::Nats(error),
+        kv::Error::NoRoom(refused) => Error::NoRoom {
+            bucket: bucket.into(),
+            refused,
+        },
         kv::Error::Lasting(reason) | kv::Error::Unreadable(reason) => Error::NoCheckpoint {
             bucket: bucket.into(),
             reason,

@@ -8,6 +8,7 @@ use super::core::trouble::{Halt, Refusal};
 use super::preflight::Finding;
 use crate::exit::Exit;
 use crate::jetstream;
+use crate::jetstream::ack::ApiError;
 use crate::nats;
 use crate::outbox::lineage::Conflict;
 use crate::outbox::position::Position;
@@ -34,6 +35,13 @@ pub enum Error {
         bucket: String,
         /// Why.
         reason: String,
+    },
+    /// The checkpoint has no room for the record.
+    NoRoom {
+        /// The bucket.
+        bucket: String,
+        /// What JetStream says.
+        refused: ApiError,
     },
     /// Another process holds the slot.
     SlotInUse {
@@ -200,6 +208,7 @@ impl Error {
             Error::Postgres(_) => Verdict::Retry,
             Error::Nats(_) | Error::ReadBack(_) | Error::NoStream(_) => Verdict::Retry,
             Error::Regressed(_)
+            | Error::NoRoom { .. }
             | Error::Overtaken
             | Error::Stopped
             | Error::ServerShutsDown

@@ -90,7 +90,9 @@ fn supervise(config: &Config, stop: &Stop, vitals: &Vitals) -> Result<Ended, (Er
             outage.worked();
         }
         match error.verdict() {
-            Verdict::Exit(exit) => return Err((error, exit)),
+            Verdict::Exit(exit) if !session.may_be_let_in_again(&error) => {
+                return Err((error, exit));
+            }
             Verdict::WaitForSlot if config.no_wait => return Err((error, Exit::SlotInUse)),
             Verdict::WaitForSlot => {
                 // being the standby is no outage
@@ -101,7 +103,7 @@ fn supervise(config: &Config, stop: &Stop, vitals: &Vitals) -> Result<Ended, (Er
                 }
                 stop.wait(SLOT_INTERVAL);
             }
-            Verdict::Retry => {
+            Verdict::Retry | Verdict::Exit(_) => {
                 let Some(pause) = outage.failed(now) else {
                     return Err((Error::GaveUp(error.to_string()), Exit::Unavailable));
                 };

@@ -25,6 +25,7 @@ use super::report::Report;
 use super::stop::Stop;
 use super::vitals::{ReconnectCause, Vitals};
 use crate::config::Config;
+use crate::jetstream::ack::AckError;
 use crate::jetstream::client::Link;
 use crate::jetstream::streams;
 use crate::nats::{self, EndedBy};
@@ -148,7 +149,10 @@ impl<'a> Publisher<'a> {
         if !settled {
             log::warn!("not everything was acknowledged; the slot sends it again");
         } else if result.is_ok() && !self.is_recorded() {
+            let store = self.store.as_ref();
+            let cause = store.and_then(|store| store.failure());
             log::warn!(
+                cause:% = cause.unwrap_or(&AckError::NoAnswer);
                 "the checkpoint was not written in time; what it lacks is stored, but not confirmed, so Postgres sends it again at the next start"
             );
         }

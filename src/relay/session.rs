@@ -53,6 +53,8 @@ pub struct Session<'a> {
     /// How often in a row NATS was asked, and no session came of it.
     tries: usize,
     worked: bool,
+    /// Postgres has let this process in.
+    was_let_in: bool,
     /// How often in a row the streams could not be read back.
     failed_reads: u32,
     /// Where Postgres could not decode its WAL, by which SQLSTATE, and how often in a row.
@@ -112,6 +114,7 @@ impl<'a> Session<'a> {
             upto: None,
             tries: 0,
             worked: false,
+            was_let_in: false,
             failed_reads: 0,
             undecodable: None,
             vitals,
@@ -121,6 +124,12 @@ impl<'a> Session<'a> {
     /// Whether the last session got something done.
     pub fn take_worked(&mut self) -> bool {
         std::mem::take(&mut self.worked)
+    }
+
+    /// Postgres let us in before, and will again once the file of a password or certificate, which is read at each connect, or
+    /// what Postgres has of it, is the new one.
+    pub fn may_be_let_in_again(&self, error: &Error) -> bool {
+        self.was_let_in && matches!(error, Error::Postgres(error) if error.is_of_sign_in())
     }
 
     /// Runs one session to its end.
@@ -166,6 +175,7 @@ impl<'a> Session<'a> {
     fn connect_and_run(&mut self) -> Result<Ended, Error> {
         let config = self.config;
         let mut connection = Connection::connect(&config.db)?;
+        self.was_let_in = true;
         self.mapper
             .set_encoding(connection.use_database_encoding()?);
         let (slot, facts) = slot::check(&mut connection, config)?;

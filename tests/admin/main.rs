@@ -2,6 +2,8 @@
 #![cfg(feature = "admin")]
 
 mod aggregate;
+mod aggregate_cluster;
+mod bucket;
 mod catalog;
 mod check_faults;
 mod check_nats;

@@ -153,6 +153,15 @@ impl Nats {
     /// A hub and a leaf node of it, each with a JetStream domain of its own, `hub` and `leaf`; with these lines in the leaf
     /// node's configuration.
     pub fn hub_and_leaf(of_leaf: &str, client_options: &Value) -> (Nats, Nats) {
+        Nats::hub_and_leaf_by(|port| port, of_leaf, client_options)
+    }
+
+    /// The same, where the leaf node reaches the hub by the port that `way` makes of the hub's.
+    pub fn hub_and_leaf_by(
+        way: impl FnOnce(u16) -> u16,
+        of_leaf: &str,
+        client_options: &Value,
+    ) -> (Nats, Nats) {
         let port = free_port();
         let server = |domain: &str, leafnodes: &str, config: &str, options: &Value| {
             let jetstream =
@@ -163,7 +172,8 @@ impl Nats {
         };
         let listen = format!("listen: \"127.0.0.1:{port}\"");
         let hub = server("hub", &listen, "", &json!({}));
-        let remote = format!("remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}]");
+        let way = way(port);
+        let remote = format!("remotes: [{{ url: \"nats-leaf://127.0.0.1:{way}\" }}]");
         let remote = format!("reconnect: \"1s\", {remote}");
         let leaf = server("leaf", &remote, of_leaf, client_options);
         let mut client = leaf.client();

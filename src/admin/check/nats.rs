@@ -14,11 +14,11 @@ use crate::admin::bus::Bus;
 use crate::admin::bytes;
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
+use crate::jetstream::bucket;
+use crate::jetstream::bucket::key_write_subject;
 use crate::jetstream::client::{Api, Link};
-use crate::jetstream::preflight::{BucketFault, Preflight, bucket_faults, preflight};
-use crate::jetstream::streams::{
-    self, StreamConfig, StreamInfo, key_write_subject, last_message_request, matches,
-};
+use crate::jetstream::preflight::{Preflight, preflight};
+use crate::jetstream::streams::{self, StreamInfo, last_message_request, matches};
 use crate::jetstream::{Delivery, EXPECTED_LAST_SEQUENCE, Error, OUTBOX_POSITION, STREAM_SOURCE};
 use crate::nats::info::ServerInfo;
 use crate::outbox::position::SourcePosition;
@@ -113,7 +113,9 @@ enum Bucket {
     Captured(String),
     Unreadable(String),
     Found {
-        config: Box<StreamConfig>,
+        info: Box<StreamInfo>,
+        /// It holds a record of this slot.
+        has_key: bool,
         write: Tried,
     },
 }
@@ -372,16 +374,24 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
     };
     let bucket = &config.checkpoint;
     let api = &config.nats.api_prefix;
-    if let Bucket::Found { config, write } = &facts.bucket {
-        let faults = bucket_faults(config);
+    if let Bucket::Found {
+        info,
+        has_key,
+        write,
+    } = &facts.bucket
+    {
+        let streams = facts.streams.iter().flatten();
+        let replicas = streams.map(|stream| stream.info.config.num_replicas).max();
+        let mut faults = bucket::faults(bucket, info, replicas.unwrap_or_default());
+        faults.extend(bucket::is_full(info, *has_key));
         // who may not write learns that first, unless nobody could
         if write.is_ok() || faults.iter().any(|fault| fault.is_fatal) {
-            let level = |fault: &BucketFault| if fault.is_fatal { lacks } else { warn };
+            let level = |fault: &bucket::Fault| if fault.is_fatal { lacks } else { warn };
             let findings = faults.into_iter().map(|fault| {
-                let fix = match fault.edit {
+                let fix = match &fault.edit {
                     Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
                     None => format!(
-                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup"
+                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup; or name another bucket with -checkpoint"
                     ),
                 };
                 let found = format!("bucket {bucket} {}", fault.what);
@@ -539,7 +549,9 @@ fn read_park(bus: &mut Bus<'_, Link>, config: &Config) -> Option<Park> {
                         false => try_write(bus, subject),
                     },
                     read: match config.delivery {
-                        Delivery::ExactlyOnce => last.map(drop).map_err(|error| error.to_string()),
+                        Delivery::ExactlyOnce => {
+                            last.map(drop).map_err(|error| error.while_reading())
+                        }
                         Delivery::AtLeastOnce => Ok(()),
                     },
                     stream,
@@ -625,7 +637,7 @@ fn read_stream(
     Stream {
         publish,
         elsewhere,
-        read: last.map(drop).map_err(|error| error.to_string()),
+        read: last.map(drop).map_err(|error| error.while_reading()),
         info,
     }
 }
@@ -685,7 +697,7 @@ fn read_bucket(
     let info = match bus.stream(&name) {
         Ok(Some(info)) => info,
         Ok(None) => {
-            let others = bus.streams(&streams::bucket_subjects(&config.checkpoint));
+            let others = bus.streams(&bucket::bucket_subjects(&config.checkpoint));
             return match others.ok().and_then(|others| others.into_iter().next()) {
                 Some(other) => Bucket::Captured(other.config.name),
                 None => Bucket::Missing,
@@ -697,13 +709,15 @@ fn read_bucket(
         Ok(value) => value,
         Err(error) => return Bucket::Unreadable(error.to_string()),
     };
+    let has_key = value.is_some();
     match value.map(|message| serde_json::from_slice(&message.data)) {
         None => {}
         Some(Ok(record)) => past.record = Some(record),
         Some(Err(error)) => return Bucket::Unreadable(format!("{key} holds no record: {error}")),
     }
     Bucket::Found {
-        config: Box::new(info.config),
+        info: Box::new(info),
+        has_key,
         write: try_write(bus, &key_write_subject(&config.nats.api_prefix, &key)),
     }
 }

@@ -1,6 +1,6 @@
 //! Where the server is and how to get in: what libpq reads from a connection string and the environment.
 //!
-//! It reads and checks; certificates and the password file are opened by those who connect, each time anew.
+//! It reads and checks; certificates, the password file and the file of `-db-file` are opened by those who connect, each time anew.
 //! Sources: <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS>,
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>.
 
@@ -8,10 +8,13 @@ mod keyvalue;
 mod resolve;
 mod url;
 
+use super::limits::MAX_FILE_BYTES;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Debian's libpq looks for the server's socket here when no host is given.
@@ -40,6 +43,8 @@ pub struct ConnInfo {
     pub(super) require_auth: Option<Vec<AuthMethod>>,
     /// The session is a walsender's.
     pub(super) replication: bool,
+    /// What it was read from.
+    file: Option<PathBuf>,
 }
 
 /// One of the servers to try.
@@ -260,6 +265,38 @@ impl ConnInfo {
         }
     }
 
+    /// The same, read from this file.
+    pub fn from_file(self, path: PathBuf) -> ConnInfo {
+        ConnInfo {
+            file: Some(path),
+            ..self
+        }
+    }
+
+    /// The same with the user and the password that its file has now, if it is from one: who renews them restarts nothing.
+    pub(super) fn renewed(&self) -> ConnInfo {
+        let read = |path| {
+            let user = |name: &str| (name == "PGUSER").then(|| self.user.clone());
+            let text = secret_in(path).map_err(|error| error.to_string())?;
+            ConnInfo::parse(&text, &user).map_err(|error| error.to_string())
+        };
+        let mut renewed = self.clone();
+        // a pipe is empty by now
+        let Some(path) = self.file.as_deref().filter(|path| path.is_file()) else {
+            return renewed;
+        };
+        match read(path) {
+            Ok(now) => {
+                renewed.user = now.user;
+                renewed.password = now.password.or(renewed.password);
+            }
+            Err(cause) => {
+                log::warn!(path:% = path.display(), cause:% = cause; "the file of -db-file cannot be read again; going on with what it said");
+            }
+        }
+        renewed
+    }
+
     /// The password stood in the connection string itself, where `ps` and shell histories show it.
     pub fn has_password_inline(&self) -> bool {
         self.password_inline
@@ -275,6 +312,13 @@ impl ConnInfo {
         let hosts = self.hosts.iter().map(ToString::to_string);
         hosts.collect::<Vec<_>>().join(",")
     }
+}
+
+fn secret_in(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let file = File::open(path)?;
+    file.take(MAX_FILE_BYTES).read_to_string(&mut text)?;
+    Ok(text.trim().to_string())
 }
 
 impl fmt::Display for ConnInfo {

@@ -221,6 +221,7 @@ pub(super) fn resolve(
         user,
         password: values.get("password"),
         password_inline,
+        file: None,
         passfile: match values.get("passfile") {
             Some(path) => Some(path.into()),
             None => values.home().map(|home| home.join(".pgpass")),

@@ -3,10 +3,9 @@
 
 use super::record::{Anchor, Cut, Record};
 use super::store::{Store, Value, Write};
-use crate::jetstream::ack::{AckError, AckErrorKind, PubAck, parse_ack};
+use crate::jetstream::ack::{AckError, AckErrorKind, ApiError, PubAck, parse_ack};
 use crate::jetstream::client::{Api, Link};
-use crate::jetstream::preflight::{BucketFault, bucket_faults};
-use crate::jetstream::{self, streams};
+use crate::jetstream::{self, bucket, streams};
 use crate::nats;
 use crate::outbox::flags::Flags;
 use crate::outbox::lineage::{Lineage, NotInHistory};
@@ -20,6 +19,8 @@ use std::time::Duration;
 pub enum Error {
     /// Another try may go better: no answer, no leader, what was read was not the newest.
     Passing(jetstream::Error),
+    /// Another try goes better once somebody has made room.
+    NoRoom(ApiError),
     /// It will not: no permission, or the bucket's subjects lead nowhere.
     Lasting(String),
     /// The key holds what no relay has written.
@@ -31,7 +32,7 @@ const TOKENS: u64 = 1 << 32;
 
 /// Sends what is to be written; the answer comes under [`answers_to`].
 pub fn send(link: &Link, subject: &str, write: &Write) {
-    let subject = streams::key_write_subject(link.api_prefix(), subject);
+    let subject = bucket::key_write_subject(link.api_prefix(), subject);
     link.put(TOKENS + write.number, &subject, write.revision, &write.body);
 }
 
@@ -71,6 +72,10 @@ pub fn write(
         {
             Error::Lasting(format!("nobody answers on {subject}"))
         }
+        jetstream::Error::Api {
+            source: AckError::Api(refused),
+            ..
+        } if refused.kind() == AckErrorKind::NoRoom => Error::NoRoom(refused),
         // a write that is refused shows that the key holds something else: it is read again
         error @ jetstream::Error::Api { .. } => Error::Passing(error),
         error => sort(error),
@@ -84,7 +89,7 @@ fn put(
     body: &[u8],
     timeout: Duration,
 ) -> Result<PubAck, jetstream::Error> {
-    let subject = streams::key_write_subject(link.api_prefix(), subject);
+    let subject = bucket::key_write_subject(link.api_prefix(), subject);
     let answer = link.put_now(&subject, revision, body, timeout)?;
     parse_ack(&answer, None).map_err(|source| jetstream::Error::Api {
         api: subject,
@@ -116,6 +121,9 @@ pub fn read(
         streams::message(link, last, timeout).map_err(sort)
     };
     let Some(message) = get(&subject)? else {
+        if let Some(fault) = info.and_then(|info| bucket::is_full(&info, false)) {
+            return Err(at_fault(store.bucket(), fault));
+        }
         if let Some(old) = get(&store.old_subject())? {
             value.record = of_first_version(&old.data, lineage);
             value.stored_ms = value.time_ms;
@@ -155,22 +163,14 @@ fn open(
     let stream = format!("KV_{bucket}");
     let info = streams::info(link, &stream, timeout).map_err(sort)?;
     if let Some(info) = info {
-        let mut faults = bucket_faults(&info.config).into_iter();
+        let mut faults = bucket::faults(bucket, &info, replicas).into_iter();
         return match faults.find(|fault| fault.is_fatal) {
             None => Ok(Some(info)),
-            Some(BucketFault {
-                what, why, edit, ..
-            }) => Err(Error::Lasting(format!(
-                "it {what}, so that {why}; {}",
-                match edit {
-                    Some(edit) => format!("nats stream edit {stream} {edit}"),
-                    None => format!("delete it (nats kv del {bucket}), the relay makes it anew"),
-                }
-            ))),
+            Some(fault) => Err(at_fault(bucket, fault)),
         };
     }
     let create = |max_bytes| {
-        let (api, body) = streams::create_bucket_request(bucket, replicas, max_bytes);
+        let (api, body) = bucket::create_bucket_request(bucket, replicas, max_bytes);
         let answer = link.call(&api, &body, timeout)?;
         let info = streams::parse_info(&answer);
         info.map_err(|source| jetstream::Error::Api { api, source })
@@ -179,16 +179,16 @@ fn open(
         Err(error)
             if error
                 .api_error()
-                .is_some_and(|it| it.err_code == streams::MAX_BYTES_REQUIRED) =>
+                .is_some_and(|it| it.err_code == bucket::MAX_BYTES_REQUIRED) =>
         {
-            create(Some(streams::BUCKET_BYTES))
+            create(Some(bucket::BUCKET_BYTES))
         }
         made => made,
     };
     made.map_err(|error| {
         let code = error.api_error().map(|it| it.err_code);
-        let subjects = streams::bucket_subjects(bucket);
-        let others = (code == Some(streams::SUBJECTS_OVERLAP))
+        let subjects = bucket::bucket_subjects(bucket);
+        let others = (code == Some(bucket::SUBJECTS_OVERLAP))
             .then(|| streams::list(link, &subjects, timeout).ok()?.into_iter().next());
         match others.flatten() {
             Some(other) => Error::Lasting(format!(
@@ -198,6 +198,19 @@ fn open(
             None => sort(error),
         }
     })
+}
+
+fn at_fault(bucket: &str, fault: bucket::Fault) -> Error {
+    let remedy = match fault.edit {
+        Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
+        None => format!(
+            "delete it (nats kv del {bucket}), the relay makes it anew, or name another with -checkpoint"
+        ),
+    };
+    Error::Lasting(format!(
+        "it {}, so that {}; {remedy}",
+        fault.what, fault.why
+    ))
 }
 
 /// Whether another try may go better.

@@ -136,8 +136,8 @@ pub struct Store {
     /// So many, in the life of the process; and whether there were any since it last began.
     writes: u64,
     has_written: bool,
-    /// Writes fail; when that is to be warned of.
-    failing: Option<Instant>,
+    /// Writes fail; when that is to be warned of, and what the last answer was.
+    failing: Option<(Instant, AckError)>,
     publication: SeenPublication,
 }
 
@@ -358,14 +358,17 @@ impl Store {
             return None;
         }
         if self.pending.is_some() {
-            self.failing.get_or_insert(now + WARN_AFTER);
+            self.fails(AckError::NoAnswer, now);
         }
-        if self.failing.is_some_and(|warn| now >= warn) {
-            self.failing = Some(now + WARN_AFTER);
+        let bucket = &self.identity.bucket;
+        if let Some((warn, cause)) = &mut self.failing
+            && now >= *warn
+        {
+            *warn = now + WARN_AFTER;
             log::warn!(
-                bucket = self.bucket();
+                bucket = bucket.as_str(), cause:% = cause;
                 "the checkpoint cannot be written: nothing is confirmed, so Postgres keeps its WAL, and soon nothing is published; \
-                 check the bucket"
+                 check the bucket (jetstream-outbox check)"
             );
         }
         self.next = now + INTERVAL;
@@ -454,11 +457,21 @@ impl Store {
                 Err(Overtaken)
             }
             Err(error) => {
-                self.failing.get_or_insert(now + WARN_AFTER);
                 log::debug!(cause:% = error; "the checkpoint was not written; it is tried again");
+                self.fails(error, now);
                 Ok(false)
             }
         }
+    }
+
+    fn fails(&mut self, cause: AckError, now: Instant) {
+        let warn = self.failing.take().map(|(warn, _)| warn);
+        self.failing = Some((warn.unwrap_or(now + WARN_AFTER), cause));
+    }
+
+    /// What the last write was answered with, while they fail.
+    pub fn failure(&self) -> Option<&AckError> {
+        self.failing.as_ref().map(|(_, cause)| cause)
     }
 
     /// The key holds `cut`.

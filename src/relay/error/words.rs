@@ -1,7 +1,7 @@
 //! What a person reads of what ended a session: in the order of the variants, the long ones each in a function below.
 
 use super::{Error, Undecodable};
-use crate::jetstream;
+use crate::jetstream::ack::ApiError;
 use crate::outbox::lineage::Conflict;
 use crate::outbox::position::Position;
 use crate::outbox::problem::MapError;
@@ -24,9 +24,10 @@ impl Display for Error {
         match self {
             Error::Postgres(error) => write!(f, "{error}{}", remedy(error)),
             Error::Nats(error) => write!(f, "{error}"),
-            Error::ReadBack(error) => read_back(f, error),
+            Error::ReadBack(error) => write!(f, "read the streams back: {}", error.while_reading()),
             Error::NoStream(subject) => no_stream(f, subject),
             Error::NoCheckpoint { bucket, reason } => no_checkpoint(f, bucket, reason),
+            Error::NoRoom { bucket, refused } => no_room(f, bucket, refused),
             Error::SlotInUse { slot, pid } => slot_in_use(f, slot, *pid),
             Error::SlotMoved { slot, confirmed, told } => slot_moved(f, slot, *confirmed, *told),
             Error::OtherFlags { after, may_go_back } => other_flags(f, after, *may_go_back),
@@ -71,17 +72,6 @@ fn remedy(error: &postgres::Error) -> String {
     remedy.map_or_else(String::new, |remedy| format!("; {remedy}"))
 }
 
-fn read_back(f: &mut Formatter<'_>, error: &jetstream::Error) -> Result {
-    write!(f, "read the streams back: {error}")?;
-    match error {
-        jetstream::Error::Nats(_) => f.write_str(
-            "; if that comes again and again, an answer is over nats-server's max_pending (4/3 of the largest message): \
-             raise that",
-        ),
-        _ => Ok(()),
-    }
-}
-
 fn no_stream(f: &mut Formatter<'_>, subject: &str) -> Result {
     write!(
         f,
@@ -95,6 +85,14 @@ fn no_checkpoint(f: &mut Formatter<'_>, bucket: &str, reason: &str) -> Result {
         f,
         "use the checkpoint: the key-value bucket {bucket} cannot be used: {reason}; exactly-once delivery needs it: allow the user what \
          `jetstream-outbox setup -print-nats` lists, or create the bucket, or pass -delivery at-least-once"
+    )
+}
+
+fn no_room(f: &mut Formatter<'_>, bucket: &str, refused: &ApiError) -> Result {
+    write!(
+        f,
+        "write the checkpoint: the key-value bucket {bucket} has no room for the record: {refused}: raise its limits (nats stream edit \
+         KV_{bucket} --max-bytes=16MB, --max-msgs=-1), or make room on the server or in the account; the relay goes on by itself"
     )
 }
 

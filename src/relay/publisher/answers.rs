@@ -1,7 +1,7 @@
 //! What comes over the link: acks, answers to the checkpoint and to looks.
 
 use super::{Interrupt, Publisher};
-use crate::jetstream::ack::{AckError, parse_ack};
+use crate::jetstream::ack::{AckError, AckErrorKind, parse_ack};
 use crate::jetstream::client::{Ack, Answer, Reply};
 use crate::jetstream::streams;
 use crate::postgres::Lsn;
@@ -64,9 +64,17 @@ impl Publisher<'_> {
             return Ok(());
         };
         let answer = answer.and_then(|body| parse_ack(&body, None));
-        if answer == Err(AckError::NoResponders) {
-            // a new connection creates the bucket again
-            let reason = "the checkpoint's bucket is gone, or has no leader".to_string();
+        // a new connection creates the bucket again, or finds out what is wrong with it
+        let reason = match &answer {
+            Err(AckError::NoResponders) => {
+                Some("the checkpoint's bucket is gone, or has no leader".to_string())
+            }
+            Err(error) if error.kind() == AckErrorKind::Closed => {
+                Some(format!("the checkpoint's bucket takes no record: {error}"))
+            }
+            _ => None,
+        };
+        if let Some(reason) = reason {
             return Err(Interrupt::Reconnect(ReconnectCause::NoStream, reason));
         }
         match store.on_written(number, answer, now) {

@@ -97,10 +97,14 @@ impl Publisher<'_> {
         }
         let (core, store) = match (&mut self.core, &mut self.store) {
             (Core::AtLeastOnce(core), store) => {
-                if let Some(it) = store
-                    && !matches!(connector.read_key(&found, it), Ok(Ok(())))
-                {
-                    *store = None;
+                let read = store.as_mut().map(|it| connector.read_key(&found, it));
+                match read {
+                    Some(Ok(Err(Overtaken))) => *store = None,
+                    Some(Err(error)) => {
+                        log::warn!("going on without the checkpoint: {error}");
+                        *store = None;
+                    }
+                    Some(Ok(Ok(()))) | None => {}
                 }
                 core.resume(connector.capacity(&found));
                 self.limits_read = Some(Instant::now());

@@ -43,13 +43,33 @@ pub(super) fn good() -> Facts {
         answers: None,
         long_subject: None,
         own: Vec::new(),
-        bucket: Bucket::Found {
-            config: Box::default(),
-            write: Ok(()),
-        },
+        bucket: bucket("file", Ok(())),
         park: None,
         account: Some(Ok(Account::default())),
         aggregate: None,
+    }
+}
+
+/// As setup makes it, in this storage.
+fn bucket(storage: &str, write: Tried) -> Bucket {
+    let config = StreamConfig {
+        subjects: vec!["$KV.jetstream_outbox.>".into()],
+        storage: storage.into(),
+        num_replicas: 3,
+        max_msgs_per_subject: 1,
+        discard: "new".into(),
+        ..StreamConfig::default()
+    };
+    Bucket::Found {
+        info: Box::new(StreamInfo {
+            config,
+            state: StreamState::default(),
+            created: String::new(),
+            ts: String::new(),
+            domain: String::new(),
+        }),
+        has_key: true,
+        write,
     }
 }
 
@@ -329,20 +349,11 @@ fn permissions() {
         "nats.checkpoint",
         &["publish to $KV.jetstream_outbox.*"],
         |f| {
-            f.bucket = Bucket::Found {
-                config: Box::default(),
-                write: denied(),
-            };
+            f.bucket = bucket("file", denied());
         },
     );
     check(Warn, "nats.checkpoint", &["in memory"], |f| {
-        f.bucket = Bucket::Found {
-            config: Box::new(StreamConfig {
-                storage: "memory".into(),
-                ..StreamConfig::default()
-            }),
-            write: Result::Ok(()),
-        }
+        f.bucket = bucket("memory", Result::Ok(()));
     });
     check(Warn, "nats.checkpoint", &["does not exist", "setup"], |f| {
         f.bucket = Bucket::Missing
