@@ -257,7 +257,7 @@ fn bucket(
         Some(found) => {
             let faults = bucket::faults(&config.checkpoint, &found, replicas);
             // a record of this slot may be in it
-            let faults = faults.into_iter().chain(bucket::is_full(&found, true));
+            let faults = faults.into_iter().chain(bucket::lacks_room(&found, true));
             Outcome::Found(
                 faults
                     .map(|fault| format!("it {}: {}", fault.what, fault.why))

@@ -90,7 +90,11 @@ fn fatal(bucket: &str, info: &StreamInfo) -> Vec<Fault> {
         let what = format!("is a mirror of {}", mirror.name);
         fault(what, "nothing can be written to it", None);
     } else if !config.subjects.iter().any(|it| overlap(it, &subjects)) {
-        let what = format!("captures {}, not {subjects}", config.subjects.join(", "));
+        let captured = match &config.subjects[..] {
+            [] => "nothing".to_string(),
+            some => format!("{}, not {subjects}", some.join(", ")),
+        };
+        let what = format!("captures {captured}");
         let edit = format!("--subjects='{subjects}'");
         fault(what, "nothing can be written to it", Some(edit));
     }
@@ -109,11 +113,12 @@ fn fatal(bucket: &str, info: &StreamInfo) -> Vec<Fault> {
     if config.discard_new_per_subject {
         let what = "refuses another value of a key that has one (discard new per subject)".into();
         let edit = Some("--no-discard-per-subject".into());
-        fault(what, "no record can be written after the first", edit);
+        fault(what, "no record can be written once there is one", edit);
     }
     if config.retention == "interest" {
         let what = "has interest retention".into();
-        fault(what, "a record is gone as soon as it is written", None);
+        let why = "a record is gone once no consumer waits for it, or each has taken it";
+        fault(what, why, None);
     }
     if config.subject_transform.is_some() {
         let what = "stores the record under another subject (subject_transform)".into();
@@ -192,26 +197,41 @@ fn passing(info: &StreamInfo, replicas: u32) -> Vec<Fault> {
     faults
 }
 
-/// Why a bucket that refuses what is over its limits takes no record. `has_key`: it holds an earlier one of the same key.
-pub fn is_full(info: &StreamInfo, has_key: bool) -> Option<Fault> {
+/// Why a bucket that refuses what is over its limits takes no record, or soon may take none. `has_key`: it holds an earlier one of
+/// the same key, whose place the next one takes.
+pub fn lacks_room(info: &StreamInfo, has_key: bool) -> Option<Fault> {
     let (config, state) = (&info.config, &info.state);
     if config.discard != "new" {
         return None;
     }
     let over = |limit: i64, needs: u64| u64::try_from(limit).is_ok_and(|it| it > 0 && needs > it);
-    let (limit, value, more) = if over(config.max_bytes, state.bytes + RECORD) {
-        ("max_bytes", config.max_bytes, "--max-bytes=16MB")
-    } else if over(config.max_msgs, state.messages + u64::from(!has_key)) {
-        ("max_msgs", config.max_msgs, "--max-msgs=-1")
+    let one_more = u64::from(!has_key);
+    let (limit, value, more) = if over(config.max_bytes, state.bytes.saturating_add(one_more)) {
+        ("max_bytes", config.max_bytes, more_bytes(config.max_bytes))
+    } else if over(config.max_msgs, state.messages.saturating_add(one_more)) {
+        ("max_msgs", config.max_msgs, "--max-msgs=-1".into())
     } else {
-        return None;
+        let left = u64::try_from(config.max_bytes)
+            .ok()?
+            .saturating_sub(state.bytes);
+        return (config.max_bytes > 0 && left < RECORD).then(|| Fault {
+            what: format!("has {left} bytes left (max_bytes {})", config.max_bytes),
+            why: "a record that grows over it cannot be written, and the relay waits",
+            edit: Some(more_bytes(config.max_bytes)),
+            is_fatal: false,
+        });
     };
     Some(Fault {
         what: format!("is full ({limit} {value}, discard new)"),
         why: "there is no room for the record",
-        edit: Some(more.into()),
+        edit: Some(more),
         is_fatal: true,
     })
+}
+
+fn more_bytes(now: i64) -> String {
+    let more = u64::try_from(now).unwrap_or_default().saturating_mul(2);
+    format!("--max-bytes={}", more.max(BUCKET_BYTES))
 }
 
 #[cfg(test)]
@@ -311,7 +331,14 @@ mod tests {
                 2,
                 0,
                 false,
-                Some("(max_msgs 2, discard new)"),
+                Some("is full (max_msgs 2, discard new)"),
+            ),
+            (
+                json!({ "max_msgs": 2 }),
+                u64::MAX,
+                0,
+                false,
+                Some("is full (max_msgs 2, discard new)"),
             ),
             (json!({ "max_msgs": 2 }), 2, 0, true, None),
             (
@@ -321,22 +348,39 @@ mod tests {
                 false,
                 None,
             ),
-            (json!({ "max_bytes": 8192 }), 1, 4096, true, None),
+            (json!({ "max_bytes": 8192 }), 1, 4096, false, None),
             (
                 json!({ "max_bytes": 8192 }),
                 1,
                 4097,
+                false,
+                Some("has 4095 bytes left (max_bytes 8192)"),
+            ),
+            (
+                json!({ "max_bytes": 8192 }),
+                1,
+                8192,
                 true,
-                Some("(max_bytes 8192, discard new)"),
+                Some("has 0 bytes left (max_bytes 8192)"),
+            ),
+            (
+                json!({ "max_bytes": 8192 }),
+                1,
+                8192,
+                false,
+                Some("is full (max_bytes 8192, discard new)"),
+            ),
+            (
+                json!({ "max_bytes": 8192 }),
+                1,
+                8193,
+                true,
+                Some("is full (max_bytes 8192, discard new)"),
             ),
         ] {
-            let found = is_full(&bucket(&settings, messages, bytes), has_key);
+            let found = lacks_room(&bucket(&settings, messages, bytes), has_key);
             let found = found.map(|fault| fault.what);
-            assert_eq!(
-                found,
-                full.map(|full| format!("is full {full}")),
-                "{settings}"
-            );
+            assert_eq!(found, full.map(str::to_string), "{settings}");
         }
     }
 }

@@ -103,9 +103,12 @@ fn supervise(config: &Config, stop: &Stop, vitals: &Vitals) -> Result<Ended, (Er
                 }
                 stop.wait(SLOT_INTERVAL);
             }
-            Verdict::Retry | Verdict::Exit(_) => {
+            verdict @ (Verdict::Retry | Verdict::Exit(_)) => {
                 let Some(pause) = outage.failed(now) else {
-                    return Err((Error::GaveUp(error.to_string()), Exit::Unavailable));
+                    return Err(match verdict {
+                        Verdict::Exit(exit) => (error, exit),
+                        _ => (Error::GaveUp(error.to_string()), Exit::Unavailable),
+                    });
                 };
                 vitals.enter(Phase::Connecting, Some(error.to_string()));
                 if said.is_new(&error.to_string(), now) {

@@ -449,8 +449,9 @@ fn the_account_is_nearly_full() {
             "fail nats.parking"
         ]
     );
-    nats.client()
-        .add_stream("KV_jetstream_outbox", &["$KV.jetstream_outbox.>"]);
+    nats.client().add_stream_with(json!({
+        "name": "KV_jetstream_outbox", "subjects": ["$KV.jetstream_outbox.>"], "max_msgs_per_subject": 1,
+    }));
     assert!(bad(&nats, 0, &[]).is_empty());
     nats.client().publish("events.a", &[], &[b'x'; 70_000]);
     assert!(bad(&nats, 0, &[]).is_empty());

@@ -334,6 +334,7 @@ fn setup_says_where_things_differ_and_leaves_them() {
         "stream EV of events.account.>: its duplicate_window is 60s, not 120s",
         "stream EV of events.account.>: it does not capture all of events.>",
         "checkpoint bucket jetstream_outbox: it is kept in memory",
+        "checkpoint bucket jetstream_outbox: it has 1 of the 3 replicas",
         "table outbox: it has no column aggregateid",
         "publication jetstream_outbox: publication jetstream_outbox does not publish inserts",
         "publication jetstream_outbox: publication jetstream_outbox does not hold public.outbox",
@@ -344,7 +345,7 @@ fn setup_says_where_things_differ_and_leaves_them() {
             "{difference}:\n{text}"
         );
     }
-    assert_eq!(text.lines().count(), 11, "{text}");
+    assert_eq!(text.lines().count(), 12, "{text}");
     assert_eq!(nats.stream_info("EV")["config"], before);
     assert_eq!(
         rig.pg

@@ -383,7 +383,7 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
         let streams = facts.streams.iter().flatten();
         let replicas = streams.map(|stream| stream.info.config.num_replicas).max();
         let mut faults = bucket::faults(bucket, info, replicas.unwrap_or_default());
-        faults.extend(bucket::is_full(info, *has_key));
+        faults.extend(bucket::lacks_room(info, *has_key));
         // who may not write learns that first, unless nobody could
         if write.is_ok() || faults.iter().any(|fault| fault.is_fatal) {
             let level = |fault: &bucket::Fault| if fault.is_fatal { lacks } else { warn };

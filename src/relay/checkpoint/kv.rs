@@ -72,10 +72,7 @@ pub fn write(
         {
             Error::Lasting(format!("nobody answers on {subject}"))
         }
-        jetstream::Error::Api {
-            source: AckError::Api(refused),
-            ..
-        } if refused.kind() == AckErrorKind::NoRoom => Error::NoRoom(refused),
+        error if lacks_room(&error).is_some() => sort_write(error),
         // a write that is refused shows that the key holds something else: it is read again
         error @ jetstream::Error::Api { .. } => Error::Passing(error),
         error => sort(error),
@@ -121,7 +118,8 @@ pub fn read(
         streams::message(link, last, timeout).map_err(sort)
     };
     let Some(message) = get(&subject)? else {
-        if let Some(fault) = info.and_then(|info| bucket::is_full(&info, false)) {
+        let fault = info.and_then(|info| bucket::lacks_room(&info, false));
+        if let Some(fault) = fault.filter(|fault| fault.is_fatal) {
             return Err(at_fault(store.bucket(), fault));
         }
         if let Some(old) = get(&store.old_subject())? {
@@ -148,7 +146,7 @@ pub fn read(
     if info.is_some_and(|info| info.config.num_replicas > 1) {
         // a leader that does not know yet that it no longer is one answers with what it has; but it can write nothing
         let again = put(link, &subject, value.revision, &record.body(), timeout);
-        value.revision = again.map_err(sort)?.seq;
+        value.revision = again.map_err(sort_write)?.seq;
     }
     value.record = Some(record);
     Ok(value)
@@ -211,6 +209,23 @@ fn at_fault(bucket: &str, fault: bucket::Fault) -> Error {
         "it {}, so that {}; {remedy}",
         fault.what, fault.why
     ))
+}
+
+/// The limit that a write has met.
+fn lacks_room(error: &jetstream::Error) -> Option<&ApiError> {
+    /// JetStream not enabled, for the account or at all.
+    const SWITCHED_OFF: [u32; 2] = [10039, 10076];
+    let refused = error.api_error()?;
+    let is_limit = refused.kind() == AckErrorKind::NoRoom;
+    (is_limit && !SWITCHED_OFF.contains(&refused.err_code)).then_some(refused)
+}
+
+/// As [`sort`], of a write.
+fn sort_write(error: jetstream::Error) -> Error {
+    match lacks_room(&error) {
+        Some(refused) => Error::NoRoom(refused.clone()),
+        None => sort(error),
+    }
 }
 
 /// Whether another try may go better.

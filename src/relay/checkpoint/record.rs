@@ -295,6 +295,27 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_cut_is_moved_forward_and_cut_back_to_a_place_in_the_wal() {
+        let moved = |lsn| {
+            let mut moved = cut(0x20);
+            moved.move_to(Lsn(lsn));
+            (moved.anchor, moved.stored_lsn)
+        };
+        let as_it_was = (cut(0x20).anchor, Lsn(0x25));
+        assert_eq!(moved(0x20), as_it_was, "the slot sends that transaction");
+        assert_eq!(moved(0x21), (Anchor::bare(Lsn(0x21)), Lsn(0x25)));
+        assert_eq!(moved(0x30), (Anchor::bare(Lsn(0x30)), Lsn(0x30)));
+        let back = |lsn| {
+            let mut back = cut(0x20);
+            back.cut_to(Lsn(lsn));
+            (back.anchor, back.stored_lsn)
+        };
+        assert_eq!(back(0x30), as_it_was);
+        assert_eq!(back(0x21), (cut(0x20).anchor, Lsn(0x21)));
+        assert_eq!(back(0x20), (Anchor::bare(Lsn(0x20)), Lsn(0x20)));
+    }
+
+    #[test]
     fn a_record_reads_back() {
         let record = record(0x300, 0x200, 0x100);
         let body = record.body();

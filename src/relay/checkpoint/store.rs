@@ -766,6 +766,64 @@ mod tests {
     }
 
     #[test]
+    fn a_key_has_slot_and_system_in_its_subject() {
+        let store = store(None, Instant::now());
+        assert_eq!(store.bucket(), "bucket");
+        assert_eq!(store.subject(7), "$KV.bucket.s-7");
+        assert_eq!(store.old_subject(), "$KV.bucket.s");
+    }
+
+    #[test]
+    fn a_key_is_new_until_it_has_a_value_or_had_one() {
+        let start = Instant::now();
+        let of = |revision, record| {
+            let mut store = store(None, start);
+            let value = Value {
+                revision,
+                ..value(record)
+            };
+            assert_eq!(store.on_read(value, &lineage(), start), Ok(Ok(())));
+            store.is_new()
+        };
+        assert!(of(0, None));
+        assert!(!of(4, None), "its value is gone");
+        assert!(!of(4, Some(record(0x30, 0x20, 0x10))));
+    }
+
+    #[test]
+    fn a_record_that_is_disowned_leaves_the_names_of_its_streams() {
+        let start = Instant::now();
+        let mut store = store(Some(record(0x30, 0x20, 0x10)), start);
+        assert_eq!(store.disown(), ["EV", "EV", "EV"]);
+        assert!(store.held().is_none() && store.disown().is_empty());
+    }
+
+    #[test]
+    fn what_is_stored_is_behind_until_the_key_has_held_it_for_the_hold_back() {
+        let start = Instant::now();
+        let store = store(Some(record(0x30, 0x20, 0x10)), start);
+        // of the ripening cut, which the record has had since second 4
+        let stored_lsn = Lsn(0x25);
+        assert!(!store.is_behind(stored_lsn, start));
+        assert!(store.is_behind(Lsn(0x26), start));
+        assert!(store.holds(&cut(0x30)) && !store.holds(&cut(0x20)));
+        store.publication().set(Some("less".into()));
+        assert!(!store.holds(&cut(0x30)), "the publication has changed");
+    }
+
+    #[test]
+    fn no_answer_comes_once_the_connection_is_gone() {
+        let start = Instant::now();
+        let mut store = store(None, start);
+        let first = store.write(|| cut(0x10), start, false).unwrap();
+        store.on_disconnect();
+        let answer = store.on_written(first.number, stored(5), start);
+        assert_eq!(answer, Ok(false));
+        // and nothing waits for one
+        assert!(store.write(|| cut(0x10), start, true).is_some());
+    }
+
+    #[test]
     fn a_record_of_another_writer_overtakes_one_who_has_written() {
         let start = Instant::now();
         let mut store = store(None, start);

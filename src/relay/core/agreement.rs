@@ -128,3 +128,126 @@ impl Agreement {
         now.saturating_duration_since(self.seen_at) <= AGREED_FOR
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::position::{Position, Source, SourcePosition};
+    use crate::postgres::Lsn;
+    use crate::relay::checkpoint::record::StreamCut;
+    use crate::relay::core::resume::facts::StreamFacts;
+
+    fn source() -> Source {
+        Source {
+            slot: "s".into(),
+            system_id: 1,
+            timeline: 1,
+        }
+    }
+
+    fn lineage() -> Lineage {
+        Lineage {
+            source: source(),
+            switch_points: Vec::new(),
+        }
+    }
+
+    fn at(ordinal: u32) -> SourcePosition {
+        let commit_lsn = Lsn(10);
+        SourcePosition {
+            source: source(),
+            position: Position {
+                commit_lsn,
+                ordinal,
+            },
+        }
+    }
+
+    /// Two streams that end at sequence 7, the second with a witness there.
+    fn streams() -> Vec<Stream> {
+        let stream = |name: &str, witness: Option<Witness>| {
+            let cut = StreamCut {
+                name: name.into(),
+                created: "then".into(),
+                read_after: 7,
+                witness,
+            };
+            let facts = StreamFacts {
+                last_seq: 7,
+                ..StreamFacts::default()
+            };
+            Stream::new(cut, facts, 100)
+        };
+        let witness = Witness {
+            seq: 7,
+            position: at(1),
+        };
+        vec![stream("A", None), stream("B", Some(witness))]
+    }
+
+    #[test]
+    fn a_stream_that_ends_earlier_or_was_created_again_disagrees() {
+        let (now, streams) = (Instant::now(), streams());
+        for (created, last_seq, agrees) in [
+            ("then", 7, true),
+            ("then", 8, true),
+            ("then", 6, false),
+            ("later", 7, false),
+            ("later", 6, false),
+        ] {
+            let mut agreement = Agreement::new(now);
+            let looks = agreement.ask(&streams, &lineage(), now);
+            let tokens: Vec<u64> = looks.iter().map(|(token, _)| *token).collect();
+            assert_eq!(tokens, [0, 2, 3]);
+            for (token, look) in &looks {
+                let asks_for_message = matches!(look, Look::Message(..));
+                assert_eq!(is_of_message(*token), asks_for_message);
+            }
+            let answer = agreement.on_stream(&streams, 2, created, last_seq);
+            let said = match answer {
+                Ok(()) => None,
+                Err(Trouble::Reconnect(Cause::Disagrees(name))) => Some(name),
+                Err(other) => panic!("{other:?}"),
+            };
+            let expected = (!agrees).then(|| "B".to_string());
+            assert_eq!(said, expected, "{created} {last_seq}");
+        }
+    }
+
+    #[test]
+    fn another_message_in_the_witness_s_place_disagrees_and_none_does_not() {
+        let (now, streams) = (Instant::now(), streams());
+        let message = |position| Message {
+            seq: 7,
+            position: Some(position),
+            ..Message::default()
+        };
+        for (found, agrees) in [
+            (None, true),
+            (Some(message(at(1))), true),
+            (Some(message(at(2))), false),
+            (Some(Message::default()), false),
+        ] {
+            let mut agreement = Agreement::new(now);
+            agreement.ask(&streams, &lineage(), now);
+            let answer = agreement.on_witness(&streams, 3, found.as_ref(), &lineage());
+            assert_eq!(answer.is_ok(), agrees, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn all_have_agreed_not_long_ago_once_each_has_answered() {
+        let (start, streams) = (Instant::now(), streams());
+        let mut agreement = Agreement::new(start);
+        let later = start + AGREED_FOR;
+        assert!(agreement.is_recent(later));
+        assert!(!agreement.is_recent(later + Duration::from_millis(1)));
+        agreement.ask(&streams, &lineage(), later);
+        for token in [0, 2] {
+            agreement.on_stream(&streams, token, "then", 7).unwrap();
+            assert!(!agreement.is_recent(later + AGREED_FOR));
+        }
+        agreement.on_witness(&streams, 3, None, &lineage()).unwrap();
+        assert!(agreement.is_recent(later + AGREED_FOR));
+    }
+}

@@ -62,3 +62,37 @@ impl Capacity {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jetstream::streams::parse_info;
+    use serde_json::json;
+
+    fn capacity(max_msg_size: i64) -> Capacity {
+        let config = json!({ "subjects": ["a.>"], "max_msg_size": max_msg_size });
+        let info = json!({ "config": config, "state": {} }).to_string();
+        let info = parse_info(info.as_bytes()).unwrap().unwrap();
+        Capacity {
+            routes: Routes::new(&[info]),
+            max_payload: 1000,
+            position_source_len: 10,
+            puts_aside: false,
+        }
+    }
+
+    #[test]
+    fn the_smaller_limit_counts_and_is_named() {
+        for (max_msg_size, limit, named) in [
+            (-1, 1000, "max_payload of the server"),
+            (999, 999, "max_msg_size of the stream"),
+            (1000, 1000, "max_msg_size of the stream"),
+            (1001, 1000, "max_payload of the server"),
+        ] {
+            let capacity = capacity(max_msg_size);
+            assert_eq!(capacity.limit("a.b"), (limit, named), "{max_msg_size}");
+            assert_eq!(capacity.limit("b"), (1000, "max_payload of the server"));
+            assert_eq!(capacity.room("a.b"), wire::room(limit, 10));
+        }
+    }
+}

@@ -107,6 +107,39 @@ mod tests {
     }
 
     #[test]
+    fn the_lowest_that_is_gone_of_each_stream_is_kept_while_it_is_in_doubt() {
+        let mut doubt = Doubt::new(at(10, 1), false, Lsn(20));
+        assert_eq!(doubt.lowest_gone(0, at(10, 1)), None, "nothing is gone");
+        for seq in [8, 7, 9] {
+            doubt.on_gone(0, seq, None);
+        }
+        doubt.on_gone(1, 3, None);
+        assert_eq!(doubt.lowest_gone(0, at(10, 1)), Some(7));
+        assert_eq!(doubt.lowest_gone(1, at(19, 9)), Some(3));
+        assert_eq!(doubt.lowest_gone(2, at(10, 1)), None);
+        assert_eq!(doubt.lowest_gone(0, at(20, 0)), None, "all is resolved");
+        doubt.on_gone(0, 7, Some(0));
+        for lsn in 0..MOST_UNRECORDED {
+            assert_eq!(doubt.lowest_gone(0, at(10, 1)), Some(7));
+            doubt.on_publish(at(11, lsn as u32));
+        }
+        assert_eq!(doubt.lowest_gone(0, at(10, 1)), None, "no more can be");
+        doubt.on_gone(0, 7, None);
+        doubt.clear();
+        assert!(!doubt.is_about(at(15, 1)));
+        doubt.on_gone(1, 4, None);
+        assert_eq!(doubt.lowest_gone(0, at(10, 1)), None, "it was cleared");
+    }
+
+    #[test]
+    fn what_was_published_is_resolved_once_the_anchor_or_the_stored_lsn_is_there() {
+        let doubt = Doubt::new(at(10, 1), true, Lsn(20));
+        assert!(!doubt.has_resolved_all(at(10, 0), Lsn(10)));
+        assert!(doubt.has_resolved_all(at(10, 1), Lsn(0)));
+        assert!(doubt.has_resolved_all(at(10, 0), Lsn(11)));
+    }
+
+    #[test]
     fn no_more_are_in_doubt_than_the_record_may_lack() {
         let mut doubt = Doubt::new(at(10, 1), false, Lsn(u64::MAX));
         doubt.on_gone(0, 7, Some(2));

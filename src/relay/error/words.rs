@@ -92,7 +92,7 @@ fn no_room(f: &mut Formatter<'_>, bucket: &str, refused: &ApiError) -> Result {
     write!(
         f,
         "write the checkpoint: the key-value bucket {bucket} has no room for the record: {refused}: raise its limits (nats stream edit \
-         KV_{bucket} --max-bytes=16MB, --max-msgs=-1), or make room on the server or in the account; the relay goes on by itself"
+         KV_{bucket}, with a larger --max-bytes, and --max-msgs=-1), or make room on the server or in the account; the relay goes on by itself"
     )
 }
 

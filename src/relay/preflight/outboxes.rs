@@ -323,7 +323,7 @@ fn statement(version: u32, publication: &str, mapping: &Mapping, remembered: &[u
         true => (
             "p.attrs",
             "pg_catalog.pg_get_expr(p.qual, p.relid)",
-            r"pg_catalog.hashtextextended(pg_catalog.regexp_replace(p.qual::text, ':location -?\d+', '', 'g'), 0)",
+            r"pg_catalog.hashtextextended(pg_catalog.regexp_replace(p.qual::text, ':location -?[0-9]+', '', 'g'), 0)",
         ),
         false => ("NULL", "NULL", "NULL"),
     };

@@ -423,13 +423,16 @@ fn under_other_names(config: &Config, tree: &[Table]) -> Option<Finding> {
         return partitions_to_come(config, tree, root);
     };
     let list = || format!("add to -table: {}", list_missed(config, &missed));
+    // whose rows come under its name already
+    let has_own_partitions =
+        (tree.iter()).any(|it| it.oid != first.oid && it.via == Some(first.oid));
     let (found, fix) = if first.oid == root.oid {
         let found = format!(
             "publication {name} holds partitions of table {} under its name",
             root.sql()
         );
         (found, list())
-    } else if first.partition {
+    } else if first.partition && !has_own_partitions {
         (
             format!(
                 "publication {name} holds the partitions of table {} under their own names",

@@ -111,6 +111,45 @@ fn what_is_lost_since_the_last_look_is_named() {
     check_change(&[], &cut, &one, None);
 }
 
+/// An earlier version compared the text of filters.
+#[test]
+fn what_an_earlier_version_remembers_of_a_filter_halts_nothing() {
+    let config = config(&[]);
+    let of = |filter_hash| {
+        let table = Table {
+            filter_hash,
+            ..outbox()
+        };
+        facts(&[table])
+    };
+    let remembered = |filter: &str| {
+        let state = PublicationState::of(&of(None).outboxes, &config).unwrap();
+        let text = state.to_text();
+        let oid = r#""name":"outbox""#;
+        assert!(text.contains(oid), "{text}");
+        PublicationState::from_text(&text.replace(oid, &format!("{oid}{filter}"))).unwrap()
+    };
+    assert!(
+        remembered(r#","filter":7"#)
+            .lost(&of(Some(1)), &config)
+            .is_none()
+    );
+    assert!(remembered("").lost(&of(Some(1)), &config).is_some());
+    let outbox = Outbox {
+        oid: 1,
+        schema: "s".into(),
+        name: "n".into(),
+        ..Outbox::default()
+    };
+    let as_it_was =
+        r#"Outbox { oid: 1, schema: "s", name: "n", filter: None, unsent: [], holes: [] }"#;
+    assert_eq!(
+        outbox.summary(),
+        as_it_was,
+        "or many outboxes would seem to have changed"
+    );
+}
+
 #[test]
 fn a_tree_may_grow_and_shrink_where_nothing_is_lost() {
     let leaf = |oid, name: &str| below(table(oid, name, &COLUMNS), true);
