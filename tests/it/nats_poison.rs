@@ -129,7 +129,7 @@ fn an_event_that_the_connection_ends_at_each_time_is_poison() {
         halts(run("stop"), 65, &[&uuid(5), "without a word", "-on-poison"]);
         // the parked event's header names its subject, which ends no connection any more
         let mut relay = run("park");
-        relay.wait_for_log("without a word", DEADLINE);
+        relay.wait_for_log("at it each time, without a word", DEADLINE);
         proxy.set(Mode::Pass);
         assert_eq!(relay.wait_exit(DEADLINE), 0);
         assert_fifth_parked(&rig, "without a word");

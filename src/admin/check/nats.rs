@@ -14,8 +14,7 @@ use crate::admin::bus::Bus;
 use crate::admin::bytes;
 use crate::config::Config;
 use crate::jetstream::ack::{AckErrorKind, parse_ack};
-use crate::jetstream::bucket;
-use crate::jetstream::bucket::key_write_subject;
+use crate::jetstream::bucket::{self, key_write_subject};
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::preflight::{Preflight, preflight};
 use crate::jetstream::streams::{self, StreamInfo, last_message_request, matches};
@@ -391,7 +390,7 @@ fn checkpoint(facts: &Facts, config: &Config) -> Vec<Finding> {
                 let fix = match &fault.edit {
                     Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
                     None => format!(
-                        "with the relay stopped: nats kv del {bucket}; then jetstream-outbox setup; or name another bucket with -checkpoint"
+                        "with every relay that uses it stopped: nats kv del {bucket}; then jetstream-outbox setup; or name another bucket with -checkpoint"
                     ),
                 };
                 let found = format!("bucket {bucket} {}", fault.what);
@@ -710,6 +709,8 @@ fn read_bucket(
         Err(error) => return Bucket::Unreadable(error.to_string()),
     };
     let has_key = value.is_some();
+    // an empty one stands for what was deleted
+    let value = value.filter(|message| !message.data.is_empty());
     match value.map(|message| serde_json::from_slice(&message.data)) {
         None => {}
         Some(Ok(record)) => past.record = Some(record),

@@ -291,7 +291,7 @@ impl ConnInfo {
                 renewed.password = now.password.or(renewed.password);
             }
             Err(cause) => {
-                log::warn!(path:% = path.display(), cause:% = cause; "the file of -db-file cannot be read again; going on with what it said");
+                log::warn!(path:% = path.display(), cause:% = cause; "the file of -db-file cannot be read again, or does not stand alone; going on with the user and the password that it had");
             }
         }
         renewed

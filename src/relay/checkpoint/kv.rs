@@ -202,7 +202,7 @@ fn at_fault(bucket: &str, fault: bucket::Fault) -> Error {
     let remedy = match fault.edit {
         Some(edit) => format!("nats stream edit KV_{bucket} {edit}"),
         None => format!(
-            "delete it (nats kv del {bucket}), the relay makes it anew, or name another with -checkpoint"
+            "with every relay that uses it stopped, delete it (nats kv del {bucket}), and the relay makes it anew; or name another with -checkpoint"
         ),
     };
     Error::Lasting(format!(

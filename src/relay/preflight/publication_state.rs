@@ -20,7 +20,7 @@ const MOST_NAMED: usize = 500;
 /// Why most of it halts.
 const MISSING: &str = "rows that were committed since may be missing, and the slot cannot send them: Postgres decodes WAL with the \
     publication of the time it was written";
-/// Members of a tree that did not reach, which are remembered one by one.
+/// Members of a tree that did not reach, or have a filter, which are remembered one by one.
 const MOST_HOLES: usize = 100;
 
 /// What was seen.
@@ -49,12 +49,15 @@ struct Outbox {
     oid: u32,
     schema: String,
     name: String,
-    /// Of the row filters of its members, if they have any: of what they let through, not of their text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    lets_through: Option<u64>,
-    /// That an earlier version kept of their text: it had some, and cannot be compared.
+    /// Its members that have a row filter, and the hash of what that lets through.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    filters: Vec<(u32, i64)>,
+    /// What an earlier version kept of their text: it had some, and they cannot be compared.
     #[serde(default, skip_serializing)]
     filter: Option<u64>,
+    /// The member that was created last: oids are counted up.
+    #[serde(default)]
+    youngest: u32,
     /// Columns that take part in an event and are not sent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     unsent: Vec<String>,
@@ -223,22 +226,22 @@ impl Outbox {
         relayed.peek()?;
         let (mut filters, mut unsent) = (Vec::new(), Vec::new());
         for (table, mapping) in relayed {
-            filters.extend(table.filter_hash);
+            filters.extend(table.filter_hash.map(|hash| (table.oid, hash)));
             let used = mapping.used_columns().into_iter();
             let is_unsent = |name: &&str| table.column(name).is_some_and(|column| !column.sent);
             unsent.extend(used.filter(is_unsent).map(str::to_string));
         }
         unsent.sort_unstable();
         unsent.dedup();
-        filters.sort_unstable();
-        filters.dedup();
+        filters.truncate(MOST_HOLES);
         let holes = outboxes::holes(tree);
         Some(Outbox {
             oid: root.oid,
             schema: root.schema.clone(),
             name: root.name.clone(),
+            filters,
             filter: None,
-            lets_through: (!filters.is_empty()).then(|| hash(&format!("{filters:?}"))),
+            youngest: tree.iter().map(|table| table.oid).max().unwrap_or_default(),
             unsent,
             holes: holes.map(|table| table.oid).take(MOST_HOLES).collect(),
         })
@@ -250,14 +253,24 @@ impl Outbox {
             oid,
             schema,
             name,
-            lets_through,
+            filters,
             unsent,
             holes,
             filter: _,
+            youngest: _,
         } = self;
+        let filter = (!filters.is_empty()).then(|| hash(&format!("{filters:?}")));
         format!(
-            "Outbox {{ oid: {oid}, schema: {schema:?}, name: {name:?}, filter: {lets_through:?}, unsent: {unsent:?}, holes: {holes:?} }}"
+            "Outbox {{ oid: {oid}, schema: {schema:?}, name: {name:?}, filter: {filter:?}, unsent: {unsent:?}, holes: {holes:?} }}"
         )
+    }
+
+    /// A member that was there has a filter that it had not. One that has come since is growth, with whatever filter.
+    fn has_other_filters(&self, now: &Outbox) -> bool {
+        let is_comparable = self.filter.is_none() && self.filters.len() < MOST_HOLES;
+        let was_there = |oid: u32| self.youngest == 0 || oid <= self.youngest;
+        let mut filters = now.filters.iter();
+        is_comparable && filters.any(|it| was_there(it.0) && !self.filters.contains(it))
     }
 
     fn label(&self) -> TableName {
@@ -320,8 +333,7 @@ impl Outbox {
         let Some(now) = Outbox::of(tree, config) else {
             return self.lost_whole(tree, table, config);
         };
-        let is_comparable = self.filter.is_none() || self.lets_through.is_some();
-        if is_comparable && now.lets_through.is_some() && now.lets_through != self.lets_through {
+        if self.has_other_filters(&now) {
             return Some(halts(
                 format!("publication {name} has a row filter for {was} that it had not before"),
                 "",

@@ -111,6 +111,30 @@ fn what_is_lost_since_the_last_look_is_named() {
     check_change(&[], &cut, &one, None);
 }
 
+#[test]
+fn each_member_has_a_filter_of_its_own() {
+    let tree = |filters: &[(u32, Option<i64>)]| {
+        let members = filters.iter().map(|&(oid, filter_hash)| Table {
+            via: Some(oid),
+            filter_hash,
+            ..below(table(oid, &format!("p{oid}"), &COLUMNS), true)
+        });
+        facts(&[parent()].into_iter().chain(members).collect::<Vec<_>>())
+    };
+    let before = tree(&[(21, None), (22, Some(7))]);
+    let filtered = Some("has a row filter for");
+    check_change(&[], &before, &before, None);
+    check_change(
+        &[],
+        &before,
+        &tree(&[(21, Some(7)), (22, Some(7))]),
+        filtered,
+    );
+    check_change(&[], &before, &tree(&[(21, None), (22, Some(8))]), filtered);
+    check_change(&[], &before, &tree(&[(21, None), (22, None)]), None);
+    check_change(&[], &before, &tree(&[(22, Some(7)), (23, Some(8))]), None);
+}
+
 /// An earlier version compared the text of filters.
 #[test]
 fn what_an_earlier_version_remembers_of_a_filter_halts_nothing() {
