@@ -462,12 +462,12 @@ fn what_an_id_is_made_of_may_be_renamed() {
     }
 }
 
-/// What an administrator does to keep the relay out, the code it ends with if no retry can mend that, what it says, and how it is
-/// let in again.
+/// What an administrator does to keep the relay out, the code it ends with unless it waits to be let in again, what it says, and how
+/// it is.
 const SHUT_OUT: [(&str, Option<i32>, &str, &str); 6] = [
     (
         "ALTER ROLE svc NOLOGIN",
-        Some(78),
+        None,
         "not permitted to log in",
         "ALTER ROLE svc LOGIN",
     ),
@@ -479,7 +479,7 @@ const SHUT_OUT: [(&str, Option<i32>, &str, &str); 6] = [
     ),
     (
         "ALTER ROLE svc RENAME TO other",
-        Some(78),
+        None,
         "role \\\"svc\\\" does not exist",
         "ALTER ROLE other RENAME TO svc",
     ),
@@ -495,7 +495,6 @@ const SHUT_OUT: [(&str, Option<i32>, &str, &str); 6] = [
         "not currently accepting connections",
         "ALTER DATABASE shop ALLOW_CONNECTIONS true",
     ),
-    // which others may free again
     (
         "ALTER DATABASE shop CONNECTION LIMIT 0",
         None,
