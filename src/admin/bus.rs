@@ -111,7 +111,8 @@ impl<C: Connect> Bus<'_, C> {
         self.ask(|link, timeout| streams::message(link, request, timeout))
     }
 
-    /// Creates or changes a stream; the request is [`create_bucket_request`](crate::jetstream::bucket::create_bucket_request) or of its kind.
+    /// Creates or changes a stream; the request is
+    /// [`create_bucket_request`](crate::jetstream::bucket::create_bucket_request) or of its kind.
     pub fn create(&mut self, (api, body): Request) -> Result<(), Error> {
         self.ask(|link, timeout| {
             let answer = link.call(&api, &body, timeout)?;

@@ -333,13 +333,14 @@ impl<'a> Session<'a> {
                 told: record.told_lsn,
             });
         }
+        self.store.accept_slot(confirmed_lsn);
         let also = match self.accepted {
             Accepted::OtherWal => self.store.disown(),
             Accepted::Nothing | Accepted::Loss => Vec::new(),
         };
         let known = Known {
             also,
-            ..Known::of_record(&mut self.store, confirmed_lsn, Instant::now())
+            ..Known::of_record(&self.store, confirmed_lsn, Instant::now())
         };
         let (link, found) = connector.resume(found, &self.store, known)?;
         // another relay may have published while this one read: the WAL that it did so from ends behind all that was read

@@ -118,6 +118,10 @@ fn what_a_row_filter_is_about_may_be_renamed() {
             "shop.letters",
         ),
         ("ALTER TABLE shop.letters SET SCHEMA public", "letters"),
+        (
+            "ALTER DATABASE postgres SET standard_conforming_strings = off",
+            "letters",
+        ),
         // the same once more
         (
             "ALTER PUBLICATION {p} SET TABLE letters WHERE (  remark IS NULL OR lower(remark) <> 'x'  )",

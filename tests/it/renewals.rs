@@ -250,3 +250,16 @@ fn a_password_that_was_never_right_ends_the_relay() {
         &["28P01", "check the password"],
     );
 }
+
+/// Nobody has let it in again.
+#[test]
+fn a_relay_that_is_kept_out_for_longer_than_the_longest_outage_ends_by_name() {
+    let rig = Rig::start();
+    rig.pg.execute("CREATE ROLE svc LOGIN REPLICATION");
+    let db = rig.pg.url("svc", "postgres");
+    let relay = rig.relay(&["-db", &db, "-max-outage", "2s"]);
+    relay.wait_for_log("msg=\"connected\"", DEADLINE);
+    rig.pg.execute("ALTER ROLE svc NOLOGIN");
+    rig.pg.terminate_walsender();
+    halts(relay, 78, &["not permitted to log in"]);
+}

@@ -369,11 +369,12 @@ impl Relay {
         let known = match own_cut {
             Some(cut) => Known::of_core(cut),
             None => {
+                self.store.accept_slot(session.confirmed);
                 let also = match self.accepted {
                     Accepted::OtherWal => self.store.disown(),
                     Accepted::Nothing | Accepted::Loss => Vec::new(),
                 };
-                let known = Known::of_record(&mut self.store, session.confirmed, env.now);
+                let known = Known::of_record(&self.store, session.confirmed, env.now);
                 let mut known = Known { also, ..known };
                 if env.is_off(Rule::FallBack) {
                     known.cuts.truncate(1);

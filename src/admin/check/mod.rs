@@ -54,25 +54,3 @@ pub fn run(
         _ => Exit::Done,
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// All is well but for this, whose text, reason and fix hold `parts`.
-    #[track_caller]
-    pub fn expect(findings: &[Finding], level: Level, name: &str, parts: &[&str]) {
-        let bad: Vec<&Finding> = findings.iter().filter(|it| it.level != Level::Ok).collect();
-        assert_eq!(bad.len(), usize::from(level != Level::Ok), "{bad:#?}");
-        for finding in &bad {
-            assert_eq!((finding.name, finding.level), (name, level), "{finding}");
-        }
-        let text = match bad.first() {
-            Some(finding) => finding.to_string(),
-            None => findings.iter().map(|it| format!("{it}\n")).collect(),
-        };
-        for part in parts {
-            assert!(text.contains(part), "{part}: {text}");
-        }
-    }
-}

@@ -20,7 +20,8 @@ const MOST_NAMED: usize = 500;
 /// Why most of it halts.
 const MISSING: &str = "rows that were committed since may be missing, and the slot cannot send them: Postgres decodes WAL with the \
     publication of the time it was written";
-/// Members of a tree that did not reach, or have a filter, which are remembered one by one.
+/// Members of a tree that did not reach, or have a filter, which are remembered one by one. Of more filters one hash stands for all,
+/// under the oid that nothing has.
 const MOST_HOLES: usize = 100;
 
 /// What was seen.
@@ -233,7 +234,9 @@ impl Outbox {
         }
         unsent.sort_unstable();
         unsent.dedup();
-        filters.truncate(MOST_HOLES);
+        if filters.len() > MOST_HOLES {
+            filters = vec![(0, hash(&format!("{filters:?}")).cast_signed())];
+        }
         let holes = outboxes::holes(tree);
         Some(Outbox {
             oid: root.oid,
@@ -267,7 +270,7 @@ impl Outbox {
 
     /// A member that was there has a filter that it had not. One that has come since is growth, with whatever filter.
     fn has_other_filters(&self, now: &Outbox) -> bool {
-        let is_comparable = self.filter.is_none() && self.filters.len() < MOST_HOLES;
+        let is_comparable = self.filter.is_none();
         let was_there = |oid: u32| self.youngest == 0 || oid <= self.youngest;
         let mut filters = now.filters.iter();
         is_comparable && filters.any(|it| was_there(it.0) && !self.filters.contains(it))

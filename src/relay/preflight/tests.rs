@@ -84,9 +84,14 @@ fn check(level: Level, name: &str, parts: &[&str], break_it: impl FnOnce(&mut Fa
         .flat_map(|rules| rules.iter())
         .flat_map(|rule| rule(&facts, &config))
         .collect();
+    expect(&findings, level, name, parts);
+}
+
+/// All is well but for this, whose text, reason and fix hold `parts`.
+#[track_caller]
+pub fn expect(findings: &[Finding], level: Level, name: &str, parts: &[&str]) {
     let bad: Vec<&Finding> = findings.iter().filter(|it| it.level != Level::Ok).collect();
-    let is_bad = usize::from(level != Level::Ok);
-    assert_eq!(bad.len(), is_bad, "{bad:#?}");
+    assert_eq!(bad.len(), usize::from(level != Level::Ok), "{bad:#?}");
     for finding in &bad {
         assert_eq!((finding.name, finding.level), (name, level), "{finding}");
     }

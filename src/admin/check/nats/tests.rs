@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::admin::check::finding::Level;
-use crate::admin::check::tests::expect;
 use crate::jetstream::streams::{StreamConfig, StreamState};
 pub(super) use crate::relay::preflight::tests::config;
+use crate::relay::preflight::tests::expect;
 
 /// As setup leaves them.
 pub(super) fn good() -> Facts {

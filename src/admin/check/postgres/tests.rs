@@ -1,9 +1,9 @@
 //! Each finding, from facts as a server may tell them.
 
 use super::*;
-use crate::admin::check::tests::expect;
 use crate::relay::preflight::Level;
 use crate::relay::preflight::slot::Slot;
+use crate::relay::preflight::tests::expect;
 use crate::relay::preflight::tests::{config, good as shared};
 
 /// As setup leaves them, on Postgres 18.

@@ -61,8 +61,7 @@ impl Known {
 
     /// A session starts: what the record says. A slot at `confirmed_lsn` that was moved by somebody else is taken as it is:
     /// whoever cannot accept that has halted before (R20).
-    pub fn of_record(store: &mut Store, confirmed_lsn: Lsn, now: Instant) -> Known {
-        store.accept_slot(confirmed_lsn);
+    pub fn of_record(store: &Store, confirmed_lsn: Lsn, now: Instant) -> Known {
         let (cuts, oldest_is_matured) = store.cuts(now);
         let held = store.held();
         Known {

@@ -112,6 +112,18 @@ fn what_is_lost_since_the_last_look_is_named() {
 }
 
 #[test]
+fn a_tree_without_partitions_that_is_no_outbox_any_more_is_named() {
+    let empty = facts(&[parent()]);
+    let renamed = Table {
+        kind: 'p',
+        ..table(1, "outbox", &["id", "kind", "of", "payload"])
+    };
+    let lost = Some("has not the columns of an outbox any more");
+    check_change(&[], &empty, &empty, None);
+    check_change(&[], &empty, &facts(&[renamed]), lost);
+}
+
+#[test]
 fn each_member_has_a_filter_of_its_own() {
     let tree = |filters: &[(u32, Option<i64>)]| {
         let members = filters.iter().map(|&(oid, filter_hash)| Table {
@@ -133,6 +145,13 @@ fn each_member_has_a_filter_of_its_own() {
     check_change(&[], &before, &tree(&[(21, None), (22, Some(8))]), filtered);
     check_change(&[], &before, &tree(&[(21, None), (22, None)]), None);
     check_change(&[], &before, &tree(&[(22, Some(7)), (23, Some(8))]), None);
+    let many = |last| {
+        let members = (21..=21 + MOST_HOLES as u32).map(|oid| (oid, Some(7)));
+        let members: Vec<_> = members.chain([(999, last)]).collect();
+        tree(&members)
+    };
+    check_change(&[], &many(None), &many(None), None);
+    check_change(&[], &many(None), &many(Some(7)), filtered);
 }
 
 /// An earlier version compared the text of filters.
