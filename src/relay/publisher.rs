@@ -426,7 +426,8 @@ fn bare(stored_lsn: Lsn, flags: Flags) -> Cut {
         stored_lsn,
         streams: Vec::new(),
         quiescent: false,
-        lenient: false,
+        lenient_upto: Lsn::INVALID,
         flags,
+        is_empty: false,
     }
 }

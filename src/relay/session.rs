@@ -361,7 +361,7 @@ impl<'a> Session<'a> {
         }
         let continuity = match self.accepted {
             Accepted::OtherWal => Ok(Continuity::accepted(wal_end, flags)),
-            _ => Continuity::new(anchor, confirmed_lsn, wal_end, flags, resumed.is_lenient),
+            _ => Continuity::resumed(resumed, confirmed_lsn, wal_end, flags),
         };
         let continuity = continuity.map_err(|broken| Error::Halt(Halt::Discontinuous(broken)))?;
         let now = Instant::now();

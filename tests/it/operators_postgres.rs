@@ -222,6 +222,26 @@ fn postgres_put_back_under_a_running_relay_halts_it_until_that_is_accepted() {
     }
 }
 
+/// The WAL had grown, and none of it was an event: what was stored last is there all the same.
+#[test]
+fn postgres_put_back_by_a_stretch_without_events_halts_the_relay_until_that_is_accepted() {
+    let hold_back = HoldBack::Zero;
+    let rig = begun(hold_back);
+    let copy = snapshot(&rig);
+    let relay = rig.relay(hold_back.args());
+    (0..3).for_each(|_| grow(&rig.pg));
+    wait_for_confirmation(&rig);
+    stop(relay);
+    put_back(&rig, &copy, Slot::Kept);
+    commit(&rig.pg, NEW);
+    for _ in 0..2 {
+        let texts = [RESTORED, "there was none", "-resume-anyway"];
+        halts(rig.relay(hold_back.args()), 65, &texts);
+        assert_eq!(rig.messages().len(), 3);
+    }
+    resumes_anyway(&rig, hold_back, (1..=3).chain(NEW));
+}
+
 /// The same transactions in the same order: the same LSNs and ids, at another time.
 #[test]
 fn the_same_writes_repeated_after_a_restore_halt_the_relay_and_come_once() {

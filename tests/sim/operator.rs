@@ -188,6 +188,7 @@ impl Env {
 
     fn delete_stream(&mut self, index: usize) -> Stream {
         let stream = self.streams.remove(index);
+        self.has_deleted_streams = true;
         self.take_away(stream.serial);
         stream
     }
@@ -329,7 +330,7 @@ impl World {
         match env.rng.u32(..8) {
             0..3 => setting.takes_wide = false,
             3..5 => setting.other_ids = true,
-            5 => setting.sends_wide = false,
+            5 if env.due.is_none() => setting.sends_wide = false,
             _ => {}
         }
         env.setting = setting;
@@ -382,6 +383,10 @@ impl World {
             // what was promoted or restored twice before the relay has seen it is beyond all proof
             return;
         }
+        if env.counted_otherwise && matches!(fault, Fault::Clone | Fault::Restore) {
+            // what another publication sends need not have what was stored last
+            return;
+        }
         match fault {
             Fault::Noise => {
                 env.pg.wal_end = Lsn(env.pg.wal_end.0 + env.rng.u64(1..40));
@@ -416,10 +421,13 @@ impl World {
                     return;
                 }
                 env.due = Some("slot moved");
-                let told = env.key.record().map(|record| record.told_lsn);
                 // where all is stored that is skipped, a record on its way may say so yet
-                let skips = env.has_unresolved();
-                env.moved_slot = skips && told.is_some_and(|told| told < env.pg.wal_end);
+                let wal_end = env.pg.wal_end;
+                let record = env.key.record().filter(|record| record.told_lsn < wal_end);
+                let writer = record.map(|record| record.writer.clone());
+                env.moved_slot = writer
+                    .filter(|_| env.has_unresolved())
+                    .map(|it| (wal_end, it));
                 let skipped = env.pg.transactions.clone();
                 env.give_up(&skipped);
                 env.pg.confirmed = env.pg.wal_end;
@@ -617,6 +625,8 @@ impl World {
                     }
                 }
             }
+            // who has left the prefix is known by it alone
+            Fault::Created if env.streams[index].topics.is_empty() => {}
             Fault::Created => {
                 env.serial += 1;
                 let created = format!("created-{}", env.serial);
@@ -625,6 +635,7 @@ impl World {
                     "created of {} changes, the servers restart", env.streams[index].name
                 );
                 env.streams[index].created = created;
+                env.has_other_created = true;
                 env.streams.iter_mut().for_each(Stream::restart);
                 self.disconnect("the server restarts");
             }

@@ -525,19 +525,12 @@ impl Relay {
             Some(Core::ExactlyOnce(core)) => core.resume(connection, env.now),
             Some(Core::AtLeastOnce(_)) => unreachable!("exactly-once"),
             None => {
-                let anchor = &connection.resumed.anchor;
                 let is_accepted = accepted == Accepted::OtherWal;
                 let continuity = match is_accepted || env.is_off(Rule::Continuity) {
                     true => Ok(Continuity::accepted(session.wal_end, flags)),
                     false => {
                         let (confirmed, wal_end) = (session.confirmed, session.wal_end);
-                        Continuity::new(
-                            anchor,
-                            confirmed,
-                            wal_end,
-                            flags,
-                            connection.resumed.is_lenient,
-                        )
+                        Continuity::resumed(&connection.resumed, confirmed, wal_end, flags)
                     }
                 };
                 let continuity = continuity.map_err(|broken| {
@@ -616,7 +609,7 @@ impl Relay {
         let Some(session) = self.session.as_mut().filter(|it| !it.is_streaming) else {
             return Ok(());
         };
-        env.on_accepted(self.accepted);
+        env.on_accepted(self.accepted, &format!("relay-{}", self.name));
         if let Some(Core::ExactlyOnce(core)) = &session.core {
             session.is_streaming = true;
             session.earlier_upto = core.earlier_upto();

@@ -71,8 +71,8 @@ impl Story {
 pub struct Env {
     /// The rule that is not followed.
     off: Option<Rule>,
-    /// The slot was moved beyond what the record tells.
-    pub moved_slot: bool,
+    /// The slot was moved to this LSN, beyond what the record of this writer told.
+    pub moved_slot: Option<(Lsn, String)>,
     /// The operator has passed `-resume-anyway`.
     pub was_accepted: bool,
     pub rng: fastrand::Rng,
@@ -112,6 +112,9 @@ pub struct Env {
     pub counted_otherwise: bool,
     pub has_lost: bool,
     pub has_regressed: bool,
+    pub has_deleted_streams: bool,
+    /// `created` has changed of a stream that is the same: where the witness is gone, nothing tells.
+    pub has_other_created: bool,
     /// Those of each writer.
     settings: HashMap<String, Setting>,
     /// The record is not what it was.
@@ -140,6 +143,11 @@ impl Env {
     /// A write of the record reaches the server.
     pub fn put(&mut self, write: &Write, is_strict: bool) -> Result<PubAck, AckError> {
         let answer = self.key.put(write, is_strict, self.now);
+        // the one who had received it before the slot was moved has stored what that skips
+        let record = self.key.record();
+        self.moved_slot.take_if(|(lsn, writer)| {
+            record.is_some_and(|it| it.writer == *writer && it.young.stored_lsn >= *lsn)
+        });
         if let Some(record) = self.key.record()
             && let Some(of_writer) = self.settings.get(&record.writer)
             && !(of_writer.takes_wide && of_writer.sends_wide)
@@ -225,7 +233,7 @@ impl Env {
                 }
             }
         }
-        (self.moved_slot, self.was_accepted) = (false, true);
+        (self.moved_slot, self.was_accepted) = (None, true);
     }
 
     /// Nothing tells any more what was accepted.
@@ -237,7 +245,12 @@ impl Env {
 
     /// A relay goes on with what was accepted: it has no reason to halt any more. Before another WAL is seen to be another, it may
     /// be found to be so later.
-    pub fn on_accepted(&mut self, accepted: Accepted) {
+    pub fn on_accepted(&mut self, accepted: Accepted, writer: &str) {
+        // the bucket may have been put back since
+        let record = self.key.record();
+        if record.is_none_or(|record| record.writer != writer) {
+            return;
+        }
         let is_over = match accepted {
             Accepted::Nothing => false,
             Accepted::Loss => self.due == Some("slot moved"),
@@ -437,7 +450,6 @@ impl Env {
         }
         let event = story.event.clone();
         let was_lost = story.copies.iter().any(|copy| copy.state == State::Lost);
-        let was_gone = story.copies.iter().any(|copy| copy.state == State::Gone);
         story.copies.push(Copy {
             at,
             state: State::There,
@@ -466,6 +478,11 @@ impl Env {
         if self.stories.get(&flight.uid).is_some_and(|it| it.given_up) {
             return Ok(());
         }
+        // a restored server has repeated the write, and JetStream has taken it for the first one
+        let same = self.by_id.get(&event.id).into_iter().flatten();
+        let same = same.filter_map(|uid| self.stories.get(uid));
+        let mut same = same.filter(|it| it.event.position == position);
+        let was_gone = same.any(|it| it.copies.iter().any(|copy| copy.state == State::Gone));
         let lineage = self.pg.lineage();
         let Some(stream) = self.streams.iter().find(|it| it.serial == at.0) else {
             return Ok(());
@@ -533,8 +550,17 @@ impl Env {
         // by a cut that it went back to
         let stories = uids.iter().filter_map(|uid| self.stories.get(uid));
         let mut copies = stories.flat_map(|it| &it.copies);
-        let was_stored = (self.key_was_touched || self.has_regressed || self.was_accepted)
-            && copies.any(|copy| copy.state == State::Gone);
+        let was_stored = copies.any(|copy| match copy.state {
+            State::Gone => {
+                self.key_was_touched
+                    || self.has_regressed
+                    || self.has_deleted_streams
+                    || self.was_accepted
+            }
+            // by a WAL in place of which this one was accepted, which repeats its writes
+            State::There => self.was_accepted,
+            State::Lost => false,
+        });
         if !reused && self.due.is_none() && !was_stored {
             return Err(End::Broken(format!("dropped {id}, which nobody else has")));
         }
@@ -583,7 +609,7 @@ impl Env {
 
     /// The relay tells Postgres.
     pub fn confirm(&mut self, lsn: Lsn, received: Lsn) -> Result<(), End> {
-        if self.moved_slot && !self.key_was_touched {
+        if self.moved_slot.is_some() && !self.key_was_touched {
             return Err(End::Broken("went on with a slot that was moved".into()));
         }
         if lsn > received {
@@ -689,7 +715,7 @@ impl World {
         }
         let mut env = Env {
             off,
-            moved_slot: false,
+            moved_slot: None,
             was_accepted: false,
             now,
             begun: now,
@@ -719,6 +745,8 @@ impl World {
             counted_otherwise: false,
             has_lost: false,
             has_regressed: false,
+            has_deleted_streams: false,
+            has_other_created: false,
             settings: HashMap::new(),
             key_was_touched: false,
             has_bare_copies: false,
@@ -758,11 +786,15 @@ impl World {
         trace!(self.env, "halted: {why}");
         let is_unfenced = why.starts_with("unfenced");
         let is_mixed = why.starts_with("both flags");
+        let is_lost = why.starts_with("lost");
         match self.env.due {
             _ if is_mixed && self.env.counted_otherwise && self.env.has_lost => {
                 Ok(Ended::Halted(why))
             }
             _ if is_unfenced && self.env.has_bare_copies => Ok(Ended::Halted(why)),
+            _ if is_lost && self.env.has_other_created && self.env.has_lost => {
+                Ok(Ended::Halted(why))
+            }
             Some("elsewhere") if !why.starts_with("Elsewhere") => {
                 Err(format!("halted for another reason than is due: {why}"))
             }

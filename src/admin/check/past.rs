@@ -191,7 +191,7 @@ fn continuity_at(
 ) -> Result<Result<(), Broken>, Error> {
     let wal_end = slot::current_lsn(connection)?;
     let flags = config.flags();
-    let mut continuity = match Continuity::new(anchor, confirmed, wal_end, flags, false) {
+    let mut continuity = match Continuity::new(anchor, confirmed, wal_end, flags) {
         Ok(continuity) => continuity,
         Err(broken) => return Ok(Err(broken)),
     };

@@ -268,9 +268,10 @@ fn of_first_version(body: &[u8], lineage: &Lineage) -> Option<Record> {
             stored_lsn: lsn,
             streams: Vec::new(),
             quiescent: false,
-            lenient: false,
+            lenient_upto: Lsn::INVALID,
             // it does not say
             flags: Flags::default(),
+            is_empty: false,
         },
         ripening: None,
         matured: None,

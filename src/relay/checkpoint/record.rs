@@ -81,6 +81,16 @@ pub struct StreamCut {
     /// The message of ours with the highest sequence at or before the anchor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<Witness>,
+    /// An earlier one, which must be there, too: it was not seen again since the publish after it, which did not name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unseen: Option<Witness>,
+}
+
+impl StreamCut {
+    /// The messages of ours by which the stream is known.
+    pub fn witnesses(&self) -> impl Iterator<Item = &Witness> {
+        self.witness.iter().chain(&self.unseen)
+    }
 }
 
 /// See the module.
@@ -96,13 +106,16 @@ pub struct Cut {
     /// Nothing was on its way when this was written, and nothing was published since by the one who wrote it.
     #[serde(default)]
     pub quiescent: bool,
-    /// What the streams have after the anchor need not come from Postgres again: it was written from another WAL, which was
-    /// accepted.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub lenient: bool,
+    /// What the streams have after the anchor need not come from Postgres again: it may have been written from another WAL, which
+    /// went up to here, and in place of which this one was accepted. 0/0: there was none, or this one is beyond it.
+    #[serde(default, with = "as_text", skip_serializing_if = "is_invalid")]
+    pub lenient_upto: Lsn,
     /// What the streams have after the anchor was made by these.
     #[serde(default)]
     pub flags: Flags,
+    /// By these, too, no event was committed between the anchor and `stored_lsn`.
+    #[serde(default)]
+    pub is_empty: bool,
 }
 
 impl Cut {
@@ -223,6 +236,10 @@ impl Record {
 }
 
 /// What has a textual form of its own is written in it.
+fn is_invalid(lsn: &Lsn) -> bool {
+    *lsn == Lsn::INVALID
+}
+
 mod as_text {
     use super::*;
 
@@ -267,10 +284,12 @@ pub(crate) mod tests {
                     seq: lsn,
                     position: format!("s 1 2 {} 1", Lsn(lsn)).parse().unwrap(),
                 }),
+                unseen: None,
             }],
             quiescent: false,
-            lenient: false,
+            lenient_upto: Lsn::INVALID,
             flags: flags(),
+            is_empty: true,
         }
     }
 

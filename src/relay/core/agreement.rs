@@ -28,6 +28,8 @@ enum Expected {
     End(u64),
     /// This message is there, or none.
     Witness(Witness),
+    /// The same, of [`Stream::unseen`].
+    Unseen(Witness),
 }
 
 /// The answer of this name is to a [`Look::Message`], not to a [`Look::Stream`].
@@ -65,9 +67,13 @@ impl Agreement {
             let token = 2 * index as u64;
             self.open.push((token, Expected::End(stream.fence.known())));
             looks.push((token, Look::Stream(name())));
-            if let Some(witness) = stream.witness(lineage) {
+            let unseen = stream.unseen().cloned().map(Expected::Unseen);
+            let expected = unseen.or_else(|| stream.witness(lineage).map(Expected::Witness));
+            if let Some(expected) = expected
+                && let Expected::Witness(witness) | Expected::Unseen(witness) = &expected
+            {
                 looks.push((token + 1, Look::Message(name(), witness.seq)));
-                self.open.push((token + 1, Expected::Witness(witness)));
+                self.open.push((token + 1, expected));
             }
         }
         looks
@@ -76,7 +82,7 @@ impl Agreement {
     /// The answer to a [`Look::Stream`].
     pub fn on_stream(
         &mut self,
-        streams: &[Stream],
+        streams: &mut [Stream],
         token: u64,
         created: &str,
         last_seq: u64,
@@ -90,20 +96,22 @@ impl Agreement {
     /// The answer to a [`Look::Message`].
     pub fn on_witness(
         &mut self,
-        streams: &[Stream],
+        streams: &mut [Stream],
         token: u64,
         found: Option<&Message>,
         lineage: &Lineage,
     ) -> Result<(), Trouble> {
         self.on_answer(streams, token, |_, expected| match (found, expected) {
-            (Some(found), Expected::Witness(witness)) => found.is_at(&witness.position, lineage),
+            (Some(found), Expected::Witness(witness) | Expected::Unseen(witness)) => {
+                found.is_at(&witness.position, lineage)
+            }
             _ => true,
         })
     }
 
     fn on_answer(
         &mut self,
-        streams: &[Stream],
+        streams: &mut [Stream],
         token: u64,
         agrees: impl Fn(&Stream, &Expected) -> bool,
     ) -> Result<(), Trouble> {
@@ -111,11 +119,14 @@ impl Agreement {
             return Ok(());
         };
         let (_, expected) = self.open.swap_remove(at);
-        if let Some(stream) = streams.get((token / 2) as usize)
-            && !agrees(stream, &expected)
-        {
-            let name = stream.name().to_string();
-            return Err(Trouble::Reconnect(Cause::Disagrees(name)));
+        if let Some(stream) = streams.get_mut((token / 2) as usize) {
+            if !agrees(stream, &expected) {
+                let name = stream.name().to_string();
+                return Err(Trouble::Reconnect(Cause::Disagrees(name)));
+            }
+            if let Expected::Unseen(_) = expected {
+                stream.on_seen();
+            }
         }
         if self.open.is_empty() {
             self.seen_at = self.asked_at;
@@ -171,6 +182,7 @@ mod tests {
                 created: "then".into(),
                 read_after: 7,
                 witness,
+                unseen: None,
             };
             let facts = StreamFacts {
                 last_seq: 7,
@@ -187,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_ends_earlier_or_was_created_again_disagrees() {
-        let (now, streams) = (Instant::now(), streams());
+        let (now, mut streams) = (Instant::now(), streams());
         for (created, last_seq, agrees) in [
             ("then", 7, true),
             ("then", 8, true),
@@ -203,7 +215,7 @@ mod tests {
                 let asks_for_message = matches!(look, Look::Message(..));
                 assert_eq!(is_of_message(*token), asks_for_message);
             }
-            let answer = agreement.on_stream(&streams, 2, created, last_seq);
+            let answer = agreement.on_stream(&mut streams, 2, created, last_seq);
             let said = match answer {
                 Ok(()) => None,
                 Err(Trouble::Reconnect(Cause::Disagrees(name))) => Some(name),
@@ -216,7 +228,7 @@ mod tests {
 
     #[test]
     fn another_message_in_the_witness_s_place_disagrees_and_none_does_not() {
-        let (now, streams) = (Instant::now(), streams());
+        let (now, mut streams) = (Instant::now(), streams());
         let message = |position| Message {
             seq: 7,
             position: Some(position),
@@ -230,24 +242,66 @@ mod tests {
         ] {
             let mut agreement = Agreement::new(now);
             agreement.ask(&streams, &lineage(), now);
-            let answer = agreement.on_witness(&streams, 3, found.as_ref(), &lineage());
+            let answer = agreement.on_witness(&mut streams, 3, found.as_ref(), &lineage());
             assert_eq!(answer.is_ok(), agrees, "{found:?}");
         }
     }
 
+    /// The server may lose it before the first publish, and others fill its place.
+    #[test]
+    fn what_was_the_last_is_seen_again_after_the_first_ack() {
+        let (now, mut streams) = (Instant::now(), streams());
+        let later = Position {
+            commit_lsn: Lsn(10),
+            ordinal: 2,
+        };
+        let unseen = |streams: &[Stream]| streams[1].unseen().map(|it| it.seq);
+        let mut agreement = Agreement::new(now);
+        assert_eq!(unseen(&streams), None);
+        // asked before
+        agreement.ask(&streams, &lineage(), now);
+        streams[1].fence.extend(0);
+        streams[1].on_ack(7, later);
+        streams[1].on_resolved(8, later);
+        let found = Message {
+            seq: 7,
+            position: Some(at(1)),
+            ..Message::default()
+        };
+        let (token, found) = (3, Some(&found));
+        (agreement.on_witness(&mut streams, token, found, &lineage())).unwrap();
+        assert_eq!(unseen(&streams), Some(7));
+
+        let looks = agreement.ask(&streams, &lineage(), now);
+        assert!(looks.contains(&(token, Look::Message("B".into(), 7))));
+        let other = Message::default();
+        let mut lost = Agreement::new(now);
+        lost.ask(&streams, &lineage(), now);
+        assert!(
+            (lost.on_witness(&mut streams, token, Some(&other), &lineage())).is_err(),
+            "another is in its place"
+        );
+        (agreement.on_witness(&mut streams, token, found, &lineage())).unwrap();
+        assert_eq!(unseen(&streams), None);
+        let looks = agreement.ask(&streams, &lineage(), now);
+        assert!(looks.contains(&(token, Look::Message("B".into(), 8))));
+    }
+
     #[test]
     fn all_have_agreed_not_long_ago_once_each_has_answered() {
-        let (start, streams) = (Instant::now(), streams());
+        let (start, mut streams) = (Instant::now(), streams());
         let mut agreement = Agreement::new(start);
         let later = start + AGREED_FOR;
         assert!(agreement.is_recent(later));
         assert!(!agreement.is_recent(later + Duration::from_millis(1)));
         agreement.ask(&streams, &lineage(), later);
         for token in [0, 2] {
-            agreement.on_stream(&streams, token, "then", 7).unwrap();
+            agreement.on_stream(&mut streams, token, "then", 7).unwrap();
             assert!(!agreement.is_recent(later + AGREED_FOR));
         }
-        agreement.on_witness(&streams, 3, None, &lineage()).unwrap();
+        agreement
+            .on_witness(&mut streams, 3, None, &lineage())
+            .unwrap();
         assert!(agreement.is_recent(later + AGREED_FOR));
     }
 }

@@ -3,20 +3,25 @@
 //! The copy stream starts at the anchor's commit, and Postgres then sends that transaction first, whatever has happened
 //! since to publication or table. Another transaction at that place, an older one, one too short, or a position beyond
 //! it while it has not come, means a restored snapshot or another clone promoted to the same timeline number. A later one
-//! first is legal only if the slot was confirmed beyond the anchor's commit: then Postgres leaves that transaction out.
+//! first is legal only if the slot was confirmed beyond the anchor's commit: then Postgres leaves that transaction out. Nor can
+//! there be an event between the anchor and the LSN up to which the record says that everything was stored: what a snapshot
+//! had not yet, or a clone promoted at the same place, may have committed one there.
 //!
 //! Until continuity is proven nothing may be told to Postgres, and nothing is published that comes after the anchor.
 
-use crate::outbox::batch::{Batch, Change};
+use crate::outbox::batch::{Batch, Change, Fate};
 use crate::outbox::flags::Flags;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::Anchor;
+use crate::relay::core::resume::Resumed;
 
 /// What is known of the copy stream so far.
 #[derive(Debug)]
 pub struct Continuity {
     expected: Option<Expected>,
+    /// After the anchor no event was committed up to this LSN, which Postgres has not come to yet.
+    empty: Option<(Anchor, Lsn)>,
     /// Where the WAL ended at the start, if what is in the streams need not come from Postgres again.
     lenient_until: Option<Lsn>,
     /// Those of this relay.
@@ -50,6 +55,15 @@ pub enum Broken {
     },
     /// The anchor's transaction has fewer events.
     TooShort(Anchor),
+    /// An event was committed where there was none.
+    NotEmpty {
+        /// The anchor.
+        anchor: Anchor,
+        /// The event.
+        position: Position,
+        /// Up to here everything was stored.
+        stored_lsn: Lsn,
+    },
     /// Postgres has come to this position, and has not sent the anchor's transaction.
     NotThere {
         /// The anchor.
@@ -68,17 +82,14 @@ pub enum Broken {
 
 impl Continuity {
     /// Before the copy stream starts at the anchor. `confirmed_lsn` is the slot's, `wal_end` that of the server; an error
-    /// says that the server cannot have the anchor. `is_lenient`: it was when the anchor's cut was written, and there was
-    /// evidence left.
+    /// says that the server cannot have the anchor.
     pub fn new(
         anchor: &Anchor,
         confirmed_lsn: Lsn,
         wal_end: Lsn,
         flags: Flags,
-        is_lenient: bool,
     ) -> Result<Continuity, Broken> {
         let commit_lsn = anchor.position.commit_lsn;
-        let lenient_until = is_lenient.then_some(wal_end);
         let has_it = match anchor.event {
             Some(_) => commit_lsn < wal_end,
             None => commit_lsn <= wal_end,
@@ -98,8 +109,25 @@ impl Continuity {
         });
         Ok(Continuity {
             expected,
-            lenient_until,
+            empty: None,
+            lenient_until: None,
             flags,
+        })
+    }
+
+    /// The same, with all that the cut says.
+    pub fn resumed(
+        resumed: &Resumed,
+        confirmed_lsn: Lsn,
+        wal_end: Lsn,
+        flags: Flags,
+    ) -> Result<Continuity, Broken> {
+        let anchor = &resumed.anchor;
+        let is_empty = resumed.is_empty(&flags) && !resumed.is_lenient();
+        Ok(Continuity {
+            empty: is_empty.then(|| (anchor.clone(), resumed.stored_lsn)),
+            lenient_until: resumed.is_lenient().then_some(wal_end),
+            ..Continuity::new(anchor, confirmed_lsn, wal_end, flags)?
         })
     }
 
@@ -107,6 +135,7 @@ impl Continuity {
     pub fn accepted(wal_end: Lsn, flags: Flags) -> Continuity {
         Continuity {
             expected: None,
+            empty: None,
             lenient_until: Some(wal_end),
             flags,
         }
@@ -129,7 +158,7 @@ impl Continuity {
 
     /// This is the WAL that the streams were written from.
     pub fn is_proven(&self) -> bool {
-        self.expected.is_none()
+        self.expected.is_none() && self.empty.is_none()
     }
 
     /// The first transaction that Postgres has at the anchor's commit or after it.
@@ -156,6 +185,7 @@ impl Continuity {
 
     /// Looks at the next changes of the copy stream.
     pub fn on_batch(&mut self, batch: &Batch) -> Result<(), Broken> {
+        self.expect_none(batch)?;
         let Some(expected) = &mut self.expected else {
             return Ok(());
         };
@@ -187,6 +217,44 @@ impl Continuity {
                     return Ok(());
                 }
                 Change::Event(_) | Change::Open { .. } | Change::Keepalive { .. } => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Continuity {
+    /// Between the anchor and what was stored there was no event.
+    fn expect_none(&mut self, batch: &Batch) -> Result<(), Broken> {
+        let Some((anchor, stored_lsn)) = &self.empty else {
+            return Ok(());
+        };
+        for change in batch.changes() {
+            let at = match *change {
+                Change::Event(spans) => {
+                    let position = spans.position;
+                    let commit_lsn = anchor.position.commit_lsn;
+                    let is_after = match anchor.event {
+                        Some(_) => position.commit_lsn > commit_lsn,
+                        None => position.commit_lsn >= commit_lsn,
+                    };
+                    let is_between = is_after && position.commit_lsn < *stored_lsn;
+                    if is_between && spans.fate != Fate::Ignore {
+                        return Err(Broken::NotEmpty {
+                            anchor: anchor.clone(),
+                            position,
+                            stored_lsn: *stored_lsn,
+                        });
+                    }
+                    position.commit_lsn
+                }
+                Change::Open { commit_lsn, .. } => commit_lsn,
+                Change::Commit { end_lsn, .. } => end_lsn,
+                Change::Keepalive { wal_end } => wal_end,
+            };
+            if at >= *stored_lsn {
+                self.empty = None;
+                return Ok(());
             }
         }
         Ok(())
@@ -360,7 +428,7 @@ mod tests {
     }
 
     fn judge_with(confirmed: u64, flags: Flags, batches: &[Batch]) -> Result<bool, Broken> {
-        let mut continuity = Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), flags, false)?;
+        let mut continuity = Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), flags)?;
         for batch in batches {
             continuity.on_batch(batch)?;
         }
@@ -422,14 +490,64 @@ mod tests {
     #[test]
     fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
         for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
-            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), own(), false);
+            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), own());
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
         for (wal_end, has_it) in [(99, false), (100, true)] {
             let bare = Anchor::bare(Lsn(100));
-            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), own(), false);
+            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), own());
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
+    }
+
+    #[test]
+    fn an_event_where_the_record_has_none_breaks_it() {
+        let empty_until = |stored_lsn| {
+            let new = Continuity::new(&anchor(), Lsn(50), Lsn(900), own()).unwrap();
+            Continuity {
+                empty: Some((anchor(), Lsn(stored_lsn))),
+                ..new
+            }
+        };
+        let own_transaction = || batch(100, 1, &["a", "b"], commit(100, 8));
+        let mut continuity = empty_until(140);
+        continuity.on_batch(&own_transaction()).unwrap();
+        assert!(!continuity.is_proven(), "the stretch after it is not seen");
+        let between = batch(120, 1, &["c"], commit(120, 9));
+        let broken = continuity.on_batch(&between);
+        assert!(matches!(broken, Err(Broken::NotEmpty { .. })), "{broken:?}");
+
+        // of the anchor's own transaction other flags may have made more
+        let longer = batch(100, 1, &["a", "b", "c"], commit(100, 8));
+        assert_eq!(empty_until(101).on_batch(&longer), Ok(()));
+        let mut ignored = Batch::default();
+        ignored.push_ignored(Position {
+            commit_lsn: Lsn(120),
+            ordinal: 1,
+        });
+        ignored.push(commit(120, 9).unwrap());
+        let mut continuity = empty_until(140);
+        continuity.on_batch(&own_transaction()).unwrap();
+        assert_eq!(continuity.on_batch(&ignored), Ok(()));
+        let mut bare = empty_until(140);
+        bare.empty = Some((Anchor::bare(Lsn(100)), Lsn(140)));
+        let broken = bare.on_batch(&own_transaction());
+        assert!(matches!(broken, Err(Broken::NotEmpty { .. })), "{broken:?}");
+
+        for later in [
+            batch(140, 1, &["c"], commit(140, 9)),
+            batch(0, 1, &[], keepalive(140)),
+        ] {
+            let mut continuity = empty_until(140);
+            continuity.on_batch(&own_transaction()).unwrap();
+            continuity.on_batch(&later).unwrap();
+            assert!(continuity.is_proven(), "{later:?}");
+        }
+        let mut continuity = empty_until(140);
+        continuity.on_batch(&own_transaction()).unwrap();
+        let early = batch(0, 1, &[], keepalive(139));
+        continuity.on_batch(&early).unwrap();
+        assert!(!continuity.is_proven());
     }
 
     #[test]

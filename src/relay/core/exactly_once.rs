@@ -63,6 +63,8 @@ pub struct ExactlyOnce {
     is_quiescent: bool,
     /// What was committed from here on no earlier relay has published by other flags.
     earlier_upto: Lsn,
+    /// See [`Cut::lenient_upto`].
+    lenient_upto: Lsn,
     tally: Tally,
 }
 
@@ -93,6 +95,8 @@ struct Reached {
     event: Option<Event>,
     commit: Option<Commit>,
     stored_lsn: Lsn,
+    /// What was stored at the start by other flags, as long as it is not reached by these.
+    passed_by_others: Option<Lsn>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -128,13 +132,23 @@ impl ExactlyOnce {
     ) -> ExactlyOnce {
         let resumed = &connection.resumed;
         let mut before = resumed.anchor.position;
-        if resumed.stored_lsn > before.commit_lsn {
+        if resumed.anchor.event.is_some() && resumed.stored_lsn > before.commit_lsn {
             before.ordinal = u32::MAX;
         }
         // the anchor itself may be a row that is none of our events
         let earlier_upto = match resumed.flags == *continuity.flags() {
             true => Lsn(before.commit_lsn.0.saturating_add(1)),
             false => wal_end,
+        };
+        let is_others = !resumed.is_empty(continuity.flags());
+        let passed_by_others = is_others.then_some(resumed.stored_lsn);
+        let lenient_upto = match (continuity.lenient_until(), resumed.cut) {
+            // every stream was read
+            (Some(wal_end), None) => {
+                let last = resumed.evidence.last().unwrap_or_default();
+                last.commit_lsn.max(wal_end).max(resumed.lenient_upto)
+            }
+            _ => resumed.lenient_upto,
         };
         let mut core = ExactlyOnce {
             lineage,
@@ -147,6 +161,7 @@ impl ExactlyOnce {
                 event: None,
                 commit: None,
                 stored_lsn: resumed.stored_lsn,
+                passed_by_others,
             },
             connection: None,
             gate: Gate::default(),
@@ -156,6 +171,7 @@ impl ExactlyOnce {
             elsewhere: Elsewhere::default(),
             is_quiescent: false,
             earlier_upto,
+            lenient_upto,
             tally: Tally::default(),
         };
         core.resume(connection, now);
@@ -497,7 +513,9 @@ impl ExactlyOnce {
                     }
                 }
                 Resolved::Boundary(boundary) => {
-                    self.reached.stored_lsn = self.reached.stored_lsn.max(boundary.lsn);
+                    let reached = &mut self.reached;
+                    reached.stored_lsn = reached.stored_lsn.max(boundary.lsn);
+                    reached.passed_by_others.take_if(|lsn| *lsn <= boundary.lsn);
                     self.reached.commit = boundary.commit.or(self.reached.commit);
                 }
             }
@@ -524,7 +542,7 @@ impl ExactlyOnce {
         match &mut self.connection {
             Some(it) => it
                 .agreement
-                .on_stream(&it.streams, token, created, last_seq),
+                .on_stream(&mut it.streams, token, created, last_seq),
             None => Ok(()),
         }
     }
@@ -532,7 +550,7 @@ impl ExactlyOnce {
     /// The answer to a [`Look::Message`]. R22.
     pub fn on_witness(&mut self, token: u64, found: Option<&Message>) -> Result<(), Trouble> {
         match &mut self.connection {
-            Some(it) => (it.agreement).on_witness(&it.streams, token, found, &self.lineage),
+            Some(it) => (it.agreement).on_witness(&mut it.streams, token, found, &self.lineage),
             None => Ok(()),
         }
     }

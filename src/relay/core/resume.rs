@@ -119,8 +119,8 @@ pub struct Resumed {
     pub disagreed: Vec<Lost>,
     /// Nothing was on its way when the cut was written, so nothing that is gone was an event after it.
     pub quiescent: bool,
-    /// See [`Cut::lenient`].
-    pub is_lenient: bool,
+    /// See [`Cut::lenient_upto`].
+    pub lenient_upto: Lsn,
     /// The events that are stored after it.
     pub evidence: Evidence,
     /// In the order of the facts: what is known of each stream, which ends at `read_after` for what was read.
@@ -135,9 +135,21 @@ pub struct Resumed {
     pub foreign: Vec<u64>,
     /// What is stored after the anchor was made by these.
     pub flags: Flags,
+    /// See [`Cut::is_empty`].
+    is_empty: bool,
 }
 
 impl Resumed {
+    /// There is no event of these flags between the anchor and `stored_lsn`.
+    pub fn is_empty(&self, flags: &Flags) -> bool {
+        self.is_empty && self.flags == *flags
+    }
+
+    /// See [`Cut::lenient_upto`].
+    pub fn is_lenient(&self) -> bool {
+        self.lenient_upto > Lsn::INVALID
+    }
+
     /// It is not the youngest cut.
     pub fn fell_back(&self) -> bool {
         self.cut != Some(0)
@@ -206,7 +218,8 @@ impl Resume {
         let mut reads = BTreeSet::new();
         for (index, stream) in facts.streams.iter().enumerate() {
             let cuts = facts.known.cuts.iter();
-            let witnesses = cuts.filter_map(|cut| cut.stream(&stream.name)?.witness.as_ref());
+            let of_cuts = cuts.filter_map(|cut| cut.stream(&stream.name));
+            let witnesses = of_cuts.flat_map(StreamCut::witnesses);
             let there =
                 witnesses.filter(|it| (stream.first_seq..=stream.last_seq).contains(&it.seq));
             reads.extend(there.map(|witness| Read::Message(index, witness.seq)));
@@ -315,12 +328,15 @@ impl Resume {
             created: facts.created.clone(),
             read_after: facts.last_seq,
             witness: self.last_of_ours(index),
+            // it was seen now
+            unseen: None,
         });
         Resumed {
             stored_lsn,
             cut: self.chosen,
             quiescent: self.cut().is_some_and(|cut| cut.quiescent),
-            is_lenient: of_cut.is_some_and(|cut| cut.lenient),
+            is_empty: self.cut().is_some_and(|cut| cut.is_empty),
+            lenient_upto: of_cut.map_or(Lsn::INVALID, |cut| cut.lenient_upto),
             flags: of_cut.map_or(Flags::default(), |cut| cut.flags.clone()),
             streams: streams.collect(),
             anchor,
@@ -390,7 +406,9 @@ impl Resume {
         // without one nothing of ours was in it
         of_cut.witness.as_ref()?;
         if !self.is_same(index, of_cut) {
-            let seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
+            let mut witnesses = of_cut.witnesses();
+            let other = witnesses.find(|it| !self.is_witnessed(index, of_cut, it));
+            let seq = other.map_or(0, |witness| witness.seq);
             return match stream.created != of_cut.created {
                 // the name of a stream that has left the prefix is used again
                 true if !stream.is_routed => None,
@@ -411,12 +429,6 @@ impl Resume {
             last_seq: stream.last_seq,
             acked_seq,
         })
-    }
-
-    /// The message at the sequence of the cut's witness, if there is one.
-    fn witness(&self, stream: usize, of_cut: &StreamCut) -> Option<&Message> {
-        let seq = of_cut.witness.as_ref()?.seq;
-        self.witnesses.get(&(stream, seq))?.as_ref()
     }
 
     /// The cut's witness is gone, and can only have been lost or deleted: an older message is there, and either each message
@@ -450,13 +462,23 @@ impl Resume {
 
     /// The stream is the one that the cut speaks of: its witness is there, or is gone and `created` is the same.
     fn is_same(&self, stream: usize, of_cut: &StreamCut) -> bool {
-        let created = self.facts.streams.get(stream).map(|it| &it.created);
-        match (self.witness(stream, of_cut), &of_cut.witness) {
-            (Some(message), Some(Witness { position, .. })) => {
-                message.is_at(position, &self.facts.lineage)
-            }
-            _ => created == Some(&of_cut.created),
+        match &of_cut.witness {
+            Some(_) => (of_cut.witnesses()).all(|it| self.is_witnessed(stream, of_cut, it)),
+            None => self.has_same_created(stream, of_cut),
         }
+    }
+
+    fn is_witnessed(&self, stream: usize, of_cut: &StreamCut, witness: &Witness) -> bool {
+        let message = self.witnesses.get(&(stream, witness.seq));
+        match message.and_then(Option::as_ref) {
+            Some(message) => message.is_at(&witness.position, &self.facts.lineage),
+            None => self.has_same_created(stream, of_cut),
+        }
+    }
+
+    fn has_same_created(&self, stream: usize, of_cut: &StreamCut) -> bool {
+        let created = self.facts.streams.get(stream).map(|it| &it.created);
+        created == Some(&of_cut.created)
     }
 
     /// What the chosen cut says of a stream that is the one it speaks of.

@@ -40,13 +40,13 @@ pub enum Rule {
     Late = 17,
     /// R18: Positions of an older timeline count up to where the present history left it.
     SwitchPoint = 18,
-    /// R19: Nothing is told to Postgres before its WAL is proven to be the one that the streams were written from.
+    /// R19: Nothing is told to Postgres before its WAL is proven to be that of the streams: with the anchor, and empty where it was.
     Continuity = 19,
     /// R20: A slot that is confirmed beyond what the record tells was moved, and halts.
     Told = 20,
     /// R21: Postgres is told the stored LSN of a cut that the key has held for the hold-back.
     HoldBack = 21,
-    /// R22: It is told while each stream was seen to agree not long ago.
+    /// R22: It is told while each stream was seen to agree not long ago, and after its first ack to have what it had at connect.
     Looks = 22,
     /// R23: It is told nothing that this session did not receive.
     Received = 23,

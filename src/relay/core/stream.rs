@@ -7,6 +7,7 @@ use crate::outbox::batch::Event;
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
 use crate::relay::checkpoint::record::{StreamCut, Witness};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ const SHARED_FOR: Duration = Duration::from_secs(60);
 const LEAST_PIPELINE: usize = 8;
 /// So far a stream is read after a refusal that may be another stream's.
 const MOST_UNVOUCHED: u64 = 1_000;
+/// So far before the end the last message of ours is read again after a refusal.
+const NEAR: u64 = 64;
 
 /// What was read of a stream at connect, and what is known from then on.
 #[derive(Debug)]
@@ -35,6 +38,11 @@ pub struct Stream {
     /// The witness of the record, and the event of ours with the highest sequence that was resolved since.
     recorded: Option<Witness>,
     resolved: Option<(u64, Position)>,
+    /// That of the record, until it is seen after the first ack of this connection. The first publish does not name it: the server
+    /// may have lost it in between, and others have filled its place.
+    unseen: Option<Witness>,
+    /// Something was refused because the stream does not end as it did.
+    ends_otherwise: bool,
     /// Something was acknowledged over this connection, so that the stream is known to be the one that the subject leads to.
     pub is_met: bool,
     /// Since the last refusal each publish has named the stream, and none is acknowledged: until one is, each does.
@@ -65,8 +73,10 @@ impl Stream {
             is_replicated: facts.is_replicated,
             kept_from: facts.keeps_its_end.then_some(facts.first_seq),
             fence: Fence::new(facts.last_seq, names),
+            unseen: cut.witness.clone(),
             recorded: cut.witness,
             resolved: None,
+            ends_otherwise: false,
             is_met: false,
             names_it: true,
             vouched_end: 0,
@@ -123,15 +133,27 @@ impl Stream {
         }
     }
 
-    /// Something was refused, and every publish is answered: what is to be read before the fence can restart, up to this
-    /// sequence.
-    pub fn gap_end(&self) -> u64 {
-        let (known, end) = (self.fence.known(), self.fence.end());
-        end.min(self.vouched_end.max(known + MOST_UNVOUCHED))
+    /// It does not end as it did: by its sequence, or by the id of its last message.
+    pub fn on_other_end(&mut self, end: Option<u64>) {
+        self.ends_otherwise = true;
+        self.on_refusal(end);
     }
 
-    /// It was read up to [`Stream::gap_end`]; `found`: the last message that was there.
+    /// Something was refused, and every publish is answered: what is to be read before the fence can restart.
+    pub fn gap(&self, lineage: &Lineage) -> Option<RangeInclusive<u64>> {
+        let (known, end) = (self.fence.known(), self.fence.end());
+        let end = end.min(self.vouched_end.max(known + MOST_UNVOUCHED));
+        // the last of ours is read again, if it is near: the server may have lost it, and others have filled its place
+        let witness = self.witness(lineage).filter(|_| self.ends_otherwise);
+        let witness = witness.map(|it| it.seq);
+        let near = witness.filter(|seq| (*seq..seq + NEAR).contains(&known));
+        let first = near.unwrap_or(known + 1);
+        (first <= end).then_some(first..=end)
+    }
+
+    /// The gap was read; `found`: the last message that was there.
     pub fn restart(&mut self, found: u64) {
+        self.ends_otherwise = false;
         let end = found.max(self.vouched_end).max(self.fence.known());
         self.fence.restart(end);
         self.previous = None;
@@ -159,6 +181,16 @@ impl Stream {
         if known < Some(seq) {
             self.resolved = Some((seq, position));
         }
+    }
+
+    /// See [`StreamCut`].
+    pub fn unseen(&self) -> Option<&Witness> {
+        self.unseen.as_ref().filter(|_| self.is_met)
+    }
+
+    /// [`Stream::unseen`] was seen, or is gone.
+    pub fn on_seen(&mut self) {
+        self.unseen = None;
     }
 
     /// See [`StreamCut`].

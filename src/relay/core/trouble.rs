@@ -220,6 +220,14 @@ impl fmt::Display for continuity::Broken {
                 f,
                 "the transaction of the last resolved event ({anchor}) has fewer events than it had"
             ),
+            Broken::NotEmpty {
+                anchor,
+                position,
+                stored_lsn,
+            } => write!(
+                f,
+                "Postgres sends an event at {position}, and there was none between the last resolved one ({anchor}) and {stored_lsn}"
+            ),
             Broken::NotThere { anchor, at } => write!(
                 f,
                 "Postgres is at {at} and has not sent the last resolved event ({anchor})"

@@ -118,7 +118,7 @@ impl ExactlyOnce {
                         },
                     );
                 }
-                stream.on_refusal(end);
+                stream.on_other_end(end);
             }
             AckErrorKind::OtherStream => {
                 let (name, routes) = (stream.name().to_string(), &connected.capacity.routes);

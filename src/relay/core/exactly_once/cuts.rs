@@ -2,6 +2,7 @@
 
 use super::super::window::State;
 use super::{Connected, ExactlyOnce};
+use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::{Anchor, AnchorEvent, Cut, StreamCut};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ impl ExactlyOnce {
                 created: stream.created.clone(),
                 read_after: self.read_after(connected, index),
                 witness: stream.witness(&self.lineage),
+                unseen: stream.unseen().cloned(),
             });
             of_streams.chain(connected.missing.iter().cloned())
         });
@@ -28,11 +30,15 @@ impl ExactlyOnce {
             stored_lsn: self.reached.stored_lsn,
             streams: streams.collect(),
             quiescent: self.is_quiescent,
-            lenient: self.continuity.is_lenient() && behind.is_some(),
+            lenient_upto: match anchor.position.commit_lsn <= self.lenient_upto {
+                true => self.lenient_upto,
+                false => Lsn::INVALID,
+            },
             flags: match behind {
                 Some(connected) => connected.flags.and(self.continuity.flags()),
                 None => self.continuity.flags().clone(),
             },
+            is_empty: self.reached.passed_by_others.is_none(),
             anchor,
         }
     }

@@ -10,9 +10,6 @@ use crate::outbox::batch::Event;
 use crate::outbox::position::Position;
 use std::time::Instant;
 
-/// So far before the end the last message of ours is read again with what came after it.
-const NEAR: u64 = 64;
-
 impl ExactlyOnce {
     /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
     pub(super) fn next_read(&mut self) -> Option<Next> {
@@ -23,16 +20,12 @@ impl ExactlyOnce {
         let mut streams = connected.streams.iter_mut().enumerate();
         let (index, stream) =
             streams.find(|(_, stream)| stream.fence.is_broken() && stream.fence.waiting() == 0)?;
-        let (known, end) = (stream.fence.known(), stream.gap_end());
-        if end > known {
-            // the last of ours is read again, if it is near: the server may have lost it, and others have filled its place
-            let witness = stream.witness(&self.lineage).map(|it| it.seq);
-            let near = witness.filter(|seq| (*seq..seq + NEAR).contains(&known));
+        if let Some(gap) = stream.gap(&self.lineage) {
             connected.asked = Some(Asked::Gap(index));
             return Some(Next::Read {
                 stream: stream.name().to_string(),
-                from: near.unwrap_or(known + 1),
-                to: end,
+                from: *gap.start(),
+                to: *gap.end(),
             });
         }
         self.restart(index, 0);

@@ -66,10 +66,12 @@ fn cut(lsn: u64, seq: u64) -> Cut {
                 seq,
                 position: at(lsn),
             }),
+            unseen: None,
         }],
         quiescent: false,
-        lenient: false,
+        lenient_upto: Lsn::INVALID,
         flags: flags(),
+        is_empty: true,
     }
 }
 
@@ -187,11 +189,15 @@ fn what_postgres_was_not_told_is_taken_from_the_slot_again() {
     told_nothing.known.oldest_is_matured = false;
     let resumed = resume(told_nothing.clone(), &[&[]]).unwrap();
     assert_eq!((resumed.cut, resumed.anchor), (None, Anchor::bare(Lsn(1))));
-    assert!(!resumed.is_lenient);
+    assert_eq!(resumed.lenient_upto, Lsn::INVALID);
     let mut other_wal = told_nothing.clone();
-    other_wal.known.cuts[0].lenient = true;
+    other_wal.known.cuts[0].lenient_upto = Lsn(40);
     let resumed = resume(other_wal, &[&[]]).unwrap();
-    assert!(resumed.is_lenient, "events of another WAL may be there");
+    assert_eq!(
+        resumed.lenient_upto,
+        Lsn(40),
+        "events of another WAL may be there"
+    );
     let mut goes_on = told_nothing;
     goes_on.known.goes_on = true;
     assert!(
