@@ -393,7 +393,9 @@ impl Session<'_> {
         let accept = self.published.is_none() && config.resume_anyway;
         let before = self.published.clone().or_else(remembered);
         let lost = match before {
-            Some(before) => before.look(&mut slot::plain(config, peer)?, &mut facts, config)?,
+            Some(before) => before.look(&mut facts, config, |oids| {
+                slot::outboxes(config, peer, oids)
+            })?,
             None => None,
         };
         match lost {

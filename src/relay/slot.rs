@@ -3,6 +3,7 @@
 //! Everything is read on the replication connection itself, which takes plain SQL.
 
 use super::error::Error;
+use super::preflight::outboxes::Outboxes;
 use super::preflight::server::OLDEST;
 use super::preflight::{self, Facts, outboxes};
 use crate::config::Config;
@@ -27,8 +28,7 @@ pub fn check(connection: &mut Connection, config: &Config) -> Result<(Slot, Fact
     let mut facts = preflight::read(connection, config)?;
     // an older one is refused, and may not know the statement
     if facts.version >= OLDEST {
-        let mut plain = plain(config, connection.peer())?;
-        facts.outboxes = outboxes::read(&mut plain, &config.publication, &config.mapping, &[])?;
+        facts.outboxes = outboxes(config, connection.peer(), &[])?;
     }
     let failures = preflight::failures(&facts, config);
     let Some(slot) = facts.slot.as_ref().filter(|_| failures.is_empty()) else {
@@ -83,6 +83,21 @@ pub fn plain(config: &Config, peer: &str) -> Result<Connection, postgres::Error>
     let mut connection = Connection::connect(&config.db.without_replication().only_at(peer))?;
     connection.use_database_encoding()?;
     Ok(connection)
+}
+
+/// The publication and its outboxes, with those that were `remembered`.
+pub fn outboxes(
+    config: &Config,
+    peer: &str,
+    remembered: &[u32],
+) -> Result<Outboxes, postgres::Error> {
+    let mut session = plain(config, peer)?;
+    outboxes::read(
+        &mut session,
+        &config.publication,
+        &config.mapping,
+        remembered,
+    )
 }
 
 /// pgoutput's options for a server of this version; `messages`: those without a table are wanted.

@@ -359,7 +359,9 @@ fn read(
     }
     facts.shared.outboxes = outboxes::read(database, &config.publication, &config.mapping, &[])?;
     if let Some(seen) = seen {
-        facts.change = Some(seen.look(database, &mut facts.shared, config)?);
+        facts.change = Some(seen.look(&mut facts.shared, config, |oids| {
+            outboxes::read(database, &config.publication, &config.mapping, oids)
+        })?);
     }
     let server = &facts.shared.server;
     // a role that may not know it does not see the setting

@@ -7,7 +7,7 @@
 //! The state is kept in the checkpoint, so it is bounded: above `MOST_NAMED` outboxes a digest stands for them.
 
 use super::outboxes::{self, Index, Outboxes, Publication, Table};
-use super::{Facts, Finding, Query, fail, publication};
+use super::{Facts, Finding, fail, publication};
 use crate::config::Config;
 use crate::outbox::mapping::TableName;
 use crate::postgres::identifier::identifier;
@@ -119,18 +119,17 @@ impl PublicationState {
         serde_json::from_str(text).ok()
     }
 
-    /// What of it is lost by now. Reads the catalog again into `facts`, if they lack tables that were seen.
-    pub fn look<Q: Query>(
+    /// What of it is lost by now. Reads the catalog again into `facts`, if they lack tables that were seen: those of these oids.
+    pub fn look<E>(
         &self,
-        session: &mut Q,
         facts: &mut Facts,
         config: &Config,
-    ) -> Result<Option<Finding>, Q::Error> {
+        read: impl FnOnce(&[u32]) -> Result<Outboxes, E>,
+    ) -> Result<Option<Finding>, E> {
         let index = facts.outboxes.index();
         let oids = self.oids();
         if !oids.iter().all(|oid| index.trees.contains_key(oid)) {
-            let (name, mapping) = (&config.publication, &config.mapping);
-            facts.outboxes = outboxes::read(session, name, mapping, &oids)?;
+            facts.outboxes = read(&oids)?;
         }
         Ok(self.lost(facts, config))
     }
