@@ -7,7 +7,7 @@ use crate::rig::{DEADLINE, Rig, STREAM, uuid};
 use crate::support::nats::NatsCluster;
 use crate::support::natsclient::NatsClient;
 use crate::support::postgres::Postgres;
-use crate::support::relay::halts;
+use crate::support::relay::{Relay, halts};
 use crate::support::wait::eventually;
 use serde_json::{Value, json};
 
@@ -218,6 +218,37 @@ fn a_bucket_that_has_become_full_is_waited_for_and_named() {
     nats.api(&format!("STREAM.UPDATE.{BUCKET}"), &good);
     assert_eq!(relay.wait_exit(DEADLINE), 0);
     has_all(&rig, 2);
+}
+
+/// There a write that finds no room is answered otherwise.
+#[test]
+fn a_replicated_bucket_that_has_become_full_is_waited_for_and_named() {
+    let cluster = NatsCluster::start();
+    cluster.add_stream(STREAM, &["events.>"]);
+    let (pg, node) = (Postgres::start(), &cluster.nodes[0]);
+    crate::command::at(&pg, node, &["setup"]).with(0);
+    let commit = |number: u64| {
+        let id = uuid(number);
+        pg.execute(&format!(
+            "INSERT INTO outbox VALUES ('{id}', 'account', 'a', '{{}}')"
+        ));
+    };
+    commit(1);
+    assert_eq!(Relay::start(&pg, node, &DRAIN).wait_exit(DEADLINE), 0);
+    let mut nats = node.client();
+    let info = nats.stream_info(BUCKET);
+    let (good, bytes) = (&info["config"], info["state"]["bytes"].as_u64());
+    assert_eq!(good["num_replicas"], 3);
+    let mut full = good.clone();
+    full["max_bytes"] = json!(bytes.expect("a size") - 100);
+    nats.api(&format!("STREAM.UPDATE.{BUCKET}"), &full);
+    commit(2);
+    let mut relay = Relay::start(&pg, node, &DRAIN);
+    relay.wait_for_log("has no room for the record", DEADLINE);
+    assert!(relay.is_running());
+    nats.api(&format!("STREAM.UPDATE.{BUCKET}"), good);
+    assert_eq!(relay.wait_exit(DEADLINE), 0);
+    assert_eq!(nats.stream_info(STREAM)["state"]["messages"], 2);
 }
 
 #[test]
