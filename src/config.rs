@@ -10,7 +10,7 @@ use crate::exit::Exit;
 use crate::jetstream::Delivery;
 use crate::jetstream::preflight::Wanted;
 use crate::logging::{self, LogConfig, LogFormat, Logfmt};
-use crate::nats::options::{Options, parse_servers};
+use crate::nats::options::{OWN_API, Options, parse_servers};
 use crate::outbox::flags::Flags;
 use crate::outbox::header::is_schedule;
 use crate::outbox::mapping::{Mapping, TableMapping};
@@ -414,7 +414,7 @@ fn nats(
             .text("nats-connect-timeout", &cli.nats_connect_timeout, "5s")
             .parse(|text| parse_duration_within(text, CONNECT_TIMEOUT))?,
         api_prefix: from
-            .text("nats-api-prefix", &cli.nats_api_prefix, "$JS.API")
+            .text("nats-api-prefix", &cli.nats_api_prefix, OWN_API)
             .check(check_subject)?,
         name: format!("{PROGRAM} {slot}"),
         ..Options::default()

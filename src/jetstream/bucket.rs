@@ -6,6 +6,7 @@
 
 use super::sources::overlap;
 use super::streams::{Request, StreamInfo, set};
+use crate::nats::options::OWN_API;
 use serde_json::json;
 
 /// nats-server's code for a stream without `max_bytes` in an account that asks for it (`max_bytes_required`).
@@ -19,7 +20,7 @@ pub const BUCKET_BYTES: u64 = 16 << 20;
 /// clients do the same).
 pub fn key_write_subject(api_prefix: &str, key: &str) -> String {
     match api_prefix {
-        "$JS.API" => key.to_string(),
+        OWN_API => key.to_string(),
         prefix => format!("{prefix}.{key}"),
     }
 }

@@ -44,6 +44,9 @@ pub struct Options {
     pub request_timeout: Duration,
 }
 
+/// The JetStream API of the domain that the server is in.
+pub const OWN_API: &str = "$JS.API";
+
 impl Default for Options {
     fn default() -> Options {
         Options {
@@ -55,7 +58,7 @@ impl Default for Options {
             tls_cert: None,
             tls_key: None,
             tls_first: false,
-            api_prefix: "$JS.API".into(),
+            api_prefix: OWN_API.into(),
             name: "jetstream-outbox".into(),
             connect_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(5),

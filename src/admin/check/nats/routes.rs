@@ -9,13 +9,12 @@ use crate::jetstream::Error;
 use crate::jetstream::ack::parse_refusal;
 use crate::jetstream::client::Link;
 use crate::jetstream::streams::{self, StreamInfo};
+use crate::nats::options::OWN_API;
 use crate::nats::{self, EndedBy};
 use crate::outbox::subject::MAX_SUBJECT_LEN;
 
 /// So often a subject is tried: a weighted mapping leads to several places.
 const PROBES: usize = 12;
-/// The API of the domain that the server is in.
-const OWN_API: &str = "$JS.API";
 const NAME: &str = "nats.streams";
 const CHANGED: &str = "a mapping of the account or an import changes the subject on its way";
 
