@@ -23,7 +23,8 @@ use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crate::postgres::sqlstate::Meaning;
 use crate::postgres::{self, Lsn};
-use crossbeam_channel::{RecvTimeoutError, SendError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendError};
+use std::convert::Infallible;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -66,6 +67,8 @@ pub struct Reader<'a> {
     pub resolved: Position,
     /// What is no event is shown if it was committed before this: earlier flags may have made one of it.
     pub earlier_upto: Lsn,
+    /// The publisher may hold the last event of a batch back until more of its transaction comes.
+    pub holds_last: bool,
 }
 
 /// Why the reader ended, when nothing failed.
@@ -197,15 +200,24 @@ fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
 }
 
 /// A large batch takes several places in the channel, so that what waits there is bounded in bytes. Of those that are larger
-/// than an event is that NATS takes by default there is one at a time: the next row is read once it is stored or parked.
-fn send(changes: &Sender<Batch>, mut batch: Batch) -> Result<(), SendError<Batch>> {
+/// than an event is that NATS takes by default there is one at a time: the next row is read once it is stored or parked. With
+/// `before`, the one that was sent before: once that is, as the last event of this one may wait for the next row.
+fn send(
+    changes: &Sender<Batch>,
+    mut batch: Batch,
+    before: Option<&mut Option<Receiver<Infallible>>>,
+) -> Result<(), SendError<Batch>> {
     let bytes = batch.len_bytes();
-    let gone = (bytes > LARGE_BATCH_BYTES).then(|| batch.lease());
+    let own = (bytes > LARGE_BATCH_BYTES).then(|| batch.lease());
     let places = (bytes / BATCH_BYTES).min(CHANNEL_BATCHES);
     for _ in 1..places {
         changes.send(Batch::default())?;
     }
     changes.send(batch)?;
+    let gone = match (own, before) {
+        (Some(own), Some(before)) => before.replace(own),
+        (own, _) => own,
+    };
     let Some(gone) = gone else {
         return Ok(());
     };
@@ -235,6 +247,8 @@ struct State {
     server_wal_end: Lsn,
     pace: Pace,
     stopping: Option<Instant>,
+    /// Closes once the large batch that was sent last is gone.
+    lease: Option<Receiver<Infallible>>,
 }
 
 impl Reader<'_> {
@@ -257,6 +271,7 @@ impl Reader<'_> {
             server_wal_end: Lsn::INVALID,
             pace: Pace::default(),
             stopping: None,
+            lease: None,
         };
         loop {
             if let Some(ended) = self.hand_on(stream, &mut state) {
@@ -296,7 +311,8 @@ impl Reader<'_> {
                 self.progress.sending(true);
                 self.vitals.reader.ended();
                 let bytes = batch.len_bytes();
-                let sent = send(&self.changes, take(batch));
+                let before = self.holds_last.then_some(&mut state.lease);
+                let sent = send(&self.changes, take(batch), before);
                 self.vitals.reader.within(WORK_LIMIT);
                 self.progress.sending(false);
                 if sent.is_err() {
@@ -623,7 +639,6 @@ fn inside<'a>(
 mod tests {
     use super::*;
     use crossbeam_channel::bounded;
-    use std::convert::Infallible;
 
     fn batch(bytes: usize) -> Batch {
         let mut batch = empty();
@@ -641,7 +656,7 @@ mod tests {
             let (sender, receiver) = bounded(CHANNEL_BATCHES);
             while CHANNEL_BATCHES - sender.len() >= (bytes / BATCH_BYTES).clamp(1, CHANNEL_BATCHES)
             {
-                send(&sender, batch(bytes)).unwrap();
+                send(&sender, batch(bytes), None).unwrap();
             }
             assert!(sender.is_full());
             let waiting: usize = receiver.try_iter().map(|batch| batch.len_bytes()).sum();
@@ -657,7 +672,7 @@ mod tests {
     fn of_large_batches_there_is_one_at_a_time() {
         let (sender, receiver) = bounded(CHANNEL_BATCHES);
         thread::scope(|scope| {
-            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1)));
+            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1), None));
             let large = receiver.iter().find(|batch| !batch.is_empty());
             // it looks whether anybody is there, and waits on
             receiver.recv().unwrap();
@@ -665,7 +680,7 @@ mod tests {
             drop(large);
             sending.join().unwrap().unwrap();
             // or whoever took it is gone
-            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1)));
+            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1), None));
             let large = receiver.iter().find(|batch| !batch.is_empty());
             drop(receiver);
             assert!(sending.join().unwrap().is_err());

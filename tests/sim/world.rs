@@ -45,6 +45,9 @@ pub struct Copy {
     /// The stream's serial, and the sequence.
     pub at: (u64, u64),
     pub state: State,
+    is_parked: bool,
+    is_late: bool,
+    transaction_end: Option<u64>,
 }
 
 /// What became of an event.
@@ -68,7 +71,16 @@ impl Story {
     }
 }
 
+/// Which relays mark the end of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Marks {
+    All,
+    None,
+    EverySecond,
+}
+
 pub struct Env {
+    marks: Marks,
     /// The rule that is not followed.
     off: Option<Rule>,
     /// The slot was moved beyond what the record tells.
@@ -441,7 +453,11 @@ impl Env {
         story.copies.push(Copy {
             at,
             state: State::There,
+            is_parked: flight.topic == PARKED,
+            is_late: flight.is_late,
+            transaction_end: flight.transaction_end,
         });
+        self.check_mark(flight, at, was_gone)?;
         let is_refused = event.is_large || event.is_mystery || event.ends.is_some();
         let is_poison = event.topic == PARKED || is_refused;
         if flight.topic == PARKED && !is_poison {
@@ -506,6 +522,122 @@ impl Env {
                 "out of order: {} at {} comes after {seq}, which is later",
                 flight.id, at.1
             ));
+        }
+        Ok(())
+    }
+
+    /// The relay of this name marks the end of a transaction.
+    pub fn marks_ends(&self, relay: u64) -> bool {
+        match self.marks {
+            Marks::All => true,
+            Marks::None => false,
+            Marks::EverySecond => relay.is_multiple_of(2),
+        }
+    }
+
+    /// The copies of each of the transaction's events in the stream, but those that are parked or lost. Nothing tells an event from
+    /// the one that a restored server has repeated.
+    fn share(&self, transaction: &Transaction, stream: u64) -> Vec<Vec<&Copy>> {
+        let is_event =
+            |copy: &&Copy| copy.at.0 == stream && !copy.is_parked && copy.state != State::Lost;
+        let copies = transaction.events.iter().map(|event| {
+            let same = self.by_id.get(&event.id).into_iter().flatten();
+            let same = same.filter_map(|uid| self.stories.get(uid));
+            let same = same.filter(|it| it.event.position == event.position);
+            same.flat_map(|it| &it.copies).filter(is_event).collect()
+        });
+        copies
+            .filter(|copies: &Vec<_>| !copies.is_empty())
+            .collect()
+    }
+
+    /// A mark is never false: its count is right, and no event comes after it.
+    fn check_mark(&self, flight: &Flight, at: (u64, u64), was_gone: bool) -> Result<(), End> {
+        let commit_lsn = flight.position.position.commit_lsn;
+        let transaction = self.pg.transactions.iter().find(|it| {
+            let is_it = |event: &Rc<Event>| event.uid == flight.uid;
+            it.commit_lsn == commit_lsn && it.events.iter().any(is_it)
+        });
+        let Some(transaction) = transaction.filter(|_| flight.topic != PARKED) else {
+            return Ok(());
+        };
+        let share = self.share(transaction, at.0);
+        let is_there = |copies: &&Vec<&Copy>| copies.iter().any(|it| it.state == State::There);
+        // what is gone may be known or not
+        let counts = share.iter().filter(is_there).count()..=share.len();
+        let has_strayed = self.moved[flight.topic].is_some_and(|at| at >= flight.routed);
+        if let Some(count) = flight.transaction_end
+            && !counts.contains(&(count as usize))
+            && !has_strayed
+            && !self.is_behind_a_copy(transaction, at)
+        {
+            return Err(End::Broken(format!(
+                "mark: {} is the last of {count}, but {counts:?} are there",
+                flight.id,
+            )));
+        }
+        let mut topics = transaction.events.iter().map(|event| event.topic);
+        let was_moved = topics.any(|topic| self.moved[topic].is_some());
+        // it was dropped, and is not now that its id is forgotten
+        let was_dropped = self.by_id.get(&flight.id).is_none_or(|all| all.len() > 1);
+        let is_excused = was_moved || was_gone || was_dropped || self.flags_changed;
+        let is_marked = |copy: &&&Copy| copy.at.1 < at.1 && copy.transaction_end.is_some();
+        let marked = share.iter().flatten().find(is_marked);
+        if let Some(copy) = marked.filter(|_| !is_excused) {
+            return Err(End::Broken(format!(
+                "mark: {} comes after that at {:?}",
+                flight.id, copy.at
+            )));
+        }
+        Ok(())
+    }
+
+    /// In the place of the event before is a copy of one of the transaction's, with its id: for the fence it is that event.
+    fn is_behind_a_copy(&self, transaction: &Transaction, at: (u64, u64)) -> bool {
+        let stream = self.streams.iter().find(|it| it.serial == at.0);
+        let before = stream.and_then(|it| it.messages.get(&(at.1 - 1)));
+        let id = before
+            .filter(|it| it.uid.is_none())
+            .and_then(|it| it.message.id.as_ref());
+        id.is_some_and(|id| transaction.events.iter().any(|event| event.id == *id))
+    }
+
+    /// Each transaction has its mark in each stream, but for those that something has come between.
+    fn check_marks(&self) -> Result<(), String> {
+        let is_excused = self.marks != Marks::All
+            || self.off.is_some()
+            || self.flags_changed
+            || self.was_accepted;
+        for transaction in self.pg.transactions.iter().filter(|_| !is_excused) {
+            let is_plain = |event: &Rc<Event>| {
+                let story = self.stories.get(&event.uid);
+                let story =
+                    story.filter(|_| self.by_id.get(&event.id).is_some_and(|all| all.len() == 1));
+                let is_refused = event.is_large || event.is_mystery || event.ends.is_some();
+                let was_moved = self.moved[event.topic].is_some();
+                story.is_some_and(|it| match it.copies.as_slice() {
+                    [] => event.fate == Fate::Lose,
+                    [copy] => copy.state == State::There && !copy.is_late,
+                    _ => false,
+                }) && !is_refused
+                    && !was_moved
+            };
+            if !transaction.events.iter().all(is_plain) {
+                continue;
+            }
+            for stream in &self.streams {
+                let share = self.share(transaction, stream.serial);
+                let last = share.iter().flatten().max_by_key(|copy| copy.at.1);
+                if let Some(last) = last.filter(|it| it.transaction_end != Some(share.len() as u64))
+                {
+                    return Err(format!(
+                        "mark: none at {:?}, the last of {} of {}",
+                        last.at,
+                        share.len(),
+                        transaction.commit_lsn
+                    ));
+                }
+            }
         }
         Ok(())
     }
@@ -688,6 +820,11 @@ impl World {
             _ => {}
         }
         let mut env = Env {
+            marks: match seed % 5 {
+                0 => Marks::None,
+                1 => Marks::EverySecond,
+                _ => Marks::All,
+            },
             off,
             moved_slot: false,
             was_accepted: false,
@@ -917,6 +1054,7 @@ impl World {
             }
             if self.env.pg.confirmed == self.env.pg.wal_end {
                 self.env.check_all()?;
+                self.env.check_marks()?;
                 return Ok(Ended::AllStored);
             }
         }

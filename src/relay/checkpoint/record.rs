@@ -81,6 +81,9 @@ pub struct StreamCut {
     /// The message of ours with the highest sequence at or before the anchor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<Witness>,
+    /// So many events of the anchor's transaction, the anchor and those before it, are in it; `None`: not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<u64>,
 }
 
 /// See the module.
@@ -267,6 +270,7 @@ pub(crate) mod tests {
                     seq: lsn,
                     position: format!("s 1 2 {} 1", Lsn(lsn)).parse().unwrap(),
                 }),
+                share: None,
             }],
             quiescent: false,
             lenient: false,

@@ -171,6 +171,7 @@ mod tests {
                 created: "then".into(),
                 read_after: 7,
                 witness,
+                share: None,
             };
             let facts = StreamFacts {
                 last_seq: 7,

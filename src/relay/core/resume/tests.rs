@@ -66,6 +66,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
                 seq,
                 position: at(lsn),
             }),
+            share: None,
         }],
         quiescent: false,
         lenient: false,
