@@ -130,6 +130,8 @@ pub struct Env {
     pub key_was_touched: bool,
     /// A message of ours without a fence is no copy, for all that is known.
     pub has_bare_copies: bool,
+    /// What was copied: to this stream, under this id.
+    pub copied: HashSet<(u64, String)>,
     pub has_foreign: bool,
     /// Streams that have left the prefix for a while.
     pub left: HashSet<u64>,
@@ -563,8 +565,10 @@ impl Env {
         };
         let share = self.share(transaction, at.0);
         let is_there = |copies: &&Vec<&Copy>| copies.iter().any(|it| it.state == State::There);
-        // what is gone may be known or not
-        let counts = share.iter().filter(is_there).count()..=share.len();
+        // what is gone may be known or not, and a copy may be taken for the event
+        let is_copied = |event: &&Rc<Event>| self.copied.contains(&(at.0, event.id.clone()));
+        let copied = transaction.events.iter().filter(is_copied).count();
+        let counts = share.iter().filter(is_there).count()..=share.len() + copied;
         let has_strayed = self.moved[flight.topic].is_some_and(|at| at >= flight.routed);
         if let Some(count) = flight.transaction_end
             && !counts.contains(&(count as usize))
@@ -859,6 +863,7 @@ impl World {
             settings: HashMap::new(),
             key_was_touched: false,
             has_bare_copies: false,
+            copied: HashSet::new(),
             has_foreign: false,
             left: HashSet::new(),
             trace: traced.then(Vec::new),
