@@ -177,7 +177,7 @@ mod tests {
                 last_seq: 7,
                 ..StreamFacts::default()
             };
-            Stream::new(cut, facts, 100)
+            Stream::new(cut, facts, 100, Lsn::INVALID)
         };
         let witness = Witness {
             seq: 7,

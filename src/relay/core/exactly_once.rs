@@ -539,7 +539,7 @@ impl ExactlyOnce {
                         }
                     }
                     if position > self.reached.before {
-                        self.reached.event = Some(event.named());
+                        self.reached.event = Some(event.into_named());
                     }
                 }
                 Resolved::Boundary(boundary) => {
