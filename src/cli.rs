@@ -122,6 +122,9 @@ pub struct Cli {
     /// add the commit time and the transaction id to each event (default off)
     #[argh(switch)]
     pub position_headers: bool,
+    /// mark the last event of each transaction in each stream with how many of its events are there (default off)
+    #[argh(switch)]
+    pub transaction_headers: bool,
     /// prefix of the transactional messages that are events, Postgres 14 and later (default: the slot's name)
     #[argh(option)]
     pub message_prefix: Option<String>,

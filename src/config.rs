@@ -53,6 +53,8 @@ pub struct Config {
     pub publication: String,
     /// Which rows and messages become events, and how.
     pub mapping: Mapping,
+    /// The last event of a transaction in each stream says so.
+    pub transaction_headers: bool,
     /// Publishes that may be unacknowledged at a time.
     pub inflight: usize,
     /// How long to wait for an acknowledgement before the NATS session counts as dead.
@@ -209,11 +211,18 @@ impl Config {
         let delivery = from
             .text("delivery", &cli.delivery, "exactly-once")
             .one_of(&[Delivery::ExactlyOnce, Delivery::AtLeastOnce])?;
+        let transaction_headers = from.switch("transaction-headers", cli.transaction_headers)?;
+        if transaction_headers && delivery == Delivery::AtLeastOnce {
+            return Err(ConfigError::Together(
+                "-transaction-headers needs -delivery exactly-once: without it an event can come again after the mark",
+            ));
+        }
         Ok(Config {
             publication: from
                 .text("publication", &cli.publication, &slot)
                 .check(check_publication)?,
             mapping: mapping(&from, cli, &prefix, &slot, delivery)?,
+            transaction_headers,
             inflight: from
                 .text("inflight", &cli.inflight, "3072")
                 .parse(parse_inflight)?,

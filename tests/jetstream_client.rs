@@ -121,6 +121,7 @@ fn events(first: u64, count: u64, body_len: usize) -> Vec<Publish> {
         expected_last: None,
         expected_stream: None,
         is_late: false,
+        transaction_end: None,
     };
     let indexes = 0..batch.changes().len();
     (first..).zip(indexes).map(publish).collect()

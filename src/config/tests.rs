@@ -369,6 +369,7 @@ fn what_excludes_or_needs_another_is_refused() {
         &["-nats-tls-cert=/dev/null"],
         &["-nats-tls-key=/dev/null"],
         &["-on-poison=skip"],
+        &["-transaction-headers", "-delivery=at-least-once"],
         &["-header=a=Nats-Schedule"],
         &["-table=t:header=a=nats-schedule-ttl"],
     ] {
@@ -379,6 +380,7 @@ fn what_excludes_or_needs_another_is_refused() {
         &["-on-poison=skip", "-yes-lose-events"][..],
         &["-header=a=Nats-Schedule", "-delivery=at-least-once"],
         &["-header=a=Nats-TTL"],
+        &["-transaction-headers"],
     ] {
         assert!(with(args).is_ok(), "{args:?}");
     }

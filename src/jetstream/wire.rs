@@ -36,6 +36,10 @@ header! {
     /// The header of an event that was published after later ones.
     OUTBOX_LATE, LATE = "Outbox-Late"
 }
+header! {
+    /// The header of the last event of a transaction in its stream: how many events of the transaction are there.
+    TRANSACTION_END, END_OF_TRANSACTION = "Outbox-Transaction-End"
+}
 
 const VERSION: &str = "NATS/1.0";
 const EXPECTED_LAST_MSG_ID: &str = "\r\nNats-Expected-Last-Msg-Id: ";
@@ -66,6 +70,8 @@ pub struct Publish {
     pub expected_stream: Option<Arc<str>>,
     /// It is published after later events.
     pub is_late: bool,
+    /// It is the last event of its transaction in its stream, and so many of them are there then.
+    pub transaction_end: Option<u64>,
 }
 
 impl Publish {
@@ -74,6 +80,7 @@ impl Publish {
         let stream = self.expected_stream.as_ref();
         stream.map_or(0, |stream| EXPECTED_STREAM.len() + stream.len())
             + if self.is_late { LATE_LEN } else { 0 }
+            + (self.transaction_end).map_or(0, |count| END_OF_TRANSACTION.len() + digits(count))
     }
 }
 
@@ -166,6 +173,10 @@ fn encode(publish: &Publish, position_source: &str, inbox: &str, out: &mut Vec<u
         text(out, LATE);
         text(out, TRUE);
     }
+    if let Some(count) = publish.transaction_end {
+        text(out, END_OF_TRANSACTION);
+        number(out, count);
+    }
     text(out, POSITION);
     text(out, position_source);
     // writing to a Vec cannot fail
@@ -220,6 +231,9 @@ pub fn room(max_payload: usize, position_source_len: usize) -> usize {
         + " FFFFFFFF/FFFFFFFF 4294967295".len();
     max_payload.saturating_sub(LONGEST + position_source_len)
 }
+
+/// The most that [`Publish::transaction_end`] takes.
+pub const TRANSACTION_END_LEN: usize = END_OF_TRANSACTION.len() + 20;
 
 /// How many bytes the optional headers of a publish have: [`Publish::expected_stream`] and [`Publish::is_late`].
 pub fn extra_len(expected_stream: &str) -> usize {
@@ -283,6 +297,7 @@ mod tests {
             expected_last: Some(event("id-0", position(1))),
             expected_stream: None,
             is_late: false,
+            transaction_end: None,
         };
         assert_eq!(
             encoded(&publish),
@@ -295,7 +310,12 @@ mod tests {
              X: 1\r\nY: ö\r\n\r\n\
              {\"a\":1}\r\n"
         );
+        publish.transaction_end = Some(12);
+        assert!(encoded(&publish).contains(
+            "-Id: id-0\r\nOutbox-Transaction-End: 12\r\nOutbox-Position: jetstream_outbox 73"
+        ));
         (publish.expected_last_sequence, publish.expected_last) = (None, None);
+        publish.transaction_end = None;
         assert_eq!(
             encoded(&publish),
             "HPUB events.a.b _INBOX.me.12 113 120\r\n\
@@ -328,7 +348,16 @@ mod tests {
                 expected_last: last_id.map(|id| event(id, position)),
                 expected_stream: None,
                 is_late: false,
+                transaction_end: None,
             };
+            let marked = Publish {
+                transaction_end: Some(sequence.unwrap_or(1)),
+                expected_stream: Some("S".into()),
+                is_late: true,
+                ..publish.clone()
+            };
+            let extra = encoded(&marked).len() - encoded(&publish).len();
+            assert!(extra <= extra_len("S") + TRANSACTION_END_LEN + 4);
             let text = encoded(&publish);
             let (line, message) = text.split_once("\r\n").unwrap();
             let all = message.len() - "\r\n".len();

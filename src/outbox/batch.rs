@@ -170,6 +170,14 @@ impl Event {
         }
     }
 
+    /// As [`named`](Self::named).
+    pub fn into_named(self) -> Event {
+        match self.batch.len_bytes() <= LARGE_BYTES {
+            true => self,
+            false => self.named(),
+        }
+    }
+
     /// Its bytes alone, for the wire.
     pub fn parts(&self) -> Parts<'_> {
         let spans = self.spans();

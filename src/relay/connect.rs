@@ -24,6 +24,7 @@ use crate::jetstream::{
 };
 use crate::outbox::lineage::{Conflict, Lineage};
 use crate::outbox::park::OnPoison;
+use crate::outbox::park::PARKED;
 use crate::outbox::position::SourcePosition;
 use crate::postgres::Lsn;
 use std::ops::RangeInclusive;
@@ -147,6 +148,7 @@ impl Connector<'_> {
             routes: Routes::new(routed),
             max_payload: found.link.max_payload(),
             position_source_len: self.lineage.source.to_string().len(),
+            marks_ends: self.config.transaction_headers,
             puts_aside: self.config.mapping.policy.on_poison != OnPoison::Stop,
         }
     }
@@ -477,5 +479,6 @@ pub fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
             .and_then(|text| text.split_ascii_whitespace().next())
             .map(str::to_string),
         is_late: stored.header(OUTBOX_LATE).is_some(),
+        is_parked: stored.header(PARKED).is_some(),
     }))
 }

@@ -145,7 +145,7 @@ impl<'a> Publisher<'a> {
         self.confirm(Instant::now());
         self.pulse.tell(&self.core, self.progress, 0);
         self.report.finish(self.vitals);
-        let settled = self.core.window().is_empty();
+        let settled = self.core.window().is_settled();
         if !settled {
             log::warn!("not everything was acknowledged; the slot sends it again");
         } else if result.is_ok() && !self.is_recorded() {
@@ -221,7 +221,7 @@ impl<'a> Publisher<'a> {
             self.publish(link, now)?;
             self.look(link, now);
             self.warn_of_foreign(now);
-            let settled = (self.ending).is_settled(self.core.window().is_empty(), now);
+            let settled = (self.ending).is_settled(self.core.window().is_settled(), now);
             if settled && let Core::ExactlyOnce(core) = &mut self.core {
                 core.mark_quiescent();
             }

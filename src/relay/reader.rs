@@ -6,6 +6,8 @@
 //! [`Pace`] lets a little gather first. When the channel is full the reader stands still, the socket fills
 //! up, and Postgres keeps the rest.
 
+mod batches;
+
 use super::error::{Error, Undecodable};
 use super::feedback::Ask;
 use super::pace::Pace;
@@ -23,26 +25,15 @@ use crate::postgres::pieces::{self, Head};
 use crate::postgres::replication::{ReplicationMessage, ReplicationReader};
 use crate::postgres::sqlstate::Meaning;
 use crate::postgres::{self, Lsn};
-use crossbeam_channel::{RecvTimeoutError, SendError, Sender, TrySendError};
+pub use batches::CHANNEL_BATCHES;
+use batches::{BATCH_BYTES, BATCH_CHANGES, Lease, empty, send, take};
+use crossbeam_channel::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A batch goes on at this size even if more is there: with the channel's bound and one event of the
-/// largest size this is what the relay holds between its threads.
-const BATCH_BYTES: usize = 64 * 1024;
-/// The same for transactions without events and very small ones.
-const BATCH_CHANGES: usize = 512;
 /// A transaction that has begun may be read to its end for so long after the request to stop, so that it
 /// can be confirmed.
 const STOP_GRACE: Duration = Duration::from_millis(500);
-/// By so much a batch goes beyond `BATCH_BYTES` when its last event is an ordinary one.
-const BATCH_SLACK: usize = 4 * 1024;
-/// One that is larger than this has an event larger than NATS takes by default, and others.
-const LARGE_BATCH_BYTES: usize = (1 << 20) + 2 * BATCH_BYTES;
-/// How often the reader looks whether anybody still works on a large batch.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// How many batches may wait for the publisher; a large one counts for several.
-pub const CHANNEL_BATCHES: usize = 4;
 
 /// What the reader works with.
 pub struct Reader<'a> {
@@ -66,6 +57,8 @@ pub struct Reader<'a> {
     pub resolved: Position,
     /// What is no event is shown if it was committed before this: earlier flags may have made one of it.
     pub earlier_upto: Lsn,
+    /// The publisher may hold the last event of a batch back until more of its transaction comes.
+    pub holds_last: bool,
 }
 
 /// Why the reader ended, when nothing failed.
@@ -168,24 +161,6 @@ const MAX_RELATION_BYTES: usize = 1 << 20;
 /// proportion to its length.
 const WORK_LIMIT: Duration = Duration::from_secs(20);
 
-/// With room for all it will ever hold, but for large events: one that grows is copied again and again.
-fn empty() -> Batch {
-    Batch::with_capacity(BATCH_BYTES + BATCH_SLACK, BATCH_CHANGES)
-}
-
-/// Takes out what a batch holds, into memory of just that size, and leaves the room for the next. (One that goes on itself and
-/// gives back what it did not need leaves holes too small for the next.) Large events are not copied.
-fn take(batch: &mut Batch) -> Batch {
-    if batch.capacity() > BATCH_BYTES + BATCH_SLACK {
-        let mut full = std::mem::replace(batch, empty());
-        full.shrink();
-        return full;
-    }
-    let full = batch.clone();
-    batch.clear();
-    full
-}
-
 /// A batch that ends in the middle of a transaction says of which one.
 fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
     if let Some(open) = transaction.filter(|open| open.is_shown) {
@@ -194,28 +169,6 @@ fn end_open(batch: &mut Batch, transaction: Option<&Transaction>) {
             commit_time_us: open.commit_time_us,
         });
     }
-}
-
-/// A large batch takes several places in the channel, so that what waits there is bounded in bytes. Of those that are larger
-/// than an event is that NATS takes by default there is one at a time: the next row is read once it is stored or parked.
-fn send(changes: &Sender<Batch>, mut batch: Batch) -> Result<(), SendError<Batch>> {
-    let bytes = batch.len_bytes();
-    let gone = (bytes > LARGE_BATCH_BYTES).then(|| batch.lease());
-    let places = (bytes / BATCH_BYTES).min(CHANNEL_BATCHES);
-    for _ in 1..places {
-        changes.send(Batch::default())?;
-    }
-    changes.send(batch)?;
-    let Some(gone) = gone else {
-        return Ok(());
-    };
-    while gone.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-        // whoever took it may have left it behind
-        if let Err(TrySendError::Disconnected(batch)) = changes.try_send(Batch::default()) {
-            return Err(SendError(batch));
-        }
-    }
-    Ok(())
 }
 
 /// It has no event: it says how far Postgres is.
@@ -235,6 +188,8 @@ struct State {
     server_wal_end: Lsn,
     pace: Pace,
     stopping: Option<Instant>,
+    /// Of the large batch that was sent last.
+    lease: Option<Lease>,
 }
 
 impl Reader<'_> {
@@ -257,6 +212,7 @@ impl Reader<'_> {
             server_wal_end: Lsn::INVALID,
             pace: Pace::default(),
             stopping: None,
+            lease: None,
         };
         loop {
             if let Some(ended) = self.hand_on(stream, &mut state) {
@@ -296,7 +252,8 @@ impl Reader<'_> {
                 self.progress.sending(true);
                 self.vitals.reader.ended();
                 let bytes = batch.len_bytes();
-                let sent = send(&self.changes, take(batch));
+                let before = self.holds_last.then_some(&mut state.lease);
+                let sent = send(&self.changes, take(batch), before);
                 self.vitals.reader.within(WORK_LIMIT);
                 self.progress.sending(false);
                 if sent.is_err() {
@@ -617,76 +574,4 @@ fn inside<'a>(
     transaction
         .as_mut()
         .ok_or(Error::OutOfPlace { message, at })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crossbeam_channel::bounded;
-    use std::convert::Infallible;
-
-    fn batch(bytes: usize) -> Batch {
-        let mut batch = empty();
-        let body = |out: &mut Vec<u8>| {
-            out.resize(out.len() + bytes, b'x');
-            Ok::<(), Infallible>(())
-        };
-        let Ok(()) = batch.push_event("", Position::default(), |_| Ok(()), |_| Ok(()), body);
-        batch
-    }
-
-    #[test]
-    fn what_waits_for_the_publisher_is_bounded_in_bytes() {
-        for bytes in [100, BATCH_BYTES + 100, 2 * BATCH_BYTES, 14 * BATCH_BYTES] {
-            let (sender, receiver) = bounded(CHANNEL_BATCHES);
-            while CHANNEL_BATCHES - sender.len() >= (bytes / BATCH_BYTES).clamp(1, CHANNEL_BATCHES)
-            {
-                send(&sender, batch(bytes)).unwrap();
-            }
-            assert!(sender.is_full());
-            let waiting: usize = receiver.try_iter().map(|batch| batch.len_bytes()).sum();
-            let most = CHANNEL_BATCHES * (BATCH_BYTES + BATCH_SLACK);
-            assert!(
-                waiting <= most.max(bytes),
-                "{waiting} bytes of {bytes} each"
-            );
-        }
-    }
-
-    #[test]
-    fn of_large_batches_there_is_one_at_a_time() {
-        let (sender, receiver) = bounded(CHANNEL_BATCHES);
-        thread::scope(|scope| {
-            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1)));
-            let large = receiver.iter().find(|batch| !batch.is_empty());
-            // it looks whether anybody is there, and waits on
-            receiver.recv().unwrap();
-            assert!(large.is_some() && !sending.is_finished());
-            drop(large);
-            sending.join().unwrap().unwrap();
-            // or whoever took it is gone
-            let sending = scope.spawn(|| send(&sender, batch(LARGE_BATCH_BYTES + 1)));
-            let large = receiver.iter().find(|batch| !batch.is_empty());
-            drop(receiver);
-            assert!(sending.join().unwrap().is_err());
-            drop(large);
-        });
-    }
-
-    #[test]
-    fn a_batch_keeps_no_more_than_it_holds() {
-        for bytes in [100, BATCH_BYTES, 10 * BATCH_BYTES] {
-            let mut filled = batch(bytes);
-            let full = take(&mut filled);
-            assert_eq!((full.changes().len(), full.len_bytes()), (1, bytes));
-            assert!(full.room() < bytes + 1024, "{} bytes", full.room());
-            assert!(filled.is_empty() && filled.len_bytes() == 0);
-            assert_eq!(filled.room(), empty().room());
-        }
-        // one that had grown while its events were made
-        let mut filled = batch(10 * BATCH_BYTES);
-        filled.clear();
-        take(&mut filled);
-        assert_eq!(filled.room(), empty().room());
-    }
 }

@@ -106,6 +106,7 @@ impl Threads<'_> {
             is_first: true,
             resolved: self.resolved,
             earlier_upto: self.earlier_upto,
+            holds_last: self.config.transaction_headers,
         };
         let (read, published, fed_back, first) = thread::scope(|scope| {
             let source = &mut stream;

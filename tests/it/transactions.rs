@@ -1,9 +1,12 @@
 //! Transactions are relayed whole or not at all, whatever their size.
 
-use crate::rig::{DEADLINE, Rig, STREAM, UUID_SQL, uuid};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM, UUID_SQL, uuid};
+use crate::support::nats::Nats;
+use crate::support::natsclient::StreamMessage;
 use crate::support::oracle::{Event, Expected};
 use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
+use serde_json::json;
 
 /// SQL that inserts the events numbered so.
 fn insert(from: u64, to: u64) -> String {
@@ -123,4 +126,196 @@ fn two_hundred_thousand_rows_of_one_transaction_pass_through_bounded_memory() {
     expected.commit(0, events(1, ROWS));
     expected.check(&rig.messages()).assert_clean();
     assert_eq!(rig.nats.client().last_seq(STREAM), ROWS);
+}
+
+const MARKS: &str = "--transaction-headers";
+const TEXT_TABLE: &str =
+    "CREATE TABLE outbox (id text, aggregatetype text, aggregateid text, payload text)";
+
+/// SQL that inserts events of these ids.
+fn rows(kind: &str, ids: &[&str]) -> String {
+    let row = |id: &&str| format!("INSERT INTO outbox VALUES ('{id}', '{kind}', 'a', 'x');");
+    ids.iter().map(row).collect()
+}
+
+/// The ids of the messages that say that they are the last, and of how many.
+fn ends(messages: &[StreamMessage]) -> Vec<(&str, u64)> {
+    let ends = messages.iter().filter_map(|message| {
+        let count = message.header("Outbox-Transaction-End")?;
+        Some((message.id(), count.parse().expect("a number")))
+    });
+    ends.collect()
+}
+
+#[test]
+fn the_last_event_of_a_transaction_says_how_many_there_are() {
+    let rig = Rig::start_with_tables(&format!(
+        "{TEXT_TABLE}; ALTER TABLE outbox REPLICA IDENTITY FULL; CREATE TABLE other (n int)"
+    ));
+    let message = |id: &str| {
+        format!(
+            "SELECT pg_logical_emit_message(true, '{SLOT}', \
+             '{{\"id\": \"{id}\", \"aggregatetype\": \"account\", \"aggregateid\": \"a\", \"payload\": 1}}');"
+        )
+    };
+    rig.pg.execute(&rows("account", &["unmarked"]));
+    rig.drain(&[]);
+    assert_eq!(rig.messages()[0].header("Outbox-Transaction-End"), None);
+    rig.pg.execute(&rows("account", &["alone"]));
+    // what comes after the last event is none
+    rig.pg.execute(&format!(
+        "BEGIN; {} INSERT INTO other SELECT generate_series(1, 300); DELETE FROM outbox; \
+         SELECT pg_logical_emit_message(true, 'others', 'x'); COMMIT",
+        rows("account", &["1", "2", "3"])
+    ));
+    rig.pg.execute(&format!(
+        "BEGIN; {} {} {} {} COMMIT",
+        rows("account", &["row"]),
+        message("message"),
+        rows("account", &["another"]),
+        message("last"),
+    ));
+    rig.pg.execute(
+        "INSERT INTO outbox SELECT 'n' || n, 'account', 'a', 'x' FROM generate_series(1, 10000) AS n",
+    );
+    rig.drain(&[MARKS]);
+    let messages = rig.messages();
+    assert_eq!(messages.len(), 10_009);
+    let expected = [("alone", 1), ("3", 3), ("last", 4), ("n10000", 10_000)];
+    assert_eq!(ends(&messages), expected);
+}
+
+#[test]
+fn each_stream_of_a_transaction_has_its_end() {
+    let rig = Rig::start_with_tables(TEXT_TABLE);
+    rig.set_stream(&json!({ "subjects": ["events.account.>"] }));
+    rig.nats.client().add_stream("ORDERS", &["events.order.>"]);
+    let (account, order) = (
+        |ids: &[&str]| rows("account", ids),
+        |ids: &[&str]| rows("order", ids),
+    );
+    let many = |name: &str, count: u32| {
+        format!(
+            "INSERT INTO outbox SELECT '{name}' || n, 'order', 'a', 'x' FROM generate_series(1, {count}) AS n;"
+        )
+    };
+    rig.pg.execute(&format!(
+        "BEGIN; {} {} {} {} COMMIT",
+        account(&["a1"]),
+        order(&["o1"]),
+        account(&["a2"]),
+        order(&["o2", "o3"]),
+    ));
+    rig.pg.execute(&format!(
+        "BEGIN; {} {} COMMIT",
+        account(&["b1"]),
+        many("p", 5_000)
+    ));
+    // more than the relay holds behind an event
+    rig.pg.execute(&format!(
+        "BEGIN; {} {} COMMIT",
+        account(&["c1"]),
+        many("q", 30_000)
+    ));
+    rig.pg.execute(&account(&["d1"]));
+    rig.drain(&[MARKS]);
+    let orders = rig.nats.client().read_all("ORDERS");
+    assert_eq!(ends(&rig.messages()), [("a2", 2), ("b1", 1), ("d1", 1)]);
+    assert_eq!(
+        ends(&orders),
+        [("o3", 3), ("p5000", 5_000), ("q30000", 30_000)]
+    );
+}
+
+#[test]
+fn what_is_parked_or_dropped_makes_no_end_false() {
+    let rig = Rig::start_with_tables(TEXT_TABLE);
+    let parked = "jetstream_outbox.parked";
+    // the stream has what is parked, too
+    rig.set_stream(&json!({ "subjects": ["events.>", parked], "max_msg_size": 2000 }));
+    let null = |id: &str| format!("INSERT INTO outbox VALUES ('{id}', 'account', NULL, 'x');");
+    let large =
+        "INSERT INTO outbox VALUES ('large', 'account', 'a', repeat('x', 3000));".to_string();
+    for (of, last) in [("n", null("last")), ("l", large)] {
+        rig.pg.execute(&format!(
+            "BEGIN; {} {} {} {last} COMMIT",
+            rows("account", &[&format!("{of}1")]),
+            null(&format!("null-{of}")),
+            rows("account", &[&format!("{of}2")]),
+        ));
+    }
+    // the id is known: the event is dropped, first in the middle, then at the end
+    rig.pg.execute(&format!(
+        "BEGIN; {} COMMIT",
+        rows("account", &["c1", "n1", "c2"])
+    ));
+    rig.pg.execute(&format!(
+        "BEGIN; {} COMMIT",
+        rows("account", &["d1", "d2", "n1"])
+    ));
+    rig.pg.execute(&rows("account", &["e"]));
+    let log = rig.drain(&[MARKS, "--on-poison", "park"]);
+    assert!(
+        log.iter()
+            .any(|line| line.contains("an earlier one has used its id"))
+    );
+    let messages = rig.messages();
+    let parked = messages.iter().filter(|it| it.subject == parked).count();
+    assert_eq!((messages.len(), parked), (13, 4));
+    // what is refused or dropped as the last one is known too late
+    assert_eq!(ends(&messages), [("n2", 2), ("c2", 2), ("e", 1)]);
+}
+
+#[test]
+fn a_relay_that_is_killed_in_the_middle_of_a_transaction_ends_it_with_the_right_count() {
+    const ROWS: u64 = 100_000;
+    let rig = Rig::start();
+    rig.pg.execute(&insert(1, ROWS));
+    rig.pg.execute(&insert(ROWS + 1, ROWS + 2));
+    // slow enough to be killed in the middle
+    let args = [MARKS, "--inflight", "8"];
+    let mut count = 0;
+    for kills in [true, false] {
+        let mut relay = rig.relay(&args);
+        rig.wait_for_messages(count + 12_000);
+        match kills {
+            true => relay.kill(),
+            false => {
+                relay.term();
+                assert_eq!(relay.wait_exit(DEADLINE), 0);
+                let log = relay.log().join("\n");
+                assert!(!log.contains("not everything was acknowledged"), "{log}");
+            }
+        }
+        count = rig.nats.client().message_count(STREAM);
+        assert!(count < ROWS, "all was published before");
+    }
+    rig.drain(&[MARKS]);
+    let (last, next) = (uuid(ROWS), uuid(ROWS + 2));
+    let messages = rig.messages();
+    assert_eq!(ends(&messages), [(last.as_str(), ROWS), (next.as_str(), 2)]);
+    let mut expected = Expected::new();
+    expected.commit(0, events(1, ROWS));
+    expected.commit(0, events(ROWS + 1, ROWS + 2));
+    expected.check(&messages).assert_clean();
+}
+
+#[test]
+fn events_of_which_the_relay_holds_one_at_a_time_have_their_end() {
+    let rig = Rig {
+        pg: Postgres::start(),
+        nats: Nats::builder().config("max_payload: 8000000").build(),
+    };
+    rig.pg.execute(TEXT_TABLE);
+    rig.pg
+        .execute(&format!("CREATE PUBLICATION {SLOT} FOR ALL TABLES"));
+    rig.add_slot(SLOT);
+    rig.nats.client().add_seed_stream();
+    for (flags, name) in [(&[][..], "a"), (&[MARKS][..], "b")] {
+        rig.pg.execute(&format!(
+            "INSERT INTO outbox SELECT '{name}' || n, 'account', 'a', repeat('x', 2000000) FROM generate_series(1, 4) AS n"
+        ));
+        rig.drain(flags);
+    }
+    assert_eq!(ends(&rig.messages()), [("b4", 4)]);
 }

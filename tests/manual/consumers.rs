@@ -15,6 +15,8 @@ use std::time::Duration;
 
 const DEADLINE: Duration = secs(60);
 const STREAM: &str = "jetstream_outbox";
+/// The programs in Python, by their place in the chapter.
+const PYTHON: [&str; 2] = ["reader.py", "transactions.py"];
 /// Entities that the events are of.
 const ACCOUNTS: u64 = 7;
 
@@ -37,13 +39,15 @@ struct Stage {
 }
 
 impl Stage {
-    fn start(language: &str, file: &str, libraries: &Path) -> Stage {
+    fn start(language: &str, files: &[&str], libraries: &Path) -> Stage {
         let text = chapter("10_consuming.md");
         let blocks = text.blocks();
-        let mut programs = blocks.iter().filter(|block| block.info == language);
-        let program = programs.next().expect("a program in this language");
+        let programs = blocks.iter().filter(|block| block.info == language);
         let folder = tempfile::tempdir().expect("a folder");
-        std::fs::write(folder.path().join(file), &program.body).expect("write the program");
+        assert_eq!(programs.clone().count(), files.len());
+        for (program, file) in programs.zip(files) {
+            std::fs::write(folder.path().join(file), &program.body).expect("write the program");
+        }
         // node looks for modules beside the program
         std::os::unix::fs::symlink(
             libraries.join("node_modules"),
@@ -79,7 +83,16 @@ impl Stage {
         self.nats.client().publish("events.foreign", &[], b"x");
         let (db, nats) = (self.pg.url("postgres", "postgres"), self.nats.url());
         let drained = command::run(
-            &["-drain", "-db", &db, "-nats", &nats, "-hold-back", "0"],
+            &[
+                "-drain",
+                "-db",
+                &db,
+                "-nats",
+                &nats,
+                "-hold-back",
+                "0",
+                "-transaction-headers",
+            ],
             &[],
         );
         assert_eq!(drained.code, 0, "{}", drained.stderr);
@@ -132,7 +145,7 @@ fn ids(numbers: impl Iterator<Item = u64>) -> String {
 #[test]
 fn the_consumer_that_keeps_its_place_applies_each_event_once_in_order() {
     let Some(libraries) = libraries() else { return };
-    let mut stage = Stage::start("python", "reader.py", &libraries);
+    let mut stage = Stage::start("python", &PYTHON, &libraries);
     let run = |stage: &Stage| stage.consume("python3", "reader.py", &libraries);
     stage.publish(300);
     let reader = run(&stage);
@@ -180,9 +193,40 @@ fn the_consumer_that_keeps_its_place_applies_each_event_once_in_order() {
 }
 
 #[test]
+fn the_consumer_of_whole_transactions_applies_each_as_one() {
+    let Some(libraries) = libraries() else { return };
+    let mut stage = Stage::start("python", &PYTHON, &libraries);
+    let run = |stage: &Stage| stage.consume("python3", "transactions.py", &libraries);
+    stage.publish(300);
+    let reader = run(&stage);
+    stage.wait_for("ledger", 50);
+    drop(reader);
+    let reader = run(&stage);
+    // the last one, too, of which nothing but the mark says that it is whole
+    stage.wait_for("ledger", stage.written);
+    drop(reader);
+    stage.pg.execute("UPDATE reader_stream SET sequence = 0");
+    stage.publish(5);
+    let reader = run(&stage);
+    stage.wait_for("ledger", stage.written);
+    drop(reader);
+    let found = stage.column("SELECT string_agg(id, ' ' ORDER BY line) FROM ledger");
+    assert_eq!(found, ids(1..=stage.written));
+    // two events each
+    let whole = "SELECT count(*) FROM ledger AS one JOIN ledger AS two \
+                 ON one.body::int + 1 = two.body::int AND one.xmin = two.xmin WHERE one.body::int % 2 = 1";
+    assert_eq!(
+        stage.pg.scalar::<i64>(whole),
+        Some(stage.written as i64 / 2)
+    );
+    let all = "SELECT count(DISTINCT xmin::text) FROM ledger";
+    assert_eq!(stage.pg.scalar::<i64>(all), Some(stage.written as i64 / 2));
+}
+
+#[test]
 fn the_workers_that_keep_ids_apply_each_event_once() {
     let Some(libraries) = libraries() else { return };
-    let mut stage = Stage::start("js", "workers.mjs", &libraries);
+    let mut stage = Stage::start("js", &["workers.mjs"], &libraries);
     let run = |stage: &Stage| stage.consume("node", "workers.mjs", &libraries);
     stage.publish(300);
     let workers = run(&stage);

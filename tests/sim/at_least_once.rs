@@ -40,6 +40,7 @@ fn capacity(stream: &Stream) -> Capacity {
         max_payload: 1 << 20,
         position_source_len: 8,
         puts_aside: false,
+        marks_ends: false,
     }
 }
 
@@ -122,6 +123,7 @@ impl World {
                         expected_last: None,
                         expected_stream: None,
                         is_late: false,
+                        transaction_end: None,
                         sent: self.now,
                         routed: self.now,
                     });

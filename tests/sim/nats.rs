@@ -1,7 +1,7 @@
 //! JetStream, as far as the relay can tell it from the real one: streams that check what a publish expects and remember
 //! message ids, and the checkpoint's key.
 
-use crate::postgres::{PARK_SUBJECT, TOPICS};
+use crate::postgres::{PARK_SUBJECT, PARKED, TOPICS};
 use jetstream_outbox::jetstream::ack::{AckError, ApiError, Origin, PubAck};
 use jetstream_outbox::jetstream::streams::{StreamConfig, StreamInfo, StreamState};
 use jetstream_outbox::outbox::position::SourcePosition;
@@ -31,6 +31,7 @@ pub struct Flight {
     pub expected_last: Option<String>,
     pub expected_stream: Option<String>,
     pub is_late: bool,
+    pub transaction_end: Option<u64>,
     pub sent: Instant,
     /// When its relay was told where the topics lead.
     pub routed: Instant,
@@ -158,6 +159,7 @@ impl Stream {
                 expected_last_sequence: Some(self.last_seq),
                 copied_from: None,
                 is_late: flight.is_late,
+                is_parked: flight.topic == PARKED,
             },
             now,
             true,

@@ -571,6 +571,8 @@ impl World {
                         env,
                         "a copy of {:?} in {}", message.id, env.streams[index].name
                     );
+                    let id = message.id.clone().unwrap_or_default();
+                    env.copied.insert((env.streams[index].serial, id));
                     let message = Message {
                         expected_last_sequence: None,
                         copied_from: (fault == Fault::Copy).then_some(from),

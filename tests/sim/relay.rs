@@ -418,6 +418,7 @@ impl Relay {
                 max_payload: MAX_PAYLOAD,
                 position_source_len: session.lineage.source.to_string().len(),
                 puts_aside: true,
+                marks_ends: env.marks_ends(self.name),
             },
             missing,
         };
@@ -777,18 +778,26 @@ impl Relay {
                             .filter(|_| !env.is_off(Rule::StreamName))
                             .map(|name| name.to_string()),
                         is_late: publish.is_late && !env.is_off(Rule::Late),
+                        transaction_end: match env.is_off(Rule::TransactionEnd) {
+                            true => Some(1),
+                            false => publish.transaction_end,
+                        },
                         sent: now,
                         routed: self.up_since,
                     };
                     trace!(
                         env,
-                        "relay {}: publishes {} {} to {} at {:?}{}",
+                        "relay {}: publishes {} {} to {} at {:?}{}{}",
                         self.name,
                         flight.id,
                         event.position,
                         event.subject,
                         flight.expected,
-                        if flight.is_late { ", late" } else { "" }
+                        if flight.is_late { ", late" } else { "" },
+                        match flight.transaction_end {
+                            Some(count) => format!(", the last of {count}"),
+                            None => String::new(),
+                        }
                     );
                     if now > *self.unrecorded.get_or_insert(now) + LONGEST_UNRECORDED {
                         let why = "much is published that the record lacks";

@@ -45,6 +45,9 @@ pub struct Copy {
     /// The stream's serial, and the sequence.
     pub at: (u64, u64),
     pub state: State,
+    is_parked: bool,
+    is_late: bool,
+    transaction_end: Option<u64>,
 }
 
 /// What became of an event.
@@ -68,7 +71,16 @@ impl Story {
     }
 }
 
+/// Which relays mark the end of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Marks {
+    All,
+    None,
+    EverySecond,
+}
+
 pub struct Env {
+    marks: Marks,
     /// The rule that is not followed.
     off: Option<Rule>,
     /// The slot was moved to this LSN, beyond what the record of this writer told.
@@ -113,6 +125,8 @@ pub struct Env {
     pub has_lost: bool,
     pub has_regressed: bool,
     pub has_deleted_streams: bool,
+    /// Something else has answered, so that an event seemed to be gone.
+    was_misled: bool,
     /// `created` has changed of a stream that is the same: where the witness is gone, nothing tells.
     pub has_other_created: bool,
     /// Those of each writer.
@@ -121,6 +135,8 @@ pub struct Env {
     pub key_was_touched: bool,
     /// A message of ours without a fence is no copy, for all that is known.
     pub has_bare_copies: bool,
+    /// What was copied: to this stream, under this id.
+    pub copied: HashSet<(u64, String)>,
     pub has_foreign: bool,
     /// Streams that have left the prefix for a while.
     pub left: HashSet<u64>,
@@ -450,10 +466,15 @@ impl Env {
         }
         let event = story.event.clone();
         let was_lost = story.copies.iter().any(|copy| copy.state == State::Lost);
+        let was_gone = story.copies.iter().any(|copy| copy.state == State::Gone);
         story.copies.push(Copy {
             at,
             state: State::There,
+            is_parked: flight.topic == PARKED,
+            is_late: flight.is_late,
+            transaction_end: flight.transaction_end,
         });
+        self.check_mark(flight, at, was_gone)?;
         let is_refused = event.is_large || event.is_mystery || event.ends.is_some();
         let is_poison = event.topic == PARKED || is_refused;
         if flight.topic == PARKED && !is_poison {
@@ -482,7 +503,7 @@ impl Env {
         let same = self.by_id.get(&event.id).into_iter().flatten();
         let same = same.filter_map(|uid| self.stories.get(uid));
         let mut same = same.filter(|it| it.event.position == position);
-        let was_gone = same.any(|it| it.copies.iter().any(|copy| copy.state == State::Gone));
+        let first_is_gone = same.any(|it| it.copies.iter().any(|copy| copy.state == State::Gone));
         let lineage = self.pg.lineage();
         let Some(stream) = self.streams.iter().find(|it| it.serial == at.0) else {
             return Ok(());
@@ -509,7 +530,7 @@ impl Env {
             // they were on their way to another stream, and fitted the end of this one
             || later.iter().all(|(_, topic)| self.moved[*topic].is_some())
             // somebody has taken it, and the server has forgotten it
-            || was_gone
+            || first_is_gone
             // others have passed while it was refused, before it was parked
             || event.is_mystery
             || event.ends.is_some()
@@ -523,6 +544,131 @@ impl Env {
                 "out of order: {} at {} comes after {seq}, which is later",
                 flight.id, at.1
             ));
+        }
+        Ok(())
+    }
+
+    /// The relay of this name marks the end of a transaction.
+    pub fn marks_ends(&self, relay: u64) -> bool {
+        match self.marks {
+            Marks::All => true,
+            Marks::None => false,
+            Marks::EverySecond => relay.is_multiple_of(2),
+        }
+    }
+
+    /// The copies of each of the transaction's events in the stream, but those that are parked or lost. Nothing tells an event from
+    /// the one that a restored server has repeated.
+    fn share(&self, transaction: &Transaction, stream: u64) -> Vec<Vec<&Copy>> {
+        let is_event =
+            |copy: &&Copy| copy.at.0 == stream && !copy.is_parked && copy.state != State::Lost;
+        let copies = transaction.events.iter().map(|event| {
+            let same = self.by_id.get(&event.id).into_iter().flatten();
+            let same = same.filter_map(|uid| self.stories.get(uid));
+            let same = same.filter(|it| it.event.position == event.position);
+            same.flat_map(|it| &it.copies).filter(is_event).collect()
+        });
+        copies
+            .filter(|copies: &Vec<_>| !copies.is_empty())
+            .collect()
+    }
+
+    /// A mark is never false: its count is right, and no event comes after it.
+    fn check_mark(&self, flight: &Flight, at: (u64, u64), was_gone: bool) -> Result<(), End> {
+        let commit_lsn = flight.position.position.commit_lsn;
+        let transaction = self.pg.transactions.iter().find(|it| {
+            let is_it = |event: &Rc<Event>| event.uid == flight.uid;
+            it.commit_lsn == commit_lsn && it.events.iter().any(is_it)
+        });
+        let Some(transaction) = transaction.filter(|_| flight.topic != PARKED) else {
+            return Ok(());
+        };
+        let share = self.share(transaction, at.0);
+        let is_there = |copies: &&Vec<&Copy>| copies.iter().any(|it| it.state == State::There);
+        // what is gone may be known or not, and a copy may be taken for the event
+        let is_copied = |event: &&Rc<Event>| self.copied.contains(&(at.0, event.id.clone()));
+        let copied = transaction.events.iter().filter(is_copied).count();
+        let counts = share.iter().filter(is_there).count()..=share.len() + copied;
+        let topics = transaction.events.iter().map(|event| event.topic);
+        let moved = topics.filter_map(|topic| self.moved[topic]);
+        let (mut moved, was_moved) = (moved.clone(), moved.count() > 0);
+        let has_strayed = moved.any(|at| at >= flight.routed);
+        if let Some(count) = flight.transaction_end
+            && !counts.contains(&(count as usize))
+            && !has_strayed
+            && !self.was_accepted
+            && !self.is_behind_a_copy(transaction, at)
+        {
+            return Err(End::Broken(format!(
+                "mark: {} is the last of {count}, but {counts:?} are there",
+                flight.id,
+            )));
+        }
+        // it was dropped, and is not now that its id is forgotten
+        let was_dropped = self.by_id.get(&flight.id).is_none_or(|all| all.len() > 1);
+        let is_excused = was_moved || was_gone || was_dropped || self.flags_changed;
+        // what was deleted may have been lost since
+        let is_left = |copy: &Copy| copy.state == State::There || !self.has_regressed;
+        let is_marked =
+            |copy: &&&Copy| copy.at.1 < at.1 && copy.transaction_end.is_some() && is_left(copy);
+        let marked = share.iter().flatten().find(is_marked);
+        if let Some(copy) = marked.filter(|_| !is_excused) {
+            return Err(End::Broken(format!(
+                "mark: {} comes after that at {:?}",
+                flight.id, copy.at
+            )));
+        }
+        Ok(())
+    }
+
+    /// In the place of the event before is a copy of one of the transaction's, with its id: for the fence it is that event.
+    fn is_behind_a_copy(&self, transaction: &Transaction, at: (u64, u64)) -> bool {
+        let stream = self.streams.iter().find(|it| it.serial == at.0);
+        let before = stream.and_then(|it| it.messages.get(&(at.1 - 1)));
+        let id = before
+            .filter(|it| it.uid.is_none())
+            .and_then(|it| it.message.id.as_ref());
+        id.is_some_and(|id| transaction.events.iter().any(|event| event.id == *id))
+    }
+
+    /// Each transaction has its mark in each stream, but for those that something has come between.
+    fn check_marks(&self) -> Result<(), String> {
+        let is_excused = self.marks != Marks::All
+            || self.off.is_some()
+            || self.flags_changed
+            || self.has_other_created
+            || self.was_misled
+            || self.was_accepted;
+        for transaction in self.pg.transactions.iter().filter(|_| !is_excused) {
+            let is_plain = |event: &Rc<Event>| {
+                let story = self.stories.get(&event.uid);
+                let story =
+                    story.filter(|_| self.by_id.get(&event.id).is_some_and(|all| all.len() == 1));
+                let is_refused = event.is_large || event.is_mystery || event.ends.is_some();
+                let was_moved = self.moved[event.topic].is_some();
+                story.is_some_and(|it| match it.copies.as_slice() {
+                    [] => event.fate == Fate::Lose,
+                    [copy] => copy.state == State::There && !copy.is_late,
+                    _ => false,
+                }) && !is_refused
+                    && !was_moved
+            };
+            if !transaction.events.iter().all(is_plain) {
+                continue;
+            }
+            for stream in &self.streams {
+                let share = self.share(transaction, stream.serial);
+                let last = share.iter().flatten().max_by_key(|copy| copy.at.1);
+                if let Some(last) = last.filter(|it| it.transaction_end != Some(share.len() as u64))
+                {
+                    return Err(format!(
+                        "mark: none at {:?}, the last of {} of {}",
+                        last.at,
+                        share.len(),
+                        transaction.commit_lsn
+                    ));
+                }
+            }
         }
         Ok(())
     }
@@ -714,6 +860,11 @@ impl World {
             _ => {}
         }
         let mut env = Env {
+            marks: match seed % 5 {
+                0 => Marks::None,
+                1 => Marks::EverySecond,
+                _ => Marks::All,
+            },
             off,
             moved_slot: None,
             was_accepted: false,
@@ -746,10 +897,12 @@ impl World {
             has_lost: false,
             has_regressed: false,
             has_deleted_streams: false,
+            was_misled: false,
             has_other_created: false,
             settings: HashMap::new(),
             key_was_touched: false,
             has_bare_copies: false,
+            copied: HashSet::new(),
             has_foreign: false,
             left: HashSet::new(),
             trace: traced.then(Vec::new),
@@ -949,6 +1102,7 @@ impl World {
             }
             if self.env.pg.confirmed == self.env.pg.wal_end {
                 self.env.check_all()?;
+                self.env.check_marks()?;
                 return Ok(Ended::AllStored);
             }
         }
@@ -1071,6 +1225,7 @@ pub fn serve(env: &mut Env, relay: &mut Relay) -> Result<(), End> {
             true => {
                 let seq = env.rng.u64(1..1_000) + 100_000;
                 trace!(env, "another answers {} with {seq}", flight.id);
+                env.was_misled = true;
                 answer.map(|(ack, origin)| (PubAck { seq, ..ack }, origin))
             }
             false => answer,

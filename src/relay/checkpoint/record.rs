@@ -84,6 +84,9 @@ pub struct StreamCut {
     /// An earlier one, which must be there, too: it was not seen again since the publish after it, which did not name it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unseen: Option<Witness>,
+    /// So many events of the anchor's transaction, the anchor and those before it, are in it; `None`: not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<u64>,
 }
 
 impl StreamCut {
@@ -285,6 +288,7 @@ pub(crate) mod tests {
                     position: format!("s 1 2 {} 1", Lsn(lsn)).parse().unwrap(),
                 }),
                 unseen: None,
+                share: None,
             }],
             quiescent: false,
             lenient_upto: Lsn::INVALID,

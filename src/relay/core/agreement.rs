@@ -147,6 +147,7 @@ mod tests {
     use crate::postgres::Lsn;
     use crate::relay::checkpoint::record::StreamCut;
     use crate::relay::core::resume::facts::StreamFacts;
+    use crate::relay::core::window::Stored;
 
     fn source() -> Source {
         Source {
@@ -183,12 +184,13 @@ mod tests {
                 read_after: 7,
                 witness,
                 unseen: None,
+                share: None,
             };
             let facts = StreamFacts {
                 last_seq: 7,
                 ..StreamFacts::default()
             };
-            Stream::new(cut, facts, 100)
+            Stream::new(cut, facts, 100, Lsn::INVALID)
         };
         let witness = Witness {
             seq: 7,
@@ -262,7 +264,12 @@ mod tests {
         agreement.ask(&streams, &lineage(), now);
         streams[1].fence.extend(0);
         streams[1].on_ack(7, later);
-        streams[1].on_resolved(8, later);
+        let stored = Stored {
+            stream: 1,
+            seq: 8,
+            counts: true,
+        };
+        streams[1].on_resolved(stored, later);
         let found = Message {
             seq: 7,
             position: Some(at(1)),

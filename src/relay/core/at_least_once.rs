@@ -124,6 +124,7 @@ impl AtLeastOnce {
                 expected_last: None,
                 expected_stream: None,
                 is_late: false,
+                transaction_end: None,
             }));
         }
         self.settle();

@@ -15,6 +15,8 @@ pub struct Capacity {
     pub position_source_len: usize,
     /// What is too large is parked or given up, and does not halt the relay.
     pub puts_aside: bool,
+    /// The last event of a transaction in each stream says so.
+    pub marks_ends: bool,
 }
 
 /// An event is larger than may go.
@@ -78,6 +80,7 @@ mod tests {
             max_payload: 1000,
             position_source_len: 10,
             puts_aside: false,
+            marks_ends: false,
         }
     }
 

@@ -71,6 +71,13 @@ pub enum Broken {
         /// Where Postgres is.
         at: Lsn,
     },
+    /// The WAL ends before what was stored, events or not.
+    EndsBeforeStored {
+        /// Its end.
+        wal_end: Lsn,
+        /// Up to here everything was stored.
+        stored_lsn: Lsn,
+    },
     /// The WAL ends here, before the anchor.
     WalEndsBefore {
         /// The anchor.
@@ -122,12 +129,19 @@ impl Continuity {
         wal_end: Lsn,
         flags: Flags,
     ) -> Result<Continuity, Broken> {
-        let anchor = &resumed.anchor;
-        let is_empty = resumed.is_empty(&flags) && !resumed.is_lenient();
+        let (anchor, stored_lsn) = (&resumed.anchor, resumed.stored_lsn);
+        let continuity = Continuity::new(anchor, confirmed_lsn, wal_end, flags)?;
+        if stored_lsn > wal_end {
+            return Err(Broken::EndsBeforeStored {
+                wal_end,
+                stored_lsn,
+            });
+        }
+        let is_empty = resumed.is_empty(&continuity.flags) && !resumed.is_lenient();
         Ok(Continuity {
-            empty: is_empty.then(|| (anchor.clone(), resumed.stored_lsn)),
+            empty: is_empty.then(|| (anchor.clone(), stored_lsn)),
             lenient_until: resumed.is_lenient().then_some(wal_end),
-            ..Continuity::new(anchor, confirmed_lsn, wal_end, flags)?
+            ..continuity
         })
     }
 

@@ -23,6 +23,8 @@ pub struct Message {
     pub copied_from: Option<String>,
     /// `Outbox-Late`: it was published after later events.
     pub is_late: bool,
+    /// `Outbox-Parked`: it is a parked event.
+    pub is_parked: bool,
 }
 
 impl Message {
@@ -67,6 +69,8 @@ pub struct Found {
     /// Its sequence there.
     pub seq: u64,
     id_hash: u64,
+    /// It is parked there.
+    pub is_parked: bool,
 }
 
 /// Events in the order of their positions.
@@ -79,12 +83,12 @@ pub struct Evidence {
 /// What the evidence says of the next event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is in this stream, at this sequence.
-    Stored(usize, u64),
+    /// It is there.
+    Stored(Found),
     /// It is in none.
     Publish,
-    /// Another event is at its position, in this stream, at this sequence.
-    OtherId(usize, u64),
+    /// Another event is there, at its position.
+    OtherId(Found),
     /// A stream holds an event of before it that Postgres did not send.
     NotSent(Found),
 }
@@ -96,14 +100,15 @@ fn hash(id: &str) -> u64 {
 }
 
 impl Evidence {
-    /// An event is in a stream.
-    pub fn add(&mut self, position: Position, stream: usize, seq: u64, id: &str) {
+    /// An event is in a stream, as this message.
+    pub fn add(&mut self, position: Position, stream: usize, message: &Message) {
         self.is_sorted = false;
         self.found.push(Found {
             position,
             stream,
-            seq,
-            id_hash: hash(id),
+            seq: message.seq,
+            id_hash: hash(message.id.as_deref().unwrap_or_default()),
+            is_parked: message.is_parked,
         });
     }
 
@@ -121,8 +126,8 @@ impl Evidence {
                 let next = self.found.iter().rev();
                 let mut at_it = next.take_while(|it| it.position == position);
                 match at_it.find(|it| it.id_hash == hash(id)) {
-                    Some(stored) => Verdict::Stored(stored.stream, stored.seq),
-                    None => Verdict::OtherId(found.stream, found.seq),
+                    Some(stored) => Verdict::Stored(*stored),
+                    None => Verdict::OtherId(*found),
                 }
             }
             std::cmp::Ordering::Greater => Verdict::Publish,
@@ -241,20 +246,43 @@ mod tests {
         assert_eq!(copy.copy_of_ours(&lineage()), Some((at(0x900, 1), "A")));
     }
 
+    fn add(evidence: &mut Evidence, position: Position, stream: usize, seq: u64, id: &str) {
+        let message = Message {
+            seq,
+            id: Some(id.into()),
+            ..Message::default()
+        };
+        evidence.add(position, stream, &message);
+    }
+
+    /// Whether the event is stored there, or another one is.
+    fn verdict(
+        evidence: &mut Evidence,
+        position: Position,
+        id: &str,
+    ) -> Option<(bool, usize, u64)> {
+        match evidence.verdict(position, id) {
+            Verdict::Stored(it) => Some((true, it.stream, it.seq)),
+            Verdict::OtherId(it) => Some((false, it.stream, it.seq)),
+            Verdict::Publish => None,
+            Verdict::NotSent(found) => panic!("{found:?} was not asked for"),
+        }
+    }
+
     #[test]
     fn each_event_is_found_by_its_position_in_whatever_stream() {
         let mut evidence = Evidence::default();
-        evidence.add(at(30, 1), 1, 9, "c");
-        evidence.add(at(10, 2), 0, 4, "a");
+        add(&mut evidence, at(30, 1), 1, 9, "c");
+        add(&mut evidence, at(10, 2), 0, 4, "a");
         // there twice: the first message counts
-        evidence.add(at(10, 2), 0, 3, "a");
-        evidence.add(at(20, 1), 1, 8, "b");
+        add(&mut evidence, at(10, 2), 0, 3, "a");
+        add(&mut evidence, at(20, 1), 1, 8, "b");
         assert_eq!(evidence.lowest_seq(1), Some(8));
-        assert_eq!(evidence.verdict(at(10, 1), "x"), Verdict::Publish);
-        assert_eq!(evidence.verdict(at(10, 2), "a"), Verdict::Stored(0, 3));
-        assert_eq!(evidence.verdict(at(10, 2), "z"), Verdict::OtherId(0, 3));
+        assert_eq!(verdict(&mut evidence, at(10, 1), "x"), None);
+        assert_eq!(verdict(&mut evidence, at(10, 2), "a"), Some((true, 0, 3)));
+        assert_eq!(verdict(&mut evidence, at(10, 2), "z"), Some((false, 0, 3)));
         evidence.forget_upto(at(10, 2));
-        assert_eq!(evidence.verdict(at(20, 1), "b"), Verdict::Stored(1, 8));
+        assert_eq!(verdict(&mut evidence, at(20, 1), "b"), Some((true, 1, 8)));
         // Postgres has not sent what the stream has
         let Verdict::NotSent(found) = evidence.verdict(at(25, 1), "d") else {
             panic!("an event of the stream was passed over");
@@ -262,17 +290,20 @@ mod tests {
         assert_eq!((found.position, found.seq), (at(20, 1), 8));
         evidence.forget_upto(at(30, 1));
         assert!(evidence.is_empty());
-        assert_eq!(evidence.verdict(at(40, 1), "e"), Verdict::Publish);
+        assert_eq!(verdict(&mut evidence, at(40, 1), "e"), None);
     }
 
     #[test]
     fn an_event_is_stored_also_where_one_of_another_wal_has_its_position() {
         let mut evidence = Evidence::default();
-        evidence.add(at(10, 1), 0, 1, "undone");
-        evidence.add(at(10, 1), 0, 5, "a");
-        assert_eq!(evidence.verdict(at(10, 1), "a"), Verdict::Stored(0, 5));
-        assert_eq!(evidence.verdict(at(10, 1), "undone"), Verdict::Stored(0, 1));
-        assert_eq!(evidence.verdict(at(10, 1), "b"), Verdict::OtherId(0, 1));
+        add(&mut evidence, at(10, 1), 0, 1, "undone");
+        add(&mut evidence, at(10, 1), 0, 5, "a");
+        assert_eq!(verdict(&mut evidence, at(10, 1), "a"), Some((true, 0, 5)));
+        assert_eq!(
+            verdict(&mut evidence, at(10, 1), "undone"),
+            Some((true, 0, 1))
+        );
+        assert_eq!(verdict(&mut evidence, at(10, 1), "b"), Some((false, 0, 1)));
         evidence.forget_upto(at(10, 1));
         assert!(evidence.is_empty());
     }

@@ -20,7 +20,7 @@ use super::resume::Resumed;
 use super::resume::facts::StreamFacts;
 use super::stream::Stream;
 use super::trouble::{Cause, Halt, Trouble};
-use super::window::{Commit, Limits, Resolved, Window};
+use super::window::{After, Commit, Limits, Resolved, State, Stored, Window};
 use super::{Next, Tally};
 use crate::jetstream::wire::{self, Publish};
 use crate::outbox::batch::{Batch, Event, Fate};
@@ -109,14 +109,27 @@ enum Asked {
 
 /// What is to be done with the event at the cursor.
 enum Judged {
-    Resolved(Option<(usize, u64)>),
-    /// To this stream; there is room for the headers that a publish can do without.
+    Resolved(Option<Stored>),
+    /// To this stream; there is room for the headers that a publish can do without; it is the last one of its transaction there.
     Publish {
         stream: usize,
         has_room: bool,
+        is_last: bool,
     },
     Wait,
     Other(Next),
+}
+
+/// What comes after the event at the cursor for its stream. One that is put aside or given up is none, if that is known.
+fn after(window: &mut Window, capacity: &Capacity, index: usize) -> After {
+    window.after(|pending| match pending.state {
+        State::Unsent if pending.event.fate() == Fate::Publish => {
+            capacity.routes.route(pending.event.subject()) == Some(index)
+        }
+        State::Sent { stream, .. } => stream == index,
+        State::Resolved(Some(stored)) => stored.stream == index && stored.counts,
+        State::Unsent | State::Resolved(None) => false,
+    })
 }
 
 impl ExactlyOnce {
@@ -184,8 +197,11 @@ impl ExactlyOnce {
             resumed,
             streams: facts,
             capacity,
-            missing,
+            mut missing,
         } = connection;
+        // the next cut has another anchor
+        missing.iter_mut().for_each(|stream| stream.share = None);
+        let anchor = resumed.anchor.position.commit_lsn;
         self.elsewhere.on_connect(&capacity.routes);
         let mut evidence = resumed.evidence;
         if let Some(commit_lsn) = self.continuity.lenient_until() {
@@ -207,7 +223,7 @@ impl ExactlyOnce {
         let foreign = resumed.foreign.into_iter();
         let streams = resumed.streams.into_iter().zip(facts).zip(foreign);
         let streams = streams.map(|((cut, facts), foreign)| {
-            let mut stream = Stream::new(cut, facts, self.replies);
+            let mut stream = Stream::new(cut, facts, self.replies, anchor);
             if foreign > 0 {
                 stream.foreign_at = Some(now);
             }
@@ -275,8 +291,12 @@ impl ExactlyOnce {
             let judged = self.judge(now)?;
             match self.alone(judged, now) {
                 Judged::Resolved(stored) => self.window.resolve_at_cursor(stored),
-                Judged::Publish { stream, has_room } => {
-                    let publish = self.publish(stream, has_room, now);
+                Judged::Publish {
+                    stream,
+                    has_room,
+                    is_last,
+                } => {
+                    let publish = self.publish(stream, has_room, is_last, now);
                     return Ok(publish.map_or(Next::Nothing, Next::Publish));
                 }
                 Judged::Other(next) => return Ok(next),
@@ -349,7 +369,7 @@ impl ExactlyOnce {
     }
 
     /// Where the event is, by the evidence. R4.
-    fn find(&mut self, event: &Event) -> Result<Option<(usize, u64)>, Trouble> {
+    fn find(&mut self, event: &Event) -> Result<Option<Stored>, Trouble> {
         let Some(connected) = &mut self.connection else {
             return Ok(None);
         };
@@ -371,22 +391,26 @@ impl ExactlyOnce {
         loop {
             match connected.evidence.verdict(position, event.id()) {
                 Verdict::Publish => return Ok(None),
-                Verdict::OtherId(..) if self.continuity.is_lenient() => {
+                Verdict::OtherId(_) if self.continuity.is_lenient() => {
                     connected.evidence.forget_upto(position);
                     return Ok(None);
                 }
-                Verdict::OtherId(stream, _) if !is_other => {
+                Verdict::OtherId(found) if !is_other => {
                     return Err(Trouble::Halt(Halt::OtherId {
-                        stream: name(&connected.streams, stream),
+                        stream: name(&connected.streams, found.stream),
                         position,
                         id: event.id().to_string(),
                     }));
                 }
-                Verdict::Stored(stream, seq) | Verdict::OtherId(stream, seq) => {
-                    if let Some(stream) = connected.streams.get_mut(stream) {
+                Verdict::Stored(found) | Verdict::OtherId(found) => {
+                    if let Some(stream) = connected.streams.get_mut(found.stream) {
                         stream.latest = stream.latest.max(position);
                     }
-                    return Ok(Some((stream, seq)));
+                    return Ok(Some(Stored {
+                        stream: found.stream,
+                        seq: found.seq,
+                        counts: !found.is_parked,
+                    }));
                 }
                 Verdict::NotSent(found) => {
                     let mut events = self.window.events();
@@ -445,6 +469,16 @@ impl ExactlyOnce {
                 to: seq,
             }));
         }
+        let is_last = connected.capacity.marks_ends && event.fate() == Fate::Publish;
+        let is_last = match is_last.then(|| after(&mut self.window, &connected.capacity, index)) {
+            Some(After::Unknown) => return Ok(Judged::Wait),
+            Some(After::End) => true,
+            Some(After::More) | None => false,
+        };
+        // R25: in a replicated stream it could pass one that is refused
+        if is_last && stream.is_replicated && self.window.is_on_its_way(index) {
+            return Ok(Judged::Wait);
+        }
         // R14
         if !self.gate.may_publish(stream.is_recorded, now) || !stream.has_room(now) {
             return Ok(Judged::Wait);
@@ -455,12 +489,19 @@ impl ExactlyOnce {
             Ok(spare) => Judged::Publish {
                 stream: index,
                 has_room: spare >= extra_len,
+                is_last: is_last && spare >= extra_len + wire::TRANSACTION_END_LEN,
             },
             Err(too_large) => too_large,
         })
     }
 
-    fn publish(&mut self, index: usize, has_room: bool, now: Instant) -> Option<Publish> {
+    fn publish(
+        &mut self,
+        index: usize,
+        has_room: bool,
+        is_last: bool,
+        now: Instant,
+    ) -> Option<Publish> {
         let (token, pending) = self.window.at_cursor()?;
         let event = pending.event.clone();
         let connected = self.connection.as_mut()?;
@@ -474,6 +515,10 @@ impl ExactlyOnce {
         // R17: whoever reads the stream back stops at what is not late
         let position = event.position();
         let is_late = position < stream.latest || connected.evidence.has_after(position, index);
+        // R25: of a late one others have passed, of this transaction or of later ones
+        let share = stream.share(position.commit_lsn);
+        let share = share.filter(|_| is_last && !is_late);
+        let transaction_end = share.map(|before| before + self.window.share(index) + 1);
         stream.names_it &= has_room;
         let expected_stream = stream.names_it.then(|| stream.name().into());
         connected.is_parking = event.fate() == Fate::Park;
@@ -489,6 +534,7 @@ impl ExactlyOnce {
             expected_last,
             expected_stream,
             is_late: is_late && has_room,
+            transaction_end,
         })
     }
 
@@ -502,14 +548,14 @@ impl ExactlyOnce {
                         if !connected.evidence.is_empty() {
                             connected.evidence.forget_upto(position);
                         }
-                        if let Some((index, seq)) = stored
-                            && let Some(stream) = connected.streams.get_mut(index)
+                        if let Some(stored) = stored
+                            && let Some(stream) = connected.streams.get_mut(stored.stream)
                         {
-                            stream.on_resolved(seq, position);
+                            stream.on_resolved(stored, position);
                         }
                     }
                     if position > self.reached.before {
-                        self.reached.event = Some(event);
+                        self.reached.event = Some(event.into_named());
                     }
                 }
                 Resolved::Boundary(boundary) => {

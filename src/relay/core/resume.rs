@@ -188,7 +188,7 @@ pub struct Resume {
     unfenced: Option<(usize, Position)>,
     foreign: Vec<u64>,
     /// Copies of our messages, by the stream that they come from.
-    copies: HashMap<String, Vec<(Position, usize, u64, String)>>,
+    copies: HashMap<String, Vec<(Position, usize, Message)>>,
 }
 
 #[derive(Debug)]
@@ -300,8 +300,8 @@ impl Resume {
             (Read::Exists(name), Answer::Exists(exists)) => {
                 // the copies of a stream that is there prove nothing: what it holds was read itself, or is none of ours
                 let copies = self.copies.remove(name).filter(|_| !exists);
-                for (position, stream, seq, id) in copies.into_iter().flatten() {
-                    self.evidence.add(position, stream, seq, &id);
+                for (position, stream, message) in copies.into_iter().flatten() {
+                    self.evidence.add(position, stream, &message);
                 }
             }
             (Read::Message(..), Answer::Exists(_)) | (Read::Exists(_), Answer::Message(_)) => {}
@@ -330,6 +330,11 @@ impl Resume {
             witness: self.last_of_ours(index),
             // it was seen now
             unseen: None,
+            // a transaction that the anchor is no event of has none before it
+            share: match anchor.position.ordinal {
+                0 => Some(0),
+                _ => self.trusted(index).and_then(|of_cut| of_cut.share),
+            },
         });
         Resumed {
             stored_lsn,
@@ -541,11 +546,10 @@ impl Resume {
         };
         let lineage = &self.facts.lineage;
         let anchor = self.anchor().0.position;
-        let id = message.id.clone().unwrap_or_default();
         let fenced = message.ours(lineage);
         if let Some(position) = fenced {
             if position > anchor {
-                self.evidence.add(position, stream, message.seq, &id);
+                self.evidence.add(position, stream, &message);
                 return;
             }
             let found = Witness {
@@ -579,7 +583,7 @@ impl Resume {
             && position > anchor
         {
             let copies = self.copies.entry(source.to_string()).or_default();
-            copies.push((position, stream, message.seq, id));
+            copies.push((position, stream, message.clone()));
         }
         if let Some(foreign) = self.foreign.get_mut(stream) {
             *foreign += 1;

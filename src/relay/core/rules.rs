@@ -52,10 +52,12 @@ pub enum Rule {
     Received = 23,
     /// R24: What was published while Postgres sent other rows is not compared with what it sends now.
     Flags = 24,
+    /// R25: The mark of a transaction's end goes with the last of its events in a stream, and counts them: none comes after it.
+    TransactionEnd = 25,
 }
 
 /// All of them.
-pub const ALL: [Rule; 24] = [
+pub const ALL: [Rule; 25] = [
     Rule::Anchor,
     Rule::Agreement,
     Rule::FallBack,
@@ -80,4 +82,5 @@ pub const ALL: [Rule; 24] = [
     Rule::Looks,
     Rule::Received,
     Rule::Flags,
+    Rule::TransactionEnd,
 ];

@@ -2,10 +2,12 @@
 
 use super::fence::Fence;
 use super::resume::facts::StreamFacts;
+use super::window::Stored;
 use crate::jetstream::ack::Origin;
 use crate::outbox::batch::Event;
 use crate::outbox::lineage::Lineage;
 use crate::outbox::position::Position;
+use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::{StreamCut, Witness};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -43,6 +45,8 @@ pub struct Stream {
     unseen: Option<Witness>,
     /// Something was refused because the stream does not end as it did.
     ends_otherwise: bool,
+    /// See [`Stream::share`]: of the transaction with this commit.
+    share: (Lsn, Option<u64>),
     /// Something was acknowledged over this connection, so that the stream is known to be the one that the subject leads to.
     pub is_met: bool,
     /// Since the last refusal each publish has named the stream, and none is acknowledged: until one is, each does.
@@ -63,7 +67,9 @@ pub struct Stream {
 
 impl Stream {
     /// As it was read. Until the first ack of the connection one publish goes at a time.
-    pub fn new(cut: StreamCut, facts: StreamFacts, names: u64) -> Stream {
+    ///
+    /// `anchor`: the commit of the anchor's transaction.
+    pub fn new(cut: StreamCut, facts: StreamFacts, names: u64, anchor: Lsn) -> Stream {
         Stream {
             home: Arc::new(Origin {
                 stream: cut.name,
@@ -77,6 +83,7 @@ impl Stream {
             recorded: cut.witness,
             resolved: None,
             ends_otherwise: false,
+            share: (anchor, cut.share),
             is_met: false,
             names_it: true,
             vouched_end: 0,
@@ -174,12 +181,30 @@ impl Stream {
         self.pipeline = 1;
     }
 
-    /// An event of ours at `seq` is resolved, as all before it are.
-    pub fn on_resolved(&mut self, seq: u64, position: Position) {
+    /// An event of ours is resolved, as all before it are.
+    pub fn on_resolved(&mut self, stored: Stored, position: Position) {
         let known = self.resolved.map(|(seq, _)| seq);
         let known = known.max(self.recorded.as_ref().map(|witness| witness.seq));
-        if known < Some(seq) {
-            self.resolved = Some((seq, position));
+        if known < Some(stored.seq) {
+            self.resolved = Some((stored.seq, position));
+        }
+        if stored.counts {
+            let share = self.share(position.commit_lsn);
+            self.share = (position.commit_lsn, share.map(|events| events + 1));
+        }
+    }
+
+    /// An event may have been in it, and is gone, as all before it are resolved.
+    pub fn on_gone(&mut self, position: Position) {
+        self.share = (position.commit_lsn, None);
+    }
+
+    /// How many events of the transaction with this commit are in it, of those that are resolved as all before them are; `None`:
+    /// that is not known.
+    pub fn share(&self, commit_lsn: Lsn) -> Option<u64> {
+        match self.share {
+            (of, events) if of == commit_lsn => events,
+            _ => Some(0),
         }
     }
 

@@ -232,6 +232,13 @@ impl fmt::Display for continuity::Broken {
                 f,
                 "Postgres is at {at} and has not sent the last resolved event ({anchor})"
             ),
+            Broken::EndsBeforeStored {
+                wal_end,
+                stored_lsn,
+            } => write!(
+                f,
+                "the WAL ends at {wal_end}, and was read and stored up to {stored_lsn}"
+            ),
             Broken::WalEndsBefore { anchor, wal_end } => write!(
                 f,
                 "the WAL ends at {wal_end}, before the last resolved event ({anchor})"

@@ -3,7 +3,7 @@
 //! Entries before the cursor were handed to the connection or are resolved; the front leaves once it is resolved. The window
 //! knows no stream: which one an event goes to, and what an answer means, is its owner's.
 
-use crate::outbox::batch::{Batch, Change, Event};
+use crate::outbox::batch::{Batch, Change, Event, Fate};
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
 use std::collections::VecDeque;
@@ -24,6 +24,34 @@ pub struct Limits {
     pub ack_timeout: Duration,
 }
 
+/// So much of a transaction is held behind an event that waits to learn whether it is the last one of its stream; the rest of
+/// it then goes to other streams.
+const MOST_AHEAD: usize = 1 << 20;
+/// What an entry is counted as at least.
+const ENTRY_BYTES: usize = 64;
+
+/// Where an event is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Which stream.
+    pub stream: usize,
+    /// Its sequence there.
+    pub seq: u64,
+    /// It is an event of its transaction there: it is not parked, and has its own position.
+    pub counts: bool,
+}
+
+/// What comes after an event in its transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// Another event for the stream, for all that is known.
+    More,
+    /// None.
+    End,
+    /// That has not come yet.
+    Unknown,
+}
+
 /// What is known of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -38,9 +66,8 @@ pub enum State {
         /// After a later event of the stream.
         is_late: bool,
     },
-    /// It is stored at this sequence of the stream; or, with `None`, it is in no stream that is known: found gone,
-    /// dropped, given up.
-    Resolved(Option<(usize, u64)>),
+    /// It is stored there; or, with `None`, it is in no stream that is known: found gone, dropped, given up.
+    Resolved(Option<Stored>),
 }
 
 /// An event that is not resolved, or waits for an earlier one.
@@ -85,7 +112,7 @@ pub struct Commit {
 #[derive(Debug)]
 pub enum Resolved {
     /// An event, and where it is stored if that is known.
-    Event(Event, Option<(usize, u64)>),
+    Event(Event, Option<Stored>),
     /// Everything up to here is resolved.
     Boundary(Boundary),
 }
@@ -109,6 +136,18 @@ pub struct Window {
     open: Option<Commit>,
     /// Up to this token each publish that waits has a name of its own for its answer.
     named_until: u64,
+    ahead: Ahead,
+}
+
+/// What was looked at behind the event at the cursor, which the event itself waits for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ahead {
+    token: u64,
+    /// Up to this token nothing goes to its stream, and so many bytes go elsewhere.
+    upto: u64,
+    bytes: usize,
+    /// It waits for what has not come.
+    is_held: bool,
 }
 
 impl Window {
@@ -126,12 +165,14 @@ impl Window {
             offered: Position::default(),
             open: None,
             named_until: 0,
+            ahead: Ahead::default(),
         }
     }
 
     /// Takes the next changes of the copy stream. `Err`: an event at this position is not after the one before it; Postgres
     /// sends transactions in commit order.
     pub fn offer(&mut self, batch: &Arc<Batch>) -> Result<(), Position> {
+        self.ahead.is_held = false;
         for (index, change) in batch.changes().iter().enumerate() {
             let boundary = match *change {
                 Change::Event(spans) => {
@@ -203,7 +244,7 @@ impl Window {
     }
 
     /// The event at the cursor is resolved without a publish.
-    pub fn resolve_at_cursor(&mut self, stored: Option<(usize, u64)>) {
+    pub fn resolve_at_cursor(&mut self, stored: Option<Stored>) {
         if let Some((_, pending)) = self.at_cursor() {
             pending.state = State::Resolved(stored);
             self.pass();
@@ -253,9 +294,88 @@ impl Window {
             || self.held < inflight && self.held_bytes + size <= self.limits.inflight_bytes
     }
 
-    /// Everything that came so far was handed on, and there is room for more.
+    /// Everything that came so far was handed on, but for what waits for more, and there is room for that.
     pub fn wants_batch(&self) -> bool {
-        self.cursor == self.entries.len() && self.has_room(0)
+        (self.cursor == self.entries.len() || self.is_held()) && self.has_room(0)
+    }
+
+    /// The event at the cursor waits for what comes after it.
+    fn is_held(&self) -> bool {
+        self.ahead.is_held && self.ahead.token == self.first_token + self.cursor as u64
+    }
+
+    /// What comes after the event at the cursor in its transaction, of what `goes_along` with it to its stream. Until that is
+    /// known the event is to wait, and another batch is wanted.
+    pub fn after(&mut self, goes_along: impl Fn(&Pending) -> bool) -> After {
+        let Some((token, pending)) = self.at_cursor() else {
+            return After::End;
+        };
+        let commit_lsn = pending.event.position().commit_lsn;
+        if self.ahead.token != token || self.ahead.upto <= token {
+            self.ahead = Ahead {
+                token,
+                upto: token + 1,
+                ..Ahead::default()
+            };
+        }
+        self.ahead.is_held = false;
+        let seen = (self.ahead.upto - self.first_token) as usize;
+        for (entry, next) in self.entries.iter().skip(seen).zip(self.ahead.upto + 1..) {
+            match entry {
+                Entry::Boundary(boundary) if boundary.commit.is_some() => return After::End,
+                Entry::Event(it) if it.event.position().commit_lsn != commit_lsn => {
+                    return After::End;
+                }
+                Entry::Event(it) if goes_along(it) => return After::More,
+                Entry::Event(it) => {
+                    self.ahead.bytes += it.event.spans().size().max(ENTRY_BYTES);
+                    self.ahead.upto = next;
+                }
+                // a keepalive's, which may become the commit's
+                Entry::Boundary(_) => {}
+            }
+        }
+        if self.ahead.bytes > MOST_AHEAD {
+            return After::More;
+        }
+        self.ahead.is_held = true;
+        After::Unknown
+    }
+
+    /// The events before the cursor that are of its event's transaction, the last one first.
+    fn of_transaction(&self) -> impl Iterator<Item = &Pending> {
+        let at = |entry: &Entry| match entry {
+            Entry::Event(pending) => Some(pending.event.position().commit_lsn),
+            Entry::Boundary(_) => None,
+        };
+        let commit_lsn = self.entries.get(self.cursor).and_then(at);
+        let before = self.entries.range(..self.cursor).rev();
+        let before = before.take_while(move |entry| match entry {
+            Entry::Event(_) => at(entry) == commit_lsn,
+            Entry::Boundary(boundary) => boundary.commit.is_none(),
+        });
+        before.filter_map(|entry| match entry {
+            Entry::Event(pending) => Some(pending),
+            Entry::Boundary(_) => None,
+        })
+    }
+
+    /// How many events of the transaction at the cursor are before it in `stream` or on their way there; those that have left the
+    /// front are not counted.
+    pub fn share(&self, stream: usize) -> u64 {
+        let counts = |pending: &&Pending| match pending.state {
+            State::Sent { stream: of, .. } => of == stream && pending.event.fate() != Fate::Park,
+            State::Resolved(Some(stored)) => stored.stream == stream && stored.counts,
+            State::Unsent | State::Resolved(None) => false,
+        };
+        self.of_transaction().filter(counts).count() as u64
+    }
+
+    /// An event of the transaction at the cursor is on its way to `stream`.
+    pub fn is_on_its_way(&self, stream: usize) -> bool {
+        let is_sent =
+            |it: &Pending| matches!(it.state, State::Sent { stream: of, .. } if of == stream);
+        self.of_transaction().any(is_sent)
     }
 
     /// The event under this token.
@@ -291,7 +411,7 @@ impl Window {
     }
 
     /// The event under this token, whose answer was due, is stored.
-    pub fn on_stored(&mut self, token: u64, stored: Option<(usize, u64)>, now: Instant) {
+    pub fn on_stored(&mut self, token: u64, stored: Option<Stored>, now: Instant) {
         let is_front = token == self.first_token;
         if let Some(pending) = self.get_mut(token) {
             assert!(
@@ -327,6 +447,8 @@ impl Window {
             }
         }
         self.unsend(|_| true);
+        // another connection may have other routes
+        self.ahead = Ahead::default();
         (self.cursor, self.held, self.held_bytes) = (0, 0, 0);
         (self.waiting, self.waiting_since) = (0, None);
     }
@@ -425,8 +547,141 @@ impl Window {
         Some(since + self.limits.ack_timeout)
     }
 
-    /// Nothing is left that is not resolved.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+    /// Nothing is left that is not resolved, but for what waits for the rest of its transaction.
+    pub fn is_settled(&self) -> bool {
+        self.entries.is_empty() || self.cursor == 0 && self.is_held()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+
+    fn limits() -> Limits {
+        Limits {
+            inflight: 10,
+            inflight_bytes: 1 << 20,
+            replies: 10,
+            ack_timeout: Duration::from_secs(5),
+        }
+    }
+
+    fn event(batch: &mut Batch, lsn: u64, ordinal: u32, bytes: usize) {
+        let position = Position {
+            commit_lsn: Lsn(lsn),
+            ordinal,
+        };
+        let body = |out: &mut Vec<u8>| {
+            out.resize(out.len() + bytes, b'x');
+            Ok::<(), Infallible>(())
+        };
+        let Ok(()) = batch.push_event("t", position, |_| Ok(()), |_| Ok(()), body);
+    }
+
+    fn commit(lsn: u64) -> Change {
+        Change::Commit {
+            commit_lsn: Lsn(lsn),
+            end_lsn: Lsn(lsn + 5),
+            commit_time_us: 0,
+        }
+    }
+
+    fn offer(window: &mut Window, fill: impl FnOnce(&mut Batch)) {
+        let mut batch = Batch::default();
+        fill(&mut batch);
+        window.offer(&Arc::new(batch)).unwrap();
+    }
+
+    #[test]
+    fn the_last_event_of_a_stream_waits_for_the_next_or_for_the_commit() {
+        let mut window = Window::new(limits());
+        offer(&mut window, |batch| event(batch, 10, 1, 1));
+        assert!(!window.wants_batch() && !window.is_settled());
+        assert_eq!(window.after(|_| true), After::Unknown);
+        assert!(window.wants_batch() && window.is_settled());
+        // a keepalive in the middle of the transaction, and then an event of another stream
+        offer(&mut window, |batch| batch.push_boundary(Lsn(8)));
+        assert!(!window.wants_batch());
+        assert_eq!(window.after(|_| true), After::Unknown);
+        offer(&mut window, |batch| event(batch, 10, 2, 1));
+        assert_eq!(
+            window.after(|it| it.event.position().ordinal > 2),
+            After::Unknown
+        );
+        assert_eq!(
+            window.after(|it| it.event.position().ordinal > 2),
+            After::Unknown
+        );
+        // which the commit becomes one with
+        offer(&mut window, |batch| batch.push_boundary(Lsn(9)));
+        assert_eq!(
+            window.after(|it| it.event.position().ordinal > 2),
+            After::Unknown
+        );
+        offer(&mut window, |batch| batch.push(commit(10)));
+        assert_eq!(
+            window.after(|it| it.event.position().ordinal > 2),
+            After::End
+        );
+        assert!(!window.is_settled());
+        // the next transaction ends it, too
+        window.resolve_at_cursor(None);
+        offer(&mut window, |batch| event(batch, 20, 1, 1));
+        assert_eq!(window.after(|_| true), After::End);
+        window.resolve_at_cursor(None);
+        offer(&mut window, |batch| event(batch, 20, 2, 1));
+        assert_eq!(window.after(|_| true), After::More);
+    }
+
+    #[test]
+    fn no_more_is_held_behind_it_than_a_bound() {
+        let mut window = Window::new(limits());
+        offer(&mut window, |batch| event(batch, 10, 1, 1));
+        let mut ahead = 0;
+        while window.after(|_| false) == After::Unknown {
+            offer(&mut window, |batch| event(batch, 10, 2 + ahead, 100_000));
+            ahead += 1;
+        }
+        assert_eq!(ahead, 11);
+        // other routes may lead there
+        window.on_disconnect();
+        assert_eq!(
+            window.after(|it| it.event.position().ordinal == 2),
+            After::More
+        );
+    }
+
+    #[test]
+    fn the_share_of_a_transaction_is_what_is_stored_or_on_its_way_in_the_stream() {
+        let now = Instant::now();
+        let mut window = Window::new(limits());
+        let at = |stream, counts| {
+            Some(Stored {
+                stream,
+                seq: 1,
+                counts,
+            })
+        };
+        offer(&mut window, |batch| {
+            event(batch, 10, 1, 1);
+            batch.push(commit(10));
+            (1..8).for_each(|ordinal| event(batch, 20, ordinal, 1));
+        });
+        // another transaction, another stream, what is parked, dropped or has another position
+        window.send_at_cursor(0, 0, false, now);
+        window.send_at_cursor(0, 1, false, now);
+        window.send_at_cursor(1, 0, false, now);
+        window.resolve_at_cursor(at(0, true));
+        window.resolve_at_cursor(at(0, false));
+        window.resolve_at_cursor(None);
+        assert_eq!(
+            (window.share(0), window.share(1), window.share(2)),
+            (2, 1, 0)
+        );
+        assert!(window.is_on_its_way(0) && window.is_on_its_way(1));
+        window.on_stored(2, at(0, true), now);
+        assert_eq!(window.share(0), 2);
+        assert!(!window.is_on_its_way(0));
     }
 }

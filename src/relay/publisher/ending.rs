@@ -55,11 +55,11 @@ impl Ending {
     }
 
     /// Everything that is to be published is, or has had its time.
-    pub fn is_settled(&self, window_is_empty: bool, now: Instant) -> bool {
+    pub fn is_settled(&self, window_is_settled: bool, now: Instant) -> bool {
         match self.closing {
             Closing::No => false,
-            Closing::WhenSettled => window_is_empty,
-            Closing::By(deadline) => self.has_read_all && window_is_empty || now >= deadline,
+            Closing::WhenSettled => window_is_settled,
+            Closing::By(deadline) => self.has_read_all && window_is_settled || now >= deadline,
         }
     }
 

@@ -3,7 +3,7 @@
 use super::super::culprit;
 use super::super::fence::AnswerFor;
 use super::super::trouble::{Cause, Halt, Refusal, Trouble};
-use super::super::window::State;
+use super::super::window::{State, Stored};
 use super::ExactlyOnce;
 use crate::jetstream::ack::{AckError, AckErrorKind, Origin, PubAck};
 use crate::outbox::batch::Fate;
@@ -66,12 +66,18 @@ impl ExactlyOnce {
             return Err(Trouble::Reconnect(Cause::OtherAnswer { seq: ack.seq }));
         }
         stream.on_ack(expected, pending.event.position());
-        if pending.event.fate() != Fate::Park {
+        let is_parked = pending.event.fate() == Fate::Park;
+        if !is_parked {
             self.culprit.on_stored(token, stream.name());
         }
         // not before: it may be a duplicate
         self.tally.late += u64::from(is_late);
-        self.window.on_stored(token, Some((index, ack.seq)), now);
+        let stored = Stored {
+            stream: index,
+            seq: ack.seq,
+            counts: !is_parked,
+        };
+        self.window.on_stored(token, Some(stored), now);
         self.count(token);
         self.settle();
         Ok(Some(token))

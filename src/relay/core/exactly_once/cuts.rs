@@ -13,18 +13,21 @@ impl ExactlyOnce {
             return cut.clone();
         }
         let connected = self.connection.as_ref();
+        let anchor = self.anchor();
+        let commit_lsn = anchor.position.commit_lsn;
         let streams = connected.into_iter().flat_map(|connected| {
+            let marks_ends = connected.capacity.marks_ends;
             let of_streams = connected.streams.iter().enumerate();
-            let of_streams = of_streams.map(|(index, stream)| StreamCut {
+            let of_streams = of_streams.map(move |(index, stream)| StreamCut {
                 name: stream.name().to_string(),
                 created: stream.created.clone(),
                 read_after: self.read_after(connected, index),
                 witness: stream.witness(&self.lineage),
                 unseen: stream.unseen().cloned(),
+                share: stream.share(commit_lsn).filter(|_| marks_ends),
             });
             of_streams.chain(connected.missing.iter().cloned())
         });
-        let anchor = self.anchor();
         let behind = connected.filter(|it| anchor.position < it.evidence_upto);
         Cut {
             stored_lsn: self.reached.stored_lsn,
@@ -58,8 +61,8 @@ impl ExactlyOnce {
                 State::Sent {
                     stream, expected, ..
                 } if stream == index => Some(expected),
-                State::Resolved(Some((stream, seq))) if stream == index => {
-                    Some(seq.saturating_sub(1))
+                State::Resolved(Some(stored)) if stored.stream == index => {
+                    Some(stored.seq.saturating_sub(1))
                 }
                 _ => None,
             });

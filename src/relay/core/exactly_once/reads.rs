@@ -4,7 +4,7 @@
 use super::super::Next;
 use super::super::evidence::Message;
 use super::super::trouble::{Cause, Trouble};
-use super::super::window::State;
+use super::super::window::{State, Stored};
 use super::{Asked, ExactlyOnce};
 use crate::outbox::batch::Event;
 use crate::outbox::position::Position;
@@ -101,8 +101,7 @@ impl ExactlyOnce {
             match message.ours(&self.lineage) {
                 Some(position) => {
                     if position > resolved && !out.contains(&position) {
-                        let id = message.id.as_deref().unwrap_or_default();
-                        connected.evidence.add(position, index, seq, id);
+                        connected.evidence.add(position, index, &message);
                         if position.commit_lsn < self.earlier_upto {
                             connected.evidence_upto = connected.evidence_upto.max(position);
                         }
@@ -161,7 +160,12 @@ impl ExactlyOnce {
             }
             Some(message) if is_its_own(&message) => {
                 self.tally.already_stored += 1;
-                self.window.resolve_at_cursor(Some((stream, seq)));
+                let at = message.position.map(|at| at.position);
+                self.window.resolve_at_cursor(Some(Stored {
+                    stream,
+                    seq,
+                    counts: !message.is_parked && at == Some(position),
+                }));
                 self.settle();
                 Ok(None)
             }
@@ -170,6 +174,10 @@ impl ExactlyOnce {
                 self.tally.already_stored += 1;
                 self.window.resolve_at_cursor(None);
                 self.settle();
+                let streams = self.connection.as_mut().map(|it| &mut it.streams);
+                if let Some(stream) = streams.and_then(|it| it.get_mut(stream)) {
+                    stream.on_gone(position);
+                }
                 Ok(None)
             }
             found => {

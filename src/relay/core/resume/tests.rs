@@ -1,3 +1,4 @@
+use super::super::evidence::Verdict;
 use super::facts::Known;
 use super::*;
 use crate::outbox::lineage::Lineage;
@@ -67,6 +68,7 @@ fn cut(lsn: u64, seq: u64) -> Cut {
                 position: at(lsn),
             }),
             unseen: None,
+            share: None,
         }],
         quiescent: false,
         lenient_upto: Lsn::INVALID,
@@ -206,6 +208,15 @@ fn what_postgres_was_not_told_is_taken_from_the_slot_again() {
     );
 }
 
+/// Where the event is stored.
+fn place(verdict: Verdict) -> Option<(usize, u64)> {
+    match verdict {
+        Verdict::Stored(found) => Some((found.stream, found.seq)),
+        Verdict::Publish => None,
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn every_message_after_the_cut_is_evidence_in_whatever_stream() {
     let a = [ours(1, 10), ours(2, 40), foreign(3), ours(4, 50)];
@@ -216,14 +227,13 @@ fn every_message_after_the_cut_is_evidence_in_whatever_stream() {
     let mut verdict = |lsn| {
         let verdict = resumed.evidence.verdict(at(lsn).position, &lsn.to_string());
         resumed.evidence.forget_upto(at(lsn).position);
-        verdict
+        place(verdict)
     };
-    use super::super::evidence::Verdict::{Publish, Stored};
-    assert_eq!(verdict(20), Publish);
-    assert_eq!(verdict(40), Stored(0, 2));
-    assert_eq!(verdict(50), Stored(0, 4));
+    assert_eq!(verdict(20), None);
+    assert_eq!(verdict(40), Some((0, 2)));
+    assert_eq!(verdict(50), Some((0, 4)));
     // nothing before an older event of ours can be younger, unless that one was late
-    assert_eq!(verdict(60), Publish);
+    assert_eq!(verdict(60), None);
     assert_eq!(resumed.foreign, [1, 0]);
     let late = Message {
         is_late: true,
@@ -233,7 +243,29 @@ fn every_message_after_the_cut_is_evidence_in_whatever_stream() {
     let mut resumed = resume(facts(vec![cut(10, 1)], streams), &[&a, &b]).unwrap();
     resumed.evidence.forget_upto(at(50).position);
     let verdict = resumed.evidence.verdict(at(60).position, "60");
-    assert_eq!(verdict, Stored(1, 1));
+    assert_eq!(place(verdict), Some((1, 1)));
+}
+
+#[test]
+fn the_share_of_the_anchor_s_transaction_is_that_of_the_cut_where_its_stream_agrees() {
+    let share = |of_cut: Option<u64>, bare: bool, created: &str| {
+        let mut cut = cut(10, 1);
+        cut.streams[0].share = of_cut;
+        cut.streams[0].created = created.into();
+        if bare {
+            cut.anchor = Anchor::bare(Lsn(10));
+        }
+        let mut facts = facts(vec![cut], vec![stream("A", 1), stream("B", 0)]);
+        facts.accept_loss = true;
+        let resumed = resume(facts, &[&[ours(1, 10)], &[]]).unwrap();
+        let streams = resumed.streams.iter();
+        streams.map(|stream| stream.share).collect::<Vec<_>>()
+    };
+    assert_eq!(share(Some(7), false, CREATED), [Some(7), None]);
+    // of a stream that the cut does not name it says nothing
+    assert_eq!(share(Some(7), true, CREATED), [Some(0), Some(0)]);
+    assert_eq!(share(Some(7), false, "another"), [None, None]);
+    assert_eq!(share(None, false, CREATED), [None, None]);
 }
 
 #[test]
