@@ -248,24 +248,25 @@ fn every_message_after_the_cut_is_evidence_in_whatever_stream() {
 
 #[test]
 fn the_share_of_the_anchor_s_transaction_is_that_of_the_cut_where_its_stream_agrees() {
-    let share = |of_cut: Option<u64>, bare: bool, created: &str| {
+    let share = |of_cut: Option<u64>, bare: bool, found: u64| {
         let mut cut = cut(10, 1);
         cut.streams[0].share = of_cut;
-        cut.streams[0].created = created.into();
+        // created again, unless its witness is there
+        cut.streams[0].created = "another".into();
         if bare {
             cut.anchor = Anchor::bare(Lsn(10));
         }
         let mut facts = facts(vec![cut], vec![stream("A", 1), stream("B", 0)]);
         facts.accept_loss = true;
-        let resumed = resume(facts, &[&[ours(1, 10)], &[]]).unwrap();
+        let resumed = resume(facts, &[&[ours(1, found)], &[]]).unwrap();
         let streams = resumed.streams.iter();
         streams.map(|stream| stream.share).collect::<Vec<_>>()
     };
-    assert_eq!(share(Some(7), false, CREATED), [Some(7), None]);
+    assert_eq!(share(Some(7), false, 10), [Some(7), None]);
     // of a stream that the cut does not name it says nothing
-    assert_eq!(share(Some(7), true, CREATED), [Some(0), Some(0)]);
-    assert_eq!(share(Some(7), false, "another"), [None, None]);
-    assert_eq!(share(None, false, CREATED), [None, None]);
+    assert_eq!(share(Some(7), true, 10), [Some(0), Some(0)]);
+    assert_eq!(share(Some(7), false, 5), [None, None]);
+    assert_eq!(share(None, false, 10), [None, None]);
 }
 
 #[test]
