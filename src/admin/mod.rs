@@ -11,6 +11,7 @@ pub mod error;
 pub mod print;
 mod remedy;
 pub mod setup;
+pub mod slot_copy;
 pub mod statements;
 pub mod status;
 pub mod tail;
