@@ -311,3 +311,131 @@ fn refused(why: &str, remedy: &str) -> Error {
         exit: Exit::Configuration,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{self, Invocation};
+    use crate::postgres::Lsn;
+
+    fn config(args: &[&str]) -> Config {
+        let args = [&["-db", "host=h"], args].concat();
+        match cli::parse(args.iter().map(std::ffi::OsString::from)) {
+            Ok(Invocation::Relay(cli)) => Config::load(&cli, &|_| None).unwrap(),
+            _ => panic!("{args:?} does not start the relay"),
+        }
+    }
+
+    /// The event that a row of these columns makes goes through a message unchanged, or does not for this reason.
+    #[track_caller]
+    fn check(args: &[&str], row: &[(&str, &str)], reason: Option<&str>) {
+        let config = config(args);
+        let carrier = Carrier::new(&config).unwrap();
+        let mut mapper = Mapper::new(&config.mapping);
+        let columns = row
+            .iter()
+            .map(|(name, _)| crate::outbox::mapper::ColumnInfo {
+                name,
+                type_id: match *name {
+                    "payload" | "headers" => 3802,
+                    _ => 25,
+                },
+            });
+        mapper
+            .relation(1, "public", "outbox", columns, Lsn::INVALID)
+            .unwrap();
+        let mut batch = Batch::default();
+        let values = row.iter().map(|(_, value)| Value::Text(value.as_bytes()));
+        mapper
+            .insert(1, values, Place::default(), &mut batch)
+            .unwrap();
+        let [Change::Event(spans)] = batch.changes() else {
+            panic!("an event");
+        };
+        let event = batch.event(spans);
+        let made = carrier.content(event.subject, event.id, event.headers, event.body);
+        match (made, reason) {
+            (Ok(_), None) => {}
+            (Err(why), Some(part)) => assert!(why.contains(part), "{why}"),
+            other => panic!("{args:?} {row:?}: {other:?}"),
+        }
+    }
+
+    const ID: (&str, &str) = ("id", "id %1\n");
+    const TYPE: (&str, &str) = ("aggregatetype", "a.b *");
+    const AGGREGATE: (&str, &str) = ("aggregateid", "");
+    const PAYLOAD: (&str, &str) = ("payload", "{\"n\": [1.00,  \"\\u00e9\"]}");
+
+    #[test]
+    fn an_event_goes_through_a_message_unchanged() {
+        let headers = (
+            "headers",
+            r#"{"k": "v", "n": [1, "x\ny"], "Nats-Msg-Id": "no", "empty": "", "q%": "%"}"#,
+        );
+        let rest = [
+            ("traceparent", "00-1"),
+            ("tenant", "t 1 "),
+            ("ttl", "5m"),
+            ("type", "created"),
+        ];
+        for args in [
+            &[][..],
+            &["-header", "tenant=X-Tenant,ttl=Nats-TTL"],
+            &["-cloudevents", "/shop", "-header", "tenant=X-Tenant"],
+            &["-position-headers"],
+            &["-subject", "{prefix}.x.{tenant:lower}-v2.{aggregatetype}"],
+        ] {
+            let row = [&[ID, TYPE, AGGREGATE, PAYLOAD, headers][..], &rest].concat();
+            check(args, &row, None);
+        }
+    }
+
+    #[test]
+    fn what_a_message_cannot_carry_is_said() {
+        let long = "x".repeat(2000);
+        for (args, row, reason) in [
+            (
+                &[][..],
+                [("id", long.as_str()), TYPE, AGGREGATE, PAYLOAD],
+                "id was shortened",
+            ),
+            (
+                &[],
+                [ID, TYPE, ("aggregateid", &long), PAYLOAD],
+                "subject is not one",
+            ),
+            (
+                &["-table", "outbox:subject={prefix}.{id}"],
+                [ID, TYPE, AGGREGATE, PAYLOAD],
+                "subject",
+            ),
+        ] {
+            check(args, &row, Some(reason));
+        }
+        let carrier = Carrier::new(&config(&["-on-bad-subject", "park"])).unwrap();
+        let found = carrier.content("events.a.b%20c", "1", "", b"{}");
+        assert!(
+            found.unwrap_err().contains("would not publish it"),
+            "parked again"
+        );
+        for body in [&b""[..], b"x", b"\xff", b"{} {}"] {
+            let found = carrier.content("events.a.b", "1", "", body);
+            assert!(found.unwrap_err().contains("not JSON"), "{body:?}");
+        }
+        // a text, which is not compacted
+        let found = carrier.content("events.a.b", "1", "", b"{ }");
+        assert!(found.unwrap_err().contains("another body"));
+        let found = carrier.content("events.a.b", "1", "\r\nA: ", b"{}");
+        assert!(found.unwrap_err().contains("other headers"));
+        assert!(Carrier::new(&config(&["-no-messages"])).is_err());
+    }
+
+    #[test]
+    fn the_statement_is_quoted() {
+        let carrier = Carrier::new(&config(&["-message-prefix", "o'clock"])).unwrap();
+        assert_eq!(
+            carrier.sql(r#"{"a":"it's"}"#),
+            r#"SELECT pg_catalog.pg_logical_emit_message(true, 'o''clock', '{"a":"it''s"}');"#
+        );
+    }
+}

@@ -5,7 +5,7 @@
 //! knows, and it is left as well.
 
 use super::reissue::{Carried, Carrier, Reissue};
-use super::sides::Sides;
+use super::sides::{Sides, is_resolved};
 use super::{Error, say};
 use crate::config::Config;
 use crate::config::operation::{self, Which};
@@ -18,6 +18,7 @@ use crate::outbox::percent;
 use crate::outbox::position::{Position, SourcePosition};
 use jiff::Timestamp;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// So many are unparked at a time.
 const AT_ONCE: usize = 1_000_000;
@@ -197,19 +198,23 @@ fn mark_stored(
     Ok(())
 }
 
-/// What was written after it was parked is on its way.
+/// What was written after it was parked, and that the relay has not resolved, is on its way. (What it has resolved is in a stream, or
+/// was parked again.)
 fn mark_waiting(
     sides: &mut Sides<'_>,
     config: &Config,
     parked: &mut BTreeMap<String, Parked>,
 ) -> Result<(), Error> {
+    let resolved = sides.resolved;
     sides.decode(config, |mapped| {
+        let at = mapped.place.position;
         let Some(Ok(batch)) = mapped.event else {
             return Ok(());
         };
         if let [Change::Event(spans)] = batch.changes()
             && let Some(found) = parked.get_mut(batch.event(spans).id)
-            && found.position.is_none_or(|at| mapped.place.position > at)
+            && found.position.is_none_or(|parked| at > parked)
+            && !is_resolved(at, resolved)
         {
             found.done = Some("it is on its way to a stream");
         }
@@ -230,14 +235,32 @@ fn event(
         return Ok(Err("it is not parked any more".into()));
     };
     Ok(carried(carrier, id, &message).and_then(|event| {
-        match may_be_gone(&sides.streams, config, parked.time) {
+        if let Some(stream) = may_be_gone(&sides.streams, config, parked.time) {
+            return Err(format!(
+                "it may have been unparked before: {stream} does not have all that it has stored since; if it was not, run {}",
+                carrier.sql(&event.content)
+            ));
+        }
+        match remembers(&sides.streams, parked, &event.subject) {
             None => Ok(event),
             Some(stream) => Err(format!(
-                "it may have been unparked before: {stream} does not have all that it has stored since; run {}",
-                carrier.sql(&event.content)
+                "{stream}, where it is parked, would take it for the same message within its duplicate_window; unpark it later"
             )),
         }
     }))
+}
+
+/// The stream where it is parked also captures its subject, and still remembers its id.
+fn remembers<'a>(streams: &'a [StreamInfo], parked: &Parked, subject: &str) -> Option<&'a str> {
+    let info = streams.get(parked.stream)?;
+    let mut subjects = info.config.subjects.iter();
+    if !subjects.any(|pattern| matches(pattern, subject)) {
+        return None;
+    }
+    let now = info.ts.parse().unwrap_or_else(|_| Timestamp::now());
+    let window = Duration::from_nanos(u64::try_from(info.config.duplicate_window).unwrap_or(0));
+    let until = parked.time.checked_add(window).unwrap_or(Timestamp::MAX);
+    (now <= until).then_some(info.config.name.as_str())
 }
 
 fn carried(carrier: &Carrier, id: &str, message: &StoredMessage) -> Result<Carried, String> {

@@ -1,7 +1,8 @@
 //! `unpark`: parked events are published once what stopped them is mended, and only once.
 
 use crate::command::{Ended, on};
-use crate::rig::{Rig, SLOT, STREAM};
+use crate::rig::{DEADLINE, Rig, SLOT, STREAM};
+use crate::support::wait::eventually;
 use serde_json::json;
 
 const TABLE: &str = "CREATE TABLE outbox (id text, aggregatetype text, aggregateid text, payload json, headers jsonb)";
@@ -47,7 +48,7 @@ fn a_parked_event_is_published_once_when_its_cause_is_mended() {
     let parked = rig.nats.client().read_all("PARKED");
     assert_eq!(parked.len(), 2);
 
-    // before it is mended, it is parked again
+    // before it is mended, the relay cannot publish it
     assert_eq!(
         unpark(&rig, 0, &["-id", "1"]),
         [
@@ -56,7 +57,7 @@ fn a_parked_event_is_published_once_when_its_cause_is_mended() {
         ]
     );
     rig.drain(&PARK);
-    assert_eq!(rig.nats.client().message_count("PARKED"), 3);
+    assert_eq!(rig.ids(), ["2"]);
     rig.set_stream(&json!({}));
 
     let statement = unpark(&rig, 0, &["-id", "1", "-print-sql"]);
@@ -176,5 +177,30 @@ fn where_a_stream_drops_what_it_has_stored_nothing_is_unparked_twice() {
     assert_eq!(
         unpark(&rig, 0, &["-id", "3"])[0],
         "unparked    3 events.t.a%20b"
+    );
+}
+
+/// Its own parked message would make it a duplicate.
+#[test]
+fn what_is_parked_in_its_own_stream_waits_for_the_duplicate_window() {
+    let rig = Rig::start_with_tables(TABLE);
+    let both = json!(["events.>", "jetstream_outbox.parked"]);
+    let window = |nanoseconds: u64| {
+        let config = json!({ "subjects": both, "duplicate_window": nanoseconds });
+        rig.set_stream(&config);
+    };
+    window(3_600_000_000_000);
+    insert(&rig, "'1'", "'{}'", "'[1]'");
+    rig.drain(&PARK);
+    let lines = unpark(&rig, 1, &["-all"]);
+    assert!(lines[0].contains("duplicate_window"), "{lines:?}");
+    window(100_000_000);
+    eventually("the window to be over", DEADLINE, || {
+        on(&rig, &["unpark", "-all"]).code == 0
+    });
+    rig.drain(&PARK);
+    assert_eq!(
+        rig.subjects(),
+        ["jetstream_outbox.parked", "events.t.a%20b"]
     );
 }
