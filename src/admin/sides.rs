@@ -7,6 +7,7 @@
 
 use super::Error;
 use super::bus::Bus;
+use super::check::past::{self, Compared};
 use super::database::{Access, Database};
 use super::slot_copy::{Decoder, Mapped, Next, SlotCopy};
 use crate::config::Config;
@@ -30,6 +31,8 @@ use std::time::{Duration, Instant};
 
 /// For one statement: a filter may pass over a large table before it finds a row, and a large transaction is decoded whole.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(600);
+/// For the WAL from the slot's position to what was resolved last.
+const DECODE_LIMIT: Duration = Duration::from_secs(60);
 /// Longer than that.
 const ANSWER_LIMIT: Duration = Duration::from_secs(630);
 /// How long what was committed without waiting for the disk may take to get there.
@@ -69,16 +72,23 @@ impl<'a> Sides<'a> {
         let mut connection = Connection::connect(&config.db)?;
         let lineage = session::lineage(&mut connection, &config.slot).map_err(of_relay)?;
         let mut notes = Vec::new();
+        let halts = halts(&mut bus, config, lineage.source.system_id);
         let copy = copy(&mut database, config, &mut notes)?;
         snapshot()?;
         let upto = end_of_wal(&mut database)?;
         let confirmed = confirmed(&mut database, config)?;
-        let record = record(&mut bus, config, &lineage, &mut notes)?;
+        let record = match &halts {
+            None => record(&mut bus, config, lineage.source.system_id)?,
+            // it publishes what the slot has, once that is accepted
+            Some(_) => None,
+        };
+        let record = record.and_then(|record| record.rebase(&lineage).ok());
         let streams = read_streams(&mut bus, config, record.as_ref())?;
         let cut = record
             .as_ref()
             .and_then(|it| agreed(&mut bus, it, &streams, &lineage));
         let stored = cut.transpose()?.filter(|lsn| *lsn <= upto);
+        notes.extend(halts.map(|why| format!("a relay halts here, see check: {why}")));
         if let (Some(record), Some(confirmed)) = (&record, confirmed)
             && record.is_exceeded(confirmed)
         {
@@ -313,14 +323,13 @@ fn confirmed(database: &mut Database, config: &Config) -> Result<Option<Lsn>, Er
     Ok(text.and_then(|text| text.parse().ok()))
 }
 
-/// What the slot's key of the checkpoint holds, as it reads on this server.
+/// What the slot's key of the checkpoint holds.
 fn record(
     bus: &mut Bus<'_, Link>,
     config: &Config,
-    lineage: &Lineage,
-    notes: &mut Vec<String>,
+    system_id: u64,
 ) -> Result<Option<Record>, Error> {
-    let key = key_subject(&config.checkpoint, &config.slot, lineage.source.system_id);
+    let key = key_subject(&config.checkpoint, &config.slot, system_id);
     let bucket = format!("KV_{}", config.checkpoint);
     let message = match bus.message(last_message_request(&bucket, &key)) {
         Ok(message) => message,
@@ -328,15 +337,18 @@ fn record(
         Err(crate::jetstream::Error::Api { .. }) => None,
         Err(error) => return Err(error.into()),
     };
-    let record = message.and_then(|it| serde_json::from_slice::<Record>(&it.data).ok());
-    match record.map(|record| record.rebase(lineage)) {
-        None => Ok(None),
-        Some(Ok(record)) => Ok(Some(record)),
-        Some(Err(_)) => {
-            notes.push(
-                "the checkpoint is of a timeline that is not in this server's history: a relay halts here, see check".into(),
-            );
-            Ok(None)
+    Ok(message.and_then(|it| serde_json::from_slice(&it.data).ok()))
+}
+
+/// Why a relay halts here, if the record tells: this is not the WAL that the streams were written from.
+fn halts(bus: &mut Bus<'_, Link>, config: &Config, system_id: u64) -> Option<String> {
+    let record = record(bus, config, system_id).ok()??;
+    match past::compare(&config.db, config, record, DECODE_LIMIT) {
+        Ok(Compared::Other(reason)) => Some(reason),
+        Ok(Compared::Same(_)) => None,
+        Err(error) => {
+            log::info!(cause:% = error; "whether this is the WAL that the streams were written from is not known");
+            None
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::command::{Ended, on};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, UUID_SQL, uuid};
+use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, pause};
 use serde_json::{Value, json};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -419,4 +420,38 @@ fn without_a_slot_or_messages_nothing_is_published() {
     let ended = on(&rig, &["compare", "-publish"]);
     ended.with(78);
     assert!(ended.stderr.contains("there is no slot"), "{ended:?}");
+}
+
+/// What the streams were written from is gone, and positions are used again.
+#[test]
+fn after_a_restore_what_the_slot_has_waits() {
+    let rig = Rig::start_with(Postgres::builder().own_system_id());
+    rig.commit_event(1, "a");
+    rig.drain(&["-hold-back", "0"]);
+    rig.pg.stop_fast();
+    let snapshot = rig.pg.snapshot();
+    rig.pg.start_again();
+    for n in 2..=9 {
+        rig.commit_event(n, "lost");
+    }
+    rig.drain(&[]);
+    rig.pg.stop_fast();
+    rig.pg.restore(&snapshot);
+    rig.pg.start_again();
+    // more than was lost
+    for n in 10..=40 {
+        rig.commit_event(n, "a");
+    }
+    let found = compare(&rig, 0, &["-publish"]);
+    let note = found.lines[0]["note"].as_str().unwrap_or_default();
+    assert!(
+        note.contains("not the WAL that the streams were written from"),
+        "{note}"
+    );
+    assert_eq!(found.counts(), json!({ "waiting": 31 }));
+    rig.drain(&["-resume-anyway"]);
+    let found = compare(&rig, 1, &[]);
+    assert_eq!(found.ids("disordered")[0], uuid(10));
+    assert_eq!(found.ids("missing"), [""; 0]);
+    assert_eq!(rig.ids().last(), Some(&uuid(40)));
 }

@@ -132,7 +132,7 @@ fn outboxes(database: &mut Database, config: &Config) -> Result<Vec<Outbox>, Err
         let names: Vec<String> = table.get(5);
         let types: Vec<u32> = table.get(6);
         let has = |column: &&str| names.iter().any(|name| name == column);
-        if !mapping.needed_columns().iter().all(|column| has(column)) {
+        if !mapping.needed_columns().iter().all(has) {
             continue;
         }
         let used = mapping.used_columns();

@@ -92,7 +92,8 @@ impl Stored {
             config.mapping.policy.park_subject.clone(),
         );
         let lineage = sides.lineage.clone();
-        let mut entries = Vec::new();
+        let messages: u64 = sides.streams.iter().map(|it| it.state.messages).sum();
+        let mut entries = Vec::with_capacity(messages.min(super::AT_ONCE) as usize);
         let mut gone = Gone::Nothing;
         for stream in 0..sides.streams.len() {
             let name = sides.name(stream).to_string();
