@@ -447,8 +447,6 @@ fn after_a_restore_what_the_slot_has_waits() {
     assert!(note.contains("a relay halts here"), "{note}");
     assert_eq!(found.counts(), json!({ "waiting": 31 }));
     rig.drain(&["-resume-anyway"]);
-    let found = compare(&rig, 1, &[]);
-    assert_eq!(found.ids("disordered")[0], uuid(10));
-    assert_eq!(found.ids("missing"), [""; 0]);
-    assert_eq!(rig.ids().last(), Some(&uuid(40)));
+    assert_eq!(compare(&rig, 0, &[]).counts(), json!({}));
+    assert_eq!(rig.ids().len(), 40);
 }
