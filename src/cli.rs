@@ -26,7 +26,7 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 #[argh(
     help_triggers("--help", "-h"),
     usage = "[command] [flags]",
-    note = "Commands: setup, teardown, check, status, tail, completions, man. Without one, the relay runs. COMMAND --help lists more.",
+    note = "Commands: setup, teardown, check, status, tail, compare, unpark, completions, man. Without one, the relay runs. COMMAND --help lists more.",
     note = "Flags may also be spelled -flag VALUE and -flag=VALUE.",
     note = "Each can come from the environment: --ack-timeout from JETSTREAM_OUTBOX_ACK_TIMEOUT.",
     note = "A flag beats the environment, the environment beats the default.",
@@ -349,7 +349,7 @@ const CONNECTION_FLAGS: [&str; 15] = [
     "--table",
 ];
 
-/// Flags of the relay that `setup` and `check` follow besides: what makes an event, and where it goes.
+/// Flags of the relay that commands [follow](follows) besides: what makes an event, and where it goes.
 const MAPPING_FLAGS: [&str; 16] = [
     "--id-column",
     "--aggregatetype-column",
@@ -371,8 +371,15 @@ const MAPPING_FLAGS: [&str; 16] = [
 
 /// The flags of the relay that a command's `--help` lists.
 fn is_listed(word: Word, flag: &str) -> bool {
-    let follows = matches!(word, Word::Setup | Word::Check);
-    CONNECTION_FLAGS.contains(&flag) || follows && MAPPING_FLAGS.contains(&flag)
+    CONNECTION_FLAGS.contains(&flag) || follows(word) && MAPPING_FLAGS.contains(&flag)
+}
+
+/// Whether the command asks what makes an event.
+fn follows(word: Word) -> bool {
+    matches!(
+        word,
+        Word::Setup | Word::Check | Word::Compare | Word::Unpark
+    )
 }
 
 /// What `--help` prints. A command lists its own flags and, as argh lays them out for the relay, those of connections.
@@ -383,11 +390,11 @@ fn help(word: Option<Word>) -> String {
         return relay;
     };
     let mut text = output(word.read(&[PROGRAM, word.name()], &["--help"]).map(drop));
-    text += match word {
-        Word::Setup | Word::Check => {
+    text += match follows(word) {
+        true => {
             "\nConnections and events (all flags of the relay are taken, and those that do not matter ignored):\n"
         }
-        _ => {
+        false => {
             "\nConnections (all flags of the relay are taken, and those that do not matter ignored):\n"
         }
     };
@@ -618,7 +625,7 @@ mod tests {
                 {
                     assert!(listed(flag), "{args:?} does not list {flag}:\n{text}");
                 }
-                let follows = matches!(word, Word::Setup | Word::Check);
+                let follows = follows(word);
                 for flag in MAPPING_FLAGS {
                     let expected = follows || own().any(|name| name == flag);
                     assert_eq!(listed(flag), expected, "{args:?} {flag}:\n{text}");

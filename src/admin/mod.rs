@@ -1,4 +1,4 @@
-//! The operator's commands: `setup`, `teardown`, `check`, `status`, `tail`.
+//! The operator's commands: `setup`, `teardown`, `check`, `status`, `tail`, `compare`, `unpark`.
 //!
 //! They stand beside the relay and share its connections and its knowledge, not its threads. [`database`] is SQL over the
 //! `postgres` crate, [`bus`] is JetStream over the `nats` crate, and over the relay's own connection for `check`; what each command finds is put together by pure functions, and printed.
@@ -6,15 +6,20 @@
 pub mod bus;
 pub mod check;
 pub mod client;
+pub mod compare;
 pub mod database;
 pub mod error;
 pub mod print;
+pub mod reissue;
 mod remedy;
 pub mod setup;
+pub mod sides;
+pub mod slot_copy;
 pub mod statements;
 pub mod status;
 pub mod tail;
 pub mod teardown;
+pub mod unpark;
 
 use crate::config::Config;
 use crate::config::operation::Operation;
@@ -38,6 +43,8 @@ pub fn run(config: &Config, operation: Operation) -> Result<Exit, Error> {
         } => check::run(config, json, strict, aggregate.as_deref()),
         Operation::Status(how) => status::run(config, &how),
         Operation::Tail(how) => tail::run(config, &how),
+        Operation::Compare(how) => compare::run(config, &how),
+        Operation::Unpark(how) => unpark::run(config, &how),
     }
 }
 

@@ -18,6 +18,10 @@ pub enum Word {
     Status,
     /// Print events.
     Tail,
+    /// Find what is missing.
+    Compare,
+    /// Publish what was parked.
+    Unpark,
 }
 
 /// A command with its flags.
@@ -32,16 +36,22 @@ pub enum Command {
     Status(Status),
     /// Print events.
     Tail(Tail),
+    /// Find what is missing.
+    Compare(Compare),
+    /// Publish what was parked.
+    Unpark(Unpark),
 }
 
 impl Word {
     /// All of them, in the order a new installation needs them.
-    pub const ALL: [Word; 5] = [
+    pub const ALL: [Word; 7] = [
         Word::Setup,
         Word::Teardown,
         Word::Check,
         Word::Status,
         Word::Tail,
+        Word::Compare,
+        Word::Unpark,
     ];
 
     /// As it is typed.
@@ -52,6 +62,8 @@ impl Word {
             Word::Check => "check",
             Word::Status => "status",
             Word::Tail => "tail",
+            Word::Compare => "compare",
+            Word::Unpark => "unpark",
         }
     }
 
@@ -68,6 +80,8 @@ impl Word {
             Word::Check => Check::get_args_info(),
             Word::Status => Status::get_args_info(),
             Word::Tail => Tail::get_args_info(),
+            Word::Compare => Compare::get_args_info(),
+            Word::Unpark => Unpark::get_args_info(),
         }
     }
 
@@ -79,6 +93,8 @@ impl Word {
             Word::Check => Command::Check(Check::from_args(command_name, args)?),
             Word::Status => Command::Status(Status::from_args(command_name, args)?),
             Word::Tail => Command::Tail(Tail::from_args(command_name, args)?),
+            Word::Compare => Command::Compare(Compare::from_args(command_name, args)?),
+            Word::Unpark => Command::Unpark(Unpark::from_args(command_name, args)?),
         })
     }
 }
@@ -220,4 +236,57 @@ pub struct Tail {
     /// print one JSON object a line (default off)
     #[argh(switch)]
     pub json: bool,
+}
+
+/// Answers whether anything is missing: compares the rows of the outboxes, and what the WAL of the slot still has, with the
+/// streams. Changes nothing, unless it is told to publish what is missing.
+#[derive(FromArgs, ArgsInfo, Default)]
+#[argh(
+    help_triggers("--help", "-h"),
+    usage = "[flags]",
+    note = "Every message of the streams under the prefix is read once.",
+    example = "{command_name}\n{command_name} --where \"created_at > now() - interval '1 day'\" --json",
+    error_code(0, "nothing is missing, there twice, out of order or of another body"),
+    error_code(1, "something is, or it cannot be told"),
+    error_code(69, "a server could not be reached, or the backlog is too long"),
+    error_code(78, "something may not be read, or cannot be published")
+)]
+pub struct Compare {
+    /// print one JSON object a line (default off)
+    #[argh(switch)]
+    pub json: bool,
+    /// only rows for which this SQL condition holds, all of which the streams must still have (default: all rows)
+    #[argh(option, long = "where")]
+    pub rows: Option<String>,
+    /// publish what is missing, by way of Postgres and the relay; needs messages, Postgres 14 and later (default off)
+    #[argh(switch)]
+    pub publish: bool,
+}
+
+/// Publishes parked events, by way of Postgres and the relay, once what stopped them is mended.
+#[derive(FromArgs, ArgsInfo, Default)]
+#[argh(
+    help_triggers("--help", "-h"),
+    usage = "[flags]",
+    note = "One of --id, --cause and --all is needed. What is in a stream, or on its way there, is not published again.",
+    example = "{command_name} --cause 'larger than' --print-sql\n{command_name} --all",
+    error_code(0, "all that were chosen are published, or were before"),
+    error_code(1, "some were left; each line says why"),
+    error_code(64, "none of --id, --cause and --all was given"),
+    error_code(69, "a server could not be reached"),
+    error_code(78, "something may not be read, or cannot be published")
+)]
+pub struct Unpark {
+    /// the parked event with this id (default none)
+    #[argh(option)]
+    pub id: Option<String>,
+    /// parked events whose cause, Outbox-Parked, has this text in it (default none)
+    #[argh(option)]
+    pub cause: Option<String>,
+    /// all parked events (default off)
+    #[argh(switch)]
+    pub all: bool,
+    /// only print the statements that would publish them (default off)
+    #[argh(switch)]
+    pub print_sql: bool,
 }

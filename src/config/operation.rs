@@ -42,6 +42,10 @@ pub enum Operation {
     Status(Status),
     /// Print events.
     Tail(Tail),
+    /// Find what is missing.
+    Compare(Compare),
+    /// Publish what was parked.
+    Unpark(Unpark),
 }
 
 /// Whose administrator.
@@ -102,6 +106,37 @@ pub struct Tail {
     pub json: bool,
 }
 
+/// What to compare, and what to do about it.
+#[derive(Debug, PartialEq)]
+pub struct Compare {
+    /// Print JSON.
+    pub json: bool,
+    /// Only rows for which this SQL condition holds, and which the streams must still have.
+    pub rows: Option<String>,
+    /// Publish what is missing.
+    pub publish: bool,
+}
+
+/// Which parked events to publish.
+#[derive(Debug, PartialEq)]
+pub struct Unpark {
+    /// Those.
+    pub which: Which,
+    /// Only print the statements.
+    pub print_sql: bool,
+}
+
+/// A choice of parked events.
+#[derive(Debug, PartialEq)]
+pub enum Which {
+    /// The one with this id.
+    Id(String),
+    /// Those in whose cause this is.
+    Cause(String),
+    /// All.
+    All,
+}
+
 /// Where to begin.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum From {
@@ -125,7 +160,9 @@ impl Operation {
             Operation::Setup(_)
             | Operation::Teardown { .. }
             | Operation::Check { .. }
-            | Operation::Status(_) => true,
+            | Operation::Status(_)
+            | Operation::Compare(_)
+            | Operation::Unpark(_) => true,
         }
     }
 
@@ -153,7 +190,27 @@ impl Operation {
                 count: optional("count", flags.count, parse_number)?,
                 json: flags.json,
             })),
+            Command::Compare(flags) => Ok(Operation::Compare(Compare {
+                json: flags.json,
+                rows: optional("where", flags.rows, parse_condition)?,
+                publish: flags.publish,
+            })),
+            Command::Unpark(flags) => Ok(Operation::Unpark(Unpark {
+                print_sql: flags.print_sql,
+                which: which(flags)?,
+            })),
         }
+    }
+}
+
+fn which(flags: commands::Unpark) -> Result<Which, ConfigError> {
+    match (flags.id, flags.cause, flags.all) {
+        (Some(id), None, false) => Ok(Which::Id(id)),
+        (None, Some(cause), false) => Ok(Which::Cause(cause)),
+        (None, None, true) => Ok(Which::All),
+        _ => Err(ConfigError::Together(
+            "unpark needs one of -id, -cause and -all: which parked events are to be published",
+        )),
     }
 }
 
@@ -260,6 +317,13 @@ fn parse_bytes(text: &str) -> Result<i64, String> {
     let bytes = number.parse().ok().and_then(|it: i64| it.checked_mul(unit));
     let bytes = bytes.filter(|it| *it > 0 && !number.starts_with('+'));
     bytes.ok_or_else(|| "is not a size like 500MB or 10GB".to_string())
+}
+
+fn parse_condition(text: &str) -> Result<String, String> {
+    match text.trim() {
+        "" => Err("is no condition".to_string()),
+        _ => Ok(text.to_string()),
+    }
 }
 
 fn parse_replicas(text: &str) -> Result<u32, String> {
@@ -385,6 +449,8 @@ mod tests {
             (&["setup", "-print-sql"], false),
             (&["setup", "-print-nats"], false),
             (&["tail"], false),
+            (&["compare"], true),
+            (&["unpark", "-all"], true),
         ] {
             assert_eq!(load(args).unwrap().needs_database(), needs, "{args:?}");
         }
@@ -416,6 +482,9 @@ mod tests {
             &["setup", "-aggregate-prefix", "all"],
             &["setup", "-aggregate-prefix", "a..b", "-aggregate", "ALL"],
             &["check", "-aggregate", "a.b"],
+            &["compare", "-where", " "],
+            &["unpark", "-all", "-id", "x"],
+            &["unpark", "-cause", "x", "-all"],
         ] {
             let error = load(args).expect_err(&args.join(" ")).to_string();
             let flag = args[1];

@@ -13,7 +13,7 @@ mod stored;
 pub use routes::{Routes, matches, probe};
 pub use stored::{
     StoredMessage, last_message_request, message, message_request, next_message_request,
-    parse_message_head,
+    parse_message, parse_message_head,
 };
 
 use super::ack::{AckError, ApiError};

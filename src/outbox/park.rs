@@ -16,11 +16,11 @@ use std::sync::Arc;
 /// Why the event is parked.
 pub const PARKED: &str = "Outbox-Parked";
 /// The subject it was meant for.
-const ORIGINAL_SUBJECT: &str = "Outbox-Original-Subject";
+pub const ORIGINAL_SUBJECT: &str = "Outbox-Original-Subject";
 /// How many bytes its body had before it was cut.
 pub const BODY_CUT: &str = "Outbox-Body-Cut";
 /// How many bytes its own headers had, where they are left out.
-const HEADERS_CUT: &str = "Outbox-Headers-Cut";
+pub const HEADERS_CUT: &str = "Outbox-Headers-Cut";
 
 /// Of more own headers than this a parked event keeps none.
 const MAX_KEPT_HEADERS: usize = 16 * 1024;

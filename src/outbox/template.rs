@@ -203,6 +203,30 @@ impl Template {
         })
     }
 
+    /// Values for its columns of which it makes this subject, if there are any: those that it was made of, or others that make the
+    /// same one. What they make is to be compared, since a value may have been shortened or put in lower case.
+    pub fn values(&self, prefix: &str, subject: &str) -> Option<Vec<(&str, String)>> {
+        let mut rest = subject.strip_prefix(prefix)?.strip_prefix('.')?;
+        let mut values = Vec::new();
+        let mut parts = self.parts.iter().peekable();
+        while let Some(part) = parts.next() {
+            match part {
+                Part::Text(text) => rest = rest.strip_prefix(text.as_str())?,
+                Part::Column { name, .. } => {
+                    let end = match parts.peek() {
+                        // a value has one character at least
+                        Some(Part::Text(text)) => rest.get(1..)?.find(text.as_str())? + 1,
+                        _ => rest.len(),
+                    };
+                    let (value, after) = rest.split_at_checked(end)?;
+                    values.push((name.as_str(), percent::decode(value)?));
+                    rest = after;
+                }
+            }
+        }
+        rest.is_empty().then_some(values)
+    }
+
     /// The template for one table: `slot` says where the value of a column is found.
     pub fn compile(&self, prefix: &str, mut slot: impl FnMut(&str) -> usize) -> Subject {
         let mut pieces = vec![Piece::Text(format!("{prefix}."))];
@@ -287,6 +311,29 @@ mod tests {
         let value = |slot: usize| Ok::<_, Infallible>(row[slot].1);
         let Ok(plain) = template.compile("events", slot).write(value, &mut out);
         (String::from_utf8(out).unwrap(), plain)
+    }
+
+    #[test]
+    fn values_are_found_that_make_the_same_subject() {
+        for (template, row) in [
+            (DEFAULT, &[("aggregatetype", "a"), ("aggregateid", "b")][..]),
+            (DEFAULT, &[("aggregatetype", "a.b"), ("aggregateid", "c.d")]),
+            (DEFAULT, &[("aggregatetype", ""), ("aggregateid", "ü *%")]),
+            (DEFAULT, &[("aggregatetype", "."), ("aggregateid", "")]),
+            ("{prefix}.{a}-v2.{b:lower}", &[("a", "x y"), ("b", "z")]),
+            ("{prefix}.fixed.{a}.end", &[("a", "x")]),
+            ("{prefix}.fixed", &[]),
+        ] {
+            let made = subject(template, row).0;
+            let parsed: Template = template.parse().unwrap();
+            let values = parsed.values("events", &made).unwrap();
+            let values: Vec<(&str, &str)> = values.iter().map(|(n, v)| (*n, v.as_str())).collect();
+            assert_eq!(subject(template, &values).0, made);
+        }
+        let default = Template::default();
+        for none in ["events", "other.a.b", "events.a", "events.%~00.b"] {
+            assert_eq!(default.values("events", none), None, "{none}");
+        }
     }
 
     #[test]

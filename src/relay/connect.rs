@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::jetstream::ack::{AckError, parse_refusal};
 use crate::jetstream::client::{self, Link};
 use crate::jetstream::preflight::preflight;
-use crate::jetstream::streams::{self, Routes, StreamInfo};
+use crate::jetstream::streams::{self, Routes, StoredMessage, StreamInfo};
 use crate::jetstream::{
     self, Delivery, EXPECTED_LAST_SEQUENCE, MSG_ID, OUTBOX_LATE, OUTBOX_POSITION, STREAM_SOURCE,
 };
@@ -463,8 +463,12 @@ pub fn read_gap(
 
 /// Reads the answer to a request for a message.
 pub fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
-    let stored = streams::parse_message_head(body)?;
-    Ok(stored.map(|stored| Message {
+    Ok(streams::parse_message_head(body)?.as_ref().map(message_of))
+}
+
+/// What the headers say of where the message is from.
+pub fn message_of(stored: &StoredMessage) -> Message {
+    Message {
         seq: stored.seq,
         position: stored
             .header(OUTBOX_POSITION)
@@ -480,5 +484,5 @@ pub fn message(body: &[u8]) -> Result<Option<Message>, AckError> {
             .map(str::to_string),
         is_late: stored.header(OUTBOX_LATE).is_some(),
         is_parked: stored.header(PARKED).is_some(),
-    }))
+    }
 }

@@ -11,6 +11,7 @@ mod check_past;
 mod check_postgres;
 mod check_publication;
 mod command;
+mod compare;
 mod faults;
 mod handover;
 mod preflight;
@@ -23,4 +24,5 @@ mod status;
 #[path = "../support/mod.rs"]
 mod support;
 mod tail;
+mod unpark;
 mod unreachable;
