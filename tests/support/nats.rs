@@ -442,6 +442,11 @@ pub struct NatsCluster {
 impl NatsCluster {
     /// Starts three servers and waits until a stream with three replicas can be made.
     pub fn start() -> NatsCluster {
+        NatsCluster::start_with(|_, node| node)
+    }
+
+    /// The same with servers of the caller's own, by their index.
+    pub fn start_with(configure: impl Fn(usize, Builder) -> Builder) -> NatsCluster {
         let routes = [free_port(), free_port(), free_port()];
         let list = routes
             .map(|port| format!("nats-route://127.0.0.1:{port}"))
@@ -450,6 +455,7 @@ impl NatsCluster {
         let nodes = routes.map(|port| {
             number += 1;
             let mut node = Nats::builder();
+            node = configure(number - 1, node);
             node.name = format!("node{number}");
             node.cluster = Some(format!(
                 "cluster {{\nname: test\nlisten: 127.0.0.1:{port}\nroutes: [{list}]\n}}\n"

@@ -1,0 +1,1 @@
+//! Disks that fill, and have room again.
