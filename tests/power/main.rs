@@ -8,6 +8,7 @@
 //! scripts/power sets them.
 
 mod cuts;
+mod damage;
 mod disk;
 mod full;
 mod mount;

@@ -52,7 +52,6 @@ pub fn can_mount() -> bool {
 /// What is under test.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    pub name: &'static str,
     pub replicas: usize,
     /// nats-server's `sync_interval`.
     pub sync: &'static str,
@@ -145,12 +144,21 @@ fn stored_on(builder: Builder, disk: &Path, sync: &str) -> Builder {
     ))
 }
 
-/// Waits until all that was committed by now is in the stream.
+/// Waits until all that was committed by now is in the stream; nothing else may keep the relay.
 pub fn catch_up(side: &Side) {
+    if let Err(reason) = caught_up(side, CATCH_UP_LIMIT) {
+        let example = format!("after {CATCH_UP_LIMIT:?}: {reason}");
+        side.world.violation("stands still", example);
+        side.world.give_up();
+    }
+}
+
+/// Whether it is by then.
+pub fn caught_up(side: &Side, limit: Duration) -> Result<(), String> {
     let world = side.world;
     lock(&side.ledger).read_all(&world.pg);
     let target = lock(&side.ledger).events() as u64;
-    let caught_up = poll(CATCH_UP_LIMIT, || {
+    poll(limit, || {
         side.fleet.check();
         if world.is_broken() {
             return Ok(());
@@ -164,14 +172,7 @@ pub fn catch_up(side: &Side) {
             Some(stored) if stored >= target => Ok(()),
             stored => Err(format!("{stored:?} of {target} events are stored")),
         }
-    });
-    if let Err(reason) = caught_up {
-        world.violation(
-            "stands still",
-            format!("after {CATCH_UP_LIMIT:?}: {reason}"),
-        );
-        world.give_up();
-    }
+    })
 }
 
 /// Writers write and a relay runs while `faults` does what it does; then everything catches up, and is judged. It says how much
