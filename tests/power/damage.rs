@@ -183,7 +183,7 @@ fn prepare(ports: &[u16], client: &mut NatsClient, replicas: u32) -> Before {
     // so small that there are some blocks
     client.add_stream_with(json!({
         "name": NAME, "subjects": ["events.>"], "num_replicas": replicas,
-        "max_bytes": 8 << 20, "discard": "new",
+        "max_bytes": 4 << 20, "discard": "new",
     }));
     let relay = relay(&pg, ports);
     commit(&pg, 0..OLD);
@@ -244,7 +244,10 @@ fn observe(before: &Before, ports: &[u16], client: &mut dyn FnMut() -> NatsClien
     }
     let log = relay.log();
     let loud = |line: &&String| line.contains("level=warn") || line.contains("level=error");
-    outcome.said = log.iter().rev().find(loud).cloned().unwrap_or_default();
+    let standing = |line: &&String| line.contains("at its limit");
+    let said = log.iter().filter(loud).filter(|line| !standing(line));
+    let said = said.filter_map(|line| Some(line.split_once("msg=")?.1.to_string()));
+    outcome.said = said.collect::<Vec<_>>().join(" | ");
     if done.is_err() {
         outcome.said = format!("(waits) {}", outcome.said);
     }
@@ -307,14 +310,12 @@ fn tell(case: Case, at: &str, outcome: &Outcome) {
     println!("{at} {case:?}\n    {outcome:?}");
 }
 
-/// Nothing that was not confirmed is missing without a word.
-fn judge(case: Case, outcome: &Outcome, seed: u64) {
+/// What must not be: an event that was not confirmed is missing and nobody says so; or one is there twice. A stream whose last block is
+/// gone with all before it is what a purge leaves: that is no loss to the relay.
+fn judge(case: Case, outcome: &Outcome) -> Option<String> {
     let goes_on = outcome.halted.is_none() && !outcome.said.starts_with("(waits)");
-    assert!(
-        outcome.young_missing == 0 || !goes_on,
-        "seed {seed}, {case:?}: {outcome:?}"
-    );
-    assert!(outcome.twice == 0, "seed {seed}, {case:?}: {outcome:?}");
+    let silent = outcome.young_missing > 0 && goes_on;
+    (silent || outcome.twice > 0).then(|| format!("{case:?}: {outcome:?}"))
 }
 
 /// All cases where there is time for them, or some.
@@ -336,6 +337,7 @@ fn chosen(random: &mut Rng) -> Vec<Case> {
 fn damage_of_a_single_server_is_repaired_or_halts_the_relay() {
     let seed = number("POWER_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
     let mut random = Rng::with_seed(seed);
+    let mut broken: Vec<String> = Vec::new();
     for case in chosen(&mut random) {
         let nats = Nats::start();
         let before = prepare(&[nats.port()], &mut nats.client(), 1);
@@ -349,14 +351,16 @@ fn damage_of_a_single_server_is_repaired_or_halts_the_relay() {
         nats.start_again();
         let outcome = observe(&before, &[nats.port()], &mut || nats.client());
         tell(case, "single server, ", &outcome);
-        judge(case, &outcome, seed);
+        broken.extend(judge(case, &outcome));
     }
+    assert!(broken.is_empty(), "seed {seed}:\n{}", broken.join("\n"));
 }
 
 #[test]
 fn damage_of_one_node_of_three_is_repaired_or_halts_the_relay() {
     let seed = number("POWER_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
     let mut random = Rng::with_seed(seed);
+    let mut broken: Vec<String> = Vec::new();
     for case in chosen(&mut random) {
         let cluster = NatsCluster::start();
         let ports = [0, 1, 2].map(|node: usize| cluster.nodes[node].port());
@@ -376,8 +380,9 @@ fn damage_of_one_node_of_three_is_repaired_or_halts_the_relay() {
             eventually("a node to answer", DEADLINE, || node.try_client())
         });
         tell(case, "one node of three, ", &outcome);
-        judge(case, &outcome, seed);
+        broken.extend(judge(case, &outcome));
     }
+    assert!(broken.is_empty(), "seed {seed}:\n{}", broken.join("\n"));
 }
 
 /// The damaged node becomes the leader, if it can: then nothing hides what it has lost.

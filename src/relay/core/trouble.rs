@@ -141,7 +141,7 @@ impl fmt::Display for Cause {
             Cause::AckTimeout => {
                 f.write_str(
                     "JetStream has acknowledged nothing for the ack timeout: the stream has no leader, or the store cannot write (a full \
-                     disk), which nats-server logs, and from 2.14 on does not answer",
+                     disk: restart nats-server once there is room), which it logs, and from 2.14 on does not answer",
                 )
             }
             Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
