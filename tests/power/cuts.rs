@@ -12,7 +12,7 @@ use fastrand::Rng;
 use std::time::{Duration, Instant};
 
 /// So long in the ordinary tests, which run side by side.
-const DEFAULT_SECONDS: u64 = 20;
+const DEFAULT_SECONDS: u64 = 10;
 
 /// nats-server syncs each second, and what it has not by then is within the hold-back.
 const LAZY: (&str, Duration) = ("1s", secs(5));

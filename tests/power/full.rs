@@ -7,7 +7,7 @@ use crate::support::wait::{pause, poll, secs};
 use fastrand::Rng;
 use std::time::{Duration, Instant};
 
-const DEFAULT_SECONDS: u64 = 20;
+const DEFAULT_SECONDS: u64 = 10;
 
 /// A disk with so little room is full soon.
 const ROOM: std::ops::Range<u64> = 0..300_000;
