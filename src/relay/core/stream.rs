@@ -28,6 +28,9 @@ pub struct Stream {
     /// Copies in the cluster. Only an unreplicated stream can be told the expected last message's id: in a replicated one a
     /// single mismatch ends the stream for good (nats-server 2.14).
     pub is_replicated: bool,
+    /// A refusal may name an end that is not there yet: the leader of a replicated stream counts what is on its way to the others. What
+    /// is missing at the end was not consumed.
+    pub may_lag: bool,
     /// From this sequence on no message leaves by itself before an older one does, if that can be said of the stream.
     pub kept_from: Option<u64>,
     /// See [`Fence`].
@@ -63,6 +66,7 @@ impl Stream {
             }),
             created: cut.created,
             is_replicated: facts.is_replicated,
+            may_lag: facts.is_replicated && facts.is_log,
             kept_from: facts.keeps_its_end.then_some(facts.first_seq),
             fence: Fence::new(facts.last_seq, names),
             recorded: cut.witness,

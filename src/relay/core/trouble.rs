@@ -67,6 +67,8 @@ pub enum Cause {
     },
     /// A stream seems to be another one than it was, or to end before what it had acknowledged: a closer look will tell.
     Disagrees(String),
+    /// What a replicated stream has refused a publish for is not there yet.
+    Lags(String),
 }
 
 /// What cannot be repaired without a person's decision.
@@ -148,6 +150,10 @@ impl fmt::Display for Cause {
             Cause::Elsewhere { stream, answered } => write!(
                 f,
                 "another stream answers than {stream} ({answered}): where the subjects lead is read again"
+            ),
+            Cause::Lags(stream) => write!(
+                f,
+                "stream {stream} has not stored yet what it took before: its replicas are behind"
             ),
             Cause::Disagrees(stream) => write!(
                 f,

@@ -13,6 +13,12 @@ use std::time::Instant;
 /// So far before the end the last message of ours is read again with what came after it.
 const NEAR: u64 = 64;
 
+/// The last of what was read after `known` is not there.
+fn lacks_its_end(read: &[(u64, Option<Message>)], known: u64) -> bool {
+    let last = read.iter().max_by_key(|(seq, _)| *seq);
+    last.is_some_and(|(seq, message)| *seq > known && message.is_none())
+}
+
 impl ExactlyOnce {
     /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
     pub(super) fn next_read(&mut self) -> Option<Next> {
@@ -96,6 +102,14 @@ impl ExactlyOnce {
         {
             // R22
             let cause = Cause::Disagrees(stream.name().to_string());
+            return Err(Trouble::Reconnect(cause));
+        }
+        // R7: late copies of ours may be among what comes
+        if let Some(stream) = stream
+            && stream.may_lag
+            && lacks_its_end(&messages, known)
+        {
+            let cause = Cause::Lags(stream.name().to_string());
             return Err(Trouble::Reconnect(cause));
         }
         let (mut foreign, mut last) = (0, 0);
@@ -185,6 +199,34 @@ impl ExactlyOnce {
                 self.settle();
                 Ok(Some((id, found.unwrap_or_default())))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_at_the_end_may_come_and_what_is_missing_before_is_gone() {
+        let read = |there: &[u64], upto: u64| -> Vec<(u64, Option<Message>)> {
+            let message = |seq| there.contains(&seq).then(Message::default);
+            (5..=upto).map(|seq| (seq, message(seq))).collect()
+        };
+        for (there, upto, lacks) in [
+            (&[5, 6, 7][..], 7, false),
+            (&[5, 7], 7, false),
+            (&[5, 6], 7, true),
+            (&[], 7, true),
+            // the witness alone was read, and others have deleted it
+            (&[], 5, false),
+            (&[], 4, false),
+        ] {
+            assert_eq!(
+                lacks_its_end(&read(there, upto), 5),
+                lacks,
+                "{there:?} to {upto}"
+            );
         }
     }
 }
