@@ -25,6 +25,8 @@ fn cut(replicas: usize, (sync, hold_back): (&'static str, Duration)) {
         return;
     }
     let seed = number("POWER_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let short = number("POWER_HOLD_BACK").map(|hold_back| ("1m", secs(hold_back)));
+    let (sync, hold_back) = short.unwrap_or((sync, hold_back));
     let rules = [Rules::EXT4, Rules::XFS][(seed % 2) as usize];
     let plan = Plan {
         replicas,

@@ -5,7 +5,8 @@
 //! needs FUSE, and to be root; elsewhere these tests say that nothing was tested, and pass.
 //!
 //! `POWER_SECONDS` (by default as long as the tests can bear), `POWER_SEED` and `POWER_REQUIRED` (fail where there is no FUSE);
-//! scripts/power sets them.
+//! scripts/power sets them. `POWER_HOLD_BACK`: so many seconds are held back, and servers sync each minute; then they lose what was
+//! confirmed, and the tests fail. `POWER_DAMAGE`: parts of the names of the damages that are wanted, between commas.
 
 mod cuts;
 mod damage;
