@@ -124,11 +124,14 @@ impl Drop for Drive {
     }
 }
 
+/// Inode, kind and name.
+type Entry = (u64, FileType, OsString);
+
 /// What the kernel talks to.
 struct Shown {
     disk: Arc<Mutex<Disk>>,
     /// What a folder had when it was opened.
-    folders: Mutex<HashMap<u64, Vec<(u64, FileType, OsString)>>>,
+    folders: Mutex<HashMap<u64, Vec<Entry>>>,
     next: AtomicU64,
 }
 
