@@ -15,6 +15,9 @@ const ROOM: std::ops::Range<u64> = 0..300_000;
 /// How long it takes to fill at most; Postgres writes into files that it has already.
 const FILLS: Duration = secs(10);
 
+/// What nats-server says that needs a start again.
+const GIVES_UP: [&str; 2] = ["Critical write error", "will be DISABLED"];
+
 /// So long a server may take to serve again by itself.
 const RECOVERS: Duration = secs(20);
 
@@ -47,6 +50,7 @@ fn fill_for(length: Duration, rig: &Rig, side: &Side, random: &mut Rng) -> Strin
         };
         let drive = &rig.drives[at];
         let before = drive.refused();
+        let log_before = log_of_nats(rig, at).len();
         drive.leave_room(Some(random.u64(ROOM)));
         rig.world.note(&format!("disk {at} fills"));
         let is_full = poll(FILLS, || drive.refused() > before);
@@ -61,7 +65,11 @@ fn fill_for(length: Duration, rig: &Rig, side: &Side, random: &mut Rng) -> Strin
             filled[at.min(1)] += 1;
         }
         refused += drive.refused() - before;
-        if !serves(rig, side, at) {
+        // nats-server writes no more to a stream, or disables JetStream, until it is started again
+        let has_given_up = GIVES_UP
+            .iter()
+            .any(|said| log_of_nats(rig, at)[log_before..].contains(said));
+        if has_given_up || !serves(rig, side, at) {
             restarted[at.min(1)] += 1;
             rig.world
                 .note(&format!("the server on disk {at} is started again"));
@@ -84,6 +92,11 @@ fn fill_for(length: Duration, rig: &Rig, side: &Side, random: &mut Rng) -> Strin
         "disks filled: {} times Postgres', {} times nats-server's, {refused} operations refused; servers that had to be started again: {} times Postgres, {} times nats-server",
         filled[0], filled[1], restarted[0], restarted[1]
     )
+}
+
+fn log_of_nats(rig: &Rig, at: usize) -> String {
+    let node = at.checked_sub(1).map(|at| &rig.world.jetstream.nodes()[at]);
+    node.map_or_else(String::new, |node| node.log())
 }
 
 /// Whether the server on this disk serves again by itself.
