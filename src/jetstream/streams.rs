@@ -101,7 +101,12 @@ impl StreamConfig {
     /// The last message of ours stays while an older one does: what goes by itself goes oldest first. (A replicated
     /// stream is left out, because a new leader may not know yet what is there.)
     pub fn keeps_its_end(&self) -> bool {
-        self.retention == "limits" && !self.allow_msg_ttl && self.num_replicas <= 1
+        self.is_log() && self.num_replicas <= 1
+    }
+
+    /// Nothing is consumed, or lives shorter than what is older.
+    pub fn is_log(&self) -> bool {
+        self.retention == "limits" && !self.allow_msg_ttl
     }
 
     /// The same, and each message stays while an older one does, whatever their subjects.

@@ -285,6 +285,7 @@ impl Connector<'_> {
             domain: info.domain.clone(),
             created: info.created.clone(),
             is_replicated: info.config.num_replicas > 1,
+            is_log: info.config.is_log(),
             first_seq: info.state.first_seq,
             last_seq: info.state.last_seq,
             is_routed: index < found.routed,

@@ -350,6 +350,12 @@ impl<'a> Session<'a> {
         for lost in &resumed.disagreed {
             log::warn!("{lost}; going back to where the checkpoint and the streams agree");
         }
+        if resumed.confirmed_are_gone {
+            log::warn!(
+                "among what is gone are events that Postgres was told of: the slot cannot send them again; if nobody deleted them, \
+                 nats-server has lost them: restore the stream from a backup, or write them again"
+            );
+        }
         let fell_back = resumed.fell_back();
         let anchor = &resumed.anchor;
         let flags = self.config.flags();

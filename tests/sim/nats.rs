@@ -219,6 +219,7 @@ impl Stream {
             domain: String::new(),
             created: self.created.clone(),
             is_replicated: self.is_replicated,
+            is_log: !self.is_queue,
             first_seq: self.first_seq,
             last_seq: self.last_seq,
             is_routed: !self.topics.is_empty(),

@@ -4,7 +4,7 @@ use super::files::{copy_folder, temp_dir};
 use super::natsclient::NatsClient;
 use super::ports::{TRIES, free_port};
 use super::process::{Process, Signal, lock};
-use super::wait::{eventually, secs};
+use super::wait::{eventually, poll, secs};
 use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -119,7 +119,7 @@ impl Builder {
     }
 }
 
-/// The server ended instead of serving.
+/// The server ended instead of serving, or did not serve in time.
 struct Exited {
     log: String,
 }
@@ -384,7 +384,16 @@ impl Nats {
         path
     }
 
+    /// The same for one whose files are damaged: whether it serves by then. It is killed if not.
+    pub fn starts_again_within(&self, deadline: Duration) -> bool {
+        self.try_start_within(deadline).is_ok()
+    }
+
     fn try_start(&self) -> Result<(), Exited> {
+        self.try_start_within(START_DEADLINE)
+    }
+
+    fn try_start_within(&self, deadline: Duration) -> Result<(), Exited> {
         let mut server = lock(&self.server);
         assert!(server.is_none(), "nats-server is running already");
         let config = self.write_config();
@@ -408,14 +417,14 @@ impl Nats {
             Some(_) => "Listening for route connections",
             None => "Server is ready",
         };
-        let ready = eventually("nats-server to be ready", START_DEADLINE, || {
+        let ready = poll(deadline, || {
             if process.try_exit().is_some() {
                 return Some(false);
             }
             let new = self.log().split_off(log_before);
             new.contains(last_step).then_some(true)
         });
-        if !ready {
+        if ready != Ok(true) {
             let log = self.log().split_off(log_before);
             return Err(Exited { log });
         }
@@ -442,6 +451,11 @@ pub struct NatsCluster {
 impl NatsCluster {
     /// Starts three servers and waits until a stream with three replicas can be made.
     pub fn start() -> NatsCluster {
+        NatsCluster::start_with(|_, node| node)
+    }
+
+    /// The same with servers of the caller's own, by their index.
+    pub fn start_with(configure: impl Fn(usize, Builder) -> Builder) -> NatsCluster {
         let routes = [free_port(), free_port(), free_port()];
         let list = routes
             .map(|port| format!("nats-route://127.0.0.1:{port}"))
@@ -450,6 +464,7 @@ impl NatsCluster {
         let nodes = routes.map(|port| {
             number += 1;
             let mut node = Nats::builder();
+            node = configure(number - 1, node);
             node.name = format!("node{number}");
             node.cluster = Some(format!(
                 "cluster {{\nname: test\nlisten: 127.0.0.1:{port}\nroutes: [{list}]\n}}\n"

@@ -98,7 +98,7 @@ static MAJOR_VERSION: LazyLock<u32> = LazyLock::new(|| {
 
 static TEMPLATE: LazyLock<TempDir> = LazyLock::new(|| {
     let dir = server_dir();
-    initdb(&dir.path().join("data"));
+    initdb(&dir.path().join("data"), &[]);
     dir
 });
 
@@ -156,10 +156,12 @@ pub fn as_server(command: &mut Command, folder: &Path) {
     }
 }
 
-fn initdb(data: &Path) {
+fn initdb(data: &Path, options: &[&str]) {
     run(program("initdb")
         .args(["--no-sync", "--auth=trust", "--username=postgres"])
-        .args(["--locale=C", "--encoding=UTF8", "--pgdata"])
+        .args(["--locale=C", "--encoding=UTF8"])
+        .args(options)
+        .arg("--pgdata")
         .arg(data));
 }
 
@@ -171,9 +173,16 @@ pub struct Builder {
     hba_alone: bool,
     files: Vec<(String, Vec<u8>)>,
     own_system_id: bool,
+    on: Option<PathBuf>,
 }
 
 impl Builder {
+    /// Puts the data folder under this one, on a disk that may lose power: with checksums, and fsync on.
+    pub fn on_disk(mut self, folder: &Path) -> Builder {
+        self.on = Some(folder.join("data"));
+        self.setting("fsync", "on")
+    }
+
     /// A line of postgresql.conf; it beats the fixture's own.
     pub fn setting(mut self, name: &str, value: &str) -> Builder {
         self.settings.push((name.to_string(), value.to_string()));
@@ -209,9 +218,12 @@ impl Builder {
     /// Makes and starts it, and waits until it answers.
     pub fn build(self) -> Postgres {
         let dir = server_dir();
-        let data = dir.path().join("data");
-        if self.own_system_id {
-            initdb(&data);
+        let data = self.data_in(&dir);
+        if let Some(disk) = self.on.as_ref().and_then(|data| data.parent()) {
+            give_to_server(disk);
+            initdb(&data, &["--data-checksums"]);
+        } else if self.own_system_id {
+            initdb(&data, &[]);
         } else {
             copy_folder(&TEMPLATE.path().join("data"), &data);
         }
@@ -257,9 +269,14 @@ impl Builder {
         clone
     }
 
+    fn data_in(&self, dir: &TempDir) -> PathBuf {
+        let beside = || dir.path().join("data");
+        self.on.clone().unwrap_or_else(beside)
+    }
+
     /// Configures and starts the cluster whose data folder is in `dir` already.
     fn start_in(self, dir: TempDir) -> Postgres {
-        let data = dir.path().join("data");
+        let data = self.data_in(&dir);
         let mut conf = BASE_SETTINGS.to_string();
         for (name, value) in &self.settings {
             conf += &format!("{name} = '{}'\n", value.replace('\'', "''"));
@@ -275,6 +292,7 @@ impl Builder {
         }
         let server = Postgres {
             dir,
+            data,
             port: Mutex::new(free_port()),
             server: Mutex::new(None),
         };
@@ -307,6 +325,7 @@ struct Exited {
 /// A cluster of our own. All methods take `&self`: a test may poll from one thread and break from another.
 pub struct Postgres {
     dir: TempDir,
+    data: PathBuf,
     port: Mutex<u16>,
     server: Mutex<Option<Process>>,
 }
@@ -327,6 +346,15 @@ impl Postgres {
         &BIN
     }
 
+    /// Reads every page of a stopped server: each must have the checksum that it says.
+    pub fn check_pages(&self) {
+        self.assert_stopped();
+        run(program("pg_checksums")
+            .arg("--check")
+            .arg("--pgdata")
+            .arg(self.data_dir()));
+    }
+
     /// The first number of its version.
     pub fn major_version() -> u32 {
         *MAJOR_VERSION
@@ -344,7 +372,7 @@ impl Postgres {
 
     /// The data folder.
     pub fn data_dir(&self) -> PathBuf {
-        self.dir.path().join("data")
+        self.data.clone()
     }
 
     /// A connection URL over TCP.

@@ -16,16 +16,18 @@ use std::time::Duration;
 
 pub use rustix::process::Signal;
 
-/// Reads `start <pid>`, `end <pid>`, `folder <path>` and `keep <path>` lines until the pipe closes. QUIT
+/// Reads `start <pid>`, `end <pid>`, `folder <path>`, `mount <path>` and `keep <path>` lines until the pipe closes. QUIT
 /// first, because a Postgres that is only killed leaves its children to find out for themselves.
 const REAPER: &str = r#"
 trap '' INT TERM HUP
-pids=' ' folders=''
+pids=' ' folders='' mounts=''
 while read -r verb what; do
   case $verb in
     start) pids="$pids$what " ;;
     end) case $pids in *" $what "*) pids="${pids%% $what *} ${pids#* $what }" ;; esac ;;
     folder) folders="$folders
+$what" ;;
+    mount) mounts="$mounts
 $what" ;;
     keep) folders=$(printf '%s\n' "$folders" | grep -vxF -e "$what") ;;
   esac
@@ -38,6 +40,7 @@ for try in 1 2 3 4 5; do
   sleep 1
 done
 for pid in $pids; do kill -KILL "$pid"; done
+printf '%s\n' "$mounts" | while read -r mount; do test -n "$mount" && umount -l "$mount"; done
 printf '%s\n' "$folders" | while read -r folder; do test -n "$folder" && rm -rf "$folder"; done
 "#;
 
@@ -62,6 +65,11 @@ fn tell_reaper(line: &str) {
 /// Has `folder` removed should this program be killed.
 pub fn reap_folder(folder: &Path) {
     tell_reaper(&format!("folder {}", folder.display()));
+}
+
+/// Has what is mounted there unmounted should this program be killed.
+pub fn reap_mount(folder: &Path) {
+    tell_reaper(&format!("mount {}", folder.display()));
 }
 
 /// Leaves what [`reap_folder`] was told where it is.

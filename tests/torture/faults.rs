@@ -3,7 +3,6 @@
 //! A round has one to three faults side by side, of different parts of the system. Each begins, lasts a while, and
 //! heals itself. They are dealt like cards, so that each kind comes before one comes more often than its share.
 
-use crate::Setup;
 use crate::fleet::{Fleet, Settings};
 use crate::ledger::Ledger;
 use crate::operators::{ACTS, Act};
@@ -11,7 +10,7 @@ use crate::support::nats::Nats;
 use crate::support::process::{Signal, lock};
 use crate::support::proxy::{Direction, Mode, Proxy};
 use crate::support::wait::{poll, secs};
-use crate::world::{Copy, DUPLICATE_WINDOW, JetStream, NAME, World};
+use crate::world::{Copy, DUPLICATE_WINDOW, JetStream, NAME, Setup, World};
 use crate::writers::{Bursts, Written};
 use fastrand::Rng;
 use jetstream_outbox::postgres::replication::start_replication;

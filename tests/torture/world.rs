@@ -1,6 +1,5 @@
 //! The servers under torture, the proxies between them and the relay, and what is noted on the way.
 
-use crate::Setup;
 use crate::ledger::Violations;
 use crate::streams::{self, Streams};
 use crate::support::files::temp_dir;
@@ -32,7 +31,30 @@ pub const PREFIX_BESIDE: &str = "beside";
 /// JetStream's own deduplication forgets so soon that it hides nothing.
 pub const DUPLICATE_WINDOW: Duration = Duration::from_millis(200);
 
+/// A walsender gives up a dead connection before the relay is back.
+pub const WAL_SENDER_TIMEOUT: &str = "10s";
+
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What is tortured.
+#[derive(Clone, Copy)]
+pub struct Setup {
+    /// Three servers, and streams replicated over them.
+    pub cluster: bool,
+    /// Operators are at work, and there is a second service.
+    pub operators: bool,
+}
+
+impl Setup {
+    pub fn name(self) -> &'static str {
+        match (self.cluster, self.operators) {
+            (false, false) => "single server",
+            (true, false) => "R3 cluster",
+            (false, true) => "single server with operators",
+            (true, true) => "R3 cluster with operators",
+        }
+    }
+}
 
 /// A flag that ends pauses.
 #[derive(Default)]
@@ -100,34 +122,37 @@ impl World {
         let folder = temp_dir("torture-").keep();
         if setup.operators {
             let streams = Streams::create(&jetstream);
-            return World::with(jetstream.into(), Some(streams.into()), PREFIX, folder);
+            let streams = Some(streams.into());
+            return World::with(pg_of_its_own(), jetstream.into(), streams, PREFIX, folder);
         }
+        World::on(pg_of_its_own(), jetstream, folder)
+    }
+
+    /// One stream and one service on these servers.
+    pub fn on(pg: Postgres, jetstream: JetStream, folder: PathBuf) -> World {
         let mut stream = json!({
             "name": NAME, "subjects": ["events.>"], "duplicate_window": DUPLICATE_WINDOW.as_nanos() as u64,
         });
         stream["num_replicas"] = json!(jetstream.nodes().len());
         jetstream.nodes()[0].client().add_stream_with(stream);
-        World::with(jetstream.into(), None, PREFIX, folder)
+        World::with(pg, jetstream.into(), None, PREFIX, folder)
     }
 
     /// Another service with the default names in the same account: with a prefix of its own, or the same one.
     pub fn beside(&self, prefix: &'static str) -> World {
         let folder = self.folder.join("beside");
         std::fs::create_dir(&folder).expect("create a folder");
-        World::with(self.jetstream.clone(), self.streams.clone(), prefix, folder)
+        let (jetstream, streams) = (self.jetstream.clone(), self.streams.clone());
+        World::with(pg_of_its_own(), jetstream, streams, prefix, folder)
     }
 
     fn with(
+        pg: Postgres,
         jetstream: Arc<JetStream>,
         streams: Option<Arc<Streams>>,
         prefix: &'static str,
         folder: PathBuf,
     ) -> World {
-        // a walsender gives up a dead connection before the relay is back
-        let pg = Postgres::builder()
-            .setting("wal_sender_timeout", "10s")
-            .own_system_id()
-            .build();
         pg.seed_setup();
         pg.execute(
             "CREATE TABLE noise (number int); ALTER PUBLICATION jetstream_outbox ADD TABLE noise",
@@ -231,6 +256,11 @@ impl World {
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
     }
+}
+
+fn pg_of_its_own() -> Postgres {
+    let pg = Postgres::builder().own_system_id();
+    pg.setting("wal_sender_timeout", WAL_SENDER_TIMEOUT).build()
 }
 
 impl Drop for World {

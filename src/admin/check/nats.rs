@@ -5,6 +5,7 @@
 
 mod account;
 mod aggregate;
+mod holes;
 mod routes;
 mod versions;
 
@@ -152,7 +153,7 @@ pub fn findings(
 type Judge = fn(&Facts, &Config) -> Vec<Finding>;
 
 /// All findings, in the order in which a person would look.
-const JUDGES: [Judge; 13] = [
+const JUDGES: [Judge; 14] = [
     connection,
     versions::judge,
     encryption,
@@ -163,6 +164,7 @@ const JUDGES: [Judge; 13] = [
     window,
     publish,
     read_tail,
+    holes::judge,
     checkpoint,
     parking,
     aggregate::judge,

@@ -117,6 +117,8 @@ pub struct Resumed {
     pub cut: Option<usize>,
     /// Why it is not the youngest.
     pub disagreed: Vec<Lost>,
+    /// Even the matured cut disagrees: what is gone is also what Postgres was told of, and the slot cannot send that again.
+    pub confirmed_are_gone: bool,
     /// Nothing was on its way when the cut was written, so nothing that is gone was an event after it.
     pub quiescent: bool,
     /// See [`Cut::lenient_upto`].
@@ -336,7 +338,9 @@ impl Resume {
                 _ => self.trusted(index).and_then(|of_cut| of_cut.share),
             },
         });
+        let known = &self.facts.known;
         Resumed {
+            confirmed_are_gone: known.oldest_is_matured && self.disagreed.len() == known.cuts.len(),
             stored_lsn,
             cut: self.chosen,
             quiescent: self.cut().is_some_and(|cut| cut.quiescent),

@@ -22,6 +22,8 @@ const LEAST_PIPELINE: usize = 8;
 const MOST_UNVOUCHED: u64 = 1_000;
 /// So far before the end the last message of ours is read again after a refusal.
 const NEAR: u64 = 64;
+/// So long a replicated stream may not have what it was said to end with.
+const LAGS_FOR: Duration = Duration::from_secs(2);
 
 /// What was read of a stream at connect, and what is known from then on.
 #[derive(Debug)]
@@ -33,6 +35,11 @@ pub struct Stream {
     /// Copies in the cluster. Only an unreplicated stream can be told the expected last message's id: in a replicated one a
     /// single mismatch ends the stream for good (nats-server 2.14).
     pub is_replicated: bool,
+    /// A refusal may name an end that is not there yet: the leader of a replicated stream counts what is on its way to the others. What
+    /// is missing at the end was not consumed.
+    pub may_lag: bool,
+    /// Since when it has not been there.
+    lags_since: Option<Instant>,
     /// From this sequence on no message leaves by itself before an older one does, if that can be said of the stream.
     pub kept_from: Option<u64>,
     /// See [`Fence`].
@@ -77,6 +84,8 @@ impl Stream {
             }),
             created: cut.created,
             is_replicated: facts.is_replicated,
+            may_lag: facts.is_replicated && facts.is_log,
+            lags_since: None,
             kept_from: facts.keeps_its_end.then_some(facts.first_seq),
             fence: Fence::new(facts.last_seq, names),
             unseen: cut.witness.clone(),
@@ -158,9 +167,14 @@ impl Stream {
         (first <= end).then_some(first..=end)
     }
 
+    /// What it was said to end with is not there; `true`: nor was it for a long time.
+    pub fn has_lagged(&mut self, now: Instant) -> bool {
+        now >= *self.lags_since.get_or_insert(now) + LAGS_FOR
+    }
+
     /// The gap was read; `found`: the last message that was there.
     pub fn restart(&mut self, found: u64) {
-        self.ends_otherwise = false;
+        (self.ends_otherwise, self.lags_since) = (false, None);
         let end = found.max(self.vouched_end).max(self.fence.known());
         self.fence.restart(end);
         self.previous = None;

@@ -67,6 +67,8 @@ pub enum Cause {
     },
     /// A stream seems to be another one than it was, or to end before what it had acknowledged: a closer look will tell.
     Disagrees(String),
+    /// What a replicated stream has refused a publish for is not there yet.
+    Lags(String),
 }
 
 /// What cannot be repaired without a person's decision.
@@ -141,13 +143,17 @@ impl fmt::Display for Cause {
             Cause::AckTimeout => {
                 f.write_str(
                     "JetStream has acknowledged nothing for the ack timeout: the stream has no leader, or the store cannot write (a full \
-                     disk), which nats-server logs, and from 2.14 on does not answer",
+                     disk: restart nats-server once there is room), which it logs, and from 2.14 on does not answer",
                 )
             }
             Cause::NoStream(subject) => write!(f, "no stream captures {subject}"),
             Cause::Elsewhere { stream, answered } => write!(
                 f,
                 "another stream answers than {stream} ({answered}): where the subjects lead is read again"
+            ),
+            Cause::Lags(stream) => write!(
+                f,
+                "stream {stream} has not stored yet what it took before: its replicas are behind"
             ),
             Cause::Disagrees(stream) => write!(
                 f,

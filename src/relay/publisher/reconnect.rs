@@ -24,7 +24,7 @@ impl Publisher<'_> {
                     Cause::OtherAnswer { .. } | Cause::Elsewhere { .. } => {
                         ReconnectCause::UnexpectedAck
                     }
-                    Cause::Refused(_) => ReconnectCause::Refused,
+                    Cause::Refused(_) | Cause::Lags(_) => ReconnectCause::Refused,
                     Cause::AckTimeout => ReconnectCause::AckTimeout,
                     Cause::NoStream(ref subject) => {
                         self.unrouted = Some(subject.clone());

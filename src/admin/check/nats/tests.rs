@@ -331,6 +331,17 @@ fn the_account() {
 }
 
 #[test]
+fn messages_that_are_gone_from_the_middle_are_missed_where_none_goes_by_itself() {
+    use Level::{Ok, Warn};
+    let lost = |facts: &mut Facts| stream(facts).info.state.num_deleted = 3;
+    check(Warn, "nats.holes", &["EV has lost 3 messages"], lost);
+    check(Ok, "", &[], |facts| {
+        lost(facts);
+        settings(facts).max_msgs_per_subject = 1;
+    });
+}
+
+#[test]
 fn permissions() {
     use Level::{Fail, Ok, Warn};
     let denied = || Err("Permissions Violation".to_string());

@@ -10,6 +10,12 @@ use crate::outbox::batch::Event;
 use crate::outbox::position::Position;
 use std::time::Instant;
 
+/// The last of what was read after `known` is not there.
+fn lacks_its_end(read: &[(u64, Option<Message>)], known: u64) -> bool {
+    let last = read.iter().max_by_key(|(seq, _)| *seq);
+    last.is_some_and(|(seq, message)| *seq > known && message.is_none())
+}
+
 impl ExactlyOnce {
     /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
     pub(super) fn next_read(&mut self) -> Option<Next> {
@@ -80,9 +86,9 @@ impl ExactlyOnce {
         let Some(connected) = &mut self.connection else {
             return Ok(());
         };
-        let stream = connected.streams.get(index);
-        let known = stream.map_or(0, |stream| stream.fence.known());
-        if let Some(stream) = stream
+        let stream = connected.streams.get_mut(index);
+        let known = (stream.as_ref()).map_or(0, |stream| stream.fence.known());
+        if let Some(stream) = &stream
             && let Some(witness) = stream.witness(&self.lineage)
             && let Some((_, Some(found))) = messages.iter().find(|(seq, _)| *seq == witness.seq)
             && !found.is_at(&witness.position, &self.lineage)
@@ -90,6 +96,16 @@ impl ExactlyOnce {
             // R22
             let cause = Cause::Disagrees(stream.name().to_string());
             return Err(Trouble::Reconnect(cause));
+        }
+        // R7: late copies of ours may be among what comes, so it is read again
+        if let Some(stream) = stream
+            && stream.may_lag
+            && lacks_its_end(&messages, known)
+        {
+            return match stream.has_lagged(now) {
+                true => Err(Trouble::Reconnect(Cause::Lags(stream.name().to_string()))),
+                false => Ok(()),
+            };
         }
         let (mut foreign, mut last) = (0, 0);
         for (seq, message) in messages.into_iter().filter(|(seq, _)| *seq > known) {
@@ -186,6 +202,34 @@ impl ExactlyOnce {
                 self.settle();
                 Ok(Some((id, found.unwrap_or_default())))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_at_the_end_may_come_and_what_is_missing_before_is_gone() {
+        let read = |there: &[u64], upto: u64| -> Vec<(u64, Option<Message>)> {
+            let message = |seq| there.contains(&seq).then(Message::default);
+            (5..=upto).map(|seq| (seq, message(seq))).collect()
+        };
+        for (there, upto, lacks) in [
+            (&[5, 6, 7][..], 7, false),
+            (&[5, 7], 7, false),
+            (&[5, 6], 7, true),
+            (&[], 7, true),
+            // the witness alone was read, and others have deleted it
+            (&[], 5, false),
+            (&[], 4, false),
+        ] {
+            assert_eq!(
+                lacks_its_end(&read(there, upto), 5),
+                lacks,
+                "{there:?} to {upto}"
+            );
         }
     }
 }

@@ -21,6 +21,8 @@ pub struct StreamFacts {
     pub first_seq: u64,
     /// The highest sequence given so far.
     pub last_seq: u64,
+    /// Nothing is consumed from it, or lives shorter than what is older.
+    pub is_log: bool,
     /// It captures something of the prefix, or the park subject.
     pub is_routed: bool,
     /// Its last message stays while an older one does; see

@@ -324,3 +324,20 @@ fn what_was_counted_otherwise_is_refused_and_only_that() {
     let lost = facts(vec![cut(50, 3), older], streams());
     assert!(resume(lost, &[&held]).unwrap().is_mixed(&flags()));
 }
+
+#[test]
+fn a_stream_that_lost_what_postgres_was_told_of_is_told_from_one_that_lost_less() {
+    let all = [ours(1, 10), ours(2, 20), ours(3, 30), ours(4, 40)];
+    // it still counts what it has lost
+    for (held, chosen, confirmed_are_gone) in [
+        (&all[..], 0, false),
+        (&all[..2], 1, false),
+        (&all[..1], 1, true),
+    ] {
+        let cuts = vec![cut(40, 4), cut(20, 2)];
+        let resumed = resume(facts(cuts, vec![stream("A", 4)]), &[held]);
+        let resumed = resumed.expect("an operator may delete messages");
+        assert_eq!(resumed.cut, Some(chosen), "{held:?}");
+        assert_eq!(resumed.confirmed_are_gone, confirmed_are_gone, "{held:?}");
+    }
+}
