@@ -372,6 +372,9 @@ impl<'a> Publisher<'a> {
         if let Some(deadline) = self.ending.deadline() {
             wake = wake.min(deadline);
         }
+        if let Some(at) = self.core.read_again_at() {
+            wake = wake.min(at);
+        }
         let wait = wake.saturating_duration_since(now);
         let stored_lsn = self.core.stored_lsn();
         let store = self.store.as_ref();

@@ -124,7 +124,7 @@ pub fn pgoutput_options(
 pub fn current_lsn(connection: &mut Connection) -> Result<Lsn, postgres::Error> {
     let rows = connection.simple_query(
         "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
-         current_setting('wal_block_size')",
+         current_setting('wal_block_size'), pg_size_bytes(current_setting('wal_segment_size'))",
     )?;
     let cell = |index: usize| {
         rows.first()
@@ -132,20 +132,28 @@ pub fn current_lsn(connection: &mut Connection) -> Result<Lsn, postgres::Error> 
             .and_then(|cell| cell.as_deref())
     };
     let lsn: Option<Lsn> = cell(0).and_then(|text| text.parse().ok());
-    let block: Option<u64> = cell(1).and_then(|text| text.parse().ok());
-    match (lsn, block) {
-        (Some(lsn), Some(block)) if block > 0 => Ok(page_start_if_in_header(lsn, block)),
+    let size = |index: usize| cell(index).and_then(|text| text.parse().ok());
+    match (lsn, size(1), size(2)) {
+        (Some(lsn), Some(block), Some(segment)) if block > 0 && segment > 0 => {
+            Ok(page_start_if_in_header(lsn, block, segment))
+        }
         _ => Err(postgres::Error::Protocol(
             "pg_current_wal_insert_lsn() without a value".into(),
         )),
     }
 }
 
-/// The sizes of the two page headers of the log (xlog_internal.h: short 24, long 40 on 64-bit systems).
-fn page_start_if_in_header(lsn: Lsn, block: u64) -> Lsn {
-    match lsn.0 % block {
-        offset @ (24 | 40) => Lsn(lsn.0 - offset),
-        _ => lsn,
+/// The sizes of the two page headers of the log (xlog_internal.h: short 24, long 40 on 64-bit systems): the first page of a segment
+/// has the long one.
+fn page_start_if_in_header(lsn: Lsn, block: u64, segment: u64) -> Lsn {
+    let page = lsn.0 - lsn.0 % block;
+    let header = match page % segment {
+        0 => 40,
+        _ => 24,
+    };
+    match lsn.0 - page == header {
+        true => Lsn(page),
+        false => lsn,
     }
 }
 
@@ -158,11 +166,17 @@ mod tests {
         for (lsn, target) in [
             (0x2000, 0x2000),
             (0x2018, 0x2000),
-            (0x2028, 0x2000),
+            // a record may end there
+            (0x2028, 0x2028),
+            (0x10028, 0x10000),
+            (0x10018, 0x10018),
             (0x2030, 0x2030),
             (0x3FF8, 0x3FF8),
         ] {
-            assert_eq!(page_start_if_in_header(Lsn(lsn), 0x2000), Lsn(target));
+            assert_eq!(
+                page_start_if_in_header(Lsn(lsn), 0x2000, 0x10000),
+                Lsn(target)
+            );
         }
     }
 

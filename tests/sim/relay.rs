@@ -755,6 +755,8 @@ impl Relay {
         let Some(core) = &mut session.core else {
             return Ok(Ok(()));
         };
+        // what lags behind is asked for again, and takes a while to come
+        let mut last_read = None;
         loop {
             match core.next(now) {
                 Ok(Next::Publish(publish)) => {
@@ -810,6 +812,8 @@ impl Relay {
                     self.out.push_back(Wire::Ping);
                 }
                 Ok(Next::Read { stream, from, to }) => {
+                    let read = (stream.clone(), from, to);
+                    let lags = last_read.replace(read.clone()) == Some(read);
                     let read = |seq| Ok((seq, env.message(&stream, seq)?));
                     let messages: Result<Vec<(u64, Option<Message>)>, End> =
                         (from..=to).map(read).collect();
@@ -833,6 +837,9 @@ impl Relay {
                         }
                         Ok(None) => {}
                         Err(trouble) => return Ok(Err(trouble)),
+                    }
+                    if lags {
+                        return Ok(Ok(()));
                     }
                 }
                 Ok(Next::TooLarge { token, .. }) => {

@@ -101,6 +101,16 @@ impl Agreement {
         found: Option<&Message>,
         lineage: &Lineage,
     ) -> Result<(), Trouble> {
+        // to an earlier question
+        let is_late = |(of, expected): &(u64, Expected)| match (found, expected) {
+            (Some(found), Expected::Witness(witness) | Expected::Unseen(witness)) => {
+                *of == token && found.seq != witness.seq
+            }
+            _ => false,
+        };
+        if self.open.iter().any(is_late) {
+            return Ok(());
+        }
         self.on_answer(streams, token, |_, expected| match (found, expected) {
             (Some(found), Expected::Witness(witness) | Expected::Unseen(witness)) => {
                 found.is_at(&witness.position, lineage)
@@ -240,7 +250,15 @@ mod tests {
             (None, true),
             (Some(message(at(1))), true),
             (Some(message(at(2))), false),
-            (Some(Message::default()), false),
+            (
+                Some(Message {
+                    seq: 7,
+                    ..Message::default()
+                }),
+                false,
+            ),
+            // the answer to an earlier question
+            (Some(Message::default()), true),
         ] {
             let mut agreement = Agreement::new(now);
             agreement.ask(&streams, &lineage(), now);
@@ -281,7 +299,10 @@ mod tests {
 
         let looks = agreement.ask(&streams, &lineage(), now);
         assert!(looks.contains(&(token, Look::Message("B".into(), 7))));
-        let other = Message::default();
+        let other = Message {
+            seq: 7,
+            ..Message::default()
+        };
         let mut lost = Agreement::new(now);
         lost.ask(&streams, &lineage(), now);
         assert!(

@@ -124,7 +124,9 @@ enum Judged {
 fn after(window: &mut Window, capacity: &Capacity, index: usize) -> After {
     window.after(|pending| match pending.state {
         State::Unsent if pending.event.fate() == Fate::Publish => {
-            capacity.routes.route(pending.event.subject()) == Some(index)
+            // where no stream captures it yet, it may come to this one
+            let route = capacity.routes.route(pending.event.subject());
+            route.is_none_or(|route| route == index)
         }
         State::Sent { stream, .. } => stream == index,
         State::Resolved(Some(stored)) => stored.stream == index && stored.counts,
@@ -285,7 +287,7 @@ impl ExactlyOnce {
             return Ok(Next::Ping);
         }
         loop {
-            if let Some(read) = self.next_read() {
+            if let Some(read) = self.next_read(now) {
                 return Ok(read);
             }
             let judged = self.judge(now)?;
@@ -566,6 +568,12 @@ impl ExactlyOnce {
                 }
             }
         }
+    }
+
+    /// When a stream that lags behind is read again.
+    pub fn read_again_at(&self) -> Option<Instant> {
+        let streams = self.connection.iter().flat_map(|it| &it.streams);
+        streams.filter_map(Stream::read_again_at).min()
     }
 
     /// Where a stream ends for all that is known.

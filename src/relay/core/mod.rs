@@ -153,6 +153,14 @@ impl Core {
         Err(either!(self, it => it.refused(token, why)))
     }
 
+    /// When what lags behind is read again.
+    pub fn read_again_at(&self) -> Option<Instant> {
+        match self {
+            Core::ExactlyOnce(core) => core.read_again_at(),
+            Core::AtLeastOnce(_) => None,
+        }
+    }
+
     /// When something that is due has not come in time.
     pub fn deadline(&self) -> Option<Instant> {
         let ack_timeout = self.window().limits().ack_timeout;

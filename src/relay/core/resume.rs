@@ -415,8 +415,9 @@ impl Resume {
         // without one nothing of ours was in it
         of_cut.witness.as_ref()?;
         if !self.is_same(index, of_cut) {
-            let mut witnesses = of_cut.witnesses();
-            let other = witnesses.find(|it| !self.is_witnessed(index, of_cut, it));
+            let unseen = of_cut.unseen.iter();
+            let mut others = unseen.filter(|it| self.is_refilled(index, it));
+            let other = others.next().or(of_cut.witness.as_ref());
             let seq = other.map_or(0, |witness| witness.seq);
             return match stream.created != of_cut.created {
                 // the name of a stream that has left the prefix is used again
@@ -472,7 +473,12 @@ impl Resume {
     /// The stream is the one that the cut speaks of: its witness is there, or is gone and `created` is the same.
     fn is_same(&self, stream: usize, of_cut: &StreamCut) -> bool {
         match &of_cut.witness {
-            Some(_) => (of_cut.witnesses()).all(|it| self.is_witnessed(stream, of_cut, it)),
+            // what is gone of the earlier one, the later one decides
+            Some(witness) => {
+                let unseen = of_cut.unseen.as_ref();
+                self.is_witnessed(stream, of_cut, witness)
+                    && unseen.is_none_or(|it| !self.is_refilled(stream, it))
+            }
             None => self.has_same_created(stream, of_cut),
         }
     }
@@ -483,6 +489,13 @@ impl Resume {
             Some(message) => message.is_at(&witness.position, &self.facts.lineage),
             None => self.has_same_created(stream, of_cut),
         }
+    }
+
+    /// Another message is in its place.
+    fn is_refilled(&self, stream: usize, witness: &Witness) -> bool {
+        let message = self.witnesses.get(&(stream, witness.seq));
+        let message = message.and_then(Option::as_ref);
+        message.is_some_and(|it| !it.is_at(&witness.position, &self.facts.lineage))
     }
 
     fn has_same_created(&self, stream: usize, of_cut: &StreamCut) -> bool {

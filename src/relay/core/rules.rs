@@ -46,7 +46,7 @@ pub enum Rule {
     Told = 20,
     /// R21: Postgres is told the stored LSN of a cut that the key has held for the hold-back.
     HoldBack = 21,
-    /// R22: It is told while each stream was seen to agree not long ago, and after its first ack to have what it had at connect.
+    /// R22: It is told while each stream was seen to agree not long ago.
     Looks = 22,
     /// R23: It is told nothing that this session did not receive.
     Received = 23,

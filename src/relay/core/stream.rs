@@ -1,5 +1,6 @@
 //! A stream as the core knows it: its fence, its witness, and how many publishes may be on their way to it.
 
+use super::evidence::Message;
 use super::fence::Fence;
 use super::resume::facts::StreamFacts;
 use super::window::Stored;
@@ -24,6 +25,8 @@ const MOST_UNVOUCHED: u64 = 1_000;
 const NEAR: u64 = 64;
 /// So long a replicated stream may not have what it was said to end with.
 const LAGS_FOR: Duration = Duration::from_secs(2);
+/// So often it is read then.
+const LAG_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What was read of a stream at connect, and what is known from then on.
 #[derive(Debug)]
@@ -38,8 +41,8 @@ pub struct Stream {
     /// A refusal may name an end that is not there yet: the leader of a replicated stream counts what is on its way to the others. What
     /// is missing at the end was not consumed.
     pub may_lag: bool,
-    /// Since when it has not been there.
-    lags_since: Option<Instant>,
+    /// Since when it has not been there, and when it is read again.
+    lags: Option<(Instant, Instant)>,
     /// From this sequence on no message leaves by itself before an older one does, if that can be said of the stream.
     pub kept_from: Option<u64>,
     /// See [`Fence`].
@@ -47,8 +50,8 @@ pub struct Stream {
     /// The witness of the record, and the event of ours with the highest sequence that was resolved since.
     recorded: Option<Witness>,
     resolved: Option<(u64, Position)>,
-    /// That of the record, until it is seen after the first ack of this connection. The first publish does not name it: the server
-    /// may have lost it in between, and others have filled its place.
+    /// The witness of before the first publish of the connection, or the first after a refusal, until it is seen after the ack of
+    /// that. This publish does not name it: the server may have lost it in between, and others have filled its place.
     unseen: Option<Witness>,
     /// Something was refused because the stream does not end as it did.
     ends_otherwise: bool,
@@ -85,7 +88,7 @@ impl Stream {
             created: cut.created,
             is_replicated: facts.is_replicated,
             may_lag: facts.is_replicated && facts.is_log,
-            lags_since: None,
+            lags: None,
             kept_from: facts.keeps_its_end.then_some(facts.first_seq),
             fence: Fence::new(facts.last_seq, names),
             unseen: cut.witness.clone(),
@@ -158,23 +161,41 @@ impl Stream {
     /// Something was refused, and every publish is answered: what is to be read before the fence can restart.
     pub fn gap(&self, lineage: &Lineage) -> Option<RangeInclusive<u64>> {
         let (known, end) = (self.fence.known(), self.fence.end());
-        let end = end.min(self.vouched_end.max(known + MOST_UNVOUCHED));
+        let end = end.min(self.vouched_end.max(known.saturating_add(MOST_UNVOUCHED)));
         // the last of ours is read again, if it is near: the server may have lost it, and others have filled its place
         let witness = self.witness(lineage).filter(|_| self.ends_otherwise);
         let witness = witness.map(|it| it.seq);
-        let near = witness.filter(|seq| (*seq..seq + NEAR).contains(&known));
-        let first = near.unwrap_or(known + 1);
+        let near = witness.filter(|seq| (*seq..seq.saturating_add(NEAR)).contains(&known));
+        let first = near.unwrap_or(known.saturating_add(1));
         (first <= end).then_some(first..=end)
     }
 
-    /// What it was said to end with is not there; `true`: nor was it for a long time.
-    pub fn has_lagged(&mut self, now: Instant) -> bool {
-        now >= *self.lags_since.get_or_insert(now) + LAGS_FOR
+    /// What the stream itself was said to end with is among what was read, and not there.
+    pub fn lacks_its_end(&self, read: &[(u64, Option<Message>)]) -> bool {
+        let (known, end) = (self.fence.known(), self.vouched_end);
+        let mut read = read.iter().filter(|(seq, _)| *seq == end && end > known);
+        self.may_lag && read.any(|(_, message)| message.is_none())
+    }
+
+    /// So it is; `true`: as it was for a long time.
+    pub fn on_lag(&mut self, now: Instant) -> bool {
+        let since = self.lags.map_or(now, |(since, _)| since);
+        self.lags = Some((since, now + LAG_INTERVAL));
+        now >= since + LAGS_FOR
+    }
+
+    /// When it is read again, if it lags.
+    pub fn read_again_at(&self) -> Option<Instant> {
+        self.lags.map(|(_, at)| at)
     }
 
     /// The gap was read; `found`: the last message that was there.
-    pub fn restart(&mut self, found: u64) {
-        (self.ends_otherwise, self.lags_since) = (false, None);
+    pub fn restart(&mut self, found: u64, lineage: &Lineage) {
+        (self.ends_otherwise, self.lags) = (false, None);
+        // the next publish does not name what is before it, as the first of a connection
+        if self.unseen.is_none() {
+            self.unseen = self.witness(lineage);
+        }
         let end = found.max(self.vouched_end).max(self.fence.known());
         self.fence.restart(end);
         self.previous = None;
@@ -224,7 +245,7 @@ impl Stream {
 
     /// See [`StreamCut`].
     pub fn unseen(&self) -> Option<&Witness> {
-        self.unseen.as_ref().filter(|_| self.is_met)
+        self.unseen.as_ref().filter(|_| !self.names_it)
     }
 
     /// [`Stream::unseen`] was seen, or is gone.
@@ -241,5 +262,73 @@ impl Stream {
             }),
             None => self.recorded.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Replicated, and ends at 5.
+    fn stream() -> Stream {
+        let facts = StreamFacts {
+            name: "A".into(),
+            last_seq: 5,
+            is_replicated: true,
+            is_log: true,
+            ..StreamFacts::default()
+        };
+        let cut = StreamCut {
+            name: "A".into(),
+            created: "then".into(),
+            read_after: 5,
+            witness: None,
+            unseen: None,
+            share: None,
+        };
+        Stream::new(cut, facts, 100, Lsn(1))
+    }
+
+    #[test]
+    fn what_the_stream_itself_has_named_as_its_end_may_come_yet() {
+        let read = |there: &[u64], upto: u64| -> Vec<(u64, Option<Message>)> {
+            let message = |seq| there.contains(&seq).then(Message::default);
+            (6..=upto).map(|seq| (seq, message(seq))).collect()
+        };
+        let mut stream = stream();
+        stream.on_refusal(Some(8));
+        for (there, lacks) in [
+            (&[6, 7, 8][..], false),
+            (&[6, 8], false),
+            (&[6, 7], true),
+            (&[], true),
+        ] {
+            assert_eq!(stream.lacks_its_end(&read(there, 8)), lacks, "{there:?}");
+        }
+        assert!(!stream.lacks_its_end(&read(&[], 7)), "it is not among them");
+        // of what another stream may have named, nothing is known
+        stream.names_it = false;
+        stream.vouched_end = 0;
+        stream.on_refusal(Some(9));
+        assert!(!stream.lacks_its_end(&read(&[], 9)));
+    }
+
+    #[test]
+    fn what_lags_is_read_again_for_a_while() {
+        let (mut stream, now) = (stream(), Instant::now());
+        assert!(!stream.on_lag(now));
+        assert_eq!(stream.read_again_at(), Some(now + LAG_INTERVAL));
+        assert!(!stream.on_lag(now + LAGS_FOR - LAG_INTERVAL));
+        assert!(stream.on_lag(now + LAGS_FOR));
+        let lineage = Lineage {
+            source: crate::outbox::position::Source {
+                slot: "s".into(),
+                system_id: 1,
+                timeline: 1,
+            },
+            switch_points: Vec::new(),
+        };
+        stream.restart(8, &lineage);
+        assert_eq!(stream.read_again_at(), None);
     }
 }

@@ -84,6 +84,7 @@ impl Publisher<'_> {
                     }
                 }
                 Ok(Next::Read { stream, from, to }) => {
+                    self.hand_over(link, std::mem::take(&mut burst), now);
                     let outcome = self.read(link, &stream, from, to);
                     if outcome.is_err() {
                         break outcome;
@@ -175,7 +176,9 @@ impl Publisher<'_> {
             }
         }
         // the stream answers, and the window moves on
-        self.outage.worked();
+        if self.core.read_again_at().is_none() {
+            self.outage.worked();
+        }
         self.answered(meanwhile, Instant::now())
     }
 }

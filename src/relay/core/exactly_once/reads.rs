@@ -3,6 +3,7 @@
 
 use super::super::Next;
 use super::super::evidence::Message;
+use super::super::stream::Stream;
 use super::super::trouble::{Cause, Trouble};
 use super::super::window::{State, Stored};
 use super::{Asked, ExactlyOnce};
@@ -10,22 +11,18 @@ use crate::outbox::batch::Event;
 use crate::outbox::position::Position;
 use std::time::Instant;
 
-/// The last of what was read after `known` is not there.
-fn lacks_its_end(read: &[(u64, Option<Message>)], known: u64) -> bool {
-    let last = read.iter().max_by_key(|(seq, _)| *seq);
-    last.is_some_and(|(seq, message)| *seq > known && message.is_none())
-}
-
 impl ExactlyOnce {
     /// Of a stream to which something was refused, what came since is to be read once every publish to it is answered. R7.
-    pub(super) fn next_read(&mut self) -> Option<Next> {
+    pub(super) fn next_read(&mut self, now: Instant) -> Option<Next> {
         let connected = self.connection.as_mut()?;
         if connected.asked.is_some() {
             return None;
         }
         let mut streams = connected.streams.iter_mut().enumerate();
-        let (index, stream) =
-            streams.find(|(_, stream)| stream.fence.is_broken() && stream.fence.waiting() == 0)?;
+        let is_due = |stream: &Stream| stream.read_again_at().is_none_or(|at| at <= now);
+        let (index, stream) = streams.find(|(_, stream)| {
+            stream.fence.is_broken() && stream.fence.waiting() == 0 && is_due(stream)
+        })?;
         if let Some(gap) = stream.gap(&self.lineage) {
             connected.asked = Some(Asked::Gap(index));
             return Some(Next::Read {
@@ -35,7 +32,7 @@ impl ExactlyOnce {
             });
         }
         self.restart(index, 0);
-        self.next_read()
+        self.next_read(now)
     }
 
     fn restart(&mut self, index: usize, found: u64) {
@@ -44,7 +41,7 @@ impl ExactlyOnce {
             .as_mut()
             .and_then(|it| it.streams.get_mut(index));
         if let Some(stream) = stream {
-            stream.restart(found);
+            stream.restart(found, &self.lineage);
             self.window.on_refused(index);
         }
     }
@@ -98,19 +95,24 @@ impl ExactlyOnce {
             return Err(Trouble::Reconnect(cause));
         }
         // R7: late copies of ours may be among what comes, so it is read again
+        let may_lag = stream.as_ref().is_some_and(|stream| stream.may_lag);
         if let Some(stream) = stream
-            && stream.may_lag
-            && lacks_its_end(&messages, known)
+            && stream.lacks_its_end(&messages)
         {
-            return match stream.has_lagged(now) {
+            return match stream.on_lag(now) {
                 true => Err(Trouble::Reconnect(Cause::Lags(stream.name().to_string()))),
                 false => Ok(()),
             };
         }
+        let is_there = |(seq, message): &(u64, Option<Message>)| message.as_ref().map(|_| *seq);
+        let end = messages.iter().filter_map(is_there).max();
         let (mut foreign, mut last) = (0, 0);
         for (seq, message) in messages.into_iter().filter(|(seq, _)| *seq > known) {
             let Some(message) = message else {
-                self.doubt.on_gone(index, seq, None);
+                // what is missing at the end of a stream that may lag may come yet: the next publish names it, and tells
+                if !may_lag || Some(seq) < end {
+                    self.doubt.on_gone(index, seq, None);
+                }
                 continue;
             };
             last = last.max(seq);
@@ -202,34 +204,6 @@ impl ExactlyOnce {
                 self.settle();
                 Ok(Some((id, found.unwrap_or_default())))
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_missing_at_the_end_may_come_and_what_is_missing_before_is_gone() {
-        let read = |there: &[u64], upto: u64| -> Vec<(u64, Option<Message>)> {
-            let message = |seq| there.contains(&seq).then(Message::default);
-            (5..=upto).map(|seq| (seq, message(seq))).collect()
-        };
-        for (there, upto, lacks) in [
-            (&[5, 6, 7][..], 7, false),
-            (&[5, 7], 7, false),
-            (&[5, 6], 7, true),
-            (&[], 7, true),
-            // the witness alone was read, and others have deleted it
-            (&[], 5, false),
-            (&[], 4, false),
-        ] {
-            assert_eq!(
-                lacks_its_end(&read(there, upto), 5),
-                lacks,
-                "{there:?} to {upto}"
-            );
         }
     }
 }
