@@ -637,6 +637,7 @@ impl Env {
             || self.off.is_some()
             || self.flags_changed
             || self.has_other_created
+            || self.has_deleted_streams
             || self.was_misled
             || self.was_accepted;
         for transaction in self.pg.transactions.iter().filter(|_| !is_excused) {
