@@ -105,7 +105,7 @@ impl SlotCopy {
     }
 
     /// The statement for the next changes: of the begins, of the rows and messages, which all count, and of the descriptions of
-    /// outboxes their tag, and `column` of those that may be events; and [`NO_EVENT`]. Its parameters are those of [`SlotCopy::next`].
+    /// outboxes their tag, and `column` of those that may be events; and what is no event. Its parameters are those of [`SlotCopy::next`].
     pub fn changes(&self, column: &str) -> String {
         let messages = match self.prefix {
             Some(_) => ", 'messages', 'true'",
