@@ -2,7 +2,7 @@
 //! their ids, and what the WAL of the slot still has.
 //!
 //! Rows are read in one snapshot, which is begun before the streams are read and stays open until the rows were looked for
-//! ([`Sides`] tells why nothing that is on its way is found missing). Of a message some 50 bytes are held, and of [`AT_ONCE`]
+//! ([`Sides`] tells why nothing that is on its way is found missing). Of a message some 50 bytes are held, and of `AT_ONCE`
 //! messages at a time: of more all is read several times, each time for another part of the ids.
 
 mod report;
