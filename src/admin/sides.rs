@@ -61,6 +61,15 @@ pub struct Sides<'a> {
     slot: Option<(Database, SlotCopy)>,
 }
 
+/// What of a stream was there when it was read: it may drop messages meanwhile.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scanned {
+    /// The sequence of the first message.
+    pub first_seq: Option<u64>,
+    /// How many messages.
+    pub messages: u64,
+}
+
 impl<'a> Sides<'a> {
     /// Reads them. `snapshot` is begun between the slot and the streams.
     pub fn open(
@@ -72,15 +81,17 @@ impl<'a> Sides<'a> {
         let mut connection = Connection::connect(&config.db)?;
         let lineage = session::lineage(&mut connection, &config.slot).map_err(of_relay)?;
         let mut notes = Vec::new();
-        let halts = halts(&mut bus, config, lineage.source.system_id);
+        let past = past(&mut bus, config, lineage.source.system_id);
         let copy = copy(&mut database, config, &mut notes)?;
         snapshot()?;
         let upto = end_of_wal(&mut database)?;
         let confirmed = confirmed(&mut database, config)?;
-        let record = match &halts {
-            None => record(&mut bus, config, lineage.source.system_id)?,
+        let record = match &past {
+            Past::Same => record(&mut bus, config, lineage.source.system_id)?,
             // it publishes what the slot has, once that is accepted
-            Some(_) => None,
+            Past::Other(_) => None,
+            // what the record says may be of another WAL
+            Past::Unknown(_) => None,
         };
         let record = record.and_then(|record| record.rebase(&lineage).ok());
         let streams = read_streams(&mut bus, config, record.as_ref())?;
@@ -88,7 +99,7 @@ impl<'a> Sides<'a> {
             .as_ref()
             .and_then(|it| agreed(&mut bus, it, &streams, &lineage));
         let stored = cut.transpose()?.filter(|lsn| *lsn <= upto);
-        notes.extend(halts.map(|why| format!("a relay halts here, see check: {why}")));
+        notes.extend(past.note());
         if let (Some(record), Some(confirmed)) = (&record, confirmed)
             && record.is_exceeded(confirmed)
         {
@@ -155,15 +166,17 @@ impl<'a> Sides<'a> {
         copy.drop(&mut database)
     }
 
-    /// Reads each message of a stream once, in order. `read` makes of it what is kept, and of that some hundreds are held.
+    /// Reads each message of a stream once, in order. `read` makes of it what is kept, and of that some hundreds are held. Returns
+    /// what was there.
     pub fn scan<T>(
         &mut self,
         stream: usize,
         read: impl Fn(StoredMessage) -> Option<T>,
         mut take: impl FnMut(T) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    ) -> Result<Scanned, Error> {
+        let mut scanned = Scanned::default();
         let Some(info) = self.streams.get(stream) else {
-            return Ok(());
+            return Ok(scanned);
         };
         let name = info.config.name.as_str();
         let average = (info.state.bytes / info.state.messages.max(1)).max(1);
@@ -173,28 +186,46 @@ impl<'a> Sides<'a> {
         while next <= info.state.last_seq {
             let count = IN_A_ROW.min(info.state.last_seq - next + 1) as usize;
             let mut found: Vec<Option<T>> = (0..count).map(|_| None).collect();
+            let mut seqs: Vec<Option<u64>> = vec![None; count];
             self.bus.ask(|link, timeout| {
                 let request = |nth: usize| message_request(name, next + nth as u64);
                 let keep = |nth: usize, body: &[u8]| {
-                    if let (Some(message), Some(place)) =
-                        (streams::parse_message(body)?, found.get_mut(nth))
-                    {
+                    if let (Some(message), Some(place), Some(seq)) = (
+                        streams::parse_message(body)?,
+                        found.get_mut(nth),
+                        seqs.get_mut(nth),
+                    ) {
+                        // asked again after a break, it is there once
+                        *seq = Some(message.seq);
                         *place = read(message);
                     }
                     Ok(())
                 };
                 link.call_each(count, request, at_once, timeout, keep, |_| ())
             })?;
+            for seq in seqs.into_iter().flatten() {
+                scanned.first_seq.get_or_insert(seq);
+                scanned.messages = scanned.messages.saturating_add(1);
+            }
             for found in found.into_iter().flatten() {
                 take(found)?;
             }
-            next += count as u64;
+            let Some(after) = next.checked_add(count as u64) else {
+                break;
+            };
+            next = after;
             if reported.elapsed() >= REPORT_INTERVAL {
                 reported = Instant::now();
                 log::info!(stream = name, sequence = next, last = info.state.last_seq; "reading the stream");
             }
         }
-        Ok(())
+        Ok(scanned)
+    }
+
+    /// How many messages the streams have.
+    pub fn messages(&self) -> u64 {
+        let counts = self.streams.iter().map(|it| it.state.messages);
+        counts.fold(0, u64::saturating_add)
     }
 
     /// One message of a stream.
@@ -224,10 +255,12 @@ pub fn connect(config: &Config, access: Access) -> Result<Database, Error> {
     Ok(database)
 }
 
-/// Events that cannot be published are told from others, whatever the relay does with them.
+/// Events that cannot be published are told from others: those that the relay gives up, and the rest, which it parks or halts at.
 pub fn judging(mapping: &Mapping) -> Mapping {
     let mut mapping = mapping.clone();
-    mapping.policy.on_poison = OnPoison::Park;
+    if mapping.policy.on_poison == OnPoison::Stop {
+        mapping.policy.on_poison = OnPoison::Park;
+    }
     for on_bad in [
         &mut mapping.policy.on_bad_subject,
         &mut mapping.policy.on_bad_header,
@@ -258,9 +291,10 @@ fn copy(
 ) -> Result<Option<SlotCopy>, Error> {
     let slot = database.row(
         "look at the slot",
-        "SELECT pg_catalog.pg_is_in_recovery(), s.slot_name IS NOT NULL, COALESCE(to_jsonb(s) ->> 'wal_status' = 'lost', false) \
+        "SELECT pg_catalog.pg_is_in_recovery(), s.slot_name IS NOT NULL, COALESCE(to_jsonb(s) ->> 'wal_status' = 'lost', false), \
+         EXISTS (SELECT FROM pg_catalog.pg_publication WHERE pubname = $2) \
          FROM (VALUES (1)) AS one LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = $1",
-        &[&config.slot],
+        &[&config.slot, &config.publication],
     )?;
     let flag = |index| slot.as_ref().is_some_and(|row| row.get(index));
     if flag(0) {
@@ -270,22 +304,23 @@ fn copy(
             exit: Exit::Configuration,
         });
     }
+    let no_publication = || Error::Wrong {
+        what: format!(
+            "find the publication: {} does not exist",
+            config.publication
+        ),
+        remedy: "correct -db or -publication, or run setup".into(),
+        exit: Exit::Configuration,
+    };
+    if !flag(3) {
+        return Err(no_publication());
+    }
     let why = match (flag(1), flag(2)) {
         (false, _) => "does not exist",
         (true, true) => "is lost",
         (true, false) => {
             let copy = SlotCopy::create(database, config, "compare", STATEMENT_LIMIT)?;
-            return match copy {
-                Some(copy) => Ok(Some(copy)),
-                None => Err(Error::Wrong {
-                    what: format!(
-                        "find the publication: {} does not exist",
-                        config.publication
-                    ),
-                    remedy: "correct -db or -publication, or run setup".into(),
-                    exit: Exit::Configuration,
-                }),
-            };
+            return copy.map(Some).ok_or_else(no_publication);
         }
     };
     notes.push(format!(
@@ -340,16 +375,38 @@ fn record(
     Ok(message.and_then(|it| serde_json::from_slice(&it.data).ok()))
 }
 
-/// Why a relay halts here, if the record tells: this is not the WAL that the streams were written from.
-fn halts(bus: &mut Bus<'_, Link>, config: &Config, system_id: u64) -> Option<String> {
-    let record = record(bus, config, system_id).ok()??;
-    match past::compare(&config.db, config, record, DECODE_LIMIT) {
-        Ok(Compared::Other(reason)) => Some(reason),
-        Ok(Compared::Same(_)) => None,
-        Err(error) => {
-            log::info!(cause:% = error; "whether this is the WAL that the streams were written from is not known");
-            None
+/// Whether this is the WAL that the streams were written from.
+enum Past {
+    /// It is, or there is no record that would say otherwise.
+    Same,
+    /// It is not, so that a relay halts.
+    Other(String),
+    /// That could not be compared.
+    Unknown(String),
+}
+
+impl Past {
+    fn note(&self) -> Option<String> {
+        match self {
+            Past::Same => None,
+            Past::Other(why) => Some(format!("a relay halts here, see check: {why}")),
+            Past::Unknown(why) => Some(format!(
+                "whether the streams were written from this WAL is not known, so what the slot still has is taken to wait; see check: {why}"
+            )),
         }
+    }
+}
+
+fn past(bus: &mut Bus<'_, Link>, config: &Config, system_id: u64) -> Past {
+    let record = match record(bus, config, system_id) {
+        Ok(Some(record)) => record,
+        Ok(None) => return Past::Same,
+        Err(error) => return Past::Unknown(error.to_string()),
+    };
+    match past::compare(&config.db, config, record, DECODE_LIMIT) {
+        Ok(Compared::Other(reason)) => Past::Other(reason),
+        Ok(Compared::Same(_)) => Past::Same,
+        Err(error) => Past::Unknown(error.to_string()),
     }
 }
 

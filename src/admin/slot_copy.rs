@@ -22,6 +22,8 @@ const CHANGES: i32 = 1000;
 /// Transactional messages (`messages` of pgoutput) came with it.
 pub const MESSAGES: u32 = 140_000;
 const DOING: &str = "decode a copy of the slot";
+/// In place of its tag: a message that is not transactional. It is no event, but it is among the changes, so that it is not the end.
+const NO_EVENT: i32 = 0;
 
 /// The copy of the slot, and what of it are events. It goes with the session.
 pub struct SlotCopy {
@@ -103,7 +105,7 @@ impl SlotCopy {
     }
 
     /// The statement for the next changes: of the begins, of the rows and messages, which all count, and of the descriptions of
-    /// outboxes their tag, and `column` of those that may be events. Its parameters are those of [`SlotCopy::next`].
+    /// outboxes their tag, and `column` of those that may be events; and what is no event. Its parameters are those of [`SlotCopy::next`].
     pub fn changes(&self, column: &str) -> String {
         let messages = match self.prefix {
             Some(_) => ", 'messages', 'true'",
@@ -111,12 +113,12 @@ impl SlotCopy {
         };
         // 66: Begin; 73 and 82: Insert and Relation, with the table's object id; 77: Message, of which only transactional ones count
         format!(
-            "SELECT tag, CASE WHEN tag = 66 OR tag IN (73, 82) AND is_outbox \
-             OR tag = 77 AND substr(data, 11, length($5::bytea)) = $5 THEN {column} END \
+            "SELECT CASE WHEN tag = 77 AND get_byte(data, 1) = 0 THEN {NO_EVENT} ELSE tag END, CASE WHEN tag = 66 OR tag IN (73, 82) AND is_outbox \
+             OR tag = 77 AND get_byte(data, 1) = 1 AND substr(data, 11, length($5::bytea)) = $5 THEN {column} END \
              FROM pg_catalog.pg_logical_slot_get_binary_changes($1, NULL, $2, \
              'proto_version', '1', 'publication_names', $3{messages}), LATERAL (SELECT get_byte(data, 0) AS tag, \
              ('x' || encode(substr(data, 2, 4), 'hex'))::bit(32)::bigint = ANY ($4) AS is_outbox) AS head \
-             WHERE tag IN (66, 73) OR tag = 82 AND is_outbox OR tag = 77 AND get_byte(data, 1) = 1"
+             WHERE tag IN (66, 73) OR tag = 82 AND is_outbox OR tag = 77"
         )
     }
 
@@ -140,7 +142,10 @@ impl SlotCopy {
             ],
             |row| {
                 any = true;
-                take(row)
+                match row.get::<_, i32>(0) {
+                    NO_EVENT => ControlFlow::Continue(()),
+                    _ => take(row),
+                }
             },
         )?;
         Ok(match found {
@@ -203,7 +208,7 @@ impl Decoder {
     /// For a transaction's beginning.
     pub fn new(mapping: &Mapping) -> Decoder {
         Decoder {
-            mapper: Mapper::new(mapping),
+            mapper: Mapper::quiet(mapping),
             events: Events::default(),
         }
     }

@@ -4,6 +4,7 @@
 //! unparked before, or is on its way: it is left. Where the streams do not have all that they have stored since it was parked, nobody
 //! knows, and it is left as well.
 
+use super::compare::digest;
 use super::reissue::{Carried, Carrier, Reissue};
 use super::sides::{Sides, is_resolved};
 use super::{Error, say};
@@ -29,9 +30,34 @@ struct Parked {
     seq: u64,
     /// Where it is in Postgres; `None`: in another Postgres, or of another slot.
     position: Option<Position>,
+    /// What it was written from.
+    source: Option<Source>,
+    /// The hash of its body.
+    body: u64,
     time: Timestamp,
     /// Why there is nothing to do.
     done: Option<&'static str>,
+}
+
+/// Slot and system: which relay wrote a message. (Timelines come and go.)
+#[derive(Clone, PartialEq, Eq)]
+struct Source {
+    slot: String,
+    system_id: u64,
+}
+
+impl Source {
+    fn of(at: &SourcePosition) -> Source {
+        Source {
+            slot: at.source.slot.to_string(),
+            system_id: at.source.system_id,
+        }
+    }
+}
+
+/// Where the message says that its event is in Postgres.
+fn position(message: &StoredMessage) -> Option<SourcePosition> {
+    message.header(OUTBOX_POSITION)?.parse().ok()
 }
 
 /// What became of those that were chosen.
@@ -67,19 +93,33 @@ pub fn run(config: &Config, how: &operation::Unpark) -> Result<Exit, Error> {
         count.left += 1;
         told(
             how,
-            &format!("left        {id}: no parked event has this id\n"),
+            &format!("left        {id}: no parked event has this id"),
         )?;
     }
     for (id, it) in chosen {
         if let Some(done) = it.done {
             count.done += 1;
-            told(how, &format!("done        {id}: {done}\n"))?;
+            told(how, &format!("done        {id}: {done}"))?;
             continue;
         }
-        match event(&mut sides, config, &carrier, &id, &it)? {
+        if let (None, false) = (it.position, matches!(how.which, Which::Id(_))) {
+            count.left += 1;
+            let by = it.source.map_or("no position".into(), |by| {
+                format!("slot {} of system {}", by.slot, by.system_id)
+            });
+            let why = "parked by another relay";
+            told(
+                how,
+                &format!(
+                    "left        {id}: {why} ({by}); choose it by -id if it is to be published here"
+                ),
+            )?;
+            continue;
+        }
+        match event(&mut sides, config, (&carrier, how.print_sql), &id, &it)? {
             Err(why) => {
                 count.left += 1;
-                told(how, &format!("left        {id}: {why}\n"))?;
+                told(how, &format!("left        {id}: {why}"))?;
             }
             Ok(event) => match &mut reissue {
                 Some(reissue) => reissue.add(event, |it| unparked(it, &mut count))?,
@@ -100,7 +140,7 @@ pub fn run(config: &Config, how: &operation::Unpark) -> Result<Exit, Error> {
     } = count;
     told(
         how,
-        &format!("found       {unparked} unparked, {done} done before, {left} left\n"),
+        &format!("found       {unparked} unparked, {done} done before, {left} left"),
     )?;
     Ok(match left {
         0 => Exit::Done,
@@ -111,32 +151,52 @@ pub fn run(config: &Config, how: &operation::Unpark) -> Result<Exit, Error> {
 /// Beside statements that are to be run it is a comment.
 fn told(how: &operation::Unpark, line: &str) -> Result<(), Error> {
     match how.print_sql {
-        true => say(&format!("-- {line}")),
-        false => say(line),
+        true => say_line(&format!("-- {line}")),
+        false => say_line(line),
     }
 }
 
 fn unparked(event: &Carried, count: &mut Count) -> Result<(), Error> {
     count.unparked += 1;
-    say(&format!("unparked    {} {}\n", event.id, event.subject))
+    say_line(&format!("unparked    {} {}", event.id, event.subject))
 }
 
-/// The parked events that were chosen, by their ids.
+/// Anybody may write to the park subject, so the line must stay one: what follows would be run as a statement.
+fn say_line(line: &str) -> Result<(), Error> {
+    say(&format!("{}\n", one_line(line)))
+}
+
+/// The text with its control characters escaped.
+fn one_line(line: &str) -> String {
+    let mut escaped = String::with_capacity(line.len());
+    for c in line.chars() {
+        match c.is_control() {
+            true => escaped.extend(c.escape_default()),
+            false => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+/// The parked events that were chosen, by their ids. Of one id this relay's goes before another one's.
 fn find(
     sides: &mut Sides<'_>,
     config: &Config,
     which: &Which,
 ) -> Result<BTreeMap<String, Parked>, Error> {
     let park = &config.mapping.policy.park_subject;
-    let source = sides.lineage.source.clone();
-    let mut parked = BTreeMap::new();
+    let own = own_source(sides);
+    let mut parked: BTreeMap<String, Parked> = BTreeMap::new();
     for stream in 0..sides.streams.len() {
         let read = |message: StoredMessage| {
             let cause = message.header(PARKED)?;
             let id = message.header(MSG_ID)?;
             let is_chosen = match which {
                 Which::All => true,
-                Which::Id(wanted) => wanted == id,
+                // as it is printed, or as it was written
+                Which::Id(wanted) => {
+                    wanted == id || percent::decode(id).is_some_and(|id| id == *wanted)
+                }
                 // it is written as a header can carry it
                 Which::Cause(part) => {
                     let decoded = percent::decode(cause);
@@ -147,22 +207,25 @@ fn find(
             if !is_chosen || !matches(park, &message.subject) {
                 return None;
             }
-            let at: Option<SourcePosition> =
-                (message.header(OUTBOX_POSITION)).and_then(|at| at.parse().ok());
-            let at = at.filter(|at| {
-                at.source.slot == source.slot && at.source.system_id == source.system_id
-            });
+            let at = position(&message);
+            let source = at.as_ref().map(Source::of);
+            let is_own = source.as_ref() == Some(&own);
             let found = Parked {
                 stream,
                 seq: message.seq,
-                position: at.map(|at| at.position),
+                position: at.filter(|_| is_own).map(|at| at.position),
+                source,
+                body: digest(&message.data),
                 time: message.time.parse().unwrap_or(Timestamp::MIN),
                 done: None,
             };
             Some((id.to_string(), found))
         };
         sides.scan(stream, read, |(id, found)| {
-            parked.insert(id, found);
+            let before = parked.get(&id);
+            if found.position.is_some() || before.is_none_or(|it| it.position.is_none()) {
+                parked.insert(id, found);
+            }
             match parked.len() > AT_ONCE {
                 false => Ok(()),
                 true => Err(Error::Wrong {
@@ -176,20 +239,35 @@ fn find(
     Ok(parked)
 }
 
-/// What is in a stream needs nothing more.
+fn own_source(sides: &Sides<'_>) -> Source {
+    let source = &sides.lineage.source;
+    Source {
+        slot: source.slot.to_string(),
+        system_id: source.system_id,
+    }
+}
+
+/// What is in a stream needs nothing more: written by this relay or by the one that parked it, or, by hand, with the same body.
+/// (Another service may have the same id.)
 fn mark_stored(
     sides: &mut Sides<'_>,
     config: &Config,
     parked: &mut BTreeMap<String, Parked>,
 ) -> Result<(), Error> {
     let filter = format!("{}.>", config.prefix);
+    let own = own_source(sides);
     for stream in 0..sides.streams.len() {
         let read = |message: StoredMessage| {
             let is_event = message.header(PARKED).is_none() && matches(&filter, &message.subject);
-            is_event.then(|| message.header(MSG_ID).map(str::to_string))?
+            let id = message.header(MSG_ID).filter(|_| is_event)?;
+            let source = position(&message).map(|at| Source::of(&at));
+            Some((id.to_string(), source, digest(&message.data)))
         };
-        sides.scan(stream, read, |id| {
-            if let Some(found) = parked.get_mut(&id) {
+        sides.scan(stream, read, |(id, source, body)| {
+            if let Some(found) = parked.get_mut(&id)
+                && (found.body == body
+                    || source.is_some_and(|it| it == own || found.source.as_ref() == Some(&it)))
+            {
                 found.done = Some("it is in a stream");
             }
             Ok(())
@@ -226,7 +304,7 @@ fn mark_waiting(
 fn event(
     sides: &mut Sides<'_>,
     config: &Config,
-    carrier: &Carrier,
+    (carrier, is_printed): (&Carrier, bool),
     id: &str,
     parked: &Parked,
 ) -> Result<Result<Carried, String>, Error> {
@@ -238,7 +316,11 @@ fn event(
         if let Some(stream) = may_be_gone(&sides.streams, config, parked.time) {
             return Err(format!(
                 "it may have been unparked before: {stream} does not have all that it has stored since; if it was not, run {}",
-                carrier.sql(&event.content)
+                match is_printed {
+                    true => carrier.sql(&event.content),
+                    // a payload is for nobody's log
+                    false => "the statement that -print-sql prints here".into(),
+                }
             ));
         }
         match remembers(&sides.streams, parked, &event.subject) {
@@ -309,7 +391,8 @@ fn may_be_gone<'a>(
     };
     let drops = |info: &&StreamInfo| {
         let state = &info.state;
-        let has_no_holes = state.first_seq.checked_add(state.messages) == Some(state.last_seq + 1);
+        let has_no_holes =
+            state.first_seq.checked_add(state.messages) == state.last_seq.checked_add(1);
         let first: Option<Timestamp> = state.first_ts.parse().ok();
         let is_older = state.messages > 0 && first.is_some_and(|first| first <= since);
         let keeps = has_no_holes && info.config.retention == "limits" && is_older;
@@ -317,4 +400,23 @@ fn may_be_gone<'a>(
     };
     let found = streams.iter().filter(captures).find(drops);
     found.map(|info| info.config.name.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_stays_one_line() {
+        for (line, expected) in [
+            ("-- left        é 1: x", "-- left        é 1: x"),
+            ("-- 1\nDROP TABLE t;", "-- 1\\nDROP TABLE t;"),
+            (
+                "-- 1\rDROP TABLE t;\u{1b}[1m",
+                "-- 1\\rDROP TABLE t;\\u{1b}[1m",
+            ),
+        ] {
+            assert_eq!(one_line(line), expected);
+        }
+    }
 }

@@ -60,6 +60,8 @@ pub struct Mapper {
     ignored: u32,
     /// Of the outbox that was described last.
     last_shape: Option<Arc<Shape>>,
+    /// See [`Mapper::quiet`].
+    is_quiet: bool,
 }
 
 #[derive(Debug)]
@@ -93,6 +95,15 @@ impl Mapper {
             encoding: Encoding::Utf8,
             ignored: 0,
             last_shape: None,
+            is_quiet: false,
+        }
+    }
+
+    /// One that does not warn of the events it gives up: they are the relay's to give up.
+    pub fn quiet(mapping: &Mapping) -> Mapper {
+        Mapper {
+            is_quiet: true,
+            ..Mapper::new(mapping)
         }
     }
 
@@ -443,8 +454,10 @@ impl Mapper {
                 at,
             }),
             OnPoison::Skip => {
-                let id = String::from_utf8_lossy(&id);
-                log::warn!(id, position:% = place.position; "gave up an event that cannot be published: {cause}");
+                if !self.is_quiet {
+                    let id = String::from_utf8_lossy(&id);
+                    log::warn!(id, position:% = place.position; "gave up an event that cannot be published: {cause}");
+                }
                 lose(batch)
             }
             OnPoison::Park => {

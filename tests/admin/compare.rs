@@ -1,6 +1,6 @@
 //! `compare`: what is committed is looked for in the streams, and what is missing goes there by way of Postgres.
 
-use crate::command::{Ended, on};
+use crate::command::{Ended, on, run};
 use crate::rig::{DEADLINE, Rig, SLOT, STREAM, UUID_SQL, uuid};
 use crate::support::postgres::Postgres;
 use crate::support::wait::{eventually, pause};
@@ -33,7 +33,8 @@ impl Compared {
     fn counts(&self) -> Value {
         let mut counts = self.summary.as_object().expect("an object").clone();
         counts.retain(|name, count| {
-            *count != json!(0) && !["rows", "wal_events", "messages"].contains(&name.as_str())
+            *count != json!(0)
+                && !["outboxes", "rows", "wal_events", "messages"].contains(&name.as_str())
         });
         counts.remove("incomplete_streams");
         Value::Object(counts)
@@ -165,8 +166,9 @@ fn what_the_relay_has_given_up_is_missing_unless_it_is_to_be_given_up() {
         .execute(&format!("{} {}", message(1, "null"), message(2, "[7]")));
     let skip = ["-on-poison", "skip", "-yes-lose-events"];
     rig.drain(&skip);
-    let found = compare(&rig, 0, &skip);
-    assert_eq!(found.counts(), json!({ "given_up": 1 }));
+    let ended = on(&rig, &[&["compare", "-json"], &skip[..]].concat());
+    assert_eq!(Compared::of(&ended, 0).counts(), json!({ "given_up": 1 }));
+    assert!(!ended.stderr.contains("gave up"), "{ended:?}");
     let found = compare(&rig, 1, &["-publish"]);
     assert_eq!(found.ids("missing"), [uuid(2)]);
     assert!(found.lines[0]["position"].is_string(), "{}", found.lines[0]);
@@ -449,4 +451,171 @@ fn after_a_restore_what_the_slot_has_waits() {
     rig.drain(&["-resume-anyway"]);
     assert_eq!(compare(&rig, 0, &[]).counts(), json!({}));
     assert_eq!(rig.ids().len(), 40);
+}
+
+/// Of changes that are no events a whole batch may come.
+#[test]
+fn messages_that_are_not_transactional_are_not_the_end_of_the_wal() {
+    let rig = Rig::start();
+    rig.commit_event(1, "a");
+    rig.drain(&[]);
+    rig.pg.execute(
+        "SELECT count(pg_logical_emit_message(false, 'heartbeat', '')) FROM generate_series(1, 3000)",
+    );
+    rig.commit_event(2, "a");
+    assert_eq!(
+        compare(&rig, 0, &["-publish"]).counts(),
+        json!({ "waiting": 1 })
+    );
+}
+
+/// The relay parks it, or halts at it.
+#[test]
+fn what_has_a_bad_subject_is_not_given_up() {
+    let rig = Rig::start();
+    rig.commit_event(1, "a");
+    rig.drain(&[]);
+    rig.commit_event(2, "b c");
+    move_slot(&rig);
+    let skip = ["-on-poison", "skip", "-yes-lose-events"];
+    for on_bad in ["stop", "park"] {
+        let args = [&skip[..], &["-on-bad-subject", on_bad]].concat();
+        assert_eq!(compare(&rig, 1, &args).counts(), json!({ "missing": 1 }));
+    }
+}
+
+#[test]
+fn where_nothing_was_compared_nothing_is_said_to_be_there() {
+    let rig = Rig::start();
+    let nothing = |found: &Compared| {
+        assert_eq!(found.counts(), json!({}));
+        let note = found.lines.last().map(|it| it["note"].to_string());
+        assert!(
+            note.as_ref()
+                .is_some_and(|it| it.contains("nothing was compared")),
+            "{note:?}"
+        );
+    };
+    rig.pg
+        .execute("ALTER PUBLICATION jetstream_outbox DROP TABLE outbox");
+    nothing(&compare(&rig, 1, &[]));
+    rig.pg.execute(&message(1, "null"));
+    assert_eq!(compare(&rig, 0, &[]).counts(), json!({ "waiting": 1 }));
+    rig.pg
+        .execute(&format!("SELECT pg_drop_replication_slot('{SLOT}')"));
+    nothing(&compare(&rig, 1, &[]));
+    let ended = on(&rig, &["compare", "-publication", "outbocks"]);
+    ended.with(78);
+    assert!(
+        ended.stderr.contains("outbocks does not exist"),
+        "{ended:?}"
+    );
+}
+
+/// Two services may count their ids from 1.
+#[test]
+fn what_another_relay_has_parked_is_another_event() {
+    let rig = Rig::start();
+    let mut client = rig.nats.client();
+    client.add_stream("PARKED", &["jetstream_outbox.parked"]);
+    let id = uuid(1);
+    let headers = [
+        ("Nats-Msg-Id", id.as_str()),
+        ("Outbox-Parked", "too large"),
+        ("Outbox-Position", "other 1 1 0/10 1"),
+    ];
+    client.publish("jetstream_outbox.parked", &headers, b"{}");
+    rig.commit_event(1, "a");
+    move_slot(&rig);
+    let found = compare(&rig, 1, &[]);
+    assert_eq!(found.counts(), json!({ "missing": 1 }));
+}
+
+/// One event that is resolved, in the WAL still, and in no stream, though it could be.
+fn rig_with_a_hole() -> Rig {
+    let rig = Rig::start();
+    rig.set_stream(&json!({ "max_msg_size": 2000 }));
+    rig.pg.execute(&format!(
+        "INSERT INTO outbox VALUES ('{}', 'a', 'b', to_jsonb(repeat('x', 3000)))",
+        uuid(1)
+    ));
+    rig.commit_event(2, "a");
+    rig.drain(&["-on-poison", "skip", "-yes-lose-events"]);
+    rig.set_stream(&json!({}));
+    rig
+}
+
+#[test]
+fn what_was_published_and_is_on_its_way_is_not_published_again() {
+    let rig = rig_with_a_hole();
+    let found = compare(&rig, 0, &["-publish"]);
+    assert_eq!(found.counts(), json!({ "missing": 1, "published": 1 }));
+    assert!(found.lines[0]["position"].is_string(), "{}", found.lines[0]);
+    // the WAL has it where it was, and where it was written again
+    assert_eq!(
+        compare(&rig, 0, &["-publish"]).counts(),
+        json!({ "waiting": 1 })
+    );
+    rig.drain(&[]);
+    assert_eq!(rig.ids(), [uuid(2), uuid(1)]);
+    assert_eq!(compare(&rig, 0, &[]).counts(), json!({}));
+}
+
+/// Then the record may be about another WAL.
+#[test]
+fn where_the_history_cannot_be_compared_what_the_slot_has_waits() {
+    let rig = rig_with_a_hole();
+    rig.pg.execute(
+        "CREATE ROLE reader LOGIN REPLICATION; GRANT SELECT ON outbox TO reader; \
+         REVOKE EXECUTE ON FUNCTION pg_logical_slot_peek_binary_changes FROM PUBLIC; \
+         GRANT EXECUTE ON FUNCTION pg_logical_slot_peek_binary_changes TO reader",
+    );
+    let (db, nats) = (rig.pg.url("reader", "postgres"), rig.nats.url());
+    let look = |code| {
+        let args = ["compare", "-json", "-db", &db, "-nats", &nats];
+        Compared::of(&run(&args, &[]), code)
+    };
+    assert_eq!(look(1).counts(), json!({ "missing": 1 }));
+    rig.pg
+        .execute("REVOKE EXECUTE ON FUNCTION pg_logical_slot_peek_binary_changes FROM reader");
+    let found = look(0);
+    assert_eq!(found.counts(), json!({ "waiting": 1 }));
+    let note = found.lines[0]["note"].as_str().unwrap_or_default();
+    assert!(note.contains("is not known"), "{note}");
+}
+
+/// Its position says nothing of what was dropped before it.
+#[test]
+fn a_late_message_does_not_tell_what_a_stream_has_dropped() {
+    let rig = Rig::start();
+    rig.set_stream(&json!({ "duplicate_window": 100_000_000 }));
+    for n in 1..=3 {
+        rig.commit_event(n, "a");
+    }
+    rig.drain(&[]);
+    let messages = rig.messages();
+    let mut client = rig.nats.client();
+    let mut again = |n: usize, expected: &str, late: &[(&str, &str)]| {
+        let own = [
+            ("Nats-Msg-Id", messages[n - 1].id()),
+            (
+                "Outbox-Position",
+                messages[n - 1]
+                    .header("Outbox-Position")
+                    .expect("a position"),
+            ),
+            ("Nats-Expected-Last-Sequence", expected),
+        ];
+        eventually("the server to forget the id", DEADLINE, || {
+            let headers = [&own[..], late].concat();
+            let ack = client.publish("events.account.a", &headers, &messages[n - 1].body);
+            ack["duplicate"] != true
+        });
+    };
+    again(1, "3", &[("Outbox-Late", "true")]);
+    again(3, "4", &[]);
+    client.api(&format!("STREAM.PURGE.{STREAM}"), &json!({ "seq": 4 }));
+    let found = compare(&rig, 1, &[]);
+    assert_eq!(found.ids("unknown"), [uuid(2)]);
+    assert_eq!(found.counts(), json!({ "unknown": 1 }));
 }

@@ -96,6 +96,16 @@ fn wait_for_lag(rig: &Rig, what: &str) {
     assert!(found["lag_bytes"].as_u64() > Some(0), "{found}");
 }
 
+#[test]
+fn an_event_after_many_messages_that_are_not_transactional_is_lag() {
+    let rig = Rig::start();
+    rig.pg.execute(
+        "SELECT count(pg_logical_emit_message(false, 'heartbeat', '')) FROM generate_series(1, 3000)",
+    );
+    rig.commit_event(1, "a");
+    wait_for_lag(&rig, "the event to wait");
+}
+
 /// What one stream has refused stands before what another one has taken.
 #[test]
 fn an_event_that_one_of_several_streams_lacks_is_lag() {

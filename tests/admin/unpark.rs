@@ -207,3 +207,82 @@ fn what_is_parked_in_its_own_stream_waits_for_the_duplicate_window() {
         ["jetstream_outbox.parked", "events.t.a%20b"]
     );
 }
+
+/// Anybody may write to the park subject, and two services may count their ids from 1.
+#[test]
+fn what_others_have_written_is_not_this_relays() {
+    let rig = rig();
+    insert(&rig, "'1'", LARGE, "NULL");
+    insert(&rig, "'2 b'", LARGE, "NULL");
+    rig.drain(&PARK);
+    rig.set_stream(&json!({ "duplicate_window": 100_000_000 }));
+    let own = rig.nats.client().read_all("PARKED").remove(1);
+    let mut client = rig.nats.client();
+    let mut park = |id: &str, headers: &[(&str, &str)]| {
+        let parked = [
+            ("Nats-Msg-Id", id),
+            ("Outbox-Parked", "another one"),
+            ("Outbox-Original-Subject", "events.t.other"),
+            ("Outbox-Position", "other 1 1 0/10 1"),
+        ];
+        let headers = [&parked[..], headers].concat();
+        eventually("the server to forget the id", DEADLINE, || {
+            let ack = client.publish("jetstream_outbox.parked", &headers, b"{}");
+            ack["duplicate"] != true
+        });
+    };
+    rig.nats.client().api(
+        "STREAM.UPDATE.PARKED",
+        &json!({ "name": "PARKED", "subjects": ["jetstream_outbox.parked"], "duplicate_window": 100_000_000 }),
+    );
+    park("1", &[]);
+    park("9", &[]);
+    park(
+        "cut",
+        &[(
+            "Outbox-Body-Cut",
+            "1\nDROP TABLE outbox; --\rDROP TABLE outbox; --",
+        )],
+    );
+    // one event is in a stream by its id, but it is another service's
+    let foreign = [
+        ("Nats-Msg-Id", "1"),
+        ("Outbox-Position", "other 1 1 0/20 1"),
+    ];
+    rig.nats.client().publish("events.t.x", &foreign, b"{}");
+    // and one was published by hand
+    let by_hand = [("Nats-Msg-Id", own.id())];
+    rig.nats
+        .client()
+        .publish("events.t.a%20b", &by_hand, &own.body);
+
+    // a line of a comment stays one
+    let lines = unpark(&rig, 1, &["-id", "cut", "-print-sql"]);
+    assert!(
+        lines.iter().all(|line| line.starts_with("-- ")),
+        "{lines:?}"
+    );
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    let left = "left        9: parked by another relay (slot other of system 1)";
+    let lines = unpark(&rig, 1, &["-cause", "another"]);
+    assert!(lines.iter().any(|it| it.starts_with(left)), "{lines:?}");
+    // as it was written, and as a header has it
+    for id in ["2 b", own.id()] {
+        let lines = unpark(&rig, 0, &["-id", id]);
+        assert!(lines[0].ends_with("it is in a stream"), "{lines:?}");
+    }
+    let lines = unpark(&rig, 1, &["-all"]);
+    assert!(lines.iter().any(|it| it.starts_with(left)), "{lines:?}");
+    assert!(
+        lines.contains(&"unparked    1 events.t.a%20b".to_string()),
+        "{lines:?}"
+    );
+    assert_eq!(
+        lines.last().unwrap(),
+        "found       1 unparked, 1 done before, 2 left"
+    );
+    assert_eq!(
+        unpark(&rig, 0, &["-id", "9"])[0],
+        "unparked    9 events.t.other"
+    );
+}

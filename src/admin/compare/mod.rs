@@ -2,7 +2,7 @@
 //! their ids, and what the WAL of the slot still has.
 //!
 //! Rows are read in one snapshot, which is begun before the streams are read and stays open until the rows were looked for
-//! ([`Sides`] tells why nothing that is on its way is found missing). Of a message some 50 bytes are held, and of [`AT_ONCE`]
+//! ([`Sides`] tells why nothing that is on its way is found missing). Of a message some 50 bytes are held, and of `AT_ONCE`
 //! messages at a time: of more all is read several times, each time for another part of the ids.
 
 mod report;
@@ -17,16 +17,21 @@ use super::slot_copy::Mapped;
 use crate::config::Config;
 use crate::config::operation;
 use crate::exit::Exit;
-use crate::outbox::batch::{Change, Fate, OutboxEvent};
+use crate::outbox::batch::{Batch, Change, Fate, OutboxEvent};
 use crate::outbox::mapper::Mapper;
-use crate::outbox::park::{self, OnPoison};
+use crate::outbox::park;
 use crate::outbox::position::Position;
 use report::{Finding, Report};
 use std::collections::HashSet;
-use stored::{Key, Stored, digest, key};
+use stored::{Key, Stored, key};
+
+pub use stored::digest;
 
 /// So many messages are compared at a time, and so many events may wait for the relay.
 const AT_ONCE: u64 = 4_000_000;
+/// Of what is missing of the WAL so many bytes are held, until all of it was seen; and so many an event beside its own.
+const HELD_BYTES: usize = 64 * 1024 * 1024;
+const EVENT_BYTES: usize = 512;
 
 /// Compares, says what was found, and publishes what is missing if that is wanted.
 pub fn run(config: &Config, how: &operation::Compare) -> Result<Exit, Error> {
@@ -46,8 +51,7 @@ pub fn run(config: &Config, how: &operation::Compare) -> Result<Exit, Error> {
             )
         })?;
         if part == 0 {
-            let messages: u64 = sides.streams.iter().map(|it| it.state.messages).sum();
-            parts = messages.div_ceil(AT_ONCE).max(1);
+            parts = sides.messages().div_ceil(AT_ONCE).max(1);
             for note in std::mem::take(&mut sides.notes) {
                 report.note(&note)?;
             }
@@ -63,7 +67,6 @@ pub fn run(config: &Config, how: &operation::Compare) -> Result<Exit, Error> {
         let mine = move |key: Key| key % u128::from(parts) == u128::from(part);
         let stored = Stored::read(&mut sides, config, mine, is_first, &mut report)?;
         let mut pass = Pass {
-            config,
             how,
             stored,
             names: sides
@@ -73,18 +76,28 @@ pub fn run(config: &Config, how: &operation::Compare) -> Result<Exit, Error> {
                 .collect(),
             resolved: sides.resolved,
             seen: HashSet::new(),
+            missing: HashSet::new(),
+            held: Held::default(),
             report: &mut report,
             reissue: reissue.as_mut(),
         };
         sides.decode(config, |mapped| pass.on_wal(mapped, mine))?;
-        let mut mapper = Mapper::new(&judging(&config.mapping));
-        rows::each(
+        let mut mapper = Mapper::quiet(&judging(&config.mapping));
+        pass.decoded()?;
+        let outboxes = rows::each(
             &mut table,
             config,
             how.rows.as_deref(),
             &mut mapper,
-            |event| pass.on_event(&event, None, mine),
+            |event| {
+                let key = key(event.id);
+                match mine(key) {
+                    true => pass.on_event(key, &event, None),
+                    false => Ok(()),
+                }
+            },
         )?;
+        pass.report.outboxes(outboxes);
         pass.publish()?;
         part += 1;
     }
@@ -93,15 +106,36 @@ pub fn run(config: &Config, how: &operation::Compare) -> Result<Exit, Error> {
 
 /// One look at a part of the ids.
 struct Pass<'a> {
-    config: &'a Config,
     how: &'a operation::Compare,
     stored: Stored,
     names: Vec<String>,
     resolved: crate::postgres::Lsn,
     /// What the WAL has and was reported, or waits for the relay: the same event's row is passed over.
     seen: HashSet<Key>,
+    /// What the WAL has and no stream, unless it comes later in the WAL once more and waits there: published again, and on its way.
+    missing: HashSet<Key>,
+    /// Of those the events, as far as they are held.
+    held: Held,
     report: &'a mut Report,
     reissue: Option<&'a mut Reissue>,
+}
+
+/// Events of the WAL that are held until all of it was seen.
+#[derive(Default)]
+struct Held {
+    events: Vec<(Key, Batch)>,
+    bytes: usize,
+}
+
+impl Held {
+    /// Holds the only event of the batch, if there is room.
+    fn hold(&mut self, key: Key, batch: Batch) {
+        let bytes = batch.len_bytes().saturating_add(EVENT_BYTES);
+        if self.bytes.saturating_add(bytes) <= HELD_BYTES {
+            self.bytes += bytes;
+            self.events.push((key, batch));
+        }
+    }
 }
 
 impl Pass<'_> {
@@ -109,26 +143,34 @@ impl Pass<'_> {
         let at = mapped.place.position;
         match mapped.event {
             None => Ok(()),
-            Some(Ok(batch)) => match batch.changes() {
-                [Change::Event(spans)] => self.on_event(&batch.event(spans), Some(at), mine),
-                _ => Ok(()),
-            },
+            Some(Ok(batch)) => {
+                let [Change::Event(spans)] = batch.changes() else {
+                    return Ok(());
+                };
+                let event = batch.event(spans);
+                let key = key(event.id);
+                if mine(key) {
+                    self.on_event(key, &event, Some(at))?;
+                    if self.missing.contains(&key) {
+                        self.held.hold(key, batch);
+                    }
+                }
+                Ok(())
+            }
             // the relay halts there, and nothing is known of the event
-            Some(Err(error)) => self.report.note(&error.to_string()),
+            Some(Err(error)) => self
+                .report
+                .unmapped(is_resolved(at, self.resolved), &error.to_string()),
         }
     }
 
     /// An event of the WAL, or one that a row makes.
     fn on_event(
         &mut self,
+        key: Key,
         event: &OutboxEvent<'_>,
         at: Option<Position>,
-        mine: impl Fn(Key) -> bool,
     ) -> Result<(), Error> {
-        let key = key(event.id);
-        if !mine(key) {
-            return Ok(());
-        }
         self.report.compared(at.is_some());
         if at.is_none() && self.seen.contains(&key) {
             return Ok(());
@@ -146,7 +188,8 @@ impl Pass<'_> {
             }
             return Ok(());
         }
-        if let Some(parked) = found.first() {
+        // another relay's event may have the same id
+        if let Some(parked) = found.iter().find(|it| it.is_ours) {
             let stream = self.names.get(usize::from(parked.stream));
             let stream = stream.map_or("", String::as_str);
             self.report
@@ -154,16 +197,37 @@ impl Pass<'_> {
             return self.see(key, at);
         }
         match at {
-            Some(at) if !is_resolved(at, self.resolved) => self.report.waits(),
-            _ => self.on_missing(event, at)?,
+            Some(at) if !is_resolved(at, self.resolved) => {
+                self.missing.remove(&key);
+                self.report.waits();
+            }
+            Some(_) => {
+                self.missing.insert(key);
+            }
+            None => self.on_missing(event, None)?,
         }
         self.see(key, at)
+    }
+
+    /// All of the WAL was seen: what is missing of it is.
+    fn decoded(&mut self) -> Result<(), Error> {
+        for (key, batch) in std::mem::take(&mut self.held).events {
+            // once, however often the WAL has it
+            if let [Change::Event(spans)] = batch.changes()
+                && self.missing.remove(&key)
+            {
+                let event = batch.event(spans);
+                self.on_missing(&event, Some(event.position))?;
+            }
+        }
+        let rest = std::mem::take(&mut self.missing).len();
+        self.report.more_missing(rest as u64)
     }
 
     /// It is resolved and in no stream.
     fn on_missing(&mut self, event: &OutboxEvent<'_>, at: Option<Position>) -> Result<(), Error> {
         let is_chosen = self.how.rows.is_some();
-        if event.fate == Fate::Park && self.config.mapping.policy.on_poison == OnPoison::Skip {
+        if event.fate == Fate::Lose {
             self.report.given_up();
             return Ok(());
         }
@@ -219,5 +283,84 @@ impl Pass<'_> {
             Some(reissue) => reissue.flush(|it| report.published(it)),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::plan::Place;
+    use crate::outbox::problem::MapError;
+    use crate::postgres::Lsn;
+
+    fn mapped(lsn: u64, event: Result<&str, MapError>) -> Mapped {
+        let position = Position {
+            commit_lsn: Lsn(lsn),
+            ordinal: 1,
+        };
+        let event = event.map(|id| {
+            let mut batch = Batch::default();
+            let drafted = batch.draft("t", position, Fate::Publish, |draft| {
+                draft.id(|out| {
+                    out.extend_from_slice(id.as_bytes());
+                    Ok::<(), std::convert::Infallible>(())
+                })
+            });
+            drafted.expect("it is written");
+            batch
+        });
+        Mapped {
+            place: Place {
+                position,
+                ..Place::default()
+            },
+            event: Some(event),
+        }
+    }
+
+    /// The counts of what the WAL has, of which everything before LSN 10 is resolved, and that is in no stream.
+    fn counts(wal: Vec<Mapped>, room: usize) -> [u64; 3] {
+        let mut report = Report::new(true);
+        let mut pass = Pass {
+            how: &operation::Compare {
+                json: true,
+                rows: None,
+                publish: false,
+            },
+            stored: Stored::nothing(),
+            names: Vec::new(),
+            resolved: Lsn(10),
+            seen: HashSet::new(),
+            missing: HashSet::new(),
+            held: Held {
+                bytes: HELD_BYTES - room,
+                ..Held::default()
+            },
+            report: &mut report,
+            reissue: None,
+        };
+        for mapped in wal {
+            pass.on_wal(mapped, |_| true).expect("it is printed");
+        }
+        pass.decoded().expect("it is printed");
+        report.missing_unknown_waiting()
+    }
+
+    #[test]
+    fn what_waits_later_in_the_wal_is_not_missing() {
+        let wal = || vec![mapped(1, Ok("a")), mapped(2, Ok("b")), mapped(11, Ok("a"))];
+        assert_eq!(counts(wal(), HELD_BYTES), [1, 0, 1]);
+        // what is not held is counted
+        assert_eq!(counts(wal(), 0), [1, 0, 1]);
+        // resolved twice
+        let wal = vec![mapped(1, Ok("a")), mapped(2, Ok("a"))];
+        assert_eq!(counts(wal, HELD_BYTES), [1, 0, 0]);
+    }
+
+    #[test]
+    fn of_what_cannot_be_mapped_and_was_resolved_it_cannot_be_told() {
+        let unknown = |lsn| mapped(lsn, Err(MapError::UnknownRelation { relation_id: 1 }));
+        let wal = vec![unknown(9), unknown(10)];
+        assert_eq!(counts(wal, HELD_BYTES), [0, 1, 1]);
     }
 }

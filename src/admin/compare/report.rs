@@ -7,7 +7,7 @@ use crate::outbox::batch::OutboxEvent;
 use crate::outbox::position::Position;
 use serde_json::{Value, json};
 
-/// So many lines say of which event it cannot be told; the rest is counted.
+/// So many lines say of which event it cannot be told, or what of the WAL cannot be mapped; the rest is counted.
 const UNKNOWN_LINES: u64 = 100;
 
 /// Stream and sequence.
@@ -33,12 +33,15 @@ pub enum Finding<'a> {
 #[derive(Debug, Default)]
 pub struct Report {
     json: bool,
+    outboxes: usize,
     rows: u64,
     wal: u64,
     messages: u64,
     missing: u64,
     published: u64,
     unknown: u64,
+    /// Events of the WAL that cannot be mapped; those that are resolved are unknown as well.
+    unmapped: u64,
     altered: u64,
     doubled: u64,
     disordered: u64,
@@ -61,6 +64,11 @@ impl Report {
     /// A message was read.
     pub fn read(&mut self) {
         self.messages += 1;
+    }
+
+    /// The publication has so many outboxes.
+    pub fn outboxes(&mut self, count: usize) {
+        self.outboxes = count;
     }
 
     /// An event was compared, of the WAL or of a row.
@@ -92,6 +100,31 @@ impl Report {
             true => say(&format!("{}\n", json!({ "note": note }))),
             false => say(&format!("note        {note}\n")),
         }
+    }
+
+    /// An event of the WAL cannot be mapped, and nothing is known of it. The relay halts there, unless it passed it by other flags.
+    pub fn unmapped(&mut self, is_resolved: bool, why: &str) -> Result<(), Error> {
+        self.compared(true);
+        match is_resolved {
+            true => self.unknown += 1,
+            false => self.waits(),
+        }
+        self.unmapped += 1;
+        match self.unmapped > UNKNOWN_LINES {
+            true => Ok(()),
+            false => self.note(why),
+        }
+    }
+
+    /// So many more are missing than are held to be printed.
+    pub fn more_missing(&mut self, count: u64) -> Result<(), Error> {
+        if count == 0 {
+            return Ok(());
+        }
+        self.missing += count;
+        self.note(&format!(
+            "{count} more events of the WAL are missing or unknown than can be held: publish these, let the relay run, and compare again"
+        ))
     }
 
     /// Prints and counts a finding.
@@ -139,8 +172,21 @@ impl Report {
         }
     }
 
+    /// These counts.
+    #[cfg(test)]
+    pub fn missing_unknown_waiting(&self) -> [u64; 3] {
+        [self.missing, self.unknown, self.waiting]
+    }
+
     /// Prints the sum, and ends.
-    pub fn finish(self) -> Result<Exit, Error> {
+    pub fn finish(mut self) -> Result<Exit, Error> {
+        let is_blind = self.outboxes == 0 && self.wal == 0;
+        if is_blind {
+            self.note(
+                "nothing was compared: the publication has no outbox, and the slot has no events; \
+                 correct -publication, -table or -slot, or compare once events are written",
+            )?;
+        }
         let still_missing = self.missing - self.published.min(self.missing);
         let found = [
             still_missing,
@@ -153,7 +199,7 @@ impl Report {
             true => format!("{}\n", self.json()),
             false => self.text(),
         })?;
-        Ok(match found.iter().all(|count| *count == 0) {
+        Ok(match !is_blind && found.iter().all(|count| *count == 0) {
             true => Exit::Done,
             false => Exit::Warning,
         })
@@ -161,7 +207,7 @@ impl Report {
 
     fn json(&self) -> Value {
         json!({ "summary": {
-            "rows": self.rows, "wal_events": self.wal, "messages": self.messages, "missing": self.missing,
+            "outboxes": self.outboxes, "rows": self.rows, "wal_events": self.wal, "messages": self.messages, "missing": self.missing,
             "published": self.published, "unknown": self.unknown, "altered": self.altered, "doubled": self.doubled,
             "disordered": self.disordered, "parked": self.parked, "waiting": self.waiting, "given_up": self.given_up,
             "incomplete_streams": self.drop,
@@ -170,7 +216,7 @@ impl Report {
 
     fn text(&self) -> String {
         let mut text = String::new();
-        if self.unknown > 0 {
+        if self.unknown > 0 && !self.drop.is_empty() {
             text += &format!(
                 "note        of {} events it cannot be told, since {} does not have all that it has stored; \
                  -where names rows that it must still have\n",
@@ -260,5 +306,48 @@ impl Finding<'_> {
                 "after": before.to_string(),
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(write: impl FnOnce(&mut Report), expected: Exit) {
+        let mut report = Report::new(true);
+        write(&mut report);
+        assert_eq!(report.finish().expect("it is printed"), expected);
+    }
+
+    #[test]
+    fn where_nothing_was_compared_nobody_knows() {
+        check(|_| {}, Exit::Warning);
+        check(|it| it.outboxes(1), Exit::Done);
+        check(|it| it.compared(true), Exit::Done);
+    }
+
+    #[test]
+    fn what_was_resolved_and_cannot_be_mapped_is_unknown() {
+        for (is_resolved, expected) in [(true, Exit::Warning), (false, Exit::Done)] {
+            let write = |it: &mut Report| {
+                for _ in 0..UNKNOWN_LINES + 1 {
+                    it.unmapped(is_resolved, "why").expect("it is printed");
+                }
+            };
+            check(write, expected);
+        }
+    }
+
+    #[test]
+    fn what_is_missing_and_was_not_held_is_counted() {
+        let write = |count| {
+            move |it: &mut Report| {
+                it.outboxes(1);
+                it.more_missing(count).expect("it is printed");
+            }
+        };
+        check(write(0), Exit::Done);
+        check(write(1), Exit::Warning);
     }
 }

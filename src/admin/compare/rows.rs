@@ -27,15 +27,17 @@ struct Outbox {
     columns: Vec<(String, u32)>,
 }
 
-/// Gives each row to `take` as an event, of the snapshot that the session is in.
+/// Gives each row to `take` as an event, of the snapshot that the session is in. Returns how many outboxes there are.
 pub fn each(
     database: &mut Database,
     config: &Config,
     condition: Option<&str>,
     mapper: &mut Mapper,
     mut take: impl FnMut(OutboxEvent<'_>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    for outbox in outboxes(database, config)? {
+) -> Result<usize, Error> {
+    let outboxes = outboxes(database, config)?;
+    let count = outboxes.len();
+    for outbox in outboxes {
         let columns = outbox.columns.iter();
         let columns = columns.map(|(name, type_id)| ColumnInfo {
             name,
@@ -60,7 +62,8 @@ pub fn each(
         while fetch(database, &outbox, mapper, &mut take)? {}
         database.run(DOING, "CLOSE outbox_compare")?;
     }
-    database.run(DOING, "COMMIT")
+    database.run(DOING, "COMMIT")?;
+    Ok(count)
 }
 
 /// Takes some rows; whether there were any.

@@ -3,7 +3,7 @@
 
 use super::report::{Finding, Report};
 use crate::admin::Error;
-use crate::admin::sides::Sides;
+use crate::admin::sides::{Scanned, Sides};
 use crate::config::Config;
 use crate::jetstream::streams::{StoredMessage, StreamInfo, matches};
 use crate::outbox::park::PARKED;
@@ -48,7 +48,7 @@ pub struct Entry {
     /// It is a parked event.
     pub is_parked: bool,
     /// This slot's relay published it there.
-    is_ours: bool,
+    pub is_ours: bool,
 }
 
 /// What a message is read for.
@@ -65,6 +65,17 @@ pub struct Stored {
     /// In the order of their keys.
     entries: Vec<Entry>,
     gone: Gone,
+}
+
+#[cfg(test)]
+impl Stored {
+    /// Of streams that never had a message.
+    pub fn nothing() -> Stored {
+        Stored {
+            entries: Vec::new(),
+            gone: Gone::Nothing,
+        }
+    }
 }
 
 /// What the streams do not have any more.
@@ -92,8 +103,7 @@ impl Stored {
             config.mapping.policy.park_subject.clone(),
         );
         let lineage = sides.lineage.clone();
-        let messages: u64 = sides.streams.iter().map(|it| it.state.messages).sum();
-        let mut entries = Vec::with_capacity(messages.min(super::AT_ONCE) as usize);
+        let mut entries = Vec::with_capacity(sides.messages().min(super::AT_ONCE) as usize);
         let mut gone = Gone::Nothing;
         for stream in 0..sides.streams.len() {
             let name = sides.name(stream).to_string();
@@ -122,12 +132,14 @@ impl Stored {
             };
             let mut order = Order::default();
             let first = &mut None;
-            sides.scan(stream, read, |head| {
+            let scanned = sides.scan(stream, read, |head| {
                 if is_first {
                     report.read();
                 }
                 if let Some(at) = head.position {
-                    first.get_or_insert(at);
+                    if !head.is_late {
+                        first.get_or_insert(at);
+                    }
                     if let Some(before) = order.next(at, head.is_late)
                         && is_first
                     {
@@ -141,8 +153,9 @@ impl Stored {
                 Ok(())
             })?;
             if let Some(info) = sides.streams.get(stream) {
-                gone = gone.and(what_is_gone(info, *first));
-                if is_first && what_is_gone(info, *first) != Gone::Nothing {
+                let of_stream = what_is_gone(info, scanned, *first);
+                gone = gone.and(of_stream);
+                if is_first && of_stream != Gone::Nothing {
                     report.drops(&name);
                 }
             }
@@ -217,13 +230,14 @@ impl Gone {
     }
 }
 
-/// What a stream does not have any more; `first` is the first position in it.
-fn what_is_gone(info: &StreamInfo, first: Option<Position>) -> Gone {
-    let state = &info.state;
-    if state.messages == state.last_seq {
+/// What of a stream was not there when it was read; `first` is the first position in it, of those that are not late.
+fn what_is_gone(info: &StreamInfo, scanned: Scanned, first: Option<Position>) -> Gone {
+    let last_seq = info.state.last_seq;
+    if scanned.messages == last_seq {
         return Gone::Nothing;
     }
-    let has_no_holes = state.first_seq.checked_add(state.messages) == Some(state.last_seq + 1);
+    let first_seq = scanned.first_seq.unwrap_or(u64::MAX);
+    let has_no_holes = first_seq.checked_add(scanned.messages) == last_seq.checked_add(1);
     match first {
         Some(first) if has_no_holes && info.config.retention == "limits" => Gone::Upto(first),
         _ => Gone::Anything,
@@ -263,16 +277,25 @@ mod tests {
                     ..StreamConfig::default()
                 },
                 state: StreamState {
-                    first_seq,
                     last_seq,
-                    messages,
+                    // before it was read, nothing was gone
+                    first_seq: 1,
+                    messages: last_seq,
                     ..StreamState::default()
                 },
                 created: String::new(),
                 ts: String::new(),
                 domain: String::new(),
             };
-            assert_eq!(what_is_gone(&info, first), expected, "{info:?}");
+            let scanned = Scanned {
+                first_seq: Some(first_seq),
+                messages,
+            };
+            assert_eq!(
+                what_is_gone(&info, scanned, first),
+                expected,
+                "{info:?} {scanned:?}"
+            );
         }
     }
 

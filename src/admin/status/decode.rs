@@ -12,7 +12,6 @@ use crate::config::Config;
 use crate::jetstream::streams::Routes;
 use crate::outbox::batch::{Change, Fate};
 use crate::outbox::mapping::Mapping;
-use crate::outbox::park::OnPoison;
 use crate::outbox::plan::Place;
 use crate::outbox::position::Position;
 use crate::postgres::Lsn;
@@ -144,12 +143,7 @@ impl Patient<'_> {
         self.copy
             .advance(database, published.least().unwrap_or_default())?;
         let sql = self.copy.changes("data");
-        let mut mapping = mapping.clone();
-        if mapping.policy.on_poison == OnPoison::Skip {
-            // the mapper would say that it gives an event up, which is the relay's to do
-            mapping.policy.on_poison = OnPoison::Park;
-        }
-        let mut decoder = Decoder::new(&mapping);
+        let mut decoder = Decoder::new(mapping);
         self.each(database, &sql, |row| {
             let Ok(mapped) = decoder.take(row.get(1)) else {
                 return ControlFlow::Break(Waiting::Unknown);
