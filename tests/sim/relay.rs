@@ -442,7 +442,10 @@ impl Relay {
                 Err(lost) => {
                     let is_within = self.session.as_ref().is_some_and(|it| it.core.is_some());
                     return Err(match is_within {
-                        true => End::Session(format!("{lost}")),
+                        true => {
+                            self.store.distrust(&lost.stream);
+                            End::Session(format!("{lost}"))
+                        }
                         false => End::Halt(format!("lost: {lost}")),
                     });
                 }

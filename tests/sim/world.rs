@@ -593,9 +593,14 @@ impl Env {
         let moved = topics.filter_map(|topic| self.moved[topic]);
         let (mut moved, was_moved) = (moved.clone(), moved.count() > 0);
         let has_strayed = moved.any(|at| at >= flight.routed);
+        // an event of an abandoned timeline may have its position and id
+        let is_namesake =
+            |event: &Rc<Event>| self.by_id.get(&event.id).is_some_and(|it| it.len() > 1);
+        let has_namesakes = transaction.events.iter().any(is_namesake);
         if let Some(count) = flight.transaction_end
             && !counts.contains(&(count as usize))
             && !has_strayed
+            && !has_namesakes
             && !self.was_accepted
             && !self.is_behind_a_copy(transaction, at)
         {

@@ -139,6 +139,8 @@ pub struct Store {
     /// Writes fail; when that is to be warned of, and what the last answer was.
     failing: Option<(Instant, AckError)>,
     publication: SeenPublication,
+    /// See [`Store::distrust`].
+    distrusted: Vec<String>,
 }
 
 impl Store {
@@ -160,7 +162,19 @@ impl Store {
             has_written: false,
             failing: None,
             publication: SeenPublication::default(),
+            distrusted: Vec::new(),
         }
+    }
+
+    /// The stream was seen to have lost something that the record may say of it. Until the next claim only a witness that is there speaks
+    /// for it: what has taken the place of a lost one may be gone by then.
+    pub fn distrust(&mut self, stream: &str) {
+        self.distrusted.push(stream.to_string());
+    }
+
+    /// The streams that are distrusted.
+    pub fn distrusted(&self) -> &[String] {
+        &self.distrusted
     }
 
     /// The bucket's name.
@@ -309,6 +323,7 @@ impl Store {
         confirmed_lsn: Lsn,
         now: Instant,
     ) -> Write {
+        self.distrusted.clear();
         let (mut ripening, mut matured) = self.ripened(now);
         if fell_back {
             ripening = None;

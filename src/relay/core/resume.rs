@@ -394,9 +394,12 @@ impl Resume {
     }
 
     fn disagreement(&self, cut: usize) -> Option<Lost> {
-        let cut = self.facts.known.cuts.get(cut)?;
+        let cuts = &self.facts.known.cuts;
+        // what is gone of the oldest may have been consumed, and there is none to go back to
+        let has_older = cut + 1 < cuts.len();
+        let cut = cuts.get(cut)?;
         let lost = cut.streams.iter().filter_map(|of_cut| {
-            let how = self.disagrees(of_cut)?;
+            let how = self.disagrees(of_cut, has_older)?;
             Some(Lost {
                 stream: of_cut.name.clone(),
                 how,
@@ -405,7 +408,7 @@ impl Resume {
         lost.min_by_key(|lost| lost.how.is_of_operator())
     }
 
-    fn disagrees(&self, of_cut: &StreamCut) -> Option<Disagreement> {
+    fn disagrees(&self, of_cut: &StreamCut, has_older: bool) -> Option<Disagreement> {
         let mut streams = self.facts.streams.iter().enumerate();
         let found = streams.find(|(_, stream)| stream.name == of_cut.name);
         let Some((index, stream)) = found else {
@@ -414,7 +417,7 @@ impl Resume {
         };
         // without one nothing of ours was in it
         of_cut.witness.as_ref()?;
-        if !self.is_same(index, of_cut) {
+        if !self.is_same(index, of_cut) || has_older && self.is_distrusted(index, of_cut) {
             let unseen = of_cut.unseen.iter();
             let mut others = unseen.filter(|it| self.is_refilled(index, it));
             let other = others.next().or(of_cut.witness.as_ref());
@@ -483,6 +486,16 @@ impl Resume {
         }
     }
 
+    /// It has lost something, and its witness is not there.
+    fn is_distrusted(&self, stream: usize, of_cut: &StreamCut) -> bool {
+        let is_there = |it: &Witness| {
+            let message = self.witnesses.get(&(stream, it.seq));
+            message.is_some_and(Option::is_some)
+        };
+        self.facts.known.distrusted.contains(&of_cut.name)
+            && !of_cut.witness.as_ref().is_some_and(is_there)
+    }
+
     fn is_witnessed(&self, stream: usize, of_cut: &StreamCut, witness: &Witness) -> bool {
         let message = self.witnesses.get(&(stream, witness.seq));
         match message.and_then(Option::as_ref) {
@@ -509,6 +522,7 @@ impl Resume {
         let of_cut = self.cut()?.stream(&facts.name)?;
         let acked_seq = of_cut.witness.as_ref().map_or(0, |witness| witness.seq);
         let agrees = self.is_same(stream, of_cut)
+            && !self.is_distrusted(stream, of_cut)
             && !self.is_torn(stream, facts, of_cut)
             && facts.last_seq >= acked_seq.max(of_cut.read_after);
         agrees.then_some(of_cut)

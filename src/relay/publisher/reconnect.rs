@@ -125,7 +125,10 @@ impl Publisher<'_> {
         let resumed = connector.resume(found, store, Known::of_core(cut));
         let (link, connection) = resumed.map_err(|error| match error {
             // the slot still has what is lost: a new session begins with an older cut
-            Error::Lost(lost) => Error::Regressed(lost),
+            Error::Lost(lost) => {
+                store.distrust(&lost.stream);
+                Error::Regressed(lost)
+            }
             error => error,
         })?;
         if let Some(lost) = connection.resumed.disagreed.first() {

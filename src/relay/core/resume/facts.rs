@@ -49,6 +49,8 @@ pub struct Known {
     pub maybe_unfenced: bool,
     /// Streams to be read beside those that the cuts name.
     pub also: Vec<String>,
+    /// See [`Store::distrust`].
+    pub distrusted: Vec<String>,
 }
 
 impl Known {
@@ -74,6 +76,7 @@ impl Known {
             maybe_unfenced: confirmed_lsn > Lsn::INVALID
                 && held.is_none_or(|record| record.told_lsn == ANYTHING),
             also: Vec::new(),
+            distrusted: store.distrusted().to_vec(),
         }
     }
 

@@ -208,6 +208,29 @@ fn what_postgres_was_not_told_is_taken_from_the_slot_again() {
     );
 }
 
+#[test]
+fn of_a_stream_that_has_lost_something_only_a_witness_that_is_there_speaks() {
+    // a queue, from which what took the place of the lost one is consumed
+    let queue = || StreamFacts {
+        keeps_its_end: false,
+        keeps_its_order: false,
+        ..stream("A", 4)
+    };
+    let cuts = || vec![cut(40, 4), cut(20, 2)];
+    let gone = facts(cuts(), vec![queue()]);
+    let held = [ours(1, 10), ours(2, 20)];
+    assert_eq!(resume(gone.clone(), &[&held]).unwrap().cut, Some(0));
+    let mut distrusted = gone;
+    distrusted.known.distrusted = vec!["A".into()];
+    let resumed = resume(distrusted.clone(), &[&held]).unwrap();
+    assert_eq!(resumed.cut, Some(1));
+    // there is none to go back to
+    let resumed = resume(distrusted.clone(), &[&[]]).unwrap();
+    assert_eq!(resumed.cut, Some(1));
+    let all = [&held[..], &[ours(3, 30), ours(4, 40)]].concat();
+    assert_eq!(resume(distrusted, &[&all]).unwrap().cut, Some(0));
+}
+
 /// Where the event is stored.
 fn place(verdict: Verdict) -> Option<(usize, u64)> {
     match verdict {
