@@ -234,10 +234,11 @@ fn postgres_put_back_by_a_stretch_without_events_halts_the_relay_until_that_is_a
     stop(relay);
     put_back(&rig, &copy, Slot::Kept);
     commit(&rig.pg, NEW);
-    for _ in 0..2 {
-        let texts = [RESTORED, "there was none", "-resume-anyway"];
+    for reason in ["and was read and stored up to", "there was none"] {
+        let texts = [RESTORED, reason, "-resume-anyway"];
         halts(rig.relay(hold_back.args()), 65, &texts);
         assert_eq!(rig.messages().len(), 3);
+        (0..3).for_each(|_| grow(&rig.pg));
     }
     resumes_anyway(&rig, hold_back, (1..=3).chain(NEW));
 }
