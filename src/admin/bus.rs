@@ -2,13 +2,16 @@
 //! ends no more than that: the next one finds a new connection.
 
 use super::client::Client;
+use crate::config::Config;
 use crate::jetstream::Error;
 use crate::jetstream::client::{Api, Link};
 use crate::jetstream::sources::Aggregate;
-use crate::jetstream::streams::{self, Request, StoredMessage, StreamInfo};
+use crate::jetstream::streams::{self, Request, StoredMessage, StreamInfo, last_message_request};
 use crate::nats;
 use crate::nats::info::ServerInfo;
 use crate::nats::options::Options;
+use crate::relay::checkpoint::record::Record;
+use crate::relay::checkpoint::store::key_subject;
 use std::time::Duration;
 
 /// A connection that a command can use.
@@ -109,6 +112,17 @@ impl<C: Connect> Bus<'_, C> {
     /// A stored message, or `None`.
     pub fn message(&mut self, request: Request) -> Result<Option<StoredMessage>, Error> {
         self.ask(|link, timeout| streams::message(link, request, timeout))
+    }
+
+    /// What the slot's key of the checkpoint holds; `None` also where the bucket cannot be read, of which `check` tells.
+    pub fn record(&mut self, config: &Config, system_id: u64) -> Result<Option<Record>, Error> {
+        let key = key_subject(&config.checkpoint, &config.slot, system_id);
+        let bucket = format!("KV_{}", config.checkpoint);
+        match self.message(last_message_request(&bucket, &key)) {
+            Ok(message) => Ok(message.and_then(|it| serde_json::from_slice(&it.data).ok())),
+            Err(crate::jetstream::Error::Api { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Creates or changes a stream; the request is

@@ -259,15 +259,9 @@ impl Reissue {
         }
     }
 
-    /// See [`Carrier::content`].
-    pub fn content(
-        &self,
-        subject: &str,
-        id: &str,
-        headers: &str,
-        body: &[u8],
-    ) -> Result<String, String> {
-        self.carrier.content(subject, id, headers, body)
+    /// What makes the messages.
+    pub fn carrier(&self) -> &Carrier {
+        &self.carrier
     }
 
     /// Writes it with others; `told` learns of each that is committed.

@@ -13,16 +13,13 @@ use super::slot_copy::{Decoder, Mapped, Next, SlotCopy};
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::jetstream::client::Link;
-use crate::jetstream::streams::{
-    self, StoredMessage, StreamInfo, last_message_request, message_request,
-};
+use crate::jetstream::streams::{self, StoredMessage, StreamInfo, message_request};
 use crate::outbox::lineage::Lineage;
 use crate::outbox::mapping::Mapping;
 use crate::outbox::park::{OnBad, OnPoison};
 use crate::outbox::position::Position;
 use crate::postgres::{Connection, Lsn};
 use crate::relay::checkpoint::record::{Cut, Record};
-use crate::relay::checkpoint::store::key_subject;
 use crate::relay::connect::message_of;
 use crate::relay::session;
 use std::ops::ControlFlow;
@@ -87,7 +84,7 @@ impl<'a> Sides<'a> {
         let upto = end_of_wal(&mut database)?;
         let confirmed = confirmed(&mut database, config)?;
         let record = match &past {
-            Past::Same => record(&mut bus, config, lineage.source.system_id)?,
+            Past::Same => bus.record(config, lineage.source.system_id)?,
             // it publishes what the slot has, once that is accepted
             Past::Other(_) => None,
             // what the record says may be of another WAL
@@ -358,23 +355,6 @@ fn confirmed(database: &mut Database, config: &Config) -> Result<Option<Lsn>, Er
     Ok(text.and_then(|text| text.parse().ok()))
 }
 
-/// What the slot's key of the checkpoint holds.
-fn record(
-    bus: &mut Bus<'_, Link>,
-    config: &Config,
-    system_id: u64,
-) -> Result<Option<Record>, Error> {
-    let key = key_subject(&config.checkpoint, &config.slot, system_id);
-    let bucket = format!("KV_{}", config.checkpoint);
-    let message = match bus.message(last_message_request(&bucket, &key)) {
-        Ok(message) => message,
-        // `check` tells what is wrong with the bucket
-        Err(crate::jetstream::Error::Api { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    Ok(message.and_then(|it| serde_json::from_slice(&it.data).ok()))
-}
-
 /// Whether this is the WAL that the streams were written from.
 enum Past {
     /// It is, or there is no record that would say otherwise.
@@ -398,7 +378,7 @@ impl Past {
 }
 
 fn past(bus: &mut Bus<'_, Link>, config: &Config, system_id: u64) -> Past {
-    let record = match record(bus, config, system_id) {
+    let record = match bus.record(config, system_id) {
         Ok(Some(record)) => record,
         Ok(None) => return Past::Same,
         Err(error) => return Past::Unknown(error.to_string()),
@@ -486,6 +466,12 @@ fn agrees(
             _ => info.created == of_cut.created,
         };
         if info.state.last_seq < least || !is_there {
+            return Ok(false);
+        }
+        if let Some(unseen) = &of_cut.unseen
+            && let Some(found) = bus.message(message_request(&of_cut.name, unseen.seq))?
+            && !message_of(&found).is_at(&unseen.position, lineage)
+        {
             return Ok(false);
         }
     }

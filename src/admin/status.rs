@@ -21,7 +21,6 @@ use crate::nats::options::Options;
 use crate::outbox::position::{Position, SourcePosition};
 use crate::postgres::Lsn;
 use crate::relay::checkpoint::record::Record;
-use crate::relay::checkpoint::store::key_subject;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -279,7 +278,10 @@ fn look(
     // the streams first: what they lack by then is what is looked for in the slot
     let (streams, routes) = read_streams(bus, config)?;
     let (slot, system_id) = read_slot(database, config)?;
-    let record = read_record(bus, config, system_id)?;
+    let record = match system_id {
+        Some(system_id) => bus.record(config, system_id)?,
+        None => None,
+    };
     let published = Published::new(&slot, &streams, system_id, record.as_ref());
     let now = Instant::now();
     let known = decoded
@@ -315,26 +317,6 @@ fn look(
         lag_bytes,
         halts,
     })
-}
-
-/// What the slot's key of the checkpoint holds.
-fn read_record(
-    bus: &mut Bus<'_>,
-    config: &Config,
-    system_id: Option<u64>,
-) -> Result<Option<Record>, Error> {
-    let Some(system_id) = system_id else {
-        return Ok(None);
-    };
-    let key = key_subject(&config.checkpoint, &config.slot, system_id);
-    let bucket = format!("KV_{}", config.checkpoint);
-    let message = match bus.message(last_message_request(&bucket, &key)) {
-        Ok(message) => message,
-        // `check` tells what is wrong with the bucket
-        Err(crate::jetstream::Error::Api { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    Ok(message.and_then(|message| serde_json::from_slice(&message.data).ok()))
 }
 
 /// Why a relay halts here, if the record tells: this is not the WAL that the streams were written from.

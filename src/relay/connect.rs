@@ -23,8 +23,7 @@ use crate::jetstream::{
     self, Delivery, EXPECTED_LAST_SEQUENCE, MSG_ID, OUTBOX_LATE, OUTBOX_POSITION, STREAM_SOURCE,
 };
 use crate::outbox::lineage::{Conflict, Lineage};
-use crate::outbox::park::OnPoison;
-use crate::outbox::park::PARKED;
+use crate::outbox::park::{OnPoison, PARKED};
 use crate::outbox::position::SourcePosition;
 use crate::postgres::Lsn;
 use std::ops::RangeInclusive;

@@ -234,6 +234,7 @@ fn postgres_put_back_by_a_stretch_without_events_halts_the_relay_until_that_is_a
     stop(relay);
     put_back(&rig, &copy, Slot::Kept);
     commit(&rig.pg, NEW);
+    is_found_before(&rig);
     for reason in ["and was read and stored up to", "there was none"] {
         let texts = [RESTORED, reason, "-resume-anyway"];
         halts(rig.relay(hold_back.args()), 65, &texts);

@@ -186,6 +186,20 @@ fn is_synchronous(flags: i32) -> bool {
 }
 
 impl Shown {
+    /// A new file or folder of the one who asks.
+    fn make(
+        &self,
+        request: &Request,
+        folder: INodeNo,
+        name: &OsStr,
+        is_folder: bool,
+        mode: u32,
+    ) -> Result<u64, Refusal> {
+        let mode = mode as u16 & 0o7777;
+        let owner = (request.uid(), request.gid());
+        lock(&self.disk).create(folder.0, name, is_folder, mode, owner)
+    }
+
     fn entry(&self, found: Result<u64, Refusal>, reply: ReplyEntry) {
         let disk = lock(&self.disk);
         match found.and_then(|number| Ok((number, disk.inode(number)?))) {
@@ -200,10 +214,6 @@ fn answer(done: Result<(), Refusal>, reply: ReplyEmpty) {
         Ok(()) => reply.ok(),
         Err(refusal) => reply.error(refusal.into()),
     }
-}
-
-fn owner(request: &Request) -> (u32, u32) {
-    (request.uid(), request.gid())
 }
 
 impl Filesystem for Shown {
@@ -265,10 +275,7 @@ impl Filesystem for Shown {
         _: u32,
         reply: ReplyEntry,
     ) {
-        let mode = (mode & !umask) as u16 & 0o7777;
-        let mut disk = lock(&self.disk);
-        let made = disk.create(folder.0, name, false, mode, owner(request));
-        drop(disk);
+        let made = self.make(request, folder, name, false, mode & !umask);
         self.entry(made, reply);
     }
 
@@ -281,10 +288,7 @@ impl Filesystem for Shown {
         umask: u32,
         reply: ReplyEntry,
     ) {
-        let mode = (mode & !umask) as u16 & 0o7777;
-        let mut disk = lock(&self.disk);
-        let made = disk.create(folder.0, name, true, mode, owner(request));
-        drop(disk);
+        let made = self.make(request, folder, name, true, mode & !umask);
         self.entry(made, reply);
     }
 
@@ -298,9 +302,8 @@ impl Filesystem for Shown {
         _: i32,
         reply: ReplyCreate,
     ) {
-        let mode = (mode & !umask) as u16 & 0o7777;
+        let made = self.make(request, folder, name, false, mode & !umask);
         let mut disk = lock(&self.disk);
-        let made = disk.create(folder.0, name, false, mode, owner(request));
         let opened = made.and_then(|number| disk.opened(number).map(|()| number));
         match opened.and_then(|number| Ok((number, disk.inode(number)?))) {
             Ok((number, inode)) => reply.created(

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::jetstream::Delivery;
 use crate::postgres::connection::{Connection, quote_literal};
 use crate::postgres::{ConnInfo, Lsn};
-use crate::relay::checkpoint::record::{Anchor, Record};
+use crate::relay::checkpoint::record::{Anchor, Cut, Record};
 use crate::relay::checkpoint::store::ANYTHING;
 use crate::relay::core::continuity::{Broken, Continuity};
 use crate::relay::error::Error;
@@ -121,7 +121,7 @@ pub fn compare(
             ));
         }
     };
-    let continuity = continuity(&mut connection, config, &record.young.anchor, limit)?;
+    let continuity = continuity(&mut connection, config, &record.young, limit)?;
     Ok(match continuity {
         Ok(()) => Compared::Same(Box::new(record)),
         Err(broken) => Compared::Other(broken.to_string()),
@@ -163,7 +163,7 @@ fn history(config: &Config, record: Record) -> (Option<Record>, Finding) {
 fn continuity(
     connection: &mut Connection,
     config: &Config,
-    anchor: &Anchor,
+    cut: &Cut,
     limit: Duration,
 ) -> Result<Result<(), Broken>, Error> {
     let mut confirmed = slot::confirmed(connection, config)?;
@@ -172,10 +172,10 @@ fn continuity(
             // there is a finding about the slot
             return Ok(Ok(()));
         };
-        let found = continuity_at(connection, config, anchor, seen, limit)?;
+        let found = continuity_at(connection, config, cut, seen, limit)?;
         confirmed = slot::confirmed(connection, config)?;
         // it only grows, and beyond the anchor's commit nothing of it is expected
-        if found.is_ok() || confirmed == Some(seen) || seen > anchor.position.commit_lsn {
+        if found.is_ok() || confirmed == Some(seen) || seen > cut.anchor.position.commit_lsn {
             return Ok(found);
         }
     }
@@ -185,13 +185,14 @@ fn continuity(
 fn continuity_at(
     connection: &mut Connection,
     config: &Config,
-    anchor: &Anchor,
+    cut: &Cut,
     confirmed: Lsn,
     limit: Duration,
 ) -> Result<Result<(), Broken>, Error> {
     let wal_end = slot::current_lsn(connection)?;
     let flags = config.flags();
-    let mut continuity = match Continuity::new(anchor, confirmed, wal_end, flags) {
+    let (anchor, stored_lsn) = (&cut.anchor, cut.stored_lsn);
+    let mut continuity = match Continuity::new(anchor, stored_lsn, confirmed, wal_end, flags) {
         Ok(continuity) => continuity,
         Err(broken) => return Ok(Err(broken)),
     };

@@ -243,7 +243,10 @@ impl Pass<'_> {
         let report = &mut *self.report;
         let why = match event.fate {
             Fate::Publish => {
-                match reissue.content(event.subject, event.id, event.headers, event.body) {
+                match reissue
+                    .carrier()
+                    .content(event.subject, event.id, event.headers, event.body)
+                {
                     Ok(content) => {
                         let carried = Carried {
                             id: event.id.to_string(),

@@ -88,10 +88,11 @@ pub enum Broken {
 }
 
 impl Continuity {
-    /// Before the copy stream starts at the anchor. `confirmed_lsn` is the slot's, `wal_end` that of the server; an error
-    /// says that the server cannot have the anchor.
+    /// Before the copy stream starts at the anchor of a cut, up to whose `stored_lsn` everything was stored. `confirmed_lsn` is the
+    /// slot's, `wal_end` that of the server; an error says that the server cannot have what the cut speaks of.
     pub fn new(
         anchor: &Anchor,
+        stored_lsn: Lsn,
         confirmed_lsn: Lsn,
         wal_end: Lsn,
         flags: Flags,
@@ -105,6 +106,12 @@ impl Continuity {
             return Err(Broken::WalEndsBefore {
                 anchor: anchor.clone(),
                 wal_end,
+            });
+        }
+        if stored_lsn > wal_end {
+            return Err(Broken::EndsBeforeStored {
+                wal_end,
+                stored_lsn,
             });
         }
         let expected = anchor.event.as_ref().map(|event| Expected {
@@ -130,13 +137,7 @@ impl Continuity {
         flags: Flags,
     ) -> Result<Continuity, Broken> {
         let (anchor, stored_lsn) = (&resumed.anchor, resumed.stored_lsn);
-        let continuity = Continuity::new(anchor, confirmed_lsn, wal_end, flags)?;
-        if stored_lsn > wal_end {
-            return Err(Broken::EndsBeforeStored {
-                wal_end,
-                stored_lsn,
-            });
-        }
+        let continuity = Continuity::new(anchor, stored_lsn, confirmed_lsn, wal_end, flags)?;
         let is_empty = resumed.is_empty(&continuity.flags) && !resumed.is_lenient();
         Ok(Continuity {
             empty: is_empty.then(|| (anchor.clone(), stored_lsn)),
@@ -442,7 +443,7 @@ mod tests {
     }
 
     fn judge_with(confirmed: u64, flags: Flags, batches: &[Batch]) -> Result<bool, Broken> {
-        let mut continuity = Continuity::new(&anchor(), Lsn(confirmed), Lsn(900), flags)?;
+        let mut continuity = Continuity::new(&anchor(), Lsn(0), Lsn(confirmed), Lsn(900), flags)?;
         for batch in batches {
             continuity.on_batch(batch)?;
         }
@@ -504,20 +505,24 @@ mod tests {
     #[test]
     fn a_wal_that_ends_before_the_anchor_cannot_have_it() {
         for (wal_end, has_it) in [(99, false), (100, false), (101, true)] {
-            let continuity = Continuity::new(&anchor(), Lsn(50), Lsn(wal_end), own());
+            let continuity = Continuity::new(&anchor(), Lsn(0), Lsn(50), Lsn(wal_end), own());
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
         }
         for (wal_end, has_it) in [(99, false), (100, true)] {
             let bare = Anchor::bare(Lsn(100));
-            let continuity = Continuity::new(&bare, Lsn(50), Lsn(wal_end), own());
+            let continuity = Continuity::new(&bare, Lsn(0), Lsn(50), Lsn(wal_end), own());
             assert_eq!(continuity.is_ok(), has_it, "{wal_end}");
+        }
+        for (stored, has_it) in [(200, true), (201, false)] {
+            let continuity = Continuity::new(&anchor(), Lsn(stored), Lsn(50), Lsn(200), own());
+            assert_eq!(continuity.is_ok(), has_it, "{stored}");
         }
     }
 
     #[test]
     fn an_event_where_the_record_has_none_breaks_it() {
         let empty_until = |stored_lsn| {
-            let new = Continuity::new(&anchor(), Lsn(50), Lsn(900), own()).unwrap();
+            let new = Continuity::new(&anchor(), Lsn(0), Lsn(50), Lsn(900), own()).unwrap();
             Continuity {
                 empty: Some((anchor(), Lsn(stored_lsn))),
                 ..new

@@ -451,7 +451,7 @@ impl Resume {
         let Some(witness) = &of_cut.witness else {
             return false;
         };
-        let is_there = |seq| matches!(self.witnesses.get(&(index, seq)), Some(Some(_)));
+        let is_there = |seq| self.message_at(index, seq).is_some();
         stream.keeps_its_end
             && stream.first_seq < witness.seq
             && witness.seq <= stream.last_seq
@@ -466,7 +466,7 @@ impl Resume {
             return false;
         };
         let is_older = |seq| {
-            let message = self.witnesses.get(&(index, seq)).and_then(Option::as_ref);
+            let message = self.message_at(index, seq);
             let at = message.and_then(|it| it.ours(&self.facts.lineage));
             at.is_some_and(|at| at <= oldest.anchor.position)
         };
@@ -486,19 +486,20 @@ impl Resume {
         }
     }
 
+    /// What was read there for the witnesses.
+    fn message_at(&self, stream: usize, seq: u64) -> Option<&Message> {
+        self.witnesses.get(&(stream, seq))?.as_ref()
+    }
+
     /// It has lost something, and its witness is not there.
     fn is_distrusted(&self, stream: usize, of_cut: &StreamCut) -> bool {
-        let is_there = |it: &Witness| {
-            let message = self.witnesses.get(&(stream, it.seq));
-            message.is_some_and(Option::is_some)
-        };
+        let witness = of_cut.witness.as_ref();
         self.facts.known.distrusted.contains(&of_cut.name)
-            && !of_cut.witness.as_ref().is_some_and(is_there)
+            && witness.is_none_or(|it| self.message_at(stream, it.seq).is_none())
     }
 
     fn is_witnessed(&self, stream: usize, of_cut: &StreamCut, witness: &Witness) -> bool {
-        let message = self.witnesses.get(&(stream, witness.seq));
-        match message.and_then(Option::as_ref) {
+        match self.message_at(stream, witness.seq) {
             Some(message) => message.is_at(&witness.position, &self.facts.lineage),
             None => self.has_same_created(stream, of_cut),
         }
@@ -506,8 +507,7 @@ impl Resume {
 
     /// Another message is in its place.
     fn is_refilled(&self, stream: usize, witness: &Witness) -> bool {
-        let message = self.witnesses.get(&(stream, witness.seq));
-        let message = message.and_then(Option::as_ref);
+        let message = self.message_at(stream, witness.seq);
         message.is_some_and(|it| !it.is_at(&witness.position, &self.facts.lineage))
     }
 
